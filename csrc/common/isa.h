@@ -1,0 +1,57 @@
+// Instruction sets. Every csrc/<op>/<op>_cpu.cpp is compiled once per level, with that level's compiler flags and with
+// SPROMPT_ISA set to the level's name; everything in such a file lives in namespace sprompt::SPROMPT_ISA. The level is
+// chosen once per process, when the module is imported (isa.cpp), so a binary built on one machine never runs an
+// instruction that another machine lacks.
+//
+// The rule that keeps this sound: a kernel file includes nothing that emits shared inline code (no <vector>,
+// <algorithm>, <string>, <thread>). The linker keeps one copy of such code for the whole module, and it might keep the
+// AVX-512 one. tests/test_build.py holds the object files to it.
+#pragma once
+
+#define SPROMPT_INLINE inline __attribute__((always_inline))
+
+#if defined(__x86_64__)
+#define SPROMPT_X86 1
+#define SPROMPT_LEVELS(X) X(portable) X(avx2) X(avx512)
+#else
+#define SPROMPT_LEVELS(X) X(portable)
+#endif
+
+// SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level.
+#if SPROMPT_X86
+#define SPROMPT_KERNEL(name, ...)           \
+    namespace portable {                    \
+    void name(__VA_ARGS__);                 \
+    }                                       \
+    namespace avx2 {                        \
+    void name(__VA_ARGS__);                 \
+    }                                       \
+    namespace avx512 {                      \
+    void name(__VA_ARGS__);                 \
+    }
+// SPROMPT_PICK(name) is the pointer to the kernel of the level in force.
+#define SPROMPT_PICK(name)                                                  \
+    (::sprompt::level() == ::sprompt::Level::avx512 ? &::sprompt::avx512::name \
+     : ::sprompt::level() == ::sprompt::Level::avx2 ? &::sprompt::avx2::name   \
+                                                    : &::sprompt::portable::name)
+#else
+#define SPROMPT_KERNEL(name, ...) \
+    namespace portable {          \
+    void name(__VA_ARGS__);       \
+    }
+#define SPROMPT_PICK(name) (&::sprompt::portable::name)
+#endif
+
+namespace sprompt {
+
+enum class Level { portable = 0, avx2 = 1, avx512 = 2 };
+
+// The best level that this CPU has.
+Level best_level();
+// The level in force: SPROMPT_CPU if set, else best_level().
+Level level();
+const char* level_name(Level level);
+// Reads SPROMPT_CPU. Returns null, or the sentence that says why the level asked for cannot run.
+const char* choose_level();
+
+}  // namespace sprompt

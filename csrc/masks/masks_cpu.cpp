@@ -1,0 +1,204 @@
+#include "masks/masks.h"
+
+#include "common/bits.h"
+#include "common/half.h"
+#include "common/threads.h"
+
+namespace sprompt {
+namespace SPROMPT_ISA {
+
+// 32 pixels -> one word.
+template <class T>
+SPROMPT_INLINE uint32_t pack_word(const T* pixels, float threshold) {
+    const vf level = broadcast(threshold);
+    uint32_t word = 0;
+    for (int i = 0; i < 32; i += W) word |= bits_greater(load_as_float(pixels + i), level) << i;
+    return word;
+}
+SPROMPT_INLINE uint32_t pack_word(const uint8_t* pixels, float) {
+#if defined(__AVX2__)
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pixels));
+    return ~static_cast<uint32_t>(_mm256_movemask_epi8(_mm256_cmpeq_epi8(v, _mm256_setzero_si256())));
+#elif SPROMPT_X86
+    const __m128i zero = _mm_setzero_si128();
+    const __m128i low = _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pixels)), zero);
+    const __m128i high = _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(pixels + 16)), zero);
+    return ~(static_cast<uint32_t>(_mm_movemask_epi8(low)) | static_cast<uint32_t>(_mm_movemask_epi8(high)) << 16);
+#else
+    uint32_t word = 0;
+    for (int i = 0; i < 32; ++i) word |= static_cast<uint32_t>(pixels[i] != 0) << i;
+    return word;
+#endif
+}
+template <class T>
+SPROMPT_INLINE bool is_set(T pixel, float threshold) {
+    return to_float(pixel) > threshold;
+}
+SPROMPT_INLINE bool is_set(uint8_t pixel, float) { return pixel != 0; }
+
+template <class T>
+static void pack_rows(const View& pixels, float threshold, const View& words, int threads) {
+    constexpr int64_t block = 2048;  // words a chunk: 64 k pixels
+    const int64_t rows = pixels.size[0], P = pixels.size[1], n = words_for(P), blocks = (n + block - 1) / block;
+    parallel_for(rows * blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t job = begin; job < end; ++job) {
+            const int64_t row = job / blocks, first = job % blocks * block, last = first + block < n ? first + block : n;
+            const T* in = pixels.as<const T>() + row * pixels.stride[0];
+            uint32_t* out = words.as<uint32_t>() + row * words.stride[0];
+            const int64_t whole = last < P / 32 ? last : P / 32;
+            int64_t i = first;
+            for (; i < whole; ++i) out[i] = pack_word(in + 32 * i, threshold);
+            for (; i < last; ++i) {  // the last word of a row
+                uint32_t word = 0;
+                for (int64_t p = 32 * i; p < P; ++p) word |= static_cast<uint32_t>(is_set(in[p], threshold)) << (p - 32 * i);
+                out[i] = word;
+            }
+        }
+    });
+}
+
+void pack_masks(const View& pixels, float threshold, const View& words, int threads) {
+    if (pixels.dtype == DType::u8 || pixels.dtype == DType::i8 || pixels.dtype == DType::b8)
+        return pack_rows<uint8_t>(pixels, threshold, words, threads);
+    SPROMPT_FLOAT_TYPES(pixels.dtype, T, pack_rows<T>(pixels, threshold, words, threads))
+}
+
+void unpack_masks(const View& words, const View& pixels, int threads) {
+    const int64_t P = pixels.size[1];
+    parallel_for(pixels.size[0], 1 + (1 << 16) / (P + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row) {
+            const uint32_t* in = words.as<const uint32_t>() + row * words.stride[0];
+            uint8_t* out = pixels.as<uint8_t>() + row * pixels.stride[0];
+            for (int64_t i = 0; i < P / 8; ++i) {  // 8 bits -> 8 bytes of 0 or 1: each byte keeps its own bit, then != 0
+                const uint64_t byte = (in[i / 4] >> (8 * (i % 4))) & 0xff;
+                uint64_t spread = (byte * 0x0101010101010101u) & 0x8040201008040201u;
+                spread = ((spread + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
+                __builtin_memcpy(out + 8 * i, &spread, 8);
+            }
+            for (int64_t p = P / 8 * 8; p < P; ++p) out[p] = (in[p / 32] >> (p % 32)) & 1;
+        }
+    });
+}
+
+void mask_area(const View& words, const View& area, int threads) {
+    const int64_t n = words.size[1];
+    parallel_for(words.size[0], 1 + (1 << 14) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row)
+            area.as<int64_t>()[row] = count_bits(words.as<const uint32_t>() + row * words.stride[0], n);
+    });
+}
+
+static void box_of(const uint32_t* words, int64_t n, int64_t height, int64_t width, int64_t* box) {
+    int64_t x1 = width, x2 = 0, y1 = height, y2 = 0;
+    for (int64_t y = 0; y < height; ++y) {
+        bool any = false;
+        for (int64_t x = 0; x < width; x += 64) {
+            const uint64_t v = bits_at(words, n, y * width + x) & low_bits(width - x);
+            if (v == 0) continue;
+            any = true;
+            const int64_t first = x + __builtin_ctzll(v), last = x + 63 - __builtin_clzll(v);
+            if (first < x1) x1 = first;
+            if (last >= x2) x2 = last + 1;
+        }
+        if (!any) continue;
+        if (y < y1) y1 = y;
+        y2 = y + 1;
+    }
+    const bool empty = x2 == 0;
+    box[0] = empty ? 0 : x1;
+    box[1] = empty ? 0 : y1;
+    box[2] = x2;
+    box[3] = y2;
+}
+
+void mask_boxes(const View& words, int64_t height, int64_t width, const View& boxes, int threads) {
+    const int64_t n = words.size[1];
+    parallel_for(words.size[0], 1 + (1 << 12) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row)
+            box_of(words.as<const uint32_t>() + row * words.stride[0], n, height, width, boxes.as<int64_t>() + 4 * row);
+    });
+}
+
+// The words that hold a mask's set bits: [first, last), and its area.
+struct Extent {
+    int64_t first, last, area;
+};
+static Extent extent_of(const uint32_t* words, int64_t n) {
+    int64_t first = 0, last = n;
+    while (first < n && words[first] == 0) ++first;
+    while (last > first && words[last - 1] == 0) --last;
+    return {first, last, count_bits(words + first, last - first)};
+}
+
+// Tiles of 8 x 8 masks, a stretch of 1024 words (4 kB) of each at a time: the 64 kB of a tile stay in the nearer caches,
+// and words outside either mask's extent are not read.
+void mask_iou(const View& a, const View& b, const View& iou, int threads) {
+    constexpr int64_t tile = 8, stretch = 1024;
+    const int64_t B = a.size[0], N = a.size[1], M = b.size[1], n = a.size[2];
+    const int64_t rows = (N + tile - 1) / tile, columns = (M + tile - 1) / tile;
+    parallel_for(B * rows, 1, threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t job = begin; job < end; ++job) {
+            const int64_t image = job / rows, i0 = job % rows * tile, ni = N - i0 < tile ? N - i0 : tile;
+            const auto row_a = [&](int64_t i) { return a.as<const uint32_t>() + image * a.stride[0] + (i0 + i) * a.stride[1]; };
+            Extent extent_a[tile];
+            for (int64_t i = 0; i < ni; ++i) extent_a[i] = extent_of(row_a(i), n);
+            for (int64_t column = 0; column < columns; ++column) {
+                const int64_t j0 = column * tile, nj = M - j0 < tile ? M - j0 : tile;
+                const auto row_b = [&](int64_t j) { return b.as<const uint32_t>() + image * b.stride[0] + (j0 + j) * b.stride[1]; };
+                Extent extent_b[tile];
+                for (int64_t j = 0; j < nj; ++j) extent_b[j] = extent_of(row_b(j), n);
+                int64_t common[tile][tile] = {};
+                for (int64_t start = 0; start < n; start += stretch)
+                    for (int64_t i = 0; i < ni; ++i)
+                        for (int64_t j = 0; j < nj; ++j) {
+                            const Extent &ea = extent_a[i], &eb = extent_b[j];
+                            int64_t first = ea.first > eb.first ? ea.first : eb.first, last = ea.last < eb.last ? ea.last : eb.last;
+                            first = first > start ? first : start;
+                            last = last < start + stretch ? last : start + stretch;
+                            if (first < last) common[i][j] += count_and(row_a(i) + first, row_b(j) + first, last - first);
+                        }
+                for (int64_t i = 0; i < ni; ++i)
+                    for (int64_t j = 0; j < nj; ++j) {
+                        const int64_t both = common[i][j], either = extent_a[i].area + extent_b[j].area - both;
+                        iou.as<float>()[(image * N + i0 + i) * M + j0 + j] =
+                            either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / static_cast<double>(either));
+                    }
+            }
+        }
+    });
+}
+
+SPROMPT_INLINE uint32_t reversed(uint32_t v) {
+    v = (v >> 1 & 0x55555555u) | (v & 0x55555555u) << 1;
+    v = (v >> 2 & 0x33333333u) | (v & 0x33333333u) << 2;
+    v = (v >> 4 & 0x0f0f0f0fu) | (v & 0x0f0f0f0fu) << 4;
+    return __builtin_bswap32(v);
+}
+
+void window_masks(const View& words, int64_t height, int64_t width, int64_t top, int64_t left, int64_t out_height, int64_t out_width,
+                  bool flip, const View& out, int threads) {
+    const int64_t n = words.size[1];
+    parallel_for(words.size[0], 1 + (1 << 12) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row) {
+            const uint32_t* in = words.as<const uint32_t>() + row * words.stride[0];
+            BitWriter writer(out.as<uint32_t>() + row * out.stride[0]);
+            for (int64_t y = top; y < top + out_height; ++y) {
+                const bool inside = y >= 0 && y < height;
+                // Columns [x, x + k) of the source, of which those in [0, width) are read.
+                const auto take = [&](int64_t x, int k) -> uint32_t {
+                    if (!inside || x >= width || x + k <= 0) return 0;
+                    const int64_t from = x < 0 ? 0 : x, to = x + k < width ? x + k : width;
+                    return static_cast<uint32_t>((bits_at(in, n, y * width + from) & low_bits(to - from)) << (from - x));
+                };
+                for (int64_t x = 0; x < out_width; x += 32) {
+                    const int k = static_cast<int>(out_width - x < 32 ? out_width - x : 32);
+                    writer.put(flip ? reversed(take(left + out_width - x - k, k)) >> (32 - k) : take(left + x, k), k);
+                }
+            }
+            writer.close();
+        }
+    });
+}
+
+}  // namespace SPROMPT_ISA
+}  // namespace sprompt

@@ -1,0 +1,125 @@
+"""Which code runs an op: per op and device an ordered list of backends, the first that can run does.
+
+`SPROMPT_BACKEND=reference|native|triton|cuda` and `with use_backend("reference"):` force one; a forced backend that cannot
+run raises and says why. An automatic fallback because something is missing warns once. `with trace_backends() as ran:`
+tells which ran. All of this holds for the whole process (autograd may run a backward on another thread).
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from sprompt import native
+
+NAMES = ("reference", "native", "triton", "cuda")
+#: Backends by device type, in the order in which they are tried.
+ORDER = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
+
+
+class Backend(NamedTuple):
+    name: str
+    run: Callable[..., Any]
+    why_not: Callable[..., str]  # of the op's arguments: empty if it can run
+
+
+_table: dict[str, dict[str, Backend]] = {}  # op -> backend name -> Backend
+_forced: str | None = None
+_traces: list[list[tuple[str, str]]] = []
+_warned = False
+
+
+def _check_name(name: str, source: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{source}: backend must be one of {', '.join(NAMES)}, got {name!r}")
+    return name
+
+
+if os.environ.get("SPROMPT_BACKEND"):
+    _forced = _check_name(os.environ["SPROMPT_BACKEND"], "SPROMPT_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend for every op inside the block; an op that it cannot run raises and says why."""
+    global _forced
+    before, _forced = _forced, _check_name(name, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextmanager
+def trace_backends() -> Iterator[list[tuple[str, str]]]:
+    """Records (op, backend) for every op that runs inside the block.
+
+    >>> with trace_backends() as ran:
+    ...     area = mask_area(masks)
+    >>> ran
+    [('mask_area', 'native')]
+    """
+    ran: list[tuple[str, str]] = []
+    _traces.append(ran)
+    try:
+        yield ran
+    finally:
+        _traces.remove(ran)
+
+
+def add(op: str, name: str, run: Callable[..., Any], why_not: Callable[..., str]) -> None:
+    _table.setdefault(op, {})[name] = Backend(name, run, why_not)
+
+
+def ops() -> list[str]:
+    return sorted(_table)
+
+
+def available(op: str, device: str) -> dict[str, str]:
+    """Every backend of an op for a device type, with the reason why it cannot run (empty: it can)."""
+    backends = _table[op]
+    return {
+        name: backends[name].why_not() if name in backends else f"there is no {name} kernel of {op}"
+        for name in ORDER.get(device, ("reference",))
+    }
+
+
+def _can_serve(name: str, device: str) -> bool:
+    return name in ORDER.get(device, ("reference",))
+
+
+def run(op: str, device: str, args: tuple[Any, ...]) -> Any:
+    """Runs an op on the first backend that can."""
+    backends = _table[op]
+    if _forced is not None:
+        chosen = _forced_backend(op, device, args)
+    else:
+        for name in ORDER.get(device, ("reference",)):
+            chosen = backends.get(name)  # type: ignore[assignment]
+            if chosen is not None and not chosen.why_not(*args):
+                break
+        if chosen.name == "reference" and device == "cpu" and native._C is None:
+            _warn_missing()
+    for trace in _traces:
+        trace.append((op, chosen.name))
+    return chosen.run(*args)
+
+
+def _forced_backend(op: str, device: str, args: tuple[Any, ...]) -> Backend:
+    name = str(_forced)
+    if not _can_serve(name, device):
+        raise RuntimeError(f"{op}: backend {name} was asked for, but it does not run on {device}")
+    if name not in _table[op]:
+        raise RuntimeError(f"{op}: backend {name} was asked for, but there is no {name} kernel of {op}")
+    reason = _table[op][name].why_not(*args)
+    if reason:
+        raise RuntimeError(f"{op}: backend {name} was asked for, but {reason}")
+    return _table[op][name]
+
+
+def _warn_missing() -> None:
+    global _warned
+    if not _warned and os.environ.get("SPROMPT_NO_EXT", "0") == "0":
+        _warned = True
+        warnings.warn(f"sprompt runs its slow reference on the CPU: {native.why_missing}", stacklevel=2)

@@ -1,0 +1,49 @@
+"""The kernel library: one room an op (sprompt/ops/<op>/), all of them on this page."""
+
+# linear_assignment
+
+# mask_conv
+
+# mask_loss
+
+# masks
+from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
+
+# mask_nms
+
+# match_cost
+
+# prompts
+
+# resize_masks
+
+# rle
+
+# saliency_masks
+
+__all__ = [
+    # linear_assignment
+    #
+    # mask_conv
+    #
+    # mask_loss
+    #
+    # masks
+    "mask_area",
+    "mask_boxes",
+    "mask_iou",
+    "pack_masks",
+    #
+    # mask_nms
+    #
+    # match_cost
+    #
+    # prompts
+    #
+    # resize_masks
+    #
+    # rle
+    #
+    # saliency_masks
+    #
+]

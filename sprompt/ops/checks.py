@@ -1,0 +1,89 @@
+"""Argument checks of the public functions. One wording: `op: arg must <rule>, got <value>; <what to do>`.
+
+A wrong kind of thing (not a tensor, wrong dtype) is a TypeError, anything else a ValueError. Checks read shapes, dtypes and
+devices only, so they trace under torch.compile and never wait for a GPU; checks of values (counts_within) run inside an
+op's CPU kernels.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+def bad_value(op: str, arg: str, rule: str, got: object, advice: str = "") -> NoReturn:
+    raise ValueError(f"{op}: {arg} must {rule}, got {got}" + (f"; {advice}" if advice else ""))
+
+
+def bad_type(op: str, arg: str, rule: str, got: object, advice: str = "") -> NoReturn:
+    raise TypeError(f"{op}: {arg} must {rule}, got {got}" + (f"; {advice}" if advice else ""))
+
+
+def _sizes(shape: Sequence[int]) -> str:
+    return "(" + ", ".join(str(s) for s in shape) + ("," if len(shape) == 1 else "") + ")"
+
+
+def tensor(op: str, arg: str, value: Any, dtypes: Sequence[torch.dtype], advice: str = "") -> None:
+    if not isinstance(value, Tensor):
+        bad_type(op, arg, "be a tensor", type(value).__name__, advice)
+    if value.dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        bad_type(op, arg, f"have dtype {names}", str(value.dtype).removeprefix("torch."), advice)
+
+
+def shape(op: str, arg: str, value: Tensor, form: str, sizes: Sequence[int | None], advice: str = "") -> None:
+    """Holds `value` to sizes (None: any), which `form` shows in letters: shape(op, "scores", s, "(N,)", (12,))."""
+    if value.dim() != len(sizes):
+        bad_value(op, arg, f"have shape {form}", _sizes(value.shape), advice)
+    for got, want in zip(value.shape, sizes, strict=True):
+        if want is not None and got != want:
+            known = form + ("" if None in sizes else f" = {_sizes([s for s in sizes if s is not None])}")
+            bad_value(op, arg, f"have shape {known}", _sizes(value.shape), advice)
+
+
+def same_device(op: str, **tensors: Tensor | None) -> None:
+    first_name, first = next((name, t) for name, t in tensors.items() if t is not None)
+    for name, value in tensors.items():
+        if value is not None and value.device != first.device:
+            bad_value(op, name, f"be on the device of {first_name} ({first.device})", value.device, "move one of them with .to()")
+
+
+def choice(op: str, arg: str, value: object, choices: Sequence[object]) -> None:
+    if value not in choices:
+        bad_value(op, arg, "be one of " + ", ".join(repr(c) for c in choices), repr(value))
+
+
+def number(op: str, arg: str, value: Any, rule: str, low: float | None = None, high: float | None = None) -> None:
+    """A finite real number in [low, high]; `rule` says so in words."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        bad_type(op, arg, rule, repr(value))
+    if value != value or (low is not None and value < low) or (high is not None and value > high):
+        bad_value(op, arg, rule, value)
+
+
+def whole(op: str, arg: str, value: Any, rule: str, low: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        bad_type(op, arg, rule, repr(value))
+    if value < low:
+        bad_value(op, arg, rule, value)
+
+
+def counts(op: str, value: Any, batch: int) -> None:
+    """counts is None or int64 (B,)."""
+    if value is None:
+        return
+    tensor(op, "counts", value, (torch.int64,), "say how many entries of each row are real")
+    shape(op, "counts", value, "(B,)", (batch,), "give one count an image")
+
+
+def counts_within(op: str, value: Tensor | None, limit: int, arg: str = "counts") -> None:
+    """Values of counts lie in [0, limit]. Reads the values: call it in CPU kernels only (a GPU would have to wait)."""
+    if value is None or value.device.type != "cpu" or value.numel() == 0:
+        return
+    low, high = int(value.min()), int(value.max())
+    if low < 0 or high > limit:
+        bad_value(op, arg, f"lie between 0 and {limit}", low if low < 0 else high, "counts cannot exceed the padded length")

@@ -1,0 +1,51 @@
+"""Registration of ops with torch: one call an op gives it its schema, fake kernel, backends and (optionally) autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from sprompt import backends, native
+from sprompt.ops.schemas import SCHEMAS
+
+LIBRARY = torch.library.Library("sprompt", "DEF")
+
+
+def _always(*args: object) -> str:
+    return ""
+
+
+def register_op(
+    name: str,
+    *,
+    fake: Callable[..., Any],
+    reference: Callable[..., Any],
+    native_kernel: Callable[..., Any] | None = None,
+    native_why_not: Callable[..., str] = native.why_not,
+) -> None:
+    """Defines torch.ops.sprompt.<name> from its line in schemas.py. The first argument of every op is a tensor."""
+    LIBRARY.define(f"{name}{SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
+    backends.add(name, "reference", reference, _always)
+    if native_kernel is not None:
+        backends.add(name, "native", native_kernel, native_why_not)
+
+    def run(first: torch.Tensor, *rest: Any) -> Any:
+        return backends.run(name, first.device.type, (first, *rest))
+
+    # One kernel for every device: the device's own backends are chosen inside.
+    LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sprompt::{name}", fake, lib=LIBRARY)
+
+
+def register_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., Any]) -> None:
+    """Gives an op its gradient. `backward` calls <name>_backward ops, whose own gradient no_double_backward refuses."""
+    torch.library.register_autograd(f"sprompt::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+
+
+def no_double_backward(name: str, op: str) -> None:
+    """Makes the gradient of the backward op `name` an error that says so."""
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"double backward of {op} is not supported")
+
+    torch.library.register_autograd(f"sprompt::{name}", backward, lib=LIBRARY)
