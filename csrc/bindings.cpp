@@ -24,6 +24,7 @@
 // match_cost
 
 // prompts
+#include "prompts/prompts.h"
 
 // resize_masks
 
@@ -96,6 +97,12 @@ PYBIND11_MODULE(_C, module) {
     // saliency_masks
 
     // prompts
+    SPROMPT_DEF(region_mean);
+    SPROMPT_DEF(mask_mean);
+    SPROMPT_DEF(region_mean_backward);
+    SPROMPT_DEF(mask_mean_backward);
+    SPROMPT_DEF(prompt_match);
+    SPROMPT_DEF(prompt_match_backward);
 
     // mask_conv
 

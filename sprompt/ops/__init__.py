@@ -14,6 +14,7 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 # match_cost
 
 # prompts
+from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mean
 
 # resize_masks
 
@@ -39,6 +40,10 @@ __all__ = [
     # match_cost
     #
     # prompts
+    "PromptMatch",
+    "mask_mean",
+    "prompt_match",
+    "region_mean",
     #
     # resize_masks
     #
