@@ -9,7 +9,16 @@ namespace SPROMPT_ISA {
 typedef float v8f __attribute__((vector_size(32)));
 typedef int32_t v8i __attribute__((vector_size(32)));
 
-// Lane i is the sum of the lanes of v[i]. The order of the additions is the same for every i.
+// The sum of W numbers in one fixed order: on 16 lanes first the halves, then neighbours, and neighbours of these, ...
+// Across registers: lane i is the sum of the lanes i of v[W].
+SPROMPT_INLINE vf sum_across(vf* v) {
+    if (W == 16)
+        for (int i = 0; i < W / 2; ++i) v[i] += v[i + W / 2];
+    for (int n = W == 16 ? W / 2 : W; n > 1; n /= 2)
+        for (int i = 0; i < n / 2; ++i) v[i] = v[2 * i] + v[2 * i + 1];
+    return v[0];
+}
+// Within registers: lane i is the sum of the lanes of v[i], for 8 of them.
 SPROMPT_INLINE v8f sum_each(const vf* v) {
 #if defined(__AVX2__)
     __m256 x[8];
@@ -26,7 +35,7 @@ SPROMPT_INLINE v8f sum_each(const vf* v) {
     return (v8f)_mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31));
 #else
     v8f out;
-    for (int i = 0; i < 8; ++i) out[i] = sum(v[i]);
+    for (int i = 0; i < 8; ++i) out[i] = (v[i][0] + v[i][1]) + (v[i][2] + v[i][3]);
     return out;
 #endif
 }

@@ -108,7 +108,6 @@ SPROMPT_INLINE vf masked(vf v, vi lanes) { return bits_to_float(bits_to_int(v) &
 // acc[c] += the cells of the runs of plane + c * stride, for K channels.
 template <int K, class T>
 SPROMPT_INLINE void add_runs(const T* plane, int64_t stride, const int64_t* runs, const int64_t* head, int64_t end, vf* acc) {
-    for (int c = 0; c < K; ++c) acc[c] = vf{};
     int64_t i = 0;
     for (; i < head[1]; ++i) {
         const vi lanes = lanes_of(runs[i]);
@@ -133,53 +132,51 @@ static void mean_along_x(const View& features, const View& runs, const View& hea
                 const int64_t* run = runs.as<const int64_t>() + l * runs.size[2];
                 const int64_t* head = heads.as<const int64_t>() + 3 * l;
                 const float cells = static_cast<float>(head[2] > 0 ? head[2] : 1);
-                T* to = out.as<T>() + l * C + c0;
-                vf acc[block];
-                if (c0 + block <= C) {
+                vf acc[block] = {};
+                if (c0 + block <= C)
                     add_runs<block>(planes, stride, run, head, plane.end, acc);
-                    const v8f mean = sum_each(acc) / cells;
-                    float lane[block];
-                    __builtin_memcpy(lane, &mean, sizeof lane);
-                    row_from_float(lane, block, to);
-                } else {
-                    for (int64_t c = 0; c < C - c0; ++c) {
-                        add_runs<1>(planes + c * stride, stride, run, head, plane.end, acc);
-                        from_float(sum(acc[0]) / cells, to + c);
-                    }
-                }
+                else
+                    for (int64_t c = 0; c < C - c0; ++c) add_runs<1>(planes + c * stride, stride, run, head, plane.end, acc + c);
+                const v8f mean = sum_each(acc) / cells;
+                float lane[block];
+                __builtin_memcpy(lane, &mean, sizeof lane);
+                row_from_float(lane, C - c0 < block ? C - c0 : block, out.as<T>() + l * C + c0);
             }
         }
     });
 }
 
-// Channels are neighbours in memory: lanes along them, the runs taken cell by cell.
+// Channels are neighbours in memory: W of them side by side, one accumulator for each lane of a run, so that every sum has
+// the order of mean_along_x, to the bit.
 template <class T>
 static void mean_along_channels(const View& features, const View& runs, const View& heads, const Plane& plane, const View& out, int threads) {
-    constexpr int64_t K = 4, chunk = K * W;  // channels at a time
-    const int64_t L = out.size[1], C = out.size[2], chunks = (C + chunk - 1) / chunk;
-    parallel_for(out.size[0] * L * chunks, 8, threads, [&](int64_t begin, int64_t end, int) {
+    const int64_t L = out.size[1], C = out.size[2], chunks = (C + W - 1) / W;
+    parallel_for(out.size[0] * L * chunks, 16, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
-            const int64_t l = job / chunks, c0 = job % chunks * chunk, left = C - c0;
+            const int64_t l = job / chunks, c0 = job % chunks * W, left = C - c0;
             const T* in = features.as<const T>() + l / L * features.stride[0] + c0;
             const int64_t* run = runs.as<const int64_t>() + l * runs.size[2];
             const int64_t* head = heads.as<const int64_t>() + 3 * l;
-            vf acc[K] = {};
-            for (int64_t i = 0; i < head[0]; ++i)
-                for (uint32_t lanes = static_cast<uint32_t>(run[i] & 0xffff); lanes != 0; lanes &= lanes - 1) {
-                    const T* p = in + (run[i] >> 16) + __builtin_ctz(lanes) * plane.column;
-                    if (left >= chunk) {
-                        for (int k = 0; k < K; ++k) acc[k] += load_as_float(p + k * W);
-                    } else {
-                        for (int64_t k = 0; k * W < left; ++k) acc[k] += left - k * W >= W ? load_as_float(p + k * W) : load_some(p + k * W, left - k * W);
-                    }
+            vf acc[W] = {};
+            for (int64_t i = 0; i < head[0]; ++i) {
+                const uint32_t lanes = static_cast<uint32_t>(run[i] & 0xffff);
+                const T* p = in + (run[i] >> 16);
+                if (left < W) {
+                    for (int x = 0; x < W; ++x)
+                        if (lanes >> x & 1) acc[x] += load_some(p + x * plane.column, left);
+                } else if (lanes == low_bits(W)) {
+                    for (int x = 0; x < W; ++x) acc[x] += load_as_float(p + x * plane.column);
+                } else {
+                    for (int x = 0; x < W; ++x)
+                        if (lanes >> x & 1) acc[x] += load_as_float(p + x * plane.column);
                 }
-            const vf cells = broadcast(static_cast<float>(head[2] > 0 ? head[2] : 1));
+            }
+            const vf mean = sum_across(acc) / broadcast(static_cast<float>(head[2] > 0 ? head[2] : 1));
             T* to = out.as<T>() + l * C + c0;
-            for (int64_t k = 0; k < K && k * W < left; ++k)
-                if (left - k * W >= W)
-                    store_float(to + k * W, acc[k] / cells);
-                else
-                    store_some(to + k * W, acc[k] / cells, left - k * W);
+            if (left < W)
+                store_some(to, mean, left);
+            else
+                store_float(to, mean);
         }
     });
 }

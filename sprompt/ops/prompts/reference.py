@@ -46,10 +46,11 @@ def wide(x: Tensor) -> Tensor:
 
 def cell_mean(features: Tensor, cells: Tensor) -> Tensor:
     """Mean of (B, C, H, W) over each of the cells (B, L, H, W), 0 where there are none; other cells are not looked at."""
-    out = wide(features).new_zeros((*cells.shape[:2], features.shape[1]))
+    values = wide(features).contiguous()  # one order of summation for every layout
+    out = values.new_zeros((*cells.shape[:2], features.shape[1]))
     for l in range(cells.shape[1]):
         inside = cells[:, l, None]
-        out[:, l] = torch.where(inside, wide(features), 0).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
+        out[:, l] = torch.where(inside, values, 0).sum((-2, -1)) / inside.sum((-2, -1)).clamp(min=1)
     return out.to(features.dtype)
 
 
