@@ -3,6 +3,7 @@
 SPROMPT_NO_EXT=1    install pure Python; every op then runs its reference
 SPROMPT_SANITIZE=1  build with AddressSanitizer and UndefinedBehaviorSanitizer
 SPROMPT_WERROR=1    treat compiler warnings as errors
+SPROMPT_EMULATE_AVX512=1  tests only: compile the avx512 level for AVX2, its instructions emulated (tests/emulation)
 """
 
 import os
@@ -39,6 +40,7 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DSPROMPT_SANITIZE={'ON' if switch('SPROMPT_SANITIZE') else 'OFF'}",
             f"-DSPROMPT_WERROR={'ON' if switch('SPROMPT_WERROR') else 'OFF'}",
+            f"-DSPROMPT_EMULATE_AVX512={'ON' if switch('SPROMPT_EMULATE_AVX512') else 'OFF'}",
         ]  # fmt: skip
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--target", "_C"], check=True)

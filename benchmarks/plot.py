@@ -19,10 +19,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks import measure
+from benchmarks import growth, measure
 from sprompt import env
 from sprompt.testing.spec import Bench
-from sprompt.testing.specs import growth
 
 RESULTS = Path(__file__).parent / "results"
 OURS, EAGER, GOAL = "#1f6f8b", "#b0b0b0", "#c0392b"
