@@ -23,7 +23,9 @@ def switch(name: str) -> bool:
 
 def require(found: bool, what: str, advice: str) -> None:
     if not found:
-        raise SystemExit(f"sprompt: {what} not found; {advice}, or type `SPROMPT_NO_EXT=1 pip install .` for pure Python")
+        raise SystemExit(
+            f"sprompt: {what} not found; {advice}, or type `SPROMPT_NO_EXT=1 pip install .` for pure Python"
+        )
 
 
 def compiler_found() -> bool:

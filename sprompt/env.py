@@ -1,5 +1,7 @@
-"""`python -m sprompt.env` prints what a bug report needs: versions, build, CPU, GPUs, switches, and which backend serves
-which op. `--markdown` prints the support matrix of the README instead."""
+"""`python -m sprompt.env` prints what a bug report needs: versions, build, CPU, GPUs, switches, and what serves which op.
+
+`--markdown` prints the support matrix instead; `--readme README.md` writes the generated tables into that file.
+"""
 
 import argparse
 import ctypes.util
@@ -150,10 +152,26 @@ def switch_table() -> str:
     return "\n".join(["| switch | what it does |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in SWITCHES.items())])
 
 
+def write_readme(path: Path) -> None:
+    """Puts the generated tables between their marks, <!-- support --> ... <!-- /support --> and likewise switches."""
+    text = path.read_text()
+    for mark, table in (("support", support_matrix()), ("switches", switch_table())):
+        head, found, rest = text.partition(f"<!-- {mark} -->\n")
+        _, closed, tail = rest.partition(f"\n<!-- /{mark} -->")
+        if not (found and closed):
+            raise SystemExit(f"{path}: there is no <!-- {mark} --> ... <!-- /{mark} -->")
+        text = head + found + table + closed + tail
+    path.write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m sprompt.env", description=__doc__)
-    parser.add_argument("--markdown", action="store_true", help="print the support matrix and the switches of the README")
-    if parser.parse_args().markdown:
+    parser.add_argument("--markdown", action="store_true", help="print the support matrix and the switches as Markdown")
+    parser.add_argument("--readme", type=Path, help="write these tables into a README, between their marks")
+    args = parser.parse_args()
+    if args.readme:
+        write_readme(args.readme)
+    elif args.markdown:
         print(support_matrix(), switch_table(), sep="\n\n")
     else:
         print(report())

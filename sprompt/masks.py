@@ -71,8 +71,10 @@ class BitMasks:
         """Indexes the batch dimensions, as a tensor of shape `self.shape` would be."""
         index = index if isinstance(index, tuple) else (index,)
         if index.count(Ellipsis) if all(not isinstance(i, Tensor) for i in index) else False:
-            return BitMasks(self.words[(*index, slice(None))], self.size)
-        return BitMasks(self.words[(*index, ..., slice(None))], self.size)
+            index = (*index, slice(None))
+        else:
+            index = (*index, ..., slice(None))
+        return BitMasks(self.words[index], self.size)
 
     def reshape(self, *shape: int) -> BitMasks:
         return BitMasks(self.words.reshape(*shape, self.words.shape[-1]), self.size)
