@@ -30,6 +30,7 @@
 // rle
 
 // saliency_masks
+#include "saliency_masks/saliency_masks.h"
 
 namespace py = pybind11;
 
@@ -94,6 +95,9 @@ PYBIND11_MODULE(_C, module) {
     // mask_nms
 
     // saliency_masks
+    SPROMPT_DEF(saliency_bits);
+    SPROMPT_DEF(saliency_soft);
+    SPROMPT_DEF(saliency_maps);
 
     // prompts
 
