@@ -20,6 +20,7 @@
 // masks
 #include "masks/masks.h"
 // mask_nms
+#include "mask_nms/mask_nms.h"
 
 // match_cost
 
@@ -93,6 +94,9 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(mask_iou);
     SPROMPT_DEF(window_masks);
     // mask_nms
+    SPROMPT_DEF(mask_nms);
+    SPROMPT_DEF(matrix_nms);
+    module.attr("nms_scratch_per_mask") = sprompt::nms_scratch_per_mask;
 
     // saliency_masks
     SPROMPT_DEF(saliency_bits);
