@@ -20,6 +20,7 @@
 // masks
 #include "masks/masks.h"
 // mask_nms
+#include "mask_nms/mask_nms.h"
 
 // match_cost
 
@@ -30,6 +31,7 @@
 // rle
 
 // saliency_masks
+#include "saliency_masks/saliency_masks.h"
 
 namespace py = pybind11;
 
@@ -92,8 +94,14 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(mask_iou);
     SPROMPT_DEF(window_masks);
     // mask_nms
+    SPROMPT_DEF(mask_nms);
+    SPROMPT_DEF(matrix_nms);
+    module.attr("nms_scratch_per_mask") = sprompt::nms_scratch_per_mask;
 
     // saliency_masks
+    SPROMPT_DEF(saliency_bits);
+    SPROMPT_DEF(saliency_soft);
+    SPROMPT_DEF(saliency_maps);
 
     // prompts
 

@@ -10,6 +10,7 @@
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 
 # mask_nms
+from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 
 # match_cost
 
@@ -35,6 +36,9 @@ __all__ = [
     "pack_masks",
     #
     # mask_nms
+    "batched_mask_nms",
+    "mask_nms",
+    "matrix_nms",
     #
     # match_cost
     #

@@ -18,6 +18,13 @@ SCHEMAS = {
     " bool flip) -> Tensor",
     #
     # mask_nms
+    # words (N, n), scores (N,) -> kept indices int64 (K,)
+    "mask_nms": "(Tensor words, Tensor scores, float iou_threshold) -> Tensor",
+    # words (B, N, n), scores (B, N), counts (B,) -> keep int64 (B, max_output), counts int64 (B,)
+    "batched_mask_nms": "(Tensor words, Tensor scores, float iou_threshold, Tensor? counts, SymInt max_output)"
+    " -> (Tensor keep, Tensor counts)",
+    # words (N, n) or (B, N, n), scores and labels (N,) or (B, N), counts (B,) -> decayed scores, of the shape of scores
+    "matrix_nms": "(Tensor words, Tensor scores, str kernel, float sigma, Tensor? labels, Tensor? counts) -> Tensor",
     #
     # saliency_masks
     #
