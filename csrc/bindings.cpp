@@ -12,7 +12,7 @@
 #include "common/views.h"
 // One header a room.
 // linear_assignment
-
+#include "linear_assignment/linear_assignment.h"
 // mask_conv
 
 // mask_loss
@@ -102,6 +102,7 @@ PYBIND11_MODULE(_C, module) {
     // match_cost
 
     // linear_assignment
+    SPROMPT_DEF(linear_assignment);
 
     // mask_loss
 

@@ -1,6 +1,7 @@
 """The kernel library: one room an op (sprompt/ops/<op>/), all of them on this page."""
 
 # linear_assignment
+from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
 
@@ -23,6 +24,7 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 
 __all__ = [
     # linear_assignment
+    "linear_assignment",
     #
     # mask_conv
     #

@@ -27,7 +27,8 @@ SCHEMAS = {
     #
     # match_cost
     #
-    # linear_assignment
+    # linear_assignment: cost (B, N, G), counts (B,) -> int64 (B, G)
+    "linear_assignment": "(Tensor cost, Tensor? counts) -> Tensor",
     #
     # mask_loss
     #
