@@ -26,7 +26,7 @@
 // prompts
 
 // resize_masks
-
+#include "resize_masks/resize_masks.h"
 // rle
 
 // saliency_masks
@@ -107,6 +107,8 @@ PYBIND11_MODULE(_C, module) {
     // mask_loss
 
     // resize_masks
+    SPROMPT_DEF(resize_masks);
+    SPROMPT_DEF(resize_bits);
 
     // rle
 }

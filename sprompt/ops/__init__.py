@@ -17,6 +17,7 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 # prompts
 
 # resize_masks
+from sprompt.ops.resize_masks import resize_masks
 
 # rle
 
@@ -43,6 +44,7 @@ __all__ = [
     # prompts
     #
     # resize_masks
+    "resize_masks",
     #
     # rle
     #
