@@ -12,7 +12,7 @@
 #include "common/views.h"
 // One header a room.
 // linear_assignment
-
+#include "linear_assignment/linear_assignment.h"
 // mask_conv
 
 // mask_loss
@@ -27,7 +27,7 @@
 // prompts
 
 // resize_masks
-
+#include "resize_masks/resize_masks.h"
 // rle
 
 // saliency_masks
@@ -110,10 +110,13 @@ PYBIND11_MODULE(_C, module) {
     // match_cost
 
     // linear_assignment
+    SPROMPT_DEF(linear_assignment);
 
     // mask_loss
 
     // resize_masks
+    SPROMPT_DEF(resize_masks);
+    SPROMPT_DEF(resize_bits);
 
     // rle
 }

@@ -34,11 +34,15 @@ SCHEMAS = {
     #
     # match_cost
     #
-    # linear_assignment
+    # linear_assignment: cost (B, N, G), counts (B,) -> int64 (B, G)
+    "linear_assignment": "(Tensor cost, Tensor? counts) -> Tensor",
     #
     # mask_loss
     #
-    # resize_masks
+    # resize_masks: soft (..., h, w) -> words (..., n) of height x width; the crop in cells, None: the whole map
+    "resize_masks": "(Tensor soft, SymInt height, SymInt width, float threshold, float? crop_height, float? crop_width) -> Tensor",
+    # words (..., n') of h x w -> words (..., n) of height x width
+    "resize_bits": "(Tensor words, SymInt h, SymInt w, SymInt height, SymInt width) -> Tensor",
     #
     # rle
     #
