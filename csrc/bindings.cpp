@@ -12,7 +12,7 @@
 #include "common/views.h"
 // One header a room.
 // linear_assignment
-
+#include "linear_assignment/linear_assignment.h"
 // mask_conv
 
 // mask_loss
@@ -20,16 +20,18 @@
 // masks
 #include "masks/masks.h"
 // mask_nms
+#include "mask_nms/mask_nms.h"
 
 // match_cost
 
 // prompts
 
 // resize_masks
-
+#include "resize_masks/resize_masks.h"
 // rle
 
 // saliency_masks
+#include "saliency_masks/saliency_masks.h"
 
 namespace py = pybind11;
 
@@ -100,8 +102,14 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(mask_iou);
     SPROMPT_DEF(window_masks);
     // mask_nms
+    SPROMPT_DEF(mask_nms);
+    SPROMPT_DEF(matrix_nms);
+    module.attr("nms_scratch_per_mask") = sprompt::nms_scratch_per_mask;
 
     // saliency_masks
+    SPROMPT_DEF(saliency_bits);
+    SPROMPT_DEF(saliency_soft);
+    SPROMPT_DEF(saliency_maps);
 
     // prompts
 
@@ -110,10 +118,13 @@ PYBIND11_MODULE(_C, module) {
     // match_cost
 
     // linear_assignment
+    SPROMPT_DEF(linear_assignment);
 
     // mask_loss
 
     // resize_masks
+    SPROMPT_DEF(resize_masks);
+    SPROMPT_DEF(resize_bits);
 
     // rle
 }
