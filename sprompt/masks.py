@@ -71,7 +71,8 @@ class BitMasks:
         """Indexes the batch dimensions, as a tensor of shape `self.shape` would be."""
         index = index if isinstance(index, tuple) else (index,)
         rest = (slice(None),) if any(i is Ellipsis for i in index) else (Ellipsis, slice(None))
-        return BitMasks(self.words[(*index, *rest)], self.size)
+        place = (*index, *rest)
+        return BitMasks(self.words[place], self.size)
 
     def reshape(self, *shape: int) -> BitMasks:
         return BitMasks(self.words.reshape(*shape, self.words.shape[-1]), self.size)
