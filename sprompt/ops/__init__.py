@@ -1,6 +1,7 @@
 """The kernel library: one room an op (sprompt/ops/<op>/), all of them on this page."""
 
 # linear_assignment
+from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
 
@@ -10,6 +11,7 @@
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 
 # mask_nms
+from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 
 # match_cost
 
@@ -17,6 +19,7 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mean
 
 # resize_masks
+from sprompt.ops.resize_masks import resize_masks
 
 # rle
 
@@ -24,6 +27,7 @@ from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mea
 
 __all__ = [
     # linear_assignment
+    "linear_assignment",
     #
     # mask_conv
     #
@@ -36,6 +40,9 @@ __all__ = [
     "pack_masks",
     #
     # mask_nms
+    "batched_mask_nms",
+    "mask_nms",
+    "matrix_nms",
     #
     # match_cost
     #
@@ -46,6 +53,7 @@ __all__ = [
     "region_mean",
     #
     # resize_masks
+    "resize_masks",
     #
     # rle
     #
