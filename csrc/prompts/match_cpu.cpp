@@ -6,96 +6,99 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 constexpr float epsilon = 1e-8f;
-constexpr int64_t slots = 20;             // of the sequential and random assignments
-constexpr int64_t kernel_block = 32;      // kernels a job
-constexpr int64_t prompt_block = 256;     // prompts whose norms are held at a time
+constexpr int64_t slots = 20;          // of the sequential and random assignments
+constexpr int64_t kernel_block = 32;   // kernels a job
+constexpr int64_t prompt_block = 255;  // prompts whose norms are held at a time, in threes
 
-// max(|x|, 1e-8) of x[C].
-template <class T>
-static float norm(const T* x, int64_t C) {
-    vf acc = {};
+// Rows x[4] of C elements are read a vector at a time: f(vector of row 0, .. 3). Zeros behind the last element.
+template <class T, class F>
+SPROMPT_INLINE void for_each_vector(int64_t C, const T* const* x, const F& f) {
     int64_t c = 0;
-    for (; c + W <= C; c += W) {
-        const vf v = load_as_float(x + c);
-        acc = fma(v, v, acc);
-    }
-    if (c < C) {
-        const vf v = load_some(x + c, C - c);
-        acc = fma(v, v, acc);
-    }
-    const float length = __builtin_sqrtf(sum(acc));
-    return length < epsilon ? epsilon : length;
+    for (; c + W <= C; c += W) f([&](int i) { return load_as_float(x[i] + c); });
+    if (c < C) f([&](int i) { return load_some(x[i] + c, C - c); });
 }
 
-// Lane 4 j + i is <k[i], p[j]>: 4 kernels x 2 prompts, all of C elements.
+// Lane i is max(|row i|, 1e-8).
 template <class T>
-SPROMPT_INLINE v8f products(const T* const* k, const T* const* p, int64_t C) {
-    vf acc[8] = {};
-    const auto step = [&](const vf* x, const vf* y) {
-        for (int j = 0; j < 2; ++j)
-            for (int i = 0; i < 4; ++i) acc[4 * j + i] = fma(x[i], y[j], acc[4 * j + i]);
-    };
-    int64_t c = 0;
-    for (; c + W <= C; c += W) {
-        const vf x[4] = {load_as_float(k[0] + c), load_as_float(k[1] + c), load_as_float(k[2] + c), load_as_float(k[3] + c)};
-        const vf y[2] = {load_as_float(p[0] + c), load_as_float(p[1] + c)};
-        step(x, y);
+SPROMPT_INLINE v4f norms(const T* const* rows, int64_t C) {
+    vf acc[4] = {};
+    for_each_vector(C, rows, [&](const auto& row) {
+        for (int i = 0; i < 4; ++i) {
+            const vf v = row(i);
+            acc[i] = fma(v, v, acc[i]);
+        }
+    });
+    v4f length = sum_four(acc);
+    for (int i = 0; i < 4; ++i) {
+        const float root = __builtin_sqrtf(length[i]);
+        length[i] = root < epsilon ? epsilon : root;
     }
-    if (c < C) {
-        const int64_t left = C - c;
-        const vf x[4] = {load_some(k[0] + c, left), load_some(k[1] + c, left), load_some(k[2] + c, left), load_some(k[3] + c, left)};
-        const vf y[2] = {load_some(p[0] + c, left), load_some(p[1] + c, left)};
-        step(x, y);
+    return length;
+}
+// norm[n] of the rows x (n, C); those behind the last are the last again, so that tiles need no end. n > 0.
+template <class T>
+static void row_norms(const T* x, int64_t stride, int64_t n, int64_t C, float* norm) {
+    for (int64_t first = 0; first < n; first += 4) {
+        const T* rows[4];
+        for (int64_t i = 0; i < 4; ++i) rows[i] = x + (first + i < n ? first + i : n - 1) * stride;
+        const v4f length = norms(rows, C);
+        __builtin_memcpy(norm + first, &length, sizeof length);
     }
-    return sum_each(acc);
 }
 
-// Best prompts of 4 kernels so far: lanes 0-3 among the even prompts, lanes 4-7 among the odd ones.
-struct Best {
-    v8f similarity;
-    v8i index;
-};
-
-// Most similar of prompts p (L, C) for kernels k (n, C), n <= 32, into index[n]. A NaN never wins; nobody wins: prompt 0.
+// similarity[j] lane i is <k[i], p[j]>: rows are k[4], p[3].
 template <class T>
-static void match_cosine(const T* k, int64_t k_stride, int64_t n, const T* p, int64_t p_stride, int64_t L, int64_t C, int64_t* index) {
-    float kernel_norm[kernel_block], prompt_norm[prompt_block];
-    Best best[kernel_block / 4];
-    for (int64_t i = 0; i < n; ++i) kernel_norm[i] = norm(k + i * k_stride, C);
-    for (Best& b : best) b = {v8f{} - __builtin_inff(), v8i{}};
+SPROMPT_INLINE void products(const T* const* rows, int64_t C, v4f* dot) {
+    vf acc[12] = {};
+    for_each_vector(C, rows, [&](const auto& row) {
+        const vf y[3] = {row(4), row(5), row(6)};
+        for (int i = 0; i < 4; ++i) {
+            const vf x = row(i);
+            for (int j = 0; j < 3; ++j) acc[4 * j + i] = fma(x, y[j], acc[4 * j + i]);
+        }
+    });
+    for (int j = 0; j < 3; ++j) dot[j] = sum_four(acc + 4 * j);
+}
+
+SPROMPT_INLINE v4i choose(v4i condition, v4i yes, v4i no) { return (condition & yes) | (~condition & no); }
+
+// Most similar of prompts p (L, C), L > 0, for kernels k (n, C), 0 < n <= 32, into index[n]. A NaN never wins; nobody wins: 0.
+template <class T>
+static void match_cosine(const T* k, int64_t k_stride, int64_t n, const T* p, int64_t p_stride, int64_t L, int64_t C,
+                         int64_t* index) {
+    float kernel_norm[kernel_block], prompt_norm[prompt_block + 1];
+    v4f best[kernel_block / 4];
+    v4i which[kernel_block / 4];
+    row_norms(k, k_stride, n, C, kernel_norm);
+    for (int64_t tile = 0; 4 * tile < n; ++tile) {
+        best[tile] = v4f{} - __builtin_inff();
+        which[tile] = v4i{};
+    }
     for (int64_t first = 0; first < L; first += prompt_block) {
         const int64_t last = first + prompt_block < L ? first + prompt_block : L;
-        for (int64_t l = first; l < last; ++l) prompt_norm[l - first] = norm(p + l * p_stride, C);
+        row_norms(p + first * p_stride, p_stride, last - first, C, prompt_norm);
         for (int64_t tile = 0; 4 * tile < n; ++tile) {
-            const T* kernel[4];
-            v8f scale;
-            for (int64_t i = 0; i < 4; ++i) {  // behind the last kernel: the last again, and not read
-                const int64_t row = 4 * tile + i < n ? 4 * tile + i : n - 1;
-                kernel[i] = k + row * k_stride;
-                scale[i] = scale[i + 4] = kernel_norm[row];
+            const T* rows[7];
+            for (int64_t i = 0; i < 4; ++i) rows[i] = k + (4 * tile + i < n ? 4 * tile + i : n - 1) * k_stride;
+            v4f scale;
+            __builtin_memcpy(&scale, kernel_norm + 4 * tile, sizeof scale);
+            for (int64_t l = first; l < last; l += 3) {
+                const auto place = [&](int64_t j) {
+                    return l + j < last ? l + j : last - 1;
+                };  // the last again: it cannot win twice
+                for (int64_t j = 0; j < 3; ++j) rows[4 + j] = p + place(j) * p_stride;
+                v4f dot[3];
+                products(rows, C, dot);
+                for (int64_t j = 0; j < 3; ++j) {
+                    const v4f similarity = dot[j] / (scale * prompt_norm[place(j) - first]);
+                    const v4i better = similarity > best[tile];
+                    best[tile] = (v4f)choose(better, (v4i)similarity, (v4i)best[tile]);
+                    which[tile] = choose(better, v4i{} + static_cast<int32_t>(place(j)), which[tile]);
+                }
             }
-            Best b = best[tile];
-            for (int64_t l = first; l < last; l += 2) {
-                const int64_t next = l + 1 < last ? l + 1 : l;
-                const T* const prompt[2] = {p + l * p_stride, p + next * p_stride};
-                const v8f x = v8f{} + prompt_norm[l - first], y = v8f{} + prompt_norm[next - first];
-                const v8i odd = {0, 0, 0, 0, -1, -1, -1, -1};
-                const v8f both = (v8f)((~odd & (v8i)x) | (odd & (v8i)y));
-                const v8f similarity = products(kernel, prompt, C) / (scale * both);
-                const v8i better = similarity > b.similarity;
-                const v8i here = (~odd & static_cast<int32_t>(l)) | (odd & static_cast<int32_t>(next));
-                b.similarity = (v8f)((better & (v8i)similarity) | (~better & (v8i)b.similarity));
-                b.index = (better & here) | (~better & b.index);
-            }
-            best[tile] = b;
         }
     }
-    for (int64_t i = 0; i < n; ++i) {
-        const Best& b = best[i / 4];
-        const int64_t even = i % 4, odd = even + 4;
-        const bool take_odd = b.similarity[odd] > b.similarity[even] || (b.similarity[odd] == b.similarity[even] && b.index[odd] < b.index[even]);
-        index[i] = b.index[take_odd ? odd : even];
-    }
+    for (int64_t i = 0; i < n; ++i) index[i] = which[i / 4][i % 4];
 }
 
 // Prompt of slot t when L prompts share the slots: each L / 20 times in a row, the rest of the slots are the first prompts.
@@ -112,8 +115,8 @@ static void add_rows(const T* x, const T* y, int64_t C, T* out) {
 }
 
 template <class T>
-static void match(const View& kernels, const View& prompts, const View& counts, const View& keep, const View& order, bool cosine,
-                  const View& out, const View& index, int threads) {
+static void match(const View& kernels, const View& prompts, const View& counts, const View& keep, const View& order,
+                  bool cosine, const View& out, const View& index, int threads) {
     const int64_t N = out.size[1], C = out.size[2], blocks = (N + kernel_block - 1) / kernel_block;
     const int64_t k_batch = kernels.rank == 3 ? kernels.stride[0] : 0, k_stride = kernels.stride[kernels.rank - 2];
     parallel_for(out.size[0] * blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
@@ -144,8 +147,8 @@ static void match(const View& kernels, const View& prompts, const View& counts, 
     });
 }
 
-void prompt_match(const View& kernels, const View& prompts, const View& counts, const View& keep, const View& order, bool cosine,
-                  const View& out, const View& index, int threads) {
+void prompt_match(const View& kernels, const View& prompts, const View& counts, const View& keep, const View& order,
+                  bool cosine, const View& out, const View& index, int threads) {
     SPROMPT_FLOAT_TYPES(out.dtype, T, match<T>(kernels, prompts, counts, keep, order, cosine, out, index, threads))
 }
 

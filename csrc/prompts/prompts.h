@@ -18,12 +18,13 @@ SPROMPT_KERNEL(region_mean, const View& features, const View& boxes, const View&
                const View& problem, const View& out, int threads)
 
 // out (B, L, C) as above <- features as above, words (B, L, n) u32, contiguous. Empty masks give 0.
-SPROMPT_KERNEL(mask_mean, const View& features, const View& words, const View& runs, const View& heads, const View& out, int threads)
+SPROMPT_KERNEL(mask_mean, const View& features, const View& words, const View& runs, const View& heads, const View& out,
+               int threads)
 
-// out (B, C, H, W), contiguous <- grad (B, L, C) of out's type, any strides. sums (threads, 8 * H * W) f32 is scratch of
+// out (B, C, H, W), contiguous <- grad (B, L, C) of out's type, any strides. sums (threads, 4 * H * W) f32 is scratch of
 // half types, none for f32. Every cell's sum is in float32, in the order of the boxes.
-SPROMPT_KERNEL(region_mean_backward, const View& grad, const View& boxes, const View& counts, const View& runs, const View& heads,
-               const View& sums, const View& out, int threads)
+SPROMPT_KERNEL(region_mean_backward, const View& grad, const View& boxes, const View& counts, const View& runs,
+               const View& heads, const View& sums, const View& out, int threads)
 SPROMPT_KERNEL(mask_mean_backward, const View& grad, const View& words, const View& runs, const View& heads, const View& sums,
                const View& out, int threads)
 

@@ -82,7 +82,7 @@ def _region_mean_backward(grad: Tensor, boxes: Tensor, counts: Tensor | None, he
     out = grad.new_empty((batch, channels, height, width))
     runs, heads = _scratch(grad, batch, length, height, width)
     threads = native.threads()
-    sums = _sums(out, threads, 8 * height * width)
+    sums = _sums(out, threads, 4 * height * width)
     native._C.region_mean_backward(grad, _boxes(boxes), counts, runs, heads, sums, out, threads)
     return out
 
@@ -122,7 +122,7 @@ def _mask_mean_backward(grad: Tensor, words: Tensor, height: int, width: int) ->
     out = grad.new_empty((batch, channels, height, width))
     runs, heads = _scratch(grad, batch, length, height, width)
     threads = native.threads()
-    sums = _sums(out, threads, 8 * height * width)
+    sums = _sums(out, threads, 4 * height * width)
     native._C.mask_mean_backward(grad, words.contiguous(), runs, heads, sums, out, threads)
     return out
 
