@@ -10,6 +10,7 @@ from torch import Tensor
 import sprompt
 from sprompt.ops import PromptMatch, mask_boxes, mask_mean, pack_masks, prompt_match, region_mean
 from sprompt.testing.compare import assert_same_bits
+from sprompt.testing.specs import prompt_match as match_spec
 from sprompt.testing.specs import prompts as spec
 
 BACKENDS = [os.environ["SPROMPT_BACKEND"]] if os.environ.get("SPROMPT_BACKEND") else ["native", "reference"]
@@ -28,7 +29,9 @@ def cells(height: int, width: int, *boxes: list[float]) -> list[int]:
     out = []
     for box in boxes:
         mean = region_mean(features, torch.tensor([[box]], dtype=torch.float64)).item()
-        count = next(n for n in range(1, height * width + 1) if (mean * n).is_integer() and int(mean * n).bit_count() == n)
+        count = next(
+            n for n in range(1, height * width + 1) if (mean * n).is_integer() and int(mean * n).bit_count() == n
+        )
         out.append(int(mean * count))
     return out
 
@@ -166,7 +169,11 @@ def test_layouts_give_the_same_bits(dtype: torch.dtype):
         masks, boxes = torch.rand(2, 3, h, w) < 0.4, spec.random_boxes(2, 3, h, w, 1)
         wide = torch.zeros(2, c, h + 2, w + 3, dtype=dtype)
         wide[:, :, 1:-1, 2:-1] = features
-        for layout in (features.contiguous(memory_format=torch.channels_last), wide[:, :, 1:-1, 2:-1], features.mT.contiguous().mT):
+        for layout in (
+            features.contiguous(memory_format=torch.channels_last),
+            wide[:, :, 1:-1, 2:-1],
+            features.mT.contiguous().mT,
+        ):
             assert torch.equal(layout, features)
             assert torch.equal(mask_mean(layout, masks), mask_mean(features, masks))
             assert torch.equal(region_mean(layout, boxes), region_mean(features, boxes))
@@ -177,11 +184,11 @@ def test_layouts_give_the_same_bits(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_extremes(dtype: torch.dtype):
-    for sample in spec.match_extremes(torch.device("cpu"), dtype, 3):
+    for sample in match_spec.match_extremes(torch.device("cpu"), dtype, 3):
         exact = sample.map(lambda t: t.double())
-        actual, expected = prompt_match(*sample.args), spec.match_oracle(*exact.args)
+        actual, expected = prompt_match(*sample.args), match_spec.match_oracle(*exact.args)
         assert torch.equal(actual.index, expected.index), sample.name
-        spec.compare_match(actual, expected, sample)
+        match_spec.compare_match(actual, expected, sample)
 
 
 def test_by_hand():

@@ -40,7 +40,9 @@ def region_mean(features: Tensor, boxes: Tensor, counts: Tensor | None = None) -
     """
     _checked_map("region_mean", features)
     checks.tensor("region_mean", "boxes", boxes, (*checks.FLOATS, *checks.INTEGERS))
-    checks.shape("region_mean", "boxes", boxes, "(B, L, 4)", (features.shape[0], None, 4), "pad the boxes and give counts")
+    checks.shape(
+        "region_mean", "boxes", boxes, "(B, L, 4)", (features.shape[0], None, 4), "pad the boxes and give counts"
+    )
     checks.counts("region_mean", counts, features.shape[0])
     checks.same_device("region_mean", features=features, boxes=boxes, counts=counts)
     return torch.ops.sprompt.region_mean(features, boxes.detach(), counts)
@@ -79,7 +81,7 @@ class PromptMatch(NamedTuple):
     """What `prompt_match` returns."""
 
     kernels: Tensor  # (B, N, C): the kernels with their prompts added
-    index: Tensor  # (B, N) int64: the prompt of each kernel, -1 for none
+    index: Tensor  # type: ignore[assignment]  # (B, N) int64: the prompt of each kernel, -1 for none
 
 
 def prompt_match(
@@ -152,4 +154,6 @@ def _checked_generator(generator: Any, kernels: Tensor) -> None:
         checks.bad_type("prompt_match", "generator", "be a torch.Generator or None", type(generator).__name__)
     if generator.device.type != kernels.device.type:
         advice = "make it with torch.Generator(device)"
-        checks.bad_value("prompt_match", "generator", f"be on the device of kernels ({kernels.device})", generator.device, advice)
+        checks.bad_value(
+            "prompt_match", "generator", f"be on the device of kernels ({kernels.device})", generator.device, advice
+        )

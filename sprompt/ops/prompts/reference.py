@@ -103,7 +103,9 @@ def prompt_match(
     number = kernels.shape[-2]
     kernels = kernels.expand(batch, number, channels)
     if length == 0:
-        return kernels.clone(memory_format=torch.contiguous_format), prompts.new_full((batch, number), -1, dtype=torch.int64)
+        return kernels.clone(memory_format=torch.contiguous_format), prompts.new_full(
+            (batch, number), -1, dtype=torch.int64
+        )
     if counts is None:
         counts = torch.full((batch,), length, device=prompts.device)
     if by_cosine:
