@@ -1,0 +1,363 @@
+"""mask_nms, batched_mask_nms, matrix_nms."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks
+from sprompt.ops import batched_mask_nms, mask_nms, matrix_nms, pack_masks
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+
+
+def saliency(count: int, height: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
+    """Soft maps of seeds in a smooth random feature map (specs/saliency_prompt.md §2.2-2.4), (count, height, width): what the
+    suppression of saliency masks meets. Many are near duplicates; large and small ones mix; none is empty."""
+    g = random(seed)
+    coarse = torch.randn(1, 32, 5, 7, generator=g)
+    features = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear").flatten(2)[0]
+    features = torch.nn.functional.normalize(features + 0.3 * torch.randn(features.shape, generator=g), dim=0)
+    seeds = torch.randint(height * width, (count,), generator=g)
+    maps = features[:, seeds].T @ features
+    low, high = maps.amin(1, keepdim=True), maps.amax(1, keepdim=True)
+    return ((maps - low) / (high - low)).reshape(count, height, width).to(device)
+
+
+def _scores(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """In 64 steps, so that ties occur."""
+    return (torch.randint(64, shape, generator=random(seed)) / 64).to(device, dtype)
+
+
+def _cases(device: torch.device, dtype: torch.dtype, seed: int) -> list[tuple[str, Tensor | BitMasks, Tensor]]:
+    """(name, masks (N, ...), scores (N,))."""
+    g = random(seed)
+    cases: list[tuple[str, Tensor | BitMasks, Tensor]] = []
+    for n, height, width in ((40, 9, 11), (33, 30, 34), (37, 1, 3), (150, 12, 20), (20, 97, 101)):
+        cases.append((f"{n} blobs {height}x{width}", blobs(n, height, width, seed, device), _scores((n,), seed, device, dtype)))
+    cases.append(("saliency maps", saliency(140, 13, 17, seed, device), _scores((140,), seed, device, dtype)))
+    dense = (torch.rand(70, 8, 9, generator=g) < 0.5).to(device)
+    cases.append(("random bits", pack_masks(dense), _scores((70,), seed, device, dtype)))
+    tied = dense[torch.randint(5, (70,), generator=g).to(device)]  # duplicates of five masks, all of one score
+    tied[::7] = False
+    cases.append(("duplicates, empty ones, one score", tied, torch.ones(70, device=device, dtype=dtype)))
+    scores = torch.randn(70, generator=g).to(device, dtype)
+    scores[:8] = torch.tensor([float("nan"), -torch.inf, 0.0, -0.0, float("nan"), torch.inf, -torch.inf, torch.inf])
+    cases += [
+        ("NaN, infinities and zeros", tied, scores),
+        ("one mask", dense[:1], scores[2:3]),
+        ("no masks", dense[:0], scores[:0]),
+        ("all empty", torch.zeros_like(dense), scores),
+        ("no pixels", dense[:, :0], scores),
+    ]
+    return cases
+
+
+def _batch(device: torch.device, dtype: torch.dtype, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    masks = torch.stack([saliency(45, 10, 14, seed + b, device) for b in range(3)])
+    scores = _scores((3, 45), seed, device, dtype)
+    scores[2, 20:] = float("nan")
+    return masks, scores, torch.tensor([45, 30, 0], device=device)
+
+
+def _mask_nms_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    samples = [Sample(name, (masks, scores)) for name, masks, scores in _cases(device, dtype, seed)]
+    for threshold in (0.0, 0.25, 0.7, 1.0):
+        samples += [Sample(f"{s.name}, threshold {threshold}", (*s.args, threshold)) for s in (samples[0], samples[5], samples[7])]
+    return samples
+
+
+def _batched_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    masks, scores, counts = _batch(device, dtype, seed)
+    return [
+        Sample("batch", (masks, scores)),
+        Sample("counts", (pack_masks(masks), scores, 0.4, counts)),
+        Sample("counts, at most 4", (masks, scores, 0.6, counts, 4)),
+        Sample("more room than masks", (masks, scores, 0.3, counts, 50)),
+        Sample("at most 0", (masks, scores, 0.5, None, 0)),
+        Sample("many images", (masks.repeat(4, 1, 1, 1), scores.repeat(4, 1), 0.5, counts.repeat(4))),
+        Sample("no images", (masks[:0], scores[:0], 0.5, counts[:0])),
+        Sample("no masks", (masks[:, :0], scores[:, :0], 0.5, None, 2)),
+        *(Sample(name, (masks[None], scores[None])) for name, masks, scores in _cases(device, dtype, seed)[5:]),
+    ]
+
+
+def _matrix_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    samples = []
+    for number, (name, masks, scores) in enumerate(_cases(device, dtype, seed)):
+        finite = scores.nan_to_num(nan=float("nan"), posinf=3.0, neginf=-3.0)  # 0 * inf is no number to compare
+        labels = torch.randint(3, scores.shape, generator=random(seed)).to(device)
+        samples += [
+            Sample(f"{name}, gaussian", (masks, finite), {"sigma": (2.0, 0.5, 10.0)[number % 3]}),
+            Sample(f"{name}, linear", (masks, finite), {"kernel": "linear"}),
+            Sample(f"{name}, labels", (masks, finite), {"kernel": ("linear", "gaussian")[number % 2], "labels": labels}),
+        ]
+    masks, scores, counts = _batch(device, dtype, seed)
+    labels = torch.arange(45, device=device).expand(3, 45) % 2
+    return [
+        *samples,
+        Sample("sigma 0", (masks[0], scores[0]), {"sigma": 0.0}),
+        Sample("batch", (masks, scores)),
+        Sample("counts", (pack_masks(masks), scores), {"counts": counts, "kernel": "linear"}),
+        Sample("counts and labels", (masks, scores), {"counts": counts, "labels": labels}),
+        Sample("many images", (masks.repeat(4, 1, 1, 1), scores.repeat(4, 1)), {"counts": counts.repeat(4)}),
+        Sample("no images", (masks[:0], scores[:0]), {"counts": counts[:0]}),
+    ]
+
+
+# -- truths: loops over boolean arrays, pair by pair
+def _pixels(masks: BitMasks | Tensor) -> Any:
+    dense = masks.to_dense() if isinstance(masks, BitMasks) else masks
+    return ((dense > 0.5) if dense.is_floating_point() else (dense != 0)).flatten(-2).cpu().numpy()
+
+
+def _visit(scores: Any) -> list[int]:
+    return sorted(range(len(scores)), key=lambda i: (np.inf if np.isnan(scores[i]) else -scores[i], i))
+
+
+def _iou(a: Any, b: Any) -> float:
+    either = int((a | b).sum())
+    return int((a & b).sum()) / either if either else 0.0
+
+
+def _greedy(pixels: Any, scores: Any, threshold: float) -> list[int]:
+    kept: list[int] = []
+    for j in _visit(scores):
+        if pixels[j].any() and all(_iou(pixels[i], pixels[j]) <= threshold for i in kept):
+            kept.append(j)
+    return kept
+
+
+def _mask_nms_oracle(masks: BitMasks | Tensor, scores: Tensor, iou_threshold: float = 0.5) -> Tensor:
+    kept = _greedy(_pixels(masks), scores.double().cpu().numpy(), iou_threshold)
+    return torch.tensor(kept, dtype=torch.int64, device=scores.device)
+
+
+def _batched_oracle(
+    masks: BitMasks | Tensor,
+    scores: Tensor,
+    iou_threshold: float = 0.5,
+    counts: Tensor | None = None,
+    max_output: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    pixels = _pixels(masks)
+    most = scores.shape[1] if max_output is None else max_output
+    keep = np.full((scores.shape[0], most), -1, dtype=np.int64)
+    found = np.zeros(scores.shape[0], dtype=np.int64)
+    for b in range(scores.shape[0]):
+        n = scores.shape[1] if counts is None else int(counts[b])
+        kept = _greedy(pixels[b, :n], scores[b, :n].double().cpu().numpy(), iou_threshold)[:most]
+        keep[b, : len(kept)] = kept
+        found[b] = len(kept)
+    return torch.from_numpy(keep).to(scores.device), torch.from_numpy(found).to(scores.device)
+
+
+def _matrix_oracle(
+    masks: BitMasks | Tensor,
+    scores: Tensor,
+    *,
+    kernel: str = "gaussian",
+    sigma: float = 2.0,
+    labels: Tensor | None = None,
+    counts: Tensor | None = None,
+) -> Tensor:
+    if scores.dim() == 2:
+        rows = []
+        for b in range(scores.shape[0]):
+            n = scores.shape[1] if counts is None else int(counts[b])
+            one = masks[b][:n]
+            row = torch.zeros_like(scores[b])
+            row[:n] = _matrix_oracle(one, scores[b, :n], kernel=kernel, sigma=sigma, labels=None if labels is None else labels[b, :n])
+            rows.append(row)
+        return torch.stack(rows) if rows else torch.zeros_like(scores)
+    pixels, values = _pixels(masks), scores.double().cpu().numpy()
+    label = np.zeros(len(values)) if labels is None else labels.cpu().numpy()
+    order = _visit(values)
+    most: dict[int, float] = {}
+    out = values.copy()
+    for rank, j in enumerate(order):
+        pairs = [(i, _iou(pixels[i], pixels[j])) for i in order[:rank] if label[i] == label[j]]
+        most[j] = max((iou for _, iou in pairs), default=0.0)
+        if kernel == "gaussian":
+            ratios = [np.exp(-sigma * iou**2) / np.exp(-sigma * most[i] ** 2) for i, iou in pairs]
+        else:
+            ratios = [(1 - iou) / max(1 - most[i], 1e-6) for i, iou in pairs]
+        out[j] = values[j] * min(ratios, default=1.0)
+    return torch.from_numpy(out).to(scores.device, scores.dtype)
+
+
+# -- what the released code does
+def _dense(masks: BitMasks | Tensor) -> Tensor:
+    return masks.to_dense() if isinstance(masks, BitMasks) else masks > 0.5
+
+
+def _eager_greedy(masks: BitMasks | Tensor, scores: Tensor, iou_threshold: float = 0.5) -> Tensor:
+    order = torch.sort(scores, descending=True, stable=True).indices
+    flat = _dense(masks)[order].flatten(1).float()
+    common = flat @ flat.T
+    area = flat.sum(1)
+    iou = common / (area[:, None] + area - common)
+    keep = torch.ones(len(order), dtype=torch.bool, device=flat.device)
+    for i in range(len(order) - 1):
+        if keep[i]:
+            keep[i + 1 :] &= ~(iou[i, i + 1 :] > iou_threshold)
+    return order[keep]
+
+
+def _eager_batched(masks: Tensor, scores: Tensor, iou_threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+    keep = torch.full(scores.shape, -1, dtype=torch.int64, device=scores.device)
+    counts = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    for b in range(len(scores)):
+        kept = _eager_greedy(masks[b], scores[b], iou_threshold)
+        keep[b, : len(kept)] = kept
+        counts[b] = len(kept)
+    return keep, counts
+
+
+def _eager_matrix(masks: BitMasks | Tensor, scores: Tensor, *, kernel: str = "gaussian", sigma: float = 2.0) -> Tensor:
+    order = torch.sort(scores, descending=True, stable=True).indices
+    flat = _dense(masks)[order].flatten(1).float()
+    n = len(order)
+    common = flat @ flat.T
+    area = flat.sum(1).expand(n, n)
+    iou = (common / (area + area.T - common)).triu(diagonal=1)
+    most = iou.max(0).values.expand(n, n).T
+    if kernel == "gaussian":
+        ratio = torch.exp(-sigma * iou**2) / torch.exp(-sigma * most**2)
+    else:
+        ratio = (1 - iou) / (1 - most)
+    decay = ratio.min(0).values
+    return torch.empty_like(scores).scatter_(0, order, scores[order] * decay)
+
+
+_m, _s = torch.zeros(3, 4, 5), torch.zeros(3)
+_bm, _bs = _m[None], _s[None]
+_c = torch.tensor([3])
+
+
+def _shared_errors(op: Any, name: str, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
+    return (
+        ErrorCase("masks None", lambda: op(None, s), TypeError, rf"{name}: masks must be a BitMasks or a dense tensor, got NoneType"),
+        ErrorCase("masks complex", lambda: op(m.cfloat(), s), TypeError, rf"{name}: masks must have dtype bool"),
+        ErrorCase("masks of rank 1", lambda: op(m.flatten(), s), ValueError, rf"{name}: masks must have shape \(..., H, W\), got"),
+        ErrorCase("a single mask", lambda: op(torch.zeros(4, 5), s), ValueError, rf"{name}: masks must have batch dimensions \("),
+        ErrorCase("masks of rank 5", lambda: op(torch.zeros(1, 1, 3, 4, 5), s), ValueError, rf"{name}: masks must have batch dimensions \("),
+        ErrorCase("scores a list", lambda: op(m, [0.5]), TypeError, rf"{name}: scores must be a tensor, got list"),
+        ErrorCase("scores int64", lambda: op(m, s.long()), TypeError, rf"{name}: scores must have dtype float32"),
+        ErrorCase("scores too few", lambda: op(m, s[..., :2]), ValueError, rf"{name}: scores must have the batch dimensions of masks, "),
+        ErrorCase("scores of another rank", lambda: op(m, s[None]), ValueError, rf"{name}: scores must have the batch dimensions of masks, "),
+        ErrorCase("two devices", lambda: op(m, s.to("meta")), ValueError, rf"{name}: scores must be on the device of masks \(cpu\), got meta"),
+    )  # fmt: skip
+
+
+def _threshold_errors(op: Any, name: str, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
+    rule = rf"{name}: iou_threshold must lie between 0 and 1, got "
+    return (
+        ErrorCase("threshold NaN", lambda: op(m, s, float("nan")), ValueError, rule + "nan"),
+        ErrorCase("threshold negative", lambda: op(m, s, -0.1), ValueError, rule + "-0.1"),
+        ErrorCase("threshold above 1", lambda: op(m, s, 1.5), ValueError, rule + "1.5"),
+        ErrorCase("threshold a string", lambda: op(m, s, "0.5"), TypeError, rule + "'0.5'"),
+    )
+
+
+def _counts_errors(op: Any, name: str) -> tuple[ErrorCase, ...]:
+    return (
+        ErrorCase("counts a list", lambda: op(_bm, _bs, counts=[3]), TypeError, rf"{name}: counts must be a tensor, got list"),
+        ErrorCase("counts int32", lambda: op(_bm, _bs, counts=_c.int()), TypeError, rf"{name}: counts must have dtype int64, got int32"),
+        ErrorCase("counts of rank 2", lambda: op(_bm, _bs, counts=_c[None]), ValueError, rf"{name}: counts must have shape \(B,\)"),
+        ErrorCase("counts too many", lambda: op(_bm, _bs, counts=_c.repeat(2)), ValueError, rf"{name}: counts must have shape \(B,\) = \(1,\), got \(2,\)"),
+        ErrorCase("a count above N", lambda: op(_bm, _bs, counts=_c + 1), ValueError, rf"{name}: counts must lie between 0 and 3, got 4"),
+        ErrorCase("a negative count", lambda: op(_bm, _bs, counts=_c - 4), ValueError, rf"{name}: counts must lie between 0 and 3, got -1"),
+        ErrorCase("counts elsewhere", lambda: op(_bm, _bs, counts=_c.to("meta")), ValueError, rf"{name}: counts must be on the device of masks"),
+    )  # fmt: skip
+
+
+SPECS = [
+    OpSpec(
+        mask_nms, _mask_nms_samples, ("mask_nms",), oracle=_mask_nms_oracle, dynamic=True,
+        errors=(
+            *_shared_errors(mask_nms, "mask_nms", _m, _s), *_threshold_errors(mask_nms, "mask_nms", _m, _s),
+            ErrorCase("a batch", lambda: mask_nms(_bm, _bs), ValueError, r"mask_nms: masks must have batch dimensions \(N,\), got \(1, 3\)"),
+        ),
+    ),
+    OpSpec(
+        batched_mask_nms, _batched_samples, ("batched_mask_nms",), oracle=_batched_oracle,
+        errors=(
+            *_shared_errors(batched_mask_nms, "batched_mask_nms", _bm, _bs),
+            *_threshold_errors(batched_mask_nms, "batched_mask_nms", _bm, _bs), *_counts_errors(batched_mask_nms, "batched_mask_nms"),
+            ErrorCase("no batch", lambda: batched_mask_nms(_m, _s), ValueError, r"batched_mask_nms: masks must have batch dimensions \(B, N\), got \(3,\)"),
+            ErrorCase("max_output negative", lambda: batched_mask_nms(_bm, _bs, max_output=-1), ValueError, r"batched_mask_nms: max_output must be a whole number of at least 0, got -1"),
+            ErrorCase("max_output a float", lambda: batched_mask_nms(_bm, _bs, max_output=2.0), TypeError, r"batched_mask_nms: max_output must be a whole number"),
+        ),
+    ),
+    OpSpec(
+        matrix_nms, _matrix_samples, ("matrix_nms",), oracle=_matrix_oracle,
+        # One float32 exponential and product; sigma * (iou^2 - c^2) is held in float64.
+        bound=lambda sample: (2e-6, 1e-7),
+        errors=(
+            *_shared_errors(matrix_nms, "matrix_nms", _m, _s), *_counts_errors(matrix_nms, "matrix_nms"),
+            ErrorCase("kernel", lambda: matrix_nms(_m, _s, kernel="box"), ValueError, r"matrix_nms: kernel must be one of 'gaussian', 'linear', got 'box'"),
+            ErrorCase("sigma negative", lambda: matrix_nms(_m, _s, sigma=-1), ValueError, r"matrix_nms: sigma must be a finite number of at least 0, got -1"),
+            ErrorCase("sigma infinite", lambda: matrix_nms(_m, _s, sigma=float("inf")), ValueError, r"matrix_nms: sigma must be a finite number"),
+            ErrorCase("sigma a string", lambda: matrix_nms(_m, _s, sigma="2"), TypeError, r"matrix_nms: sigma must be a finite number"),
+            ErrorCase("labels float", lambda: matrix_nms(_m, _s, labels=_s), TypeError, r"matrix_nms: labels must have dtype int64, got float32"),
+            ErrorCase("labels too few", lambda: matrix_nms(_m, _s, labels=_c), ValueError, r"matrix_nms: labels must have the shape of scores, \(3,\), got \(1,\)"),
+            ErrorCase("labels elsewhere", lambda: matrix_nms(_m, _s, labels=_s.long().to("meta")), ValueError, r"matrix_nms: labels must be on the device of masks"),
+            ErrorCase("counts without a batch", lambda: matrix_nms(_m, _s, counts=_c), ValueError, r"matrix_nms: counts must be None where there is no batch"),
+        ),
+    ),
+]  # fmt: skip
+
+
+def _bench(source: Any, count: int, height: int, width: int, packed: bool = False, batch: int = 0) -> Any:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+        maps = torch.cat([source(count, height, width, seed + b, device) for b in range(max(batch, 1))])
+        # The released code's pairs of empty masks are 0 / 0; saliency proposals have at least two pixels.
+        maps.flatten(1)[torch.arange(len(maps)), torch.randint(height * width, (len(maps),), generator=random(seed)).to(device)] = 1
+        scores = torch.rand(len(maps), generator=random(seed)).to(device, dtype)
+        if batch:
+            maps, scores = maps.unflatten(0, (batch, count)), scores.unflatten(0, (batch, count))
+        return Sample("", (pack_masks(maps) if packed else maps, scores))
+
+    return make
+
+
+def _agree_matrix(ours: Tensor, eager: Tensor, sample: Sample) -> None:
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+
+
+def _pairs(count: int, height: int, width: int) -> dict[str, float]:
+    """The pair matrix as a product, and packed masks read once."""
+    return {"flops": 2.0 * count * count * height * width, "bytes": count * height * width / 8}
+
+
+BENCHES = [
+    Bench(
+        mask_nms, "1102 x (25x34) saliency maps, from dense", _bench(saliency, 1102, 25, 34), _eager_greedy, vectorised=False,
+        flops=2.0 * 1102**2 * 850, bytes=1102 * 850 * 4, goals={"forward": 25},
+    ),
+    Bench(
+        mask_nms, "1102 x (25x34) blobs, from dense", _bench(blobs, 1102, 25, 34), _eager_greedy, vectorised=False,
+        flops=2.0 * 1102**2 * 850, bytes=1102 * 850 * 4, goals={"forward": 25},
+    ),
+    Bench(
+        mask_nms, "500 x (200x272) blobs, from dense", _bench(blobs, 500, 200, 272), _eager_greedy, vectorised=False,
+        flops=2.0 * 500**2 * 54400, bytes=500 * 54400 * 4, goals={"forward": 40},
+    ),
+    Bench(
+        mask_nms, "500 x (200x272) blobs, from bits", _bench(blobs, 500, 200, 272, packed=True), _eager_greedy, vectorised=False,
+        **_pairs(500, 200, 272), goals={"forward": 100},
+    ),
+    Bench(
+        batched_mask_nms, "12 x 500 x (25x34) saliency maps, from dense", _bench(saliency, 500, 25, 34, batch=12), _eager_batched,
+        vectorised=False, flops=12 * 2.0 * 500**2 * 850, bytes=12 * 500 * 850 * 4, goals={"forward": 25},
+    ),
+    Bench(
+        matrix_nms, "1102 x (25x34) saliency maps, from dense", _bench(saliency, 1102, 25, 34), _eager_matrix,
+        agree=_agree_matrix, flops=2.0 * 1102**2 * 850, bytes=1102 * 850 * 4, goals={"forward": 15},
+    ),
+    Bench(
+        matrix_nms, "1102 x (25x34) blobs, from bits", _bench(blobs, 1102, 25, 34, packed=True), _eager_matrix, vectorised=False,
+        agree=_agree_matrix, **_pairs(1102, 25, 34), goals={"forward": 15},
+    ),
+]  # fmt: skip
