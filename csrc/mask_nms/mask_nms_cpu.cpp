@@ -148,30 +148,35 @@ static void sort_scores(const T* scores, int64_t stride, const Image& im) {
         order = other, other = o;
     }
 }
-static void sort_by_score(const View& scores, int64_t image, const Image& im) {
-    SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))
+static void sort_by_score(const View& scores, int64_t image, const Image& im){
+    SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))}
+
+// Threads for work of about so many nanoseconds: waking the others costs some microseconds, and far more on a busy machine.
+SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
+    return nanoseconds > 100000 ? threads : 1;
 }
 
 // Profile and area of every mask, by place.
 static void describe(const Image& im, const Binning& cut, int threads) {
     const int64_t unit = (int64_t{1} << cut.shift) - 1;
-    parallel_for(im.N, 1 + (1 << 15) / (cut.n + 16), threads, [&](int64_t begin, int64_t end, int) {
+    const int64_t cost = 64 + cut.n / 4;  // about nanoseconds a mask
+    parallel_for(im.N, 1 + 30000 / cost, threads_for(im.N * cost, threads), [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
             const uint32_t* mask = im.mask(i);
             int16_t* profile = im.profile + i * bins;
             int64_t area = 0;
-            int32_t first = bins, end = 0;
+            int32_t first_bin = bins, end_bin = 0;
             for (int bin = 0; bin < bins; ++bin) {
                 const int64_t set = bin < cut.count ? count_bins(mask, mask, cut, bin, bin + 1) : 0;
                 profile[bin] = static_cast<int16_t>((set + unit) >> cut.shift);
                 area += set;
                 if (set == 0) continue;
-                if (end == 0) first = bin;
-                end = bin + 1;
+                if (end_bin == 0) first_bin = bin;
+                end_bin = bin + 1;
             }
             im.area[i] = area;
-            im.span[2 * i] = first;
-            im.span[2 * i + 1] = end;
+            im.span[2 * i] = first_bin;
+            im.span[2 * i + 1] = end_bin;
         }
     });
 }
@@ -277,8 +282,7 @@ struct Greedy {
     }
 
     // A block of masks is compared in parallel with those kept before it, then one after the other with those of the block.
-    // A block whose work looks smaller than the start of the threads (by the pairs that the block before it counted) runs
-    // alone.
+    // How much work a block is, the pairs that the block before it counted tell.
     void run(int64_t most, int threads) {
         constexpr int64_t block = 128;
         constexpr uint32_t gone = ~uint32_t{0};
@@ -286,8 +290,8 @@ struct Greedy {
         int64_t counted = 0;
         for (int64_t begin = 0; begin < im.N && kept < most; begin += block) {
             const int64_t end = begin + block < im.N ? begin + block : im.N, before = kept;
-            const int64_t work = counted * (16 + cut.n / 4) + (end - begin) * kept;  // about nanoseconds
-            parallel_for(end - begin, 8, work > 40000 ? threads : 1, [&](int64_t first, int64_t last, int) {
+            const int64_t work = counted * (16 + cut.n / 4) + (end - begin) * kept;
+            parallel_for(end - begin, 8, threads_for(work, threads), [&](int64_t first, int64_t last, int) {
                 for (int64_t j = begin + first; j < begin + last; ++j) {
                     uint32_t found = 0;
                     pairs[j] = im.area[j] == 0 || removed(j, 0, found) ? gone : found;
@@ -389,12 +393,13 @@ struct Matrix {
 
     // A block of columns is compared in parallel with the masks before it, then column by column with those of the block.
     void run(int threads) const {
-        constexpr int64_t block = 64;
+        const int64_t block = im.N < 8 * 64 ? 64 : (im.N + 7) / 8;
         for (int64_t begin = 0; begin < im.N; begin += block) {
             const int64_t end = begin + block < im.N ? begin + block : im.N;
-            parallel_for(end - begin, 4, threads, [&](int64_t first, int64_t last, int) {
-                for (int64_t j = begin + first; j < begin + last; ++j) column(j, 0, begin);
-            });
+            parallel_for(end - begin, 4, threads_for((end - begin) * begin * (3 + cut.n / 64), threads),
+                         [&](int64_t first, int64_t last, int) {
+                             for (int64_t j = begin + first; j < begin + last; ++j) column(j, 0, begin);
+                         });
             for (int64_t j = begin; j < end; ++j) {
                 column(j, begin, j);
                 close(j);

@@ -79,10 +79,8 @@ def matrix_nms(
     decay = torch.ones_like(most)
     for j in range(1, scores.shape[-1]):
         iou, pairs, c = row(j), label[:, :j] == label[:, j, None], most[:, :j]
-        if kernel == "gaussian":
-            ratio = torch.exp(-sigma * (iou**2 - c**2))
-        else:
-            ratio = (1 - iou) / (1 - c).clamp(min=SMALLEST)
+        gaussian = kernel == "gaussian"
+        ratio = torch.exp(-sigma * (iou**2 - c**2)) if gaussian else (1 - iou) / (1 - c).clamp(min=SMALLEST)
         most[:, j] = torch.where(pairs, iou, 0).amax(-1)
         decay[:, j] = torch.where(pairs, ratio, 1).amin(-1)
     decayed = torch.where(real, scores.gather(-1, order).double() * decay, 0)

@@ -235,11 +235,8 @@ def _eager_matrix(masks: BitMasks | Tensor, scores: Tensor, *, kernel: str = "ga
     area = flat.sum(1).expand(n, n)
     iou = (common / (area + area.T - common)).triu(diagonal=1)
     most = iou.max(0).values.expand(n, n).T
-    if kernel == "gaussian":
-        ratio = torch.exp(-sigma * iou**2) / torch.exp(-sigma * most**2)
-    else:
-        ratio = (1 - iou) / (1 - most)
-    decay = ratio.min(0).values
+    f = (lambda t: torch.exp(-sigma * t**2)) if kernel == "gaussian" else (lambda t: 1 - t)
+    decay = (f(iou) / f(most)).min(0).values
     return torch.empty_like(scores).scatter_(0, order, scores[order] * decay)
 
 
@@ -248,78 +245,117 @@ _bm, _bs = _m[None], _s[None]
 _c = torch.tensor([3])
 
 
-def _shared_errors(op: Any, name: str, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
-    return (
-        ErrorCase("masks None", lambda: op(None, s), TypeError, rf"{name}: masks must be a BitMasks or a dense tensor, got NoneType"),
-        ErrorCase("masks complex", lambda: op(m.cfloat(), s), TypeError, rf"{name}: masks must have dtype bool"),
-        ErrorCase("masks of rank 1", lambda: op(m.flatten(), s), ValueError, rf"{name}: masks must have shape \(..., H, W\), got"),
-        ErrorCase("a single mask", lambda: op(torch.zeros(4, 5), s), ValueError, rf"{name}: masks must have batch dimensions \("),
-        ErrorCase("masks of rank 5", lambda: op(torch.zeros(1, 1, 3, 4, 5), s), ValueError, rf"{name}: masks must have batch dimensions \("),
-        ErrorCase("scores a list", lambda: op(m, [0.5]), TypeError, rf"{name}: scores must be a tensor, got list"),
-        ErrorCase("scores int64", lambda: op(m, s.long()), TypeError, rf"{name}: scores must have dtype float32"),
-        ErrorCase("scores too few", lambda: op(m, s[..., :2]), ValueError, rf"{name}: scores must have the batch dimensions of masks, "),
-        ErrorCase("scores of another rank", lambda: op(m, s[None]), ValueError, rf"{name}: scores must have the batch dimensions of masks, "),
-        ErrorCase("two devices", lambda: op(m, s.to("meta")), ValueError, rf"{name}: scores must be on the device of masks \(cpu\), got meta"),
-    )  # fmt: skip
+def _bad(op: Any, name: str, error: type[Exception], rule: str, *args: Any, **options: Any) -> ErrorCase:
+    return ErrorCase(name, lambda: op(*args, **options), error, f"{op.__name__}: {rule}")
 
 
-def _threshold_errors(op: Any, name: str, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
-    rule = rf"{name}: iou_threshold must lie between 0 and 1, got "
+def _shared_errors(op: Any, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
+    """Of masks and scores, in the ranks that the op takes."""
+    form, leading = r"masks must have batch dimensions \(", "scores must have the batch dimensions of masks, "
     return (
-        ErrorCase("threshold NaN", lambda: op(m, s, float("nan")), ValueError, rule + "nan"),
-        ErrorCase("threshold negative", lambda: op(m, s, -0.1), ValueError, rule + "-0.1"),
-        ErrorCase("threshold above 1", lambda: op(m, s, 1.5), ValueError, rule + "1.5"),
-        ErrorCase("threshold a string", lambda: op(m, s, "0.5"), TypeError, rule + "'0.5'"),
+        _bad(op, "masks None", TypeError, "masks must be a BitMasks or a dense tensor, got NoneType", None, s),
+        _bad(op, "masks complex", TypeError, "masks must have dtype bool", m.cfloat(), s),
+        _bad(op, "masks of rank 1", ValueError, r"masks must have shape \(..., H, W\), got", m.flatten(), s),
+        _bad(op, "a single mask", ValueError, form, torch.zeros(4, 5), s),
+        _bad(op, "masks of rank 5", ValueError, form, torch.zeros(1, 1, 3, 4, 5), s),
+        _bad(op, "scores a list", TypeError, "scores must be a tensor, got list", m, [0.5]),
+        _bad(op, "scores int64", TypeError, "scores must have dtype float32", m, s.long()),
+        _bad(op, "scores too few", ValueError, leading, m, s[..., :2]),
+        _bad(op, "scores of another rank", ValueError, leading, m, s[None]),
+        _bad(
+            op, "two devices", ValueError, r"scores must be on the device of masks \(cpu\), got meta", m, s.to("meta")
+        ),
     )
 
 
-def _counts_errors(op: Any, name: str) -> tuple[ErrorCase, ...]:
+def _threshold_errors(op: Any, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
+    rule = "iou_threshold must lie between 0 and 1, got "
     return (
-        ErrorCase("counts a list", lambda: op(_bm, _bs, counts=[3]), TypeError, rf"{name}: counts must be a tensor, got list"),
-        ErrorCase("counts int32", lambda: op(_bm, _bs, counts=_c.int()), TypeError, rf"{name}: counts must have dtype int64, got int32"),
-        ErrorCase("counts of rank 2", lambda: op(_bm, _bs, counts=_c[None]), ValueError, rf"{name}: counts must have shape \(B,\)"),
-        ErrorCase("counts too many", lambda: op(_bm, _bs, counts=_c.repeat(2)), ValueError, rf"{name}: counts must have shape \(B,\) = \(1,\), got \(2,\)"),
-        ErrorCase("a count above N", lambda: op(_bm, _bs, counts=_c + 1), ValueError, rf"{name}: counts must lie between 0 and 3, got 4"),
-        ErrorCase("a negative count", lambda: op(_bm, _bs, counts=_c - 4), ValueError, rf"{name}: counts must lie between 0 and 3, got -1"),
-        ErrorCase("counts elsewhere", lambda: op(_bm, _bs, counts=_c.to("meta")), ValueError, rf"{name}: counts must be on the device of masks"),
-    )  # fmt: skip
+        _bad(op, "threshold NaN", ValueError, rule + "nan", m, s, float("nan")),
+        _bad(op, "threshold negative", ValueError, rule + "-0.1", m, s, -0.1),
+        _bad(op, "threshold above 1", ValueError, rule + "1.5", m, s, 1.5),
+        _bad(op, "threshold a string", TypeError, rule + "'0.5'", m, s, "0.5"),
+    )
 
+
+def _counts_errors(op: Any) -> tuple[ErrorCase, ...]:
+    form, values = r"counts must have shape \(B,\) = \(1,\), got \(", "counts must lie between 0 and 3, got "
+    return (
+        _bad(op, "counts a list", TypeError, "counts must be a tensor, got list", _bm, _bs, counts=[3]),
+        _bad(op, "counts int32", TypeError, "counts must have dtype int64, got int32", _bm, _bs, counts=_c.int()),
+        _bad(
+            op,
+            "counts of rank 2",
+            ValueError,
+            r"counts must have shape \(B,\), got \(1, 1\)",
+            _bm,
+            _bs,
+            counts=_c[None],
+        ),
+        _bad(op, "counts too many", ValueError, form + "2", _bm, _bs, counts=_c.repeat(2)),
+        _bad(op, "a count above N", ValueError, values + "4", _bm, _bs, counts=_c + 1),
+        _bad(op, "a negative count", ValueError, values + "-1", _bm, _bs, counts=_c - 4),
+        _bad(
+            op, "counts elsewhere", ValueError, "counts must be on the device of masks", _bm, _bs, counts=_c.to("meta")
+        ),
+    )
+
+
+def _matrix_errors() -> tuple[ErrorCase, ...]:
+    op, sigma = matrix_nms, "sigma must be a finite number of at least 0, got "
+    shape = r"labels must have the shape of scores, \(3,\), got \(1,\)"
+    return (
+        _bad(op, "kernel", ValueError, "kernel must be one of 'gaussian', 'linear', got 'box'", _m, _s, kernel="box"),
+        _bad(op, "sigma negative", ValueError, sigma + "-1", _m, _s, sigma=-1),
+        _bad(op, "sigma infinite", ValueError, sigma + "inf", _m, _s, sigma=float("inf")),
+        _bad(op, "sigma a string", TypeError, sigma + "'2'", _m, _s, sigma="2"),
+        _bad(op, "labels float", TypeError, "labels must have dtype int64, got float32", _m, _s, labels=_s),
+        _bad(op, "labels too few", ValueError, shape, _m, _s, labels=_c),
+        _bad(op, "labels elsewhere", ValueError, "labels must be on the device", _m, _s, labels=_s.long().to("meta")),
+        _bad(op, "counts, no batch", ValueError, "counts must be None where there is no batch", _m, _s, counts=_c),
+    )
+
+
+_rank = r"masks must have batch dimensions \("
+_most = "max_output must be a whole number of at least 0, got "
 
 SPECS = [
     OpSpec(
-        mask_nms, _mask_nms_samples, ("mask_nms",), oracle=_mask_nms_oracle, dynamic=True,
+        mask_nms,
+        _mask_nms_samples,
+        ("mask_nms",),
+        oracle=_mask_nms_oracle,
+        dynamic=True,
         errors=(
-            *_shared_errors(mask_nms, "mask_nms", _m, _s), *_threshold_errors(mask_nms, "mask_nms", _m, _s),
-            ErrorCase("a batch", lambda: mask_nms(_bm, _bs), ValueError, r"mask_nms: masks must have batch dimensions \(N,\), got \(1, 3\)"),
+            *_shared_errors(mask_nms, _m, _s),
+            *_threshold_errors(mask_nms, _m, _s),
+            _bad(mask_nms, "a batch", ValueError, _rank + r"N,\), got \(1, 3\)", _bm, _bs),
         ),
     ),
     OpSpec(
-        batched_mask_nms, _batched_samples, ("batched_mask_nms",), oracle=_batched_oracle,
+        batched_mask_nms,
+        _batched_samples,
+        ("batched_mask_nms",),
+        oracle=_batched_oracle,
         errors=(
-            *_shared_errors(batched_mask_nms, "batched_mask_nms", _bm, _bs),
-            *_threshold_errors(batched_mask_nms, "batched_mask_nms", _bm, _bs), *_counts_errors(batched_mask_nms, "batched_mask_nms"),
-            ErrorCase("no batch", lambda: batched_mask_nms(_m, _s), ValueError, r"batched_mask_nms: masks must have batch dimensions \(B, N\), got \(3,\)"),
-            ErrorCase("max_output negative", lambda: batched_mask_nms(_bm, _bs, max_output=-1), ValueError, r"batched_mask_nms: max_output must be a whole number of at least 0, got -1"),
-            ErrorCase("max_output a float", lambda: batched_mask_nms(_bm, _bs, max_output=2.0), TypeError, r"batched_mask_nms: max_output must be a whole number"),
+            *_shared_errors(batched_mask_nms, _bm, _bs),
+            *_threshold_errors(batched_mask_nms, _bm, _bs),
+            *_counts_errors(batched_mask_nms),
+            _bad(batched_mask_nms, "no batch", ValueError, _rank + r"B, N\), got \(3,\)", _m, _s),
+            _bad(batched_mask_nms, "max_output negative", ValueError, _most + "-1", _bm, _bs, max_output=-1),
+            _bad(batched_mask_nms, "max_output a float", TypeError, _most + "2.0", _bm, _bs, max_output=2.0),
         ),
     ),
     OpSpec(
-        matrix_nms, _matrix_samples, ("matrix_nms",), oracle=_matrix_oracle,
+        matrix_nms,
+        _matrix_samples,
+        ("matrix_nms",),
+        oracle=_matrix_oracle,
         # One float32 exponential and product; sigma * (iou^2 - c^2) is held in float64.
         bound=lambda sample: (2e-6, 1e-7),
-        errors=(
-            *_shared_errors(matrix_nms, "matrix_nms", _m, _s), *_counts_errors(matrix_nms, "matrix_nms"),
-            ErrorCase("kernel", lambda: matrix_nms(_m, _s, kernel="box"), ValueError, r"matrix_nms: kernel must be one of 'gaussian', 'linear', got 'box'"),
-            ErrorCase("sigma negative", lambda: matrix_nms(_m, _s, sigma=-1), ValueError, r"matrix_nms: sigma must be a finite number of at least 0, got -1"),
-            ErrorCase("sigma infinite", lambda: matrix_nms(_m, _s, sigma=float("inf")), ValueError, r"matrix_nms: sigma must be a finite number"),
-            ErrorCase("sigma a string", lambda: matrix_nms(_m, _s, sigma="2"), TypeError, r"matrix_nms: sigma must be a finite number"),
-            ErrorCase("labels float", lambda: matrix_nms(_m, _s, labels=_s), TypeError, r"matrix_nms: labels must have dtype int64, got float32"),
-            ErrorCase("labels too few", lambda: matrix_nms(_m, _s, labels=_c), ValueError, r"matrix_nms: labels must have the shape of scores, \(3,\), got \(1,\)"),
-            ErrorCase("labels elsewhere", lambda: matrix_nms(_m, _s, labels=_s.long().to("meta")), ValueError, r"matrix_nms: labels must be on the device of masks"),
-            ErrorCase("counts without a batch", lambda: matrix_nms(_m, _s, counts=_c), ValueError, r"matrix_nms: counts must be None where there is no batch"),
-        ),
+        errors=(*_shared_errors(matrix_nms, _m, _s), *_counts_errors(matrix_nms), *_matrix_errors()),
     ),
-]  # fmt: skip
+]
 
 
 def _bench(source: Any, count: int, height: int, width: int, packed: bool = False, batch: int = 0) -> Any:
