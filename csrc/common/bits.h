@@ -87,8 +87,9 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
         __m256i bytes = _mm256_setzero_si256();
         for (; i + 8 <= n; i += 8) bytes = _mm256_add_epi8(bytes, popcount_bytes(both(i)));
         if (i < n) {
-            const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-            const auto part = [&](const uint32_t* words) { return _mm256_maskload_epi32(reinterpret_cast<const int*>(words + i), rest); };
+            const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), place);
+            const auto part = [&](const uint32_t* row) { return _mm256_maskload_epi32(reinterpret_cast<const int*>(row + i), rest); };
             bytes = _mm256_add_epi8(bytes, popcount_bytes(part(a) & part(b)));
         }
         return total + sum_lanes(_mm256_sad_epu8(bytes, _mm256_setzero_si256()));
