@@ -11,6 +11,7 @@ from sprompt.ops.linear_assignment import linear_assignment
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 
 # mask_nms
+from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 
 # match_cost
 
@@ -38,6 +39,9 @@ __all__ = [
     "pack_masks",
     #
     # mask_nms
+    "batched_mask_nms",
+    "mask_nms",
+    "matrix_nms",
     #
     # match_cost
     #
