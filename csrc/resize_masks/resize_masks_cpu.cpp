@@ -1,7 +1,7 @@
-// Enlarging: interpolation never leaves the range of the cells that it weighs: it is monotone in each of them, rounding included.
-// So 32 pixels of a row ("a segment") whose cells all lie on one side of the threshold need no arithmetic. A source row is
-// read once and compared cell by cell; only the segments that have cells on both sides are widened to output columns, and
-// only those are interpolated downwards. Reducing to half or less: comparing all cells would cost more than it saves.
+// Enlarging: interpolation never leaves the range of the cells that it weighs: it is monotone in each of them, rounding
+// included. So 32 pixels of a row ("a segment") whose cells all lie on one side of the threshold need no arithmetic. A source
+// row is read once and compared cell by cell; only the segments that have cells on both sides are widened to output columns,
+// and only those are interpolated downwards. Reducing to half or less: comparing all cells would cost more than it saves.
 #include "resize_masks/resize_masks.h"
 
 #include "common/bits.h"
@@ -10,6 +10,7 @@
 
 namespace sprompt {
 namespace SPROMPT_ISA {
+namespace {  // member functions would be shared code otherwise
 
 constexpr int64_t segment = 32;
 constexpr uint8_t below = 1, above = 2, widened = 4;  // a segment's state in one source row; 1 and 2: all its cells
@@ -45,13 +46,13 @@ struct Plan {
 
 // One source row.
 struct Row {
-    int64_t index;                       // which, -1: none
-    const float* cells;                  // (used), the source's own or in `buffer`
-    float* buffer;                       // (w, padded to 32)
-    float* wide;                         // (32 segments) the cells at output columns, where widened
-    uint32_t *below_cells, *above_cells; // bit i: cell i is below `low`, above `high`
-    uint8_t* state;                      // (segments)
-    uint8_t common;                      // state that all segments share, below or above
+    int64_t index;                        // which, -1: none
+    const float* cells;                   // (used), the source's own or in `buffer`
+    float* buffer;                        // (w, padded to 32)
+    float* wide;                          // (32 segments) the cells at output columns, where widened
+    uint32_t *below_cells, *above_cells;  // bit i: cell i is below `low`, above `high`
+    uint8_t* state;                       // (segments)
+    uint8_t common;                       // state that all segments share, below or above
 };
 
 // Hands out parts of the scratch tensor, whole cache lines each. scratch_words in registration.py counts the same way.
@@ -123,7 +124,7 @@ SPROMPT_INLINE bool all_set(const uint32_t* words, int64_t begin, int64_t end) {
 }
 
 template <class Source>
-static void read_row(const Plan& plan, const Source& source, int64_t y, Row& row) {
+void read_row(const Plan& plan, const Source& source, int64_t y, Row& row) {
     const vf low = broadcast(plan.low), high = broadcast(plan.high);
     const float* cells = row.cells = source.row(y, plan.used, row.buffer);
     row.index = y;
@@ -201,7 +202,7 @@ SPROMPT_INLINE void two_cells(const Plan& plan, const float* cells, int64_t x, v
 #endif
 }
 
-static void widen(const Plan& plan, Row& row, int64_t s) {
+void widen(const Plan& plan, Row& row, int64_t s) {
     if (row.state[s] & widened) return;
     row.state[s] |= widened;
     for (int64_t x = s * segment; x < (s + 1) * segment; x += W) {
@@ -287,7 +288,8 @@ struct Worker {
                     put_many(writer, run_state[run] == above ? ~0u : 0u, to - s * segment);
                 } else {
                     for (; s < last; ++s) {
-                        const uint32_t bits = segment_bits(upper->wide + s * segment, lower->wide + s * segment, w0, w1, threshold);
+                        const uint32_t bits =
+                            segment_bits(upper->wide + s * segment, lower->wide + s * segment, w0, w1, threshold);
                         const int64_t left = plan.width - s * segment;
                         if (left >= segment)
                             writer.put(bits, 32);
@@ -304,8 +306,8 @@ struct Worker {
 
 // source_of(m) is the source of mask m.
 template <class SourceOf>
-static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, double extent_height,
-                       double extent_width, const View& words, const View& scratch, int threads, const SourceOf& source_of) {
+void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, double extent_height,
+                double extent_width, const View& words, const View& scratch, int threads, const SourceOf& source_of) {
     Plan plan;
     plan.h = h;
     plan.w = w;
@@ -340,9 +342,10 @@ static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int6
     for (int64_t x = 0; x < columns; ++x)
         plan.pair[x] = plan.first[x] < plan.used - 2 ? plan.first[x] : static_cast<int32_t>(plan.used) - 2;
 
-    const int64_t padded = round_up(w, 32), worker_bytes = 2 * (round_up(4 * padded, 64) + round_up(4 * columns, 64) +
-                                                                2 * round_up(padded / 8 + 8, 64) + round_up(plan.segments, 64)) +
-                                                           round_up(plan.segments, 64) + round_up(4 * plan.segments, 64);
+    const int64_t padded = round_up(w, 32),
+                  worker_bytes = 2 * (round_up(4 * padded, 64) + round_up(4 * columns, 64) + 2 * round_up(padded / 8 + 8, 64) +
+                                      round_up(plan.segments, 64)) +
+                                 round_up(plan.segments, 64) + round_up(4 * plan.segments, 64);
     char* const worker_memory = memory.next;
 
     // Bands of rows begin at whole words: 64 rows of any width are a multiple of 32 pixels.
@@ -367,12 +370,15 @@ static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int6
     });
 }
 
+}  // namespace
+
 void resize_masks(const View& soft, int64_t height, int64_t width, float threshold, double extent_height, double extent_width,
                   const View& words, const View& scratch, int threads) {
     SPROMPT_FLOAT_TYPES(soft.dtype, T,
-                        resize_all(soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height, extent_width, words,
-                                   scratch, threads, [&](int64_t mask) {
-                                       return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1], soft.stride[2]};
+                        resize_all(soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height,
+                                   extent_width, words, scratch, threads, [&](int64_t mask) {
+                                       return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1],
+                                                       soft.stride[2]};
                                    }))
 }
 
