@@ -182,10 +182,12 @@ SPROMPT_INLINE void two_cells(const Plan& plan, const float* cells, int64_t x, v
 #elif defined(__AVX2__)
     if (plan.used >= 2) {  // pairs of neighbours: far cheaper than two gathers
         const int32_t* pair = plan.pair + x;
-        const auto two = [&](int k) {
-            const __m128d one = _mm_load_sd(reinterpret_cast<const double*>(cells + pair[k]));
-            return _mm_castpd_ps(_mm_loadh_pd(one, reinterpret_cast<const double*>(cells + pair[k + 1])));
+        const auto one = [&](int k) {
+            double both;
+            __builtin_memcpy(&both, cells + pair[k], sizeof both);
+            return both;
         };
+        const auto two = [&](int k) { return _mm_castpd_ps(_mm_set_pd(one(k + 1), one(k))); };
         const __m256 even = _mm256_set_m128(two(4), two(0)), odd = _mm256_set_m128(two(6), two(2));
         const vf low = (vf)_mm256_shuffle_ps(even, odd, 0x88), high = (vf)_mm256_shuffle_ps(even, odd, 0xdd);
         const vi start = load(pair);

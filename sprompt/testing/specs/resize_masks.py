@@ -134,10 +134,14 @@ def _eager(soft: Tensor, size: tuple[int, int], *, threshold: float = 0.0) -> Te
     return torch.nn.functional.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0] > threshold
 
 
-def _agree(actual: BitMasks, expected: BitMasks | Tensor, sample: Sample) -> None:
-    """At most one pixel in a million differs: those within rounding of the threshold."""
-    dense = expected.to_dense() if isinstance(expected, BitMasks) else expected
-    assert (actual.to_dense() != dense).sum() <= 1e-6 * dense.numel() + 1
+def _agree(actual: BitMasks, expected: Tensor, sample: Sample) -> None:
+    """Differs from eager only close to the threshold: torch rounds coordinates to float32, and half results to half."""
+    soft, size = sample.args
+    near = (1e-4 if soft.dtype == torch.float32 else 2.0**-6) * float(soft.abs().max())
+    for m in range(len(soft)):
+        off = actual[m].to_dense() != expected[m]
+        assert interpolated(soft[m], size, None)[0][off].abs().sum() <= near * int(off.sum())
+        assert int(off.sum()) <= 1e-3 * off.numel(), f"{int(off.sum())} of {off.numel()} pixels of mask {m} differ"
 
 
 def _bytes(count: int, source: int, target: int) -> float:
