@@ -16,13 +16,13 @@
 // mask_conv
 
 // mask_loss
-
+#include "mask_loss/mask_loss.h"
 // masks
 #include "masks/masks.h"
 // mask_nms
 
 // match_cost
-
+#include "match_cost/match_cost.h"
 // prompts
 
 // resize_masks
@@ -100,11 +100,12 @@ PYBIND11_MODULE(_C, module) {
     // mask_conv
 
     // match_cost
-
+    SPROMPT_DEF(match_cost);
     // linear_assignment
 
     // mask_loss
-
+    SPROMPT_DEF(mask_loss);
+    SPROMPT_DEF(mask_loss_backward);
     // resize_masks
 
     // rle

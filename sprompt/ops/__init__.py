@@ -5,6 +5,7 @@
 # mask_conv
 
 # mask_loss
+from sprompt.ops.mask_loss import mask_loss
 
 # masks
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
@@ -12,6 +13,7 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 # mask_nms
 
 # match_cost
+from sprompt.ops.match_cost import match_cost
 
 # prompts
 
@@ -27,6 +29,7 @@ __all__ = [
     # mask_conv
     #
     # mask_loss
+    "mask_loss",
     #
     # masks
     "mask_area",
@@ -37,6 +40,7 @@ __all__ = [
     # mask_nms
     #
     # match_cost
+    "match_cost",
     #
     # prompts
     #

@@ -25,11 +25,18 @@ SCHEMAS = {
     #
     # mask_conv
     #
-    # match_cost
+    # match_cost: mask_logits (B, N, h, w), targets (B, G, h*upsample, w*upsample) and ratio 0, or words (B, G, n) of masks
+    # `ratio` times that size, class_logits (B, N, K), labels (B, G) -> float32 (B, N, G)
+    "match_cost": "(Tensor mask_logits, Tensor targets, int ratio, Tensor? class_logits, Tensor? labels, Tensor? counts,"
+    " float class_weight, float bce_weight, float dice_weight, SymInt upsample) -> Tensor",
     #
     # linear_assignment
     #
-    # mask_loss
+    # mask_loss: logits (M, h, w), targets (M, h*upsample, w*upsample) and ratio 0, or words (M, n) of masks `ratio` times that
+    # size -> bce (M,), dice (M,), sums (M, 3) for the gradient, all float32
+    "mask_loss": "(Tensor logits, Tensor targets, int ratio, SymInt upsample) -> (Tensor bce, Tensor dice, Tensor sums)",
+    "mask_loss_backward": "(Tensor grad_bce, Tensor grad_dice, Tensor logits, Tensor targets, Tensor sums, int ratio,"
+    " SymInt upsample) -> Tensor",
     #
     # resize_masks
     #
