@@ -70,9 +70,8 @@ class BitMasks:
     def __getitem__(self, index: Any) -> BitMasks:
         """Indexes the batch dimensions, as a tensor of shape `self.shape` would be."""
         index = index if isinstance(index, tuple) else (index,)
-        if index.count(Ellipsis) if all(not isinstance(i, Tensor) for i in index) else False:
-            return BitMasks(self.words[(*index, slice(None))], self.size)
-        return BitMasks(self.words[(*index, ..., slice(None))], self.size)
+        rest = (slice(None),) if any(i is Ellipsis for i in index) else (Ellipsis, slice(None))
+        return BitMasks(self.words[(*index, *rest)], self.size)
 
     def reshape(self, *shape: int) -> BitMasks:
         return BitMasks(self.words.reshape(*shape, self.words.shape[-1]), self.size)

@@ -11,8 +11,8 @@ SCHEMAS = {
     "unpack_masks": "(Tensor words, SymInt pixels) -> Tensor",
     "mask_area": "(Tensor words) -> Tensor",
     "mask_boxes": "(Tensor words, SymInt height, SymInt width) -> Tensor",
-    # a (..., N, n), b (..., M, n) -> float32 (..., N, M)
-    "mask_iou": "(Tensor a, Tensor b) -> Tensor",
+    # a (..., N, n), b (..., M, n) or None (b is a), rows of `width` pixels -> float32 (..., N, M)
+    "mask_iou": "(Tensor a, Tensor? b, SymInt width) -> Tensor",
     # words (..., n) of height x width -> words of the window [top, left] + out sizes, zeros outside, columns mirrored if flip
     "window_masks": "(Tensor words, SymInt height, SymInt width, SymInt top, SymInt left, SymInt out_height, SymInt out_width,"
     " bool flip) -> Tensor",
