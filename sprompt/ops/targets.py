@@ -52,9 +52,9 @@ def loss_dtype(*inputs: Tensor | None) -> torch.dtype:
 
 
 def soft_targets(targets: Tensor, ratio: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Targets as the loss means them, (..., height, width)."""
+    """Targets as the loss means them, (..., height, width), contiguous: torch's sums depend on the layout."""
     if ratio == 0:
-        return (targets if targets.is_floating_point() else targets != 0).to(dtype)
+        return (targets if targets.is_floating_point() else targets != 0).to(dtype).contiguous()
     bits = unpack_masks(targets, ratio * height * ratio * width)
     bits = bits.reshape(*targets.shape[:-1], ratio * height, ratio * width).to(dtype)
     if ratio == 1:
@@ -65,8 +65,8 @@ def soft_targets(targets: Tensor, ratio: int, height: int, width: int, dtype: to
 
 
 def upsampled(logits: Tensor, upsample: int, dtype: torch.dtype) -> Tensor:
-    """(..., h, w) -> (..., h·upsample, w·upsample), bilinear with half-pixel centres."""
-    maps = logits.to(dtype)
+    """(..., h, w) -> (..., h·upsample, w·upsample), bilinear with half-pixel centres; contiguous."""
+    maps = logits.to(dtype).contiguous()
     if upsample == 1:
         return maps
     size = (*maps.shape[:-2], maps.shape[-2] * upsample, maps.shape[-1] * upsample)
