@@ -32,7 +32,9 @@ def once(call: Call, device: torch.device, repeats: int = 1) -> float:
     return (time.perf_counter() - begin) * 1e3 / repeats
 
 
-def interleaved(calls: dict[str, Call], device: torch.device, seconds: float, rounds: int = 51) -> dict[str, list[float]]:
+def interleaved(
+    calls: dict[str, Call], device: torch.device, seconds: float, rounds: int = 51
+) -> dict[str, list[float]]:
     """Times the calls in turn, A B C A B C …, so that a slow moment of the machine meets all of them.
 
     Two warm-up calls each; then at least 5 rounds, and more until `seconds` are over. A call shorter than 0.3 ms is
@@ -44,7 +46,9 @@ def interleaved(calls: dict[str, Call], device: torch.device, seconds: float, ro
         repeats[name] = max(1, min(200, int(0.3 / max(once(call, device), 1e-4))))
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 5 or (time.perf_counter() < end and len(next(iter(times.values()))) < rounds):
+    while len(next(iter(times.values()))) < 5 or (
+        time.perf_counter() < end and len(next(iter(times.values()))) < rounds
+    ):
         for name, call in calls.items():
             times[name].append(once(call, device, repeats[name]))
     return times

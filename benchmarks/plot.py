@@ -1,7 +1,7 @@
 """Pictures of the benchmark: bars against eager, and growth with the number of masks, prompts, the image side and the batch.
 
-    python -m benchmarks.plot bars benchmarks/results/cpu.json      -> benchmarks/results/cpu.png
-    python -m benchmarks.plot growth                                -> benchmarks/results/growth.png, growth.json
+python -m benchmarks.plot bars benchmarks/results/cpu.json      -> benchmarks/results/cpu.png
+python -m benchmarks.plot growth                                -> benchmarks/results/growth.png, growth.json
 """
 
 from __future__ import annotations
@@ -19,17 +19,18 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from benchmarks import measure
+from benchmarks import growth, measure
 from sprompt import env
 from sprompt.testing.spec import Bench
-from sprompt.testing.specs import growth
 
 RESULTS = Path(__file__).parent / "results"
 OURS, EAGER, GOAL = "#1f6f8b", "#b0b0b0", "#c0392b"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     bars_parser = commands.add_parser("bars", help="one bar a row of a JSON of benchmarks.run")
     bars_parser.add_argument("json", type=Path)
@@ -79,8 +80,8 @@ def measure_growth(device: torch.device, seconds: float) -> list[dict[str, Any]]
     for curve in growth.CURVES:
         points: list[dict[str, Any]] = []
         for size in curve.sizes:
-            bench = curve.bench(size)
-            sample = bench.make(device, torch.float32, 0)
+            bench = curve.bench
+            sample = curve.make(size).map(lambda t: t.to(device))
             calls: dict[str, Callable[[], Any]] = {
                 "ours": lambda s=sample, f=bench.function: f(*s.args, **s.kwargs),
                 "eager": lambda s=sample, f=bench.eager: f(*s.args, **s.kwargs),

@@ -25,15 +25,23 @@ MODES = ("forward", "backward", "full", "memory")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
-    parser.add_argument("--mode", action="append", choices=MODES, help="only this mode (may be repeated); default: all that a row has")
+    parser.add_argument(
+        "--mode", action="append", choices=MODES, help="only this mode (may be repeated); default: all that a row has"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each row is timed (default: 2)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes most of the time)")
-    parser.add_argument("--quick", action="store_true", help="forward only, first dtype, half a second a row, no torch.compile")
+    parser.add_argument(
+        "--quick", action="store_true", help="forward only, first dtype, half a second a row, no torch.compile"
+    )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--markdown", type=Path, help="replace the table between the benchmark markers of this file (README.md)")
+    parser.add_argument(
+        "--markdown", type=Path, help="replace the table between the benchmark markers of this file (README.md)"
+    )
     options = parser.parse_args()
 
     if options.quick:
@@ -73,7 +81,13 @@ def main() -> int:
 
 
 def row(
-    bench: Bench, dtype: torch.dtype, mode: str, device: torch.device, seconds: float, compiled: bool, ceilings: dict[str, float]
+    bench: Bench,
+    dtype: torch.dtype,
+    mode: str,
+    device: torch.device,
+    seconds: float,
+    compiled: bool,
+    ceilings: dict[str, float],
 ) -> dict[str, Any]:
     """One line of the table: times in ms, peaks in bytes; `error` says why there are none."""
     name = str(dtype).removeprefix("torch.")
@@ -89,9 +103,17 @@ def row(
         rivals["library"] = bench.library[1]
     try:
         for rival in list(rivals)[1:]:
-            agree(bench, sample, dtype, bench.function(*sample.args, **sample.kwargs), rivals[rival](*sample.args, **sample.kwargs))
+            agree(
+                bench,
+                sample,
+                dtype,
+                bench.function(*sample.args, **sample.kwargs),
+                rivals[rival](*sample.args, **sample.kwargs),
+            )
         if mode in ("backward", "full"):
-            for ours, eager in zip(gradient(bench, bench.function, sample)(), gradient(bench, bench.eager, sample)(), strict=True):
+            for ours, eager in zip(
+                gradient(bench, bench.function, sample)(), gradient(bench, bench.eager, sample)(), strict=True
+            ):
                 assert_close(ours, eager, *closeness(dtype, gradients=True))
     except AssertionError as failure:
         line["error"] = f"outputs disagree with {rival}: {failure}"
@@ -101,8 +123,16 @@ def row(
         source = bench.vectorised if callable(bench.vectorised) else bench.eager
         try:
             rivals["compiled"] = torch.compile(source)
-            agree(bench, sample, dtype, bench.function(*sample.args, **sample.kwargs), rivals["compiled"](*sample.args, **sample.kwargs))
-        except Exception as failure:  # a baseline that does not compile, or compiles to something else, is left out and named
+            agree(
+                bench,
+                sample,
+                dtype,
+                bench.function(*sample.args, **sample.kwargs),
+                rivals["compiled"](*sample.args, **sample.kwargs),
+            )
+        except (
+            Exception
+        ) as failure:  # a baseline that does not compile, or compiles to something else, is left out and named
             line["compiled_error"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
             rivals.pop("compiled")
 
@@ -147,7 +177,9 @@ def gradient(bench: Bench, function: Callable[..., Any], sample: Sample) -> Call
     return lambda: torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
 
 
-def forward_with_leaves(bench: Bench, function: Callable[..., Any], sample: Sample) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def forward_with_leaves(
+    bench: Bench, function: Callable[..., Any], sample: Sample
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     bound = sample.bound(bench.function)
     for parameter in bench.gradients:
         bound[parameter] = bound[parameter].detach().requires_grad_()

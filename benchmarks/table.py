@@ -60,7 +60,16 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     goal = row["goal"]
     goal_text = "" if goal is None else f"≥ {goal:g}×" + ("" if row.get("ratio", 0) >= goal else " missed")
     share = f"{row['floor_share']:.2f}" if row.get("floor_share") else ""
-    return (*first, unit(values["eager"]), compiled, library, unit(values["ours"]), _ratio(row.get("ratio")), goal_text, share)
+    return (
+        *first,
+        unit(values["eager"]),
+        compiled,
+        library,
+        unit(values["ours"]),
+        _ratio(row.get("ratio")),
+        goal_text,
+        share,
+    )
 
 
 def _heading(result: dict[str, Any]) -> str:
@@ -99,7 +108,12 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [_heading(result).replace("\n", "  \n"), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
     lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
     if result["empty_calls"]:
-        lines += ["", "Cost of an empty call: " + ", ".join(f"{c['op']} {c['microseconds']:.0f} µs" for c in result["empty_calls"]) + "."]
+        lines += [
+            "",
+            "Cost of an empty call: "
+            + ", ".join(f"{c['op']} {c['microseconds']:.0f} µs" for c in result["empty_calls"])
+            + ".",
+        ]
     return "\n".join(lines)
 
 

@@ -22,9 +22,14 @@ def test_trace_names_the_backend() -> None:
 
 
 def test_forced_backend_that_cannot_run_raises() -> None:
-    with sprompt.use_backend("triton"), pytest.raises(RuntimeError, match="mask_pack|pack_masks: backend triton was asked for, but"):
+    with (
+        sprompt.use_backend("triton"),
+        pytest.raises(RuntimeError, match="mask_pack|pack_masks: backend triton was asked for, but"),
+    ):
         mask_area(MASKS)
-    with pytest.raises(ValueError, match="use_backend: backend must be one of reference, native, triton, cuda, got 'gpu'"):
+    with pytest.raises(
+        ValueError, match="use_backend: backend must be one of reference, native, triton, cuda, got 'gpu'"
+    ):
         with sprompt.use_backend("gpu"):
             pass
     with sprompt.trace_backends() as ran:
@@ -37,7 +42,10 @@ def test_forced_native_refuses_float64() -> None:
     from sprompt.ops import mask_loss
 
     logits = torch.zeros(1, 4, 4, dtype=torch.float64)
-    with sprompt.use_backend("native"), pytest.raises(RuntimeError, match="backend native was asked for, but the native kernels"):
+    with (
+        sprompt.use_backend("native"),
+        pytest.raises(RuntimeError, match="backend native was asked for, but the native kernels"),
+    ):
         mask_loss(logits, logits)
     with sprompt.trace_backends() as ran:
         mask_loss(logits, logits)

@@ -1,6 +1,7 @@
 """The kernel library: one room an op (sprompt/ops/<op>/), all of them on this page."""
 
 # linear_assignment
+from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
 
@@ -11,6 +12,7 @@ from sprompt.ops.mask_loss import mask_loss
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 
 # mask_nms
+from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 
 # match_cost
 from sprompt.ops.match_cost import match_cost
@@ -18,6 +20,7 @@ from sprompt.ops.match_cost import match_cost
 # prompts
 
 # resize_masks
+from sprompt.ops.resize_masks import resize_masks
 
 # rle
 
@@ -25,6 +28,7 @@ from sprompt.ops.match_cost import match_cost
 
 __all__ = [
     # linear_assignment
+    "linear_assignment",
     #
     # mask_conv
     #
@@ -38,6 +42,9 @@ __all__ = [
     "pack_masks",
     #
     # mask_nms
+    "batched_mask_nms",
+    "mask_nms",
+    "matrix_nms",
     #
     # match_cost
     "match_cost",
@@ -45,6 +52,7 @@ __all__ = [
     # prompts
     #
     # resize_masks
+    "resize_masks",
     #
     # rle
     #

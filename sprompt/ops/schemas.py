@@ -18,6 +18,13 @@ SCHEMAS = {
     " bool flip) -> Tensor",
     #
     # mask_nms
+    # words (N, n), scores (N,) -> kept indices int64 (K,)
+    "mask_nms": "(Tensor words, Tensor scores, float iou_threshold) -> Tensor",
+    # words (B, N, n), scores (B, N), counts (B,) -> keep int64 (B, max_output), counts int64 (B,)
+    "batched_mask_nms": "(Tensor words, Tensor scores, float iou_threshold, Tensor? counts, SymInt max_output)"
+    " -> (Tensor keep, Tensor counts)",
+    # words (N, n) or (B, N, n), scores and labels (N,) or (B, N), counts (B,) -> decayed scores, of the shape of scores
+    "matrix_nms": "(Tensor words, Tensor scores, str kernel, float sigma, Tensor? labels, Tensor? counts) -> Tensor",
     #
     # saliency_masks
     #
@@ -30,7 +37,8 @@ SCHEMAS = {
     "match_cost": "(Tensor mask_logits, Tensor targets, int ratio, Tensor? class_logits, Tensor? labels, Tensor? counts,"
     " float class_weight, float bce_weight, float dice_weight, SymInt upsample) -> Tensor",
     #
-    # linear_assignment
+    # linear_assignment: cost (B, N, G), counts (B,) -> int64 (B, G)
+    "linear_assignment": "(Tensor cost, Tensor? counts) -> Tensor",
     #
     # mask_loss: logits (M, h, w), targets (M, h*upsample, w*upsample) and ratio 0, or words (M, n) of masks `ratio` times that
     # size -> bce (M,), dice (M,), sums (M, 3) for the gradient, all float32
@@ -38,7 +46,10 @@ SCHEMAS = {
     "mask_loss_backward": "(Tensor grad_bce, Tensor grad_dice, Tensor logits, Tensor targets, Tensor sums, int ratio,"
     " SymInt upsample) -> Tensor",
     #
-    # resize_masks
+    # resize_masks: soft (..., h, w) -> words (..., n) of height x width; the crop in cells, None: the whole map
+    "resize_masks": "(Tensor soft, SymInt height, SymInt width, float threshold, float? crop_height, float? crop_width) -> Tensor",
+    # words (..., n') of h x w -> words (..., n) of height x width
+    "resize_bits": "(Tensor words, SymInt h, SymInt w, SymInt height, SymInt width) -> Tensor",
     #
     # rle
     #

@@ -130,7 +130,16 @@ def test_window_is_pad_then_crop(dense: np.ndarray, left: int, right: int, top: 
 def test_indexing_cat_stack() -> None:
     dense = torch.rand(4, 6, 9, 11, generator=torch.Generator().manual_seed(2)) < 0.5
     bits = pack_masks(dense)
-    for index in (1, -1, slice(1, 3), (2, 3), (slice(None), slice(None, None, 2)), torch.tensor([3, 0]), (Ellipsis, 2), None):
+    for index in (
+        1,
+        -1,
+        slice(1, 3),
+        (2, 3),
+        (slice(None), slice(None, None, 2)),
+        torch.tensor([3, 0]),
+        (Ellipsis, 2),
+        None,
+    ):
         assert torch.equal(bits[index].to_dense(), dense[index] if index != (Ellipsis, 2) else dense[:, 2])
     chosen = torch.rand(4, 6) < 0.5
     assert torch.equal(bits[chosen].to_dense(), dense[chosen])

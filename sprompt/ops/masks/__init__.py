@@ -104,7 +104,9 @@ def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor
     if not bits_b.shape:
         checks.bad_value("mask_iou", "b", "be a list of masks, (..., M)", "a single mask", "index it with [None]")
     if bits_a.size != bits_b.size:
-        checks.bad_value("mask_iou", "b", f"have masks of the size of a, {bits_a.size}", bits_b.size, "resize one of them")
+        checks.bad_value(
+            "mask_iou", "b", f"have masks of the size of a, {bits_a.size}", bits_b.size, "resize one of them"
+        )
     if bits_a.shape[:-1] != bits_b.shape[:-1]:
         checks.bad_value(
             "mask_iou", "b", f"have the batch dimensions of a, {tuple(bits_a.shape[:-1])}", tuple(bits_b.shape[:-1])

@@ -60,8 +60,10 @@ def window_masks(
 ) -> Tensor:
     dense = unpack_masks(words, height * width).unflatten(-1, (height, width))
     edges = (-left, left + out_width - width, -top, top + out_height - height)  # negative: cut off
-    dense = torch.nn.functional.pad(dense, edges) if min(*_sizes_after(height, width, edges)) > 0 else dense.new_zeros(
-        (*dense.shape[:-2], out_height, out_width)
+    dense = (
+        torch.nn.functional.pad(dense, edges)
+        if min(*_sizes_after(height, width, edges)) > 0
+        else dense.new_zeros((*dense.shape[:-2], out_height, out_width))
     )
     return pack_masks(dense.flip(-1) if flip else dense, 0.5)
 

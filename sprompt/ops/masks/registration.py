@@ -79,7 +79,9 @@ def _window_masks(
     words: Tensor, height: int, width: int, top: int, left: int, out_height: int, out_width: int, flip: bool
 ) -> Tensor:
     out = words.new_empty((*words.shape[:-1], words_for(out_height * out_width)), dtype=torch.int32)
-    native._C.window_masks(rows(words), height, width, top, left, out_height, out_width, flip, rows(out), native.threads())
+    native._C.window_masks(
+        rows(words), height, width, top, left, out_height, out_width, flip, rows(out), native.threads()
+    )
     return out
 
 

@@ -73,7 +73,9 @@ def _iou_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sa
     return [
         *samples,
         Sample("with itself, two empty", (many,)),
-        Sample("blobs", (pack_masks(blobs(17, 90, 110, seed, device)), pack_masks(blobs(9, 90, 110, seed + 1, device)))),
+        Sample(
+            "blobs", (pack_masks(blobs(17, 90, 110, seed, device)), pack_masks(blobs(9, 90, 110, seed + 1, device)))
+        ),
         Sample("none of a", (pack_masks(many)[:0], pack_masks(many))),
         Sample("none of b", (pack_masks(many), pack_masks(many)[:0])),
         Sample("no pixels", (pack_masks(many[:, :0]), pack_masks(many[:2, :0]))),
