@@ -10,12 +10,12 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 struct TargetMap {
-    const void* data;     // of one mask
-    DType dtype;          // i32: words
-    int64_t row_stride;   // of a dense map
-    int64_t words;        // of a bit mask
-    int64_t ratio;        // 0: dense
-    int64_t width;        // of the loss
+    const void* data;    // of one mask
+    DType dtype;         // i32: words
+    int64_t row_stride;  // of a dense map
+    int64_t words;       // of a bit mask
+    int64_t ratio;       // 0: dense
+    int64_t width;       // of the loss
 };
 
 // The target with batch index `offset` elements into the tensor.
@@ -24,8 +24,12 @@ SPROMPT_INLINE TargetMap target_map(const View& targets, int64_t offset, int64_t
     const int64_t bytes = targets.dtype == DType::f32 || targets.dtype == DType::i32    ? 4
                           : targets.dtype == DType::bf16 || targets.dtype == DType::f16 ? 2
                                                                                         : 1;
-    return {targets.as<const char>() + offset * bytes, targets.dtype, ratio == 0 ? targets.stride[last - 1] : 0,
-            targets.size[last], ratio, width};
+    return {targets.as<const char>() + offset * bytes,
+            targets.dtype,
+            ratio == 0 ? targets.stride[last - 1] : 0,
+            targets.size[last],
+            ratio,
+            width};
 }
 
 // out[0 .. 16) <- a quarter of the 16 counts of at most 4 in the nibbles of v. A nibble stays where it is: its value is a

@@ -153,7 +153,8 @@ SPROMPT_INLINE void for_each_stretched(const float* v, int64_t n, int64_t u, flo
     }
     const vi lanes = lane_index();
     for (; X < width; X += W)
-        f(X, select(lanes < static_cast<int32_t>(width - X < W ? width - X : W), load(z + (X - origin)), broadcast(beyond_row)));
+        f(X,
+          select(lanes < static_cast<int32_t>(width - X < W ? width - X : W), load(z + (X - origin)), broadcast(beyond_row)));
 }
 
 // The transpose of stretching: g[0 .. n) <- row[0 .. u n). row is writable at [-1] and [u n], and readable W floats further.

@@ -17,12 +17,23 @@ struct Mask {
     float *low, *stretched, *target_buffer, *zeros;
 };
 
-static Mask mask_of(const View& logits, const View& targets, int64_t ratio, int64_t u, int64_t m, const View& scratch, int worker) {
+static Mask mask_of(const View& logits, const View& targets, int64_t ratio, int64_t u, int64_t m, const View& scratch,
+                    int worker) {
     const int64_t h = logits.size[1], w = logits.size[2], slot = scratch.stride[1];
     const int64_t bytes = logits.dtype == DType::f32 ? 4 : 2;
     float* rows = scratch.as<float>() + worker * scratch.stride[0];
-    return {logits.as<const char>() + m * logits.stride[0] * bytes, logits.dtype, logits.stride[1], h, w, u, u * w,
-            target_map(targets, m * targets.stride[0], ratio, u * w), rows + 16, rows + slot, rows + 2 * slot, rows + 3 * slot};
+    return {logits.as<const char>() + m * logits.stride[0] * bytes,
+            logits.dtype,
+            logits.stride[1],
+            h,
+            w,
+            u,
+            u * w,
+            target_map(targets, m * targets.stride[0], ratio, u * w),
+            rows + 16,
+            rows + slot,
+            rows + 2 * slot,
+            rows + 3 * slot};
 }
 
 // Row Y of the target, zeros behind it.
@@ -61,8 +72,8 @@ static void chunk_sums(const Mask& mask, int64_t begin, int64_t end, float* out)
     for (int i = 0; i < 4; ++i) out[i] = sum(total[i]);
 }
 
-void mask_loss(const View& logits, const View& targets, int64_t ratio, int64_t upsample, int64_t chunk_rows, const View& scratch,
-               const View& partial, const View& bce, const View& dice, const View& sums, int threads) {
+void mask_loss(const View& logits, const View& targets, int64_t ratio, int64_t upsample, int64_t chunk_rows,
+               const View& scratch, const View& partial, const View& bce, const View& dice, const View& sums, int threads) {
     const int64_t M = logits.size[0], u = upsample, H = u * logits.size[1], pixels = H * u * logits.size[2];
     const int64_t chunks = pixels > 0 ? (H + chunk_rows - 1) / chunk_rows : 0;
     parallel_for(M * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
@@ -149,7 +160,8 @@ static void chunk_gradient(const Mask& mask, const Slopes& slopes, int64_t begin
 }
 
 void mask_loss_backward(const View& grad_bce, const View& grad_dice, const View& logits, const View& targets, const View& sums,
-                        int64_t ratio, int64_t upsample, int64_t chunk_rows, const View& scratch, const View& grad, int threads) {
+                        int64_t ratio, int64_t upsample, int64_t chunk_rows, const View& scratch, const View& grad,
+                        int threads) {
     const int64_t M = logits.size[0], h = logits.size[1], w = logits.size[2], u = upsample;
     if (h * w == 0) return;
     const int64_t chunks = (h + chunk_rows - 1) / chunk_rows;

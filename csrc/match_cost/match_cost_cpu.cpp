@@ -28,7 +28,8 @@ static Sums sums_at(float* partial, int64_t N, int64_t G) {
 }
 
 // Row Y of a target into the tile; its sums; its first and last vector that are not 0.
-static void take_target(const TargetMap& map, int64_t Y, float* row, int64_t line, int32_t* extent, float& sum_t, float& sum_tt) {
+static void take_target(const TargetMap& map, int64_t Y, float* row, int64_t line, int32_t* extent, float& sum_t,
+                        float& sum_tt) {
     extent[0] = extent[1] = 0;
     if (!target_row(map, Y, row)) {  // its neighbours in a group may have something here
         for (int64_t x = 0; x < line; x += W) store(row + x, vf{});
@@ -101,7 +102,8 @@ struct Job {
 };
 
 // Adds rows [begin, end) of image b to the sums; `real` targets count.
-static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, int64_t end, const Room& room, const Sums& sums) {
+static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, int64_t end, const Room& room,
+                       const Sums& sums) {
     const View& logits = job.logits;
     const int64_t N = logits.size[1], h = logits.size[2], w = logits.size[3], u = job.u, G = job.targets.size[1];
     const int64_t line = (u * w + W - 1) / W * W, stride = job.tile_rows * line;
@@ -110,7 +112,8 @@ static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, i
         const int64_t rows = end - Y < job.tile_rows ? end - Y : job.tile_rows;
         int64_t live = 0;
         for (int64_t g = 0; g < real; ++g) {
-            const TargetMap map = target_map(job.targets, b * job.targets.stride[0] + g * job.targets.stride[1], job.ratio, u * w);
+            const TargetMap map =
+                target_map(job.targets, b * job.targets.stride[0] + g * job.targets.stride[1], job.ratio, u * w);
             int32_t* extent = room.extent + 2 * g * job.tile_rows;
             bool any = false;
             for (int64_t r = 0; r < rows; ++r) {
@@ -125,7 +128,8 @@ static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, i
                 const char* mask = logits.as<const char>() + (b * logits.stride[0] + (n + i) * logits.stride[1]) * bytes;
                 vf p = {}, pp = {};
                 for (int64_t r = 0; r < rows; ++r)
-                    take_mask(logits.dtype, mask, logits.stride[2], h, w, u, Y + r, room, room.p + i * stride + r * line, p, pp);
+                    take_mask(logits.dtype, mask, logits.stride[2], h, w, u, Y + r, room, room.p + i * stride + r * line, p,
+                              pp);
                 sums.p[n + i] += sum(p);
                 sums.pp[n + i] += sum(pp);
             }
@@ -138,9 +142,12 @@ static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, i
                     extents[j] = room.extent + 2 * room.live[k + j] * job.tile_rows;
                 }
                 float pt[block][group];
-                if (targets == 3) tile_products<3>(room.p, t, extents, rows, line, stride, pt);
-                else if (targets == 2) tile_products<2>(room.p, t, extents, rows, line, stride, pt);
-                else tile_products<1>(room.p, t, extents, rows, line, stride, pt);
+                if (targets == 3)
+                    tile_products<3>(room.p, t, extents, rows, line, stride, pt);
+                else if (targets == 2)
+                    tile_products<2>(room.p, t, extents, rows, line, stride, pt);
+                else
+                    tile_products<1>(room.p, t, extents, rows, line, stride, pt);
                 for (int64_t i = 0; i < masks; ++i)
                     for (int64_t j = 0; j < targets; ++j) sums.pt[(n + i) * G + room.live[k + j]] += pt[i][j];
             }
@@ -150,8 +157,8 @@ static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, i
 
 // cost[0 .. real) <- weight * class cost of one mask, logits (K) by `stride` elements, labels by `label_stride`.
 template <class T>
-static void class_costs(const T* logits, int64_t stride, const int64_t* labels, int64_t label_stride, int64_t real, float weight,
-                        float* cost) {
+static void class_costs(const T* logits, int64_t stride, const int64_t* labels, int64_t label_stride, int64_t real,
+                        float weight, float* cost) {
     for (int64_t g = 0; g < real; g += W) {
         float lane[W] = {};
         const int64_t count = real - g < W ? real - g : W;
@@ -164,8 +171,9 @@ static void class_costs(const T* logits, int64_t stride, const int64_t* labels, 
 }
 
 void match_cost(const View& logits, const View& targets, int64_t ratio, const View& class_logits, const View& labels,
-                const View& counts, float class_weight, float bce_weight, float dice_weight, int64_t upsample, int64_t chunk_rows,
-                int64_t tile_rows, const View& scratch, const View& partial, const View& cost, int threads) {
+                const View& counts, float class_weight, float bce_weight, float dice_weight, int64_t upsample,
+                int64_t chunk_rows, int64_t tile_rows, const View& scratch, const View& partial, const View& cost,
+                int threads) {
     const int64_t B = logits.size[0], N = logits.size[1], G = targets.size[1], u = upsample;
     const int64_t H = u * logits.size[2], width = u * logits.size[3], pixels = H * width;
     const int64_t chunks = pixels > 0 ? (H + chunk_rows - 1) / chunk_rows : 0, per_chunk = N * G + 2 * N + 2 * G;
@@ -198,8 +206,8 @@ void match_cost(const View& logits, const View& targets, int64_t ratio, const Vi
             if (class_logits.given()) {
                 SPROMPT_FLOAT_TYPES(class_logits.dtype, T, {
                     class_costs(class_logits.as<const T>() + b * class_logits.stride[0] + n * class_logits.stride[1],
-                                class_logits.stride[2], labels.as<const int64_t>() + b * labels.stride[0], labels.stride[1], real,
-                                class_weight, out);
+                                class_logits.stride[2], labels.as<const int64_t>() + b * labels.stride[0], labels.stride[1],
+                                real, class_weight, out);
                 })
             }
             if (pixels == 0) continue;

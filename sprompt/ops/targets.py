@@ -24,7 +24,9 @@ def as_targets(
 ) -> tuple[Tensor, int]:
     """Checks targets of the batch dimensions `batch` (None: any), written `letters`, for a loss of this size."""
     if isinstance(targets, BitMasks):
-        if len(targets.shape) != len(batch) or any(w not in (None, g) for g, w in zip(targets.shape, batch, strict=True)):
+        if len(targets.shape) != len(batch) or any(
+            w not in (None, g) for g, w in zip(targets.shape, batch, strict=True)
+        ):
             known = "" if None in batch else f" = {tuple(batch)}"
             checks.bad_value(op, "targets", f"be BitMasks of shape ({letters}){known}", tuple(targets.shape))
         for ratio in RATIOS:

@@ -32,7 +32,9 @@ def mask_loss(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) 
     (0.0, 0.0)
     """
     checks.tensor("mask_loss", "logits", logits, checks.FLOATS)
-    checks.shape("mask_loss", "logits", logits, "(M, h, w)", (None, None, None), "flatten images and masks into one dimension")
+    checks.shape(
+        "mask_loss", "logits", logits, "(M, h, w)", (None, None, None), "flatten images and masks into one dimension"
+    )
     targets_.whole_upsample("mask_loss", upsample)
     size = (logits.shape[1] * upsample, logits.shape[2] * upsample)
     soft, ratio = targets_.as_targets("mask_loss", targets, (logits.shape[0],), "M,", size)

@@ -15,7 +15,9 @@ _FORWARD_ROWS, _BACKWARD_ROWS = 64, 32
 
 
 def _scratch(logits: Tensor, slots: int, upsample: int) -> Tensor:
-    return logits.new_empty((native.threads(), slots, logits.shape[2] * upsample + 2 * upsample + 64), dtype=torch.float32)
+    return logits.new_empty(
+        (native.threads(), slots, logits.shape[2] * upsample + 2 * upsample + 64), dtype=torch.float32
+    )
 
 
 def _mask_loss(logits: Tensor, targets: Tensor, ratio: int, upsample: int) -> tuple[Tensor, Tensor, Tensor]:

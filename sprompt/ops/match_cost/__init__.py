@@ -48,13 +48,17 @@ def match_cost(
     """
     op = "match_cost"
     checks.tensor(op, "mask_logits", mask_logits, checks.FLOATS)
-    checks.shape(op, "mask_logits", mask_logits, "(B, N, h, w)", (None, None, None, None), "one image: index it with [None]")
+    checks.shape(
+        op, "mask_logits", mask_logits, "(B, N, h, w)", (None, None, None, None), "one image: index it with [None]"
+    )
     targets_.whole_upsample(op, upsample)
     B, N, h, w = mask_logits.shape
     soft, ratio = targets_.as_targets(op, targets, (B, None), "B, G", (h * upsample, w * upsample))
     if (class_logits is None) != (labels is None):
         given, missing = ("labels", "class_logits") if class_logits is None else ("class_logits", "labels")
-        checks.bad_value(op, missing, f"be given with {given}", "None", "the class term needs both; pass neither to leave it out")
+        checks.bad_value(
+            op, missing, f"be given with {given}", "None", "the class term needs both; pass neither to leave it out"
+        )
     if class_logits is not None and labels is not None:
         checks.tensor(op, "class_logits", class_logits, checks.FLOATS)
         checks.shape(op, "class_logits", class_logits, "(B, N, K)", (B, N, None))

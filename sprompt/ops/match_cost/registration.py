@@ -29,7 +29,11 @@ def _labels_within(labels: Tensor | None, class_logits: Tensor | None, counts: T
         outside &= torch.arange(labels.shape[1]) < counts[:, None]
     if bool(outside.any()):
         checks.bad_value(
-            "match_cost", "labels", f"lie between 0 and {classes - 1}", int(labels[outside][0]), "class_logits has one column a class"
+            "match_cost",
+            "labels",
+            f"lie between 0 and {classes - 1}",
+            int(labels[outside][0]),
+            "class_logits has one column a class",
         )
 
 

@@ -25,7 +25,12 @@ def make_targets(
     """Targets for a loss of height × width: "float", "bool", "uint8" (0 and 255) or "bits 1", "bits 2", "bits 4"."""
     g = random(seed)
     if kind == "float":
-        return ((torch.rand(*shape, height, width, generator=g) * 1.4 - 0.2).clamp(0, 1) * 4).round().div(4).to(device, dtype)
+        return (
+            ((torch.rand(*shape, height, width, generator=g) * 1.4 - 0.2).clamp(0, 1) * 4)
+            .round()
+            .div(4)
+            .to(device, dtype)
+        )
     ratio = int(kind.split()[1]) if kind.startswith("bits") else 1
     dense = torch.rand(*shape, ratio * height, ratio * width, generator=g) < 0.4
     if kind.startswith("bits"):

@@ -176,7 +176,10 @@ def _bench(kind: str) -> Callable[[torch.device, torch.dtype, int], Sample]:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
         g = random(seed)
         logits = (3 * torch.randn(1, 100, 100, 168, generator=g)).to(device, dtype)
-        classes, labels = torch.randn(1, 100, 80, generator=g).to(device, dtype), torch.randint(0, 80, (1, 20), generator=g)
+        classes, labels = (
+            torch.randn(1, 100, 80, generator=g).to(device, dtype),
+            torch.randint(0, 80, (1, 20), generator=g),
+        )
         bits = pack_masks(blobs(20, 800, 1344, seed, device))[None]
         if kind == "bits 4":
             targets: BitMasks | Tensor = bits
