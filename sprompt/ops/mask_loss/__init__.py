@@ -1,10 +1,11 @@
 """Cross-entropy and dice of predicted masks."""
 
+import torch
 from torch import Tensor
 
-import torch
 from sprompt.masks import BitMasks
-from sprompt.ops import checks, targets as targets_
+from sprompt.ops import checks
+from sprompt.ops import targets as targets_
 from sprompt.ops.mask_loss import registration as registration
 
 

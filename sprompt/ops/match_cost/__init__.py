@@ -1,10 +1,11 @@
 """The cost of matching predicted masks with targets."""
 
+import torch
 from torch import Tensor
 
-import torch
 from sprompt.masks import BitMasks
-from sprompt.ops import checks, targets as targets_
+from sprompt.ops import checks
+from sprompt.ops import targets as targets_
 from sprompt.ops.match_cost import registration as registration
 
 

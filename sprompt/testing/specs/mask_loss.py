@@ -1,5 +1,7 @@
 """mask_loss, and the samples and truths of targets that match_cost shares."""
 
+# ruff: noqa: E501 (one error case a line)
+
 from collections.abc import Callable
 
 import numpy as np

@@ -1,5 +1,7 @@
 """match_cost."""
 
+# ruff: noqa: E501 (one error case a line)
+
 from collections.abc import Callable
 
 import numpy as np
