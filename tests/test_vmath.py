@@ -23,14 +23,14 @@ def last_places(actual: Tensor, exact: Tensor) -> Tensor:
 def test_softplus() -> None:
     """Cross-entropy against an empty target is log(1 + e^z): exp, log1p and their sum."""
     bce, _ = mask_loss(VALUES.view(-1, 1, 1), torch.zeros(len(VALUES), 1, 1))
-    assert last_places(bce, F.softplus(VALUES.double(), threshold=1000)) < 4
+    assert last_places(bce, F.softplus(VALUES.double(), threshold=1000)) < 7
 
 
 def test_sigmoid() -> None:
     """Cost of the cross-entropy term alone against a full target of one pixel is -p."""
     z = VALUES[VALUES > -15]  # the cost takes p from 1 - p, in float64
     cost = match_cost(z.view(1, -1, 1, 1), torch.ones(1, 1, 1, 1), weights=(0, 1, 0))
-    assert last_places(-cost.flatten(), z.double().sigmoid()) < 4
+    assert last_places(-cost.flatten(), z.double().sigmoid()) < 7
 
 
 def test_slope() -> None:
@@ -38,7 +38,7 @@ def test_slope() -> None:
     leaf = VALUES.view(-1, 1, 1).clone().requires_grad_()
     mask_loss(leaf, torch.zeros(len(VALUES), 1, 1))[0].sum().backward()
     assert leaf.grad is not None
-    assert last_places(leaf.grad.flatten(), VALUES.double().sigmoid()) < 4
+    assert last_places(leaf.grad.flatten(), VALUES.double().sigmoid()) < 7
 
 
 def test_log() -> None:

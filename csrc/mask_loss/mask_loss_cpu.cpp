@@ -57,9 +57,9 @@ static void chunk_sums(const Mask& mask, int64_t begin, int64_t end, float* out)
         for_each_stretched(mask.low, mask.w, mask.u, mask.stretched, [&](int64_t X, vf z) __attribute__((always_inline)) {
             const vf t = load(target + X), zero = {};
             const vf e = exp_small(max_or_second(broadcast(-87.3f), -absolute(z)));
-            const vf inverse = reciprocal(e + 1.0f);
+            const vf inverse = 1.0f / (e + 1.0f);
             const vf p = select(z < zero, e * inverse, inverse);
-            bce += log1p_unit(e) + (max_or_second(zero, z) - z * t);
+            bce += log1p_unit(e) + fma(-z, t, max_or_second(zero, z));
             pt = fma(p, t, pt);
             pp = fma(p, p, pp);
             tt = fma(t, t, tt);
@@ -112,7 +112,7 @@ SPROMPT_INLINE void slope_row(const Mask& mask, const Slopes& slopes, int64_t Y,
     for_each_stretched(mask.low, mask.w, mask.u, mask.stretched, [&](int64_t X, vf z) __attribute__((always_inline)) {
         const vf t = load(target + X), zero = {};
         const vf e = exp_small(max_or_second(broadcast(-87.3f), -absolute(z)));
-        const vf inverse = reciprocal(e + 1.0f), far = e * inverse;
+        const vf inverse = 1.0f / (e + 1.0f), far = e * inverse;
         const vf p = select(z < zero, far, inverse);
         store(slope + X, fma(bce, p - t, far * inverse * fma(away, p, toward * t)));
     });
