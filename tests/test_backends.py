@@ -24,14 +24,12 @@ def test_trace_names_the_backend() -> None:
 def test_forced_backend_that_cannot_run_raises() -> None:
     with (
         sprompt.use_backend("triton"),
-        pytest.raises(RuntimeError, match="mask_pack|pack_masks: backend triton was asked for, but"),
+        pytest.raises(RuntimeError, match="pack_masks: backend triton was asked for, but"),
     ):
         mask_area(MASKS)
-    with pytest.raises(
-        ValueError, match="use_backend: backend must be one of reference, native, triton, cuda, got 'gpu'"
-    ):
-        with sprompt.use_backend("gpu"):
-            pass
+    expected = "use_backend: backend must be one of reference, native, triton, cuda, got 'gpu'"
+    with pytest.raises(ValueError, match=expected), sprompt.use_backend("gpu"):
+        pass
     with sprompt.trace_backends() as ran:
         mask_area(MASKS)
     assert ran, "the choice is automatic again"
