@@ -198,7 +198,7 @@ void match_cost(const View& logits, const View& targets, int64_t ratio, const Vi
         }
     });
     // One mask of one image after another: its sums over the chunks in double, then its row of costs.
-    parallel_for(B * N, 8, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(B * N, 1 + (1 << 16) / (G * (chunks + 1) + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item) {
             const int64_t b = item / N, n = item % N, real = real_of(b);
             float* out = cost.as<float>() + item * G;
