@@ -25,6 +25,7 @@
 // match_cost
 #include "match_cost/match_cost.h"
 // prompts
+#include "prompts/prompts.h"
 
 // resize_masks
 #include "resize_masks/resize_masks.h"
@@ -112,6 +113,12 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(saliency_maps);
 
     // prompts
+    SPROMPT_DEF(region_mean);
+    SPROMPT_DEF(mask_mean);
+    SPROMPT_DEF(region_mean_backward);
+    SPROMPT_DEF(mask_mean_backward);
+    SPROMPT_DEF(prompt_match);
+    SPROMPT_DEF(prompt_match_backward);
 
     // mask_conv
 

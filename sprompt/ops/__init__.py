@@ -18,6 +18,7 @@ from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 from sprompt.ops.match_cost import match_cost
 
 # prompts
+from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mean
 
 # resize_masks
 from sprompt.ops.resize_masks import resize_masks
@@ -50,6 +51,10 @@ __all__ = [
     "match_cost",
     #
     # prompts
+    "PromptMatch",
+    "mask_mean",
+    "prompt_match",
+    "region_mean",
     #
     # resize_masks
     "resize_masks",
