@@ -21,6 +21,7 @@ from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 # rle
 
 # saliency_masks
+from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
     # linear_assignment
@@ -49,5 +50,8 @@ __all__ = [
     # rle
     #
     # saliency_masks
+    "SaliencyMasks",
+    "saliency_maps",
+    "saliency_masks",
     #
 ]
