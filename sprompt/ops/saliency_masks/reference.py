@@ -104,6 +104,8 @@ def saliency_soft(
 ) -> Tensor:
     inside = cells_valid(features, valid)
     height, width = features.shape[2:]
+    if height * width == 0:
+        return features.new_zeros((*addresses.shape[:2], height, width))
     seeds, usable = _seeds(wide(features), inside, grid_height, grid_width)
     index = indices(addresses, grids(height, width, grid_height, grid_width))
     chosen = seeds.gather(1, index[..., None].expand(*index.shape, seeds.shape[2]))
