@@ -13,7 +13,8 @@ FLAT = 1e-6
 
 
 def wide(x: Tensor) -> Tensor:
-    return x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()
+    """In the precision of the sums, and dense: a product's rounding may depend on the strides of its factors."""
+    return (x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()).contiguous()
 
 
 def grids(height: int, width: int, grid_height: int, grid_width: int) -> list[tuple[int, int]]:
@@ -63,7 +64,7 @@ def normalised_maps(
     with torch.autocast(features.device.type, enabled=False):
         inside = valid.flatten(1)[:, None]
         pixels = torch.where(inside, features.flatten(2), 0)
-        maps = seeds @ pixels
+        maps = seeds.contiguous() @ pixels.contiguous()
         scale = maps.new_ones(())
         if cosine:  # the seed's norm is a factor of the whole map: Norm removes it, only the test for flatness needs it
             maps = maps / pixels.norm(dim=1, keepdim=True).clamp(min=SMALLEST)

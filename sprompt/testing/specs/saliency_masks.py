@@ -112,7 +112,8 @@ def true_maps(x: Tensor, valid: np.ndarray, seeds: np.ndarray, similarity: str) 
     for m, seed in enumerate(seeds):
         if not inside.any():
             continue
-        y = seed @ pixels[:, inside]
+        with np.errstate(invalid="ignore"):  # NaN and infinity among them
+            y = seed @ pixels[:, inside]
         if similarity == "cosine":
             y = y / (max(np.linalg.norm(seed), 1e-12) * np.maximum(np.linalg.norm(pixels[:, inside], axis=0), 1e-12))
         if np.isfinite(y).all() and y.max() - y.min() >= 1e-6:
