@@ -1,6 +1,7 @@
 """The kernel library: one room an op (sprompt/ops/<op>/), all of them on this page."""
 
 # linear_assignment
+from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
 
@@ -17,6 +18,7 @@ from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 # prompts
 
 # resize_masks
+from sprompt.ops.resize_masks import resize_masks
 
 # rle
 
@@ -25,6 +27,7 @@ from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_ma
 
 __all__ = [
     # linear_assignment
+    "linear_assignment",
     #
     # mask_conv
     #
@@ -46,6 +49,7 @@ __all__ = [
     # prompts
     #
     # resize_masks
+    "resize_masks",
     #
     # rle
     #

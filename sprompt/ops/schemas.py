@@ -11,8 +11,8 @@ SCHEMAS = {
     "unpack_masks": "(Tensor words, SymInt pixels) -> Tensor",
     "mask_area": "(Tensor words) -> Tensor",
     "mask_boxes": "(Tensor words, SymInt height, SymInt width) -> Tensor",
-    # a (..., N, n), b (..., M, n) -> float32 (..., N, M)
-    "mask_iou": "(Tensor a, Tensor b) -> Tensor",
+    # a (..., N, n), b (..., M, n) or None (b is a), rows of `width` pixels -> float32 (..., N, M)
+    "mask_iou": "(Tensor a, Tensor? b, SymInt width) -> Tensor",
     # words (..., n) of height x width -> words of the window [top, left] + out sizes, zeros outside, columns mirrored if flip
     "window_masks": "(Tensor words, SymInt height, SymInt width, SymInt top, SymInt left, SymInt out_height, SymInt out_width,"
     " bool flip) -> Tensor",
@@ -40,11 +40,15 @@ SCHEMAS = {
     #
     # match_cost
     #
-    # linear_assignment
+    # linear_assignment: cost (B, N, G), counts (B,) -> int64 (B, G)
+    "linear_assignment": "(Tensor cost, Tensor? counts) -> Tensor",
     #
     # mask_loss
     #
-    # resize_masks
+    # resize_masks: soft (..., h, w) -> words (..., n) of height x width; the crop in cells, None: the whole map
+    "resize_masks": "(Tensor soft, SymInt height, SymInt width, float threshold, float? crop_height, float? crop_width) -> Tensor",
+    # words (..., n') of h x w -> words (..., n) of height x width
+    "resize_bits": "(Tensor words, SymInt h, SymInt w, SymInt height, SymInt width) -> Tensor",
     #
     # rle
     #
