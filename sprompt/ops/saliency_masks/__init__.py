@@ -169,7 +169,14 @@ def saliency_maps(
     op = "saliency_maps"
     _check_features(op, features)
     checks.tensor(op, "seeds", seeds, checks.FLOATS)
-    checks.shape(op, "seeds", seeds, "(B, M, D)", (features.shape[0], None, features.shape[1]), "give vectors of the features' length")
+    checks.shape(
+        op,
+        "seeds",
+        seeds,
+        "(B, M, D)",
+        (features.shape[0], None, features.shape[1]),
+        "give vectors of the features' length",
+    )
     checks.choice(op, "similarity", similarity, SIMILARITIES)
     _check_valid(op, valid, features)
     checks.same_device(op, features=features, seeds=seeds)

@@ -35,7 +35,9 @@ def pyramid_seeds(features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     seeds, usable = [features.flatten(2)], [valid.flatten(1)]
     for side, inner in ((2, slice(0, 2)), (4, slice(1, 3))):
         height, width = valid.shape[1] // side, valid.shape[2] // side
-        blocks = features[..., : height * side, : width * side].unflatten(-1, (width, side)).unflatten(-3, (height, side))
+        blocks = (
+            features[..., : height * side, : width * side].unflatten(-1, (width, side)).unflatten(-3, (height, side))
+        )
         seeds.append(blocks[:, :, :, inner, :, inner].mean((3, 5)).flatten(2))
         whole = valid[..., : height * side, : width * side].unflatten(-1, (width, side)).unflatten(-3, (height, side))
         usable.append(whole.all(4).all(2).flatten(1))
@@ -88,7 +90,13 @@ def _seeds(features: Tensor, valid: Tensor, grid_height: int, grid_width: int) -
 
 
 def saliency_bits(
-    features: Tensor, valid: Tensor | None, grid_height: int, grid_width: int, cosine: bool, threshold: float, min_area: int
+    features: Tensor,
+    valid: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    cosine: bool,
+    threshold: float,
+    min_area: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     features, inside = wide(features), cells_valid(features, valid)
     maps, good = normalised_maps(features, inside, *_seeds(features, inside, grid_height, grid_width), cosine)

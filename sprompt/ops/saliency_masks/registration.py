@@ -62,10 +62,16 @@ def _pyramid_rows(height: int, width: int) -> int:
 
 
 def _saliency_bits(
-    features: Tensor, valid: Tensor | None, grid_height: int, grid_width: int, cosine: bool, threshold: float, min_area: int
+    features: Tensor,
+    valid: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    cosine: bool,
+    threshold: float,
+    min_area: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     words, areas, scores = _saliency_bits_fake(features, valid, grid_height, grid_width, cosine, threshold, min_area)
-    batch, _, height, width = features.shape
+    height, width = features.shape[2:]
     if words.numel() == 0:
         return words, areas.zero_(), scores.zero_()
     seeds = words.shape[1] if grid_height > 0 else 0
@@ -78,7 +84,13 @@ def _saliency_bits(
 
 
 def _saliency_bits_fake(
-    features: Tensor, valid: Tensor | None, grid_height: int, grid_width: int, cosine: bool, threshold: float, min_area: int
+    features: Tensor,
+    valid: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    cosine: bool,
+    threshold: float,
+    min_area: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape = (features.shape[0], seed_count(features, grid_height, grid_width))
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32

@@ -1,6 +1,8 @@
 """saliency_masks, saliency_maps."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -42,7 +44,8 @@ def corner(batch: int, height: int, width: int, device: torch.device) -> Tensor:
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     samples = [
-        Sample(f"exact, {h}x{w}", (whole_numbers((2, 5, h, w), seed + h, device, dtype),), {"similarity": "dot"}) for h, w in SIZES
+        Sample(f"exact, {h}x{w}", (whole_numbers((2, 5, h, w), seed + h, device, dtype),), {"similarity": "dot"})
+        for h, w in SIZES
     ]
     ints = whole_numbers((2, 6, 5, 9), seed, device, dtype)
     soft = scene(2, 16, 6, 8, seed).to(device, dtype)
@@ -96,7 +99,9 @@ def true_seeds(x: Tensor, valid: np.ndarray, seeds: Any) -> tuple[np.ndarray, li
         if height >> scale == 0 or width >> scale == 0 or len(x) == 0:
             continue
         s, side = 0.5**scale, 2**scale
-        grid = F.interpolate(x[None], scale_factor=s, mode="bilinear", align_corners=False, recompute_scale_factor=False)[0]
+        grid = F.interpolate(
+            x[None], scale_factor=s, mode="bilinear", align_corners=False, recompute_scale_factor=False
+        )[0]
         assert grid.shape[1:] == (height >> scale, width >> scale)
         for row, column in np.ndindex(*grid.shape[1:]):
             block = valid[row * side : (row + 1) * side, column * side : (column + 1) * side]
@@ -125,7 +130,9 @@ def true_order(scores: np.ndarray) -> np.ndarray:
     return np.argsort(-scores, kind="stable")
 
 
-def true_nms(masks: np.ndarray, scores: np.ndarray, nms: str, iou_threshold: float, sigma: float) -> tuple[np.ndarray, np.ndarray]:
+def true_nms(
+    masks: np.ndarray, scores: np.ndarray, nms: str, iou_threshold: float, sigma: float
+) -> tuple[np.ndarray, np.ndarray]:
     """Places and scores of what is left of masks (M, P), best first."""
     order = true_order(scores)
     masks, scores = masks[order].astype(np.float64), scores[order]
@@ -166,7 +173,9 @@ def _oracle(
         bits = maps >= np.float32(threshold)
         kept = [m for m in range(len(maps)) if bits[m].sum() >= min_area]
         # The map rounded to float32 and its exact mean: as the op defines equal scores.
-        score = np.array([np.float32(math.fsum(maps[m][bits[m]].astype(np.float32)) / bits[m].sum()) for m in kept], dtype=np.float64)
+        score = np.array(
+            [np.float32(math.fsum(maps[m][bits[m]].astype(np.float32)) / bits[m].sum()) for m in kept], dtype=np.float64
+        )
         places_left, values = true_nms(bits[kept].reshape(len(kept), height * width), score, nms, iou_threshold, sigma)
         counts[b] = min(len(places_left), max_masks)
         for k, (place, value) in enumerate(zip(places_left[:max_masks], values, strict=False)):
@@ -209,7 +218,9 @@ def _compare(actual: SaliencyMasks, expected: SaliencyMasks, sample: Sample) -> 
         if not close.any():
             assert actual.counts[b] == expected.counts[b], "counts"
             assert_close(actual.scores[b], expected.scores[b], 1e-4, 1e-5)
-            where = (actual.seeds[b] != expected.seeds[b]).any(-1)  # only scores that are as good as equal may change places
+            where = (actual.seeds[b] != expected.seeds[b]).any(
+                -1
+            )  # only scores that are as good as equal may change places
             assert_close(actual.scores[b][where], expected.scores[b][where], 1e-5, 1e-5)
         for k in range(int(actual.counts[b])):
             m = addresses.index(tuple(actual.seeds[b, k].tolist()))
@@ -310,42 +321,98 @@ def _eager_maps(features: Tensor, seeds: Tensor) -> Tensor:
 _x = torch.zeros(1, 3, 4, 5)
 _s = torch.zeros(1, 2, 3)
 
+
+def _refused(
+    function: Callable[..., Any], *cases: tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]
+) -> Any:
+    """(name, arguments, options, error, message behind "op: ")."""
+    return tuple(
+        ErrorCase(name, partial(function, *args, **options), error, f"{function.__name__}: {message}")
+        for name, args, options, error, message in cases
+    )
+
+
 SPECS = [
     OpSpec(
-        saliency_masks, _samples, ("saliency_bits", "saliency_soft", "mask_boxes", "matrix_nms", "batched_mask_nms"),
-        oracle=_oracle, compare=_compare,
-        errors=(
-            ErrorCase("a list", lambda: saliency_masks([1]), TypeError, r"saliency_masks: features must be a tensor, got list"),
-            ErrorCase("integers", lambda: saliency_masks(_x.int()), TypeError, r"saliency_masks: features must have dtype float32"),
-            ErrorCase("no batch", lambda: saliency_masks(_x[0]), ValueError, r"saliency_masks: features must have shape \(B, D, H, W\), got \(3, 4, 5\)"),
-            ErrorCase("seeds by a wrong name", lambda: saliency_masks(_x, seeds="grid"), ValueError, r"saliency_masks: seeds must be one of 'pyramid', got 'grid'"),
-            ErrorCase("seeds a number", lambda: saliency_masks(_x, seeds=3), TypeError, r'saliency_masks: seeds must be "pyramid" or a grid \(h, w\), got 3'),
-            ErrorCase("seeds 0", lambda: saliency_masks(_x, seeds=(3, 0)), ValueError, r"saliency_masks: seeds must be two whole numbers of at least 1, got 0"),
-            ErrorCase("similarity", lambda: saliency_masks(_x, similarity="l2"), ValueError, r"saliency_masks: similarity must be one of 'cosine', 'dot', got 'l2'"),
-            ErrorCase("threshold 0", lambda: saliency_masks(_x, threshold=0), ValueError, r"saliency_masks: threshold must lie in \(0, 1\], got 0"),
-            ErrorCase("threshold 2", lambda: saliency_masks(_x, threshold=2), ValueError, r"saliency_masks: threshold must lie in \(0, 1\], got 2"),
-            ErrorCase("min_area 0", lambda: saliency_masks(_x, min_area=0), ValueError, r"saliency_masks: min_area must be a whole number of at least 1, got 0"),
-            ErrorCase("nms", lambda: saliency_masks(_x, nms="soft"), ValueError, r"saliency_masks: nms must be one of 'matrix', 'greedy', got 'soft'"),
-            ErrorCase("iou_threshold", lambda: saliency_masks(_x, iou_threshold=1.5), ValueError, r"saliency_masks: iou_threshold must lie between 0 and 1, got 1.5"),
-            ErrorCase("sigma", lambda: saliency_masks(_x, sigma=-1), ValueError, r"saliency_masks: sigma must be a finite number of at least 0, got -1"),
-            ErrorCase("max_masks", lambda: saliency_masks(_x, max_masks=2.5), TypeError, r"saliency_masks: max_masks must be a whole number of at least 1, got 2.5"),
-            ErrorCase("valid floats", lambda: saliency_masks(_x, valid=_x[:, 0]), TypeError, r"saliency_masks: valid must have dtype bool, got float32"),
-            ErrorCase("valid of another size", lambda: saliency_masks(_x, valid=_x[:, 0, 1:] > 0), ValueError, r"saliency_masks: valid must have shape \(B, H, W\) = \(1, 4, 5\), got \(1, 3, 5\)"),
-            ErrorCase("return_soft", lambda: saliency_masks(_x, return_soft=1), TypeError, r"saliency_masks: return_soft must be True or False, got 1"),
+        saliency_masks,
+        _samples,
+        ("saliency_bits", "saliency_soft", "mask_boxes", "matrix_nms", "batched_mask_nms"),
+        oracle=_oracle,
+        compare=_compare,
+        errors=_refused(
+            saliency_masks,
+            ("a list", ([1],), {}, TypeError, "features must be a tensor, got list"),
+            ("integers", (_x.int(),), {}, TypeError, "features must have dtype float32"),
+            ("no batch", (_x[0],), {}, ValueError, r"features must have shape \(B, D, H, W\), got \(3, 4, 5\)"),
+            (
+                "seeds by a wrong name",
+                (_x,),
+                {"seeds": "grid"},
+                ValueError,
+                "seeds must be one of 'pyramid', got 'grid'",
+            ),
+            ("seeds a number", (_x,), {"seeds": 3}, TypeError, r'seeds must be "pyramid" or a grid \(h, w\), got 3'),
+            (
+                "seeds of 0",
+                (_x,),
+                {"seeds": (3, 0)},
+                ValueError,
+                "seeds must be two whole numbers of at least 1, got 0",
+            ),
+            (
+                "similarity",
+                (_x,),
+                {"similarity": "l2"},
+                ValueError,
+                "similarity must be one of 'cosine', 'dot', got 'l2'",
+            ),
+            ("threshold 0", (_x,), {"threshold": 0}, ValueError, r"threshold must lie in \(0, 1\], got 0"),
+            ("threshold 2", (_x,), {"threshold": 2}, ValueError, r"threshold must lie in \(0, 1\], got 2"),
+            ("min_area 0", (_x,), {"min_area": 0}, ValueError, "min_area must be a whole number of at least 1, got 0"),
+            ("nms", (_x,), {"nms": "soft"}, ValueError, "nms must be one of 'matrix', 'greedy', got 'soft'"),
+            ("iou_threshold", (_x,), {"iou_threshold": 2}, ValueError, "iou_threshold must lie between 0 and 1, got 2"),
+            ("sigma", (_x,), {"sigma": -1}, ValueError, "sigma must be a finite number of at least 0, got -1"),
+            (
+                "max_masks",
+                (_x,),
+                {"max_masks": 2.5},
+                TypeError,
+                "max_masks must be a whole number of at least 1, got 2.5",
+            ),
+            ("valid floats", (_x,), {"valid": _x[:, 0]}, TypeError, "valid must have dtype bool, got float32"),
+            (
+                "valid cut",
+                (_x,),
+                {"valid": _x[:, 0, 1:] > 0},
+                ValueError,
+                r"valid must have shape \(B, H, W\) = \(1, 4, 5\)",
+            ),
+            ("return_soft", (_x,), {"return_soft": 1}, TypeError, "return_soft must be True or False, got 1"),
         ),
     ),
     OpSpec(
-        saliency_maps, _map_samples, ("saliency_maps",), oracle=_maps_oracle, bound=lambda sample: (1e-5, 1e-5),
-        errors=(
-            ErrorCase("no batch", lambda: saliency_maps(_x[0], _s), ValueError, r"saliency_maps: features must have shape \(B, D, H, W\)"),
-            ErrorCase("seeds a number", lambda: saliency_maps(_x, 3), TypeError, r"saliency_maps: seeds must be a tensor, got int"),
-            ErrorCase("seeds integers", lambda: saliency_maps(_x, _s.long()), TypeError, r"saliency_maps: seeds must have dtype float32"),
-            ErrorCase("seeds of another length", lambda: saliency_maps(_x, _s[..., 1:]), ValueError, r"saliency_maps: seeds must have shape \(B, M, D\), got \(1, 2, 2\); give vectors"),
-            ErrorCase("similarity", lambda: saliency_maps(_x, _s, similarity=""), ValueError, r"saliency_maps: similarity must be one of"),
-            ErrorCase("valid", lambda: saliency_maps(_x, _s, valid=_x > 0), ValueError, r"saliency_maps: valid must have shape \(B, H, W\)"),
+        saliency_maps,
+        _map_samples,
+        ("saliency_maps",),
+        oracle=_maps_oracle,
+        bound=lambda sample: (1e-5, 1e-5),
+        errors=_refused(
+            saliency_maps,
+            ("no batch", (_x[0], _s), {}, ValueError, r"features must have shape \(B, D, H, W\)"),
+            ("seeds a number", (_x, 3), {}, TypeError, "seeds must be a tensor, got int"),
+            ("seeds integers", (_x, _s.long()), {}, TypeError, "seeds must have dtype float32"),
+            (
+                "seeds cut",
+                (_x, _s[..., 1:]),
+                {},
+                ValueError,
+                r"seeds must have shape \(B, M, D\), got \(1, 2, 2\); give vec",
+            ),
+            ("similarity", (_x, _s), {"similarity": ""}, ValueError, "similarity must be one of"),
+            ("valid", (_x, _s), {"valid": _x > 0}, ValueError, r"valid must have shape \(B, H, W\)"),
         ),
     ),
-]  # fmt: skip
+]
 
 
 def _bench(height: int, width: int, noise: float) -> Any:
@@ -381,4 +448,3 @@ BENCHES = [
         bytes=4.0 * (2048 * 1150 + 100 * 1050),
     )
 ]  # fmt: skip
-
