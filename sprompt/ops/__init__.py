@@ -26,6 +26,7 @@ from sprompt.ops.resize_masks import resize_masks
 # rle
 
 # saliency_masks
+from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
     # linear_assignment
@@ -62,5 +63,8 @@ __all__ = [
     # rle
     #
     # saliency_masks
+    "SaliencyMasks",
+    "saliency_maps",
+    "saliency_masks",
     #
 ]
