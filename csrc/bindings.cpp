@@ -14,6 +14,7 @@
 // linear_assignment
 
 // mask_conv
+#include "mask_conv/mask_conv.h"
 
 // mask_loss
 
@@ -98,6 +99,8 @@ PYBIND11_MODULE(_C, module) {
     // prompts
 
     // mask_conv
+    SPROMPT_DEF(mask_update);
+    SPROMPT_DEF(mask_update_backward);
 
     // match_cost
 

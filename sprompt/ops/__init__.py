@@ -3,6 +3,7 @@
 # linear_assignment
 
 # mask_conv
+from sprompt.ops.mask_conv import mask_conv, mask_pool, mask_update
 
 # mask_loss
 
@@ -25,6 +26,9 @@ __all__ = [
     # linear_assignment
     #
     # mask_conv
+    "mask_conv",
+    "mask_pool",
+    "mask_update",
     #
     # mask_loss
     #
