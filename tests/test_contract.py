@@ -57,7 +57,9 @@ def told(spec: OpSpec, sample: Sample, note: str = "") -> Iterator[None]:
 
 def skip_if_absent(spec: OpSpec, device: torch.device, backend: str) -> None:
     if backend not in backends._table[spec.ops[0]]:
-        assert (device.type, backend) not in (("cpu", "native"), ("cpu", "reference")), f"{spec.ops[0]} has no {backend} backend"
+        assert (device.type, backend) not in (("cpu", "native"), ("cpu", "reference")), (
+            f"{spec.ops[0]} has no {backend} backend"
+        )
         pytest.skip(f"there is no {backend} kernel of {spec.ops[0]} yet")
 
 
@@ -92,12 +94,16 @@ def with_gradients(spec: OpSpec, sample: Sample, dtype: torch.dtype | None = Non
         return leaf
 
     changed = {
-        name: fresh(value) if name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point() else value
+        name: fresh(value)
+        if name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point()
+        else value
         for name, value in bound.items()
     }
     if dtype is not None:
         changed = {
-            name: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() and name not in spec.gradients else value
+            name: value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point() and name not in spec.gradients
+            else value
             for name, value in changed.items()
         }
     return Sample(sample.name, (), changed), leaves
@@ -198,7 +204,10 @@ def test_expanded_gradient(spec: OpSpec, device: torch.device, backend: str) -> 
     with sprompt.use_backend(backend):
         for sample in spec.samples(device, F32, 2):
             results = []
-            for make in (lambda o: torch.ones((), device=device).expand(o.shape), lambda o: torch.ones(o.shape, device=device)):
+            for make in (
+                lambda o: torch.ones((), device=device).expand(o.shape),
+                lambda o: torch.ones(o.shape, device=device),
+            ):
                 changed, leaves = with_gradients(spec, sample)
                 outputs = differentiable_outputs(call(spec, changed))
                 if leaves and outputs:
@@ -297,7 +306,9 @@ def test_opcheck(spec: OpSpec) -> None:
         with CapturedOps() as captured:
             outputs = differentiable_outputs(call(spec, changed))
             if outputs:
-                torch.autograd.grad(outputs, [t for t in tensors(changed.kwargs) if t.requires_grad], output_gradients(outputs))
+                torch.autograd.grad(
+                    outputs, [t for t in tensors(changed.kwargs) if t.requires_grad], output_gradients(outputs)
+                )
         for op, args in captured.calls:
             checks = ["test_schema", "test_faketensor"]
             if number == 0:
@@ -321,7 +332,9 @@ def test_compiled_equals_eager(spec: OpSpec, fresh_compiler: None) -> None:
     """Forward and backward, traced whole; the first sample also through Inductor."""
     for number, sample in enumerate(spec.samples(CPU, dtypes(spec)[0], 6)):
         torch._dynamo.reset()
-        compiled = torch.compile(spec.function, fullgraph=True, backend="inductor" if number == 0 else "aot_eager", dynamic=False)
+        compiled = torch.compile(
+            spec.function, fullgraph=True, backend="inductor" if number == 0 else "aot_eager", dynamic=False
+        )
         with told(spec, sample):
             assert_same_bits(compiled(*sample.args, **sample.kwargs), call(spec, sample))
             changed, leaves = with_gradients(spec, sample)
@@ -389,7 +402,9 @@ def test_current_stream(spec: OpSpec) -> None:
     with torch.cuda.stream(stream):
         late = sample.map(torch.zeros_like)
         torch.cuda._sleep(50_000_000)
-        for target, source in zip(tensors((late.args, late.kwargs)), tensors((sample.args, sample.kwargs)), strict=True):
+        for target, source in zip(
+            tensors((late.args, late.kwargs)), tensors((sample.args, sample.kwargs)), strict=True
+        ):
             target.copy_(source)
         actual = call(spec, late)
     stream.synchronize()
@@ -435,7 +450,9 @@ def test_gradcheck_of_the_reference(spec: OpSpec) -> None:
                 continue
             names = [name for name, value in changed.kwargs.items() if any(value is leaf for leaf in leaves)]
 
-            def function(*values: Tensor, kwargs: dict[str, Any] = changed.kwargs, names: list[str] = names) -> tuple[Tensor, ...]:
+            def function(
+                *values: Tensor, kwargs: dict[str, Any] = changed.kwargs, names: list[str] = names
+            ) -> tuple[Tensor, ...]:
                 output = spec.function(**{**kwargs, **dict(zip(names, values, strict=True))})
                 return tuple(differentiable_outputs(output))
 
@@ -459,7 +476,9 @@ def test_gradients_equal_the_reference(spec: OpSpec, device: torch.device, backe
                 difference, scale = error(a, e)
                 # A half gradient is rounded once; those of its output gradients and inputs are rounded before.
                 slack = 4 * torch.finfo(dtype).eps if dtype in HALVES else relative
-                assert difference <= absolute + slack * scale, f"gradient off by {difference:.3g} (largest value {scale:.3g})"
+                assert difference <= absolute + slack * scale, (
+                    f"gradient off by {difference:.3g} (largest value {scale:.3g})"
+                )
 
 
 @by_gradient
@@ -478,9 +497,7 @@ def test_double_backward_works_or_says_no(spec: OpSpec) -> None:
 # -- 10: bad input
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(e, id=f"{s.name}, {e.name}") for s in SPECS for e in s.errors]
-)
+@pytest.mark.parametrize("case", [pytest.param(e, id=f"{s.name}, {e.name}") for s in SPECS for e in s.errors])
 def test_bad_input_is_refused(case: Any) -> None:
     with pytest.raises(case.error, match=case.message) as caught:
         case.call()

@@ -32,7 +32,9 @@ def assert_close(actual: Any, expected: Any, relative: float, absolute: float) -
         if a.is_floating_point():
             difference, scale = error(a, e)
             bound = absolute + relative * scale
-            assert difference <= bound, f"output {place}: off by {difference:.3g}, bound {bound:.3g} (largest value {scale:.3g})"
+            assert difference <= bound, (
+                f"output {place}: off by {difference:.3g}, bound {bound:.3g} (largest value {scale:.3g})"
+            )
         else:
             assert a.dtype == e.dtype, f"output {place}: dtype {a.dtype}, expected {e.dtype}"
             assert a.shape == e.shape, f"output {place}: shape {tuple(a.shape)}, expected {tuple(e.shape)}"
@@ -43,7 +45,9 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
     got, want = tensors(actual), tensors(expected)
     assert len(got) == len(want)
     for place, (a, e) in enumerate(zip(got, want, strict=True)):
-        assert a.dtype == e.dtype and a.shape == e.shape, f"output {place}: {a.dtype} {a.shape}, expected {e.dtype} {e.shape}"
-        assert torch.equal(a.nan_to_num(7.0) if a.is_floating_point() else a, e.nan_to_num(7.0) if e.is_floating_point() else e), (
-            f"output {place}: {int((a != e).sum())} of {a.numel()} entries differ"
+        assert a.dtype == e.dtype and a.shape == e.shape, (
+            f"output {place}: {a.dtype} {a.shape}, expected {e.dtype} {e.shape}"
         )
+        assert torch.equal(
+            a.nan_to_num(7.0) if a.is_floating_point() else a, e.nan_to_num(7.0) if e.is_floating_point() else e
+        ), f"output {place}: {int((a != e).sum())} of {a.numel()} entries differ"
