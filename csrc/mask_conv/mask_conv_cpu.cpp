@@ -18,6 +18,25 @@ SPROMPT_INLINE uint64_t block_bits(const uint32_t* row, int64_t n, int64_t p) {
     return i + 1 < n ? load64(row + i) : row[i];
 }
 
+// Fetches the next block of x (rows, pixels) into the second cache while the present one is worked on. Neighbouring rows
+// lie in different pages, where the processor's own prefetcher does not follow.
+template <class T>
+struct Prefetch {
+    const T* x;
+    int64_t row_stride, rows, bytes, row = 0;
+
+    SPROMPT_INLINE Prefetch(const T* x_, int64_t row_stride_, int64_t rows_, int64_t pixels)
+        : x(x_), row_stride(row_stride_), rows(pixels > 0 ? rows_ : 0), bytes(pixels * static_cast<int64_t>(sizeof(T))) {}
+    // Rows to fetch at each of so many calls.
+    SPROMPT_INLINE int64_t share(int64_t calls) const { return calls > 0 ? rows / calls + 1 : rows; }
+    SPROMPT_INLINE void some(int64_t count) {
+        for (; count > 0 && row < rows; --count, ++row) {
+            const char* line = reinterpret_cast<const char*>(x + row * row_stride);
+            for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(line + i, 0, 2);
+        }
+    }
+};
+
 // ---- The product of one block: tiles to logits and words.
 
 // t <= NR sums of one row -> logits, and their bits, read from what was stored.
@@ -41,12 +60,14 @@ SPROMPT_INLINE uint32_t write_logits(const float* sums, int64_t t, T* out) {
 // logits (N, t) of the block, rows logits_stride apart; words (N, n) at pixel p, or null.
 template <class T>
 static void block_product(const void* kernels, const void* packed, int64_t N, int64_t C, int64_t padded, int64_t t, T* logits,
-                          int64_t logits_stride, uint32_t* words, int64_t n, int64_t p) {
+                          int64_t logits_stride, uint32_t* words, int64_t n, int64_t p, Prefetch<T> next) {
     const Groups groups(N);
+    const int64_t share = next.share(slices * groups.count);
     for (int64_t s = 0; s * NR < t; ++s) {
         const int64_t rest = smaller(t - s * NR, NR);
         for (int64_t g = 0; g < groups.count; ++g) {
             const int64_t first = groups.begin(g), rows = groups.begin(g + 1) - first;
+            next.some(share);
             float tile[MR * NR];
             if constexpr (by_pairs<T>)
                 product_of_pairs(rows, static_cast<const int32_t*>(kernels) + first * ((C + 1) / 2),
@@ -106,10 +127,11 @@ static void add_neighbours(float* tile, int64_t width) {
 }
 
 // sums (N, V * W), rows sums_stride apart, += listed rows of the tile.
-template <int V>
+template <int V, class T>
 static void add_rows(const float* tile, const uint8_t* lists, const int32_t* counts, int64_t N, float* sums,
-                     int64_t sums_stride) {
+                     int64_t sums_stride, Prefetch<T>& next, int64_t share) {
     for (int64_t i = 0; i < N; ++i) {
+        next.some(share);
         if (counts[i] == 0) continue;
         float* out = sums + i * sums_stride;
         vf sum[V];
@@ -124,11 +146,11 @@ static void add_rows(const float* tile, const uint8_t* lists, const int32_t* cou
         for (int v = 0; v < V; ++v) store(out + v * W, sum[v]);
     }
 }
-template <int V = 8>
+template <int V = 8, class T>
 SPROMPT_INLINE void add_rows_of(int64_t width, const float* tile, const uint8_t* lists, const int32_t* counts, int64_t N,
-                                float* sums, int64_t sums_stride) {
-    if (width == V * W) return add_rows<V>(tile, lists, counts, N, sums, sums_stride);
-    if constexpr (V > 1) add_rows_of<V - 1>(width, tile, lists, counts, N, sums, sums_stride);
+                                float* sums, int64_t sums_stride, Prefetch<T>& next, int64_t share) {
+    if (width == V * W) return add_rows<V>(tile, lists, counts, N, sums, sums_stride, next, share);
+    if constexpr (V > 1) add_rows_of<V - 1>(width, tile, lists, counts, N, sums, sums_stride, next, share);
 }
 
 // Lists the rows of every mask of the block at pixel p; returns whether any pixel is set, and in with_sums whether sums of
@@ -144,13 +166,16 @@ static bool list_block(const uint32_t* words, int64_t words_stride, int64_t n, i
     return true;
 }
 
+// sums (N, C') += what the lists say of one packed block.
+template <class T>
 static void block_pool(const float* packed, int64_t C, int64_t padded, int64_t N, const uint8_t* lists, const int32_t* counts,
-                       bool with_sums, float* tile, float* sums, int64_t sums_stride) {
+                       bool with_sums, float* tile, float* sums, int64_t sums_stride, Prefetch<T> next) {
+    const int64_t share = next.share((C + panel - 1) / panel * N);
     for (int64_t c = 0; c < C; c += panel) {
         const int64_t width = smaller(padded - c, panel);
         pixel_rows(packed, padded, c, width, tile);
         if (with_sums) add_neighbours(tile, width);
-        add_rows_of(width, tile, lists, counts, N, sums + c, sums_stride);
+        add_rows_of(width, tile, lists, counts, N, sums + c, sums_stride, next, share);
     }
 }
 
@@ -213,6 +238,7 @@ static void update(const View& features, const View& kernels, const View& logits
                 bool with_sums = false;
                 if (!convolve && !list_block(bits, words.stride[1], n, p, N, lists, counts, with_sums)) continue;
                 pack_block(in + p, features.stride[1], C, padded, t, block_of_features);
+                Prefetch<T> next(in + p + block, features.stride[1], C, smaller(last - p - block, block));
                 if (convolve) {
                     const void* operand = block_of_features;
                     if constexpr (by_pairs<T>) {
@@ -220,10 +246,12 @@ static void update(const View& features, const View& kernels, const View& logits
                         operand = pairs;
                     }
                     block_product(static_cast<const void*>(packed.as<float>() + image * N * C), operand, N, C, padded, t,
-                                  logits.as<T>() + image * logits.stride[0] + p, logits.stride[1], pool ? bits : nullptr, n, p);
+                                  logits.as<T>() + image * logits.stride[0] + p, logits.stride[1], pool ? bits : nullptr, n, p,
+                                  next);
+                    next.rows = 0;
                     if (!pool || !list_block(bits, words.stride[1], n, p, N, lists, counts, with_sums)) continue;
                 }
-                block_pool(block_of_features, C, padded, N, lists, counts, with_sums, tile, sums, sums_stride);
+                block_pool(block_of_features, C, padded, N, lists, counts, with_sums, tile, sums, sums_stride, next);
             }
         }
     });
@@ -287,18 +315,26 @@ static bool block_scatter(const uint32_t* words, int64_t words_stride, int64_t n
 template <class T>
 SPROMPT_INLINE void write_row(const float* sums, const float* addend, int64_t t, T* out) {
     float row[NR];
-    for (int i = 0; i < NR; i += W) store(row + i, addend == nullptr ? load(sums + i) : load(sums + i) + load(addend + i));
-    row_from_float(row, t, out);
+    for (int i = 0; i < NR; i += W) {
+        const vf v = addend == nullptr ? load(sums + i) : load(sums + i) + load(addend + i);
+        if (t == NR)
+            store_float(out + i, v);
+        else
+            store(row + i, v);
+    }
+    if (t < NR) row_from_float(row, t, out);
 }
 
 // out (C, t) = kernels^T (C, N) grad (N, t) + addend (C, 64), which may be null.
 template <class T>
 static void block_grad_features(const float* kernels, const float* grad, int64_t N, int64_t C, int64_t t, const float* addend,
-                                T* out, int64_t out_stride) {
+                                T* out, int64_t out_stride, Prefetch<T> next) {
     const Groups groups(C);
+    const int64_t share = next.share(slices * groups.count);
     for (int64_t s = 0; s * NR < t; ++s)
         for (int64_t g = 0; g < groups.count; ++g) {
             const int64_t first = groups.begin(g), rows = groups.begin(g + 1) - first;
+            next.some(share);
             float tile[MR * NR];
             product_of_group(rows, kernels + first * N, grad + s * N * NR, N, tile);
             for (int64_t r = 0; r < rows; ++r)
@@ -308,15 +344,18 @@ static void block_grad_features(const float* kernels, const float* grad, int64_t
 }
 
 // sums (N, C') += grad (N, 64) features^T (t, C).
+template <class T>
 static void block_grad_kernels(const float* grad, const float* packed, int64_t N, int64_t C, int64_t padded, int64_t t,
-                               float* tile, float* sums, int64_t sums_stride) {
+                               float* tile, float* sums, int64_t sums_stride, Prefetch<T> next) {
     const Groups groups(N);
+    const int64_t share = next.share(padded / NR * groups.count);
     for (int64_t c = 0; c < C; c += panel) {
         const int64_t width = smaller(padded - c, panel);
         pixel_rows(packed, padded, c, width, tile);
         for (int64_t k = 0; k < width; k += NR)
             for (int64_t g = 0; g < groups.count; ++g) {
                 const int64_t first = groups.begin(g), rows = groups.begin(g + 1) - first;
+                next.some(share);
                 product_over_pixels(rows, grad + first * block, tile + k, t, sums + first * sums_stride + c + k, sums_stride);
             }
     }
@@ -348,10 +387,14 @@ static void update_backward(const View& grad_logits, const View& grad_pooled, co
         for (int64_t job = begin; job < end; ++job) {
             const int64_t image = job / chunks, first = job % chunks * chunk, last = smaller(first + chunk, P);
             const T* grad = grad_logits.as<const T>() + image * grad_logits.stride[0];
+            const T* features_of_image = features.as<const T>() + image * features.stride[0];
             float* sums = partial.as<float>() + job * N * sums_stride;
             if (grad_kernels.given()) clear(sums, N * sums_stride);
             for (int64_t p = first; p < last; p += block) {
-                const int64_t t = smaller(last - p, block);
+                const int64_t t = smaller(last - p, block), following = smaller(last - p - block, block);
+                const Prefetch<T> next_grad(grad + p + block, grad_logits.stride[1], N, following);
+                const Prefetch<T> next_features(features_of_image + p + block, features.stride[1], C,
+                                                grad_kernels.given() ? following : 0);
                 if (grad_features.given()) {
                     bool add = false;
                     if (grad_pooled.given())
@@ -362,7 +405,7 @@ static void update_backward(const View& grad_logits, const View& grad_pooled, co
                     if (product) {
                         pack_block(grad + p, grad_logits.stride[1], N, N, t, grad_packed);
                         block_grad_features(packed.as<const float>() + image * N * C, grad_packed, N, C, t,
-                                            add ? addend : nullptr, out, grad_features.stride[1]);
+                                            add ? addend : nullptr, out, grad_features.stride[1], next_features);
                     } else {
                         if (!add) clear(addend, block * padded);
                         for (int64_t c = 0; c < C; ++c)
@@ -372,9 +415,8 @@ static void update_backward(const View& grad_logits, const View& grad_pooled, co
                 if (grad_kernels.given()) {
                     for (int64_t i = 0; i < N; ++i)
                         row_of_block(grad + i * grad_logits.stride[1] + p, t, grad_rows + i * block);
-                    pack_block(features.as<const T>() + image * features.stride[0] + p, features.stride[1], C, padded, t,
-                               block_of_features);
-                    block_grad_kernels(grad_rows, block_of_features, N, C, padded, t, tile, sums, sums_stride);
+                    pack_block(features_of_image + p, features.stride[1], C, padded, t, block_of_features);
+                    block_grad_kernels(grad_rows, block_of_features, N, C, padded, t, tile, sums, sums_stride, next_grad);
                 }
             }
         }

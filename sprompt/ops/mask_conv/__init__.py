@@ -57,10 +57,16 @@ def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
     bits = as_bits("mask_pool", "masks", masks, 0.0)
     if len(bits.shape) != 2 or bits.shape[0] != batch:
         checks.bad_value(
-            "mask_pool", "masks", f"have batch dimensions (B, N) with B = {batch}", tuple(bits.shape), "give one list of masks an image"
+            "mask_pool",
+            "masks",
+            f"have batch dimensions (B, N) with B = {batch}",
+            tuple(bits.shape),
+            "give one list of masks an image",
         )
     if bits.size != (height, width):
-        checks.bad_value("mask_pool", "masks", f"have the size of the features, {(height, width)}", bits.size, "resize one of them")
+        checks.bad_value(
+            "mask_pool", "masks", f"have the size of the features, {(height, width)}", bits.size, "resize one of them"
+        )
     checks.same_device("mask_pool", features=features, masks=bits.words)
     return torch.ops.sprompt.mask_pool(features, bits.words)
 

@@ -74,7 +74,16 @@ def _mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Ten
     x = _rows(features)
     work = _forward_workspace(x, kernels.shape[1])
     native._C.mask_update(
-        x, kernels, logits.flatten(2), words, pooled, work.packed(), work.partial(), work.scratch, work.chunk, native.threads()
+        x,
+        kernels,
+        logits.flatten(2),
+        words,
+        pooled,
+        work.packed(),
+        work.partial(),
+        work.scratch,
+        work.chunk,
+        native.threads(),
     )
     return logits, pooled, words
 
@@ -136,7 +145,13 @@ def _mask_update_backward(
 ) -> tuple[Tensor, Tensor]:
     grads = _mask_update_backward_fake(features, kernels, words, grad_logits, grad_pooled, to_features, to_kernels)
     _backward(
-        grad_logits, grad_pooled, features, kernels, words, grads[0] if to_features else None, grads[1] if to_kernels else None
+        grad_logits,
+        grad_pooled,
+        features,
+        kernels,
+        words,
+        grads[0] if to_features else None,
+        grads[1] if to_kernels else None,
     )
     return grads
 
@@ -178,7 +193,9 @@ def _mask_update_fake(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor
 def _mask_conv_backward_fake(
     features: Tensor, kernels: Tensor, grad: Tensor, to_features: bool, to_kernels: bool
 ) -> tuple[Tensor, Tensor]:
-    return features.new_empty(features.shape if to_features else 0), kernels.new_empty(kernels.shape if to_kernels else 0)
+    return features.new_empty(features.shape if to_features else 0), kernels.new_empty(
+        kernels.shape if to_kernels else 0
+    )
 
 
 def _mask_update_backward_fake(
