@@ -7,8 +7,8 @@ from sprompt.ops.masks.reference import pack_masks, unpack_masks
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Sums are in float32 (float64 stays)."""
-    return x if x.dtype == torch.float64 else x.float()
+    """Contiguous, so that layouts do not change the order of sums, which are in float32 (float64 stays)."""
+    return (x if x.dtype == torch.float64 else x.float()).contiguous()
 
 
 def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
