@@ -90,12 +90,13 @@ static void block_product(const void* kernels, const void* packed, int64_t N, in
 // neighbours: a mask is a list of rows to add, about as long as its edge, and never longer than 64 or so.
 
 constexpr int64_t pair_rows_begin = 64, quad_rows_begin = 96, oct_rows_begin = 112, row_count = 120;
+constexpr uint64_t even_bits = 0x5555555555555555u;
 
 // Rows whose sum is the sum of the pixels m; returns their number.
 SPROMPT_INLINE int32_t list_rows(uint64_t m, bool with_sums, uint8_t* list) {
     uint64_t pairs = 0, quads = 0, octs = 0;
     if (with_sums) {
-        pairs = m & m >> 1 & 0x5555555555555555u;
+        pairs = m & m >> 1 & even_bits;
         quads = pairs & pairs >> 2 & 0x1111111111111111u;
         octs = quads & quads >> 4 & 0x0101010101010101u;
         m &= ~(pairs | pairs << 1);
@@ -153,14 +154,19 @@ SPROMPT_INLINE void add_rows_of(int64_t width, const float* tile, const uint8_t*
     if constexpr (V > 1) add_rows_of<V - 1>(width, tile, lists, counts, N, sums, sums_stride, next, share);
 }
 
-// Lists the rows of every mask of the block at pixel p; returns whether any pixel is set, and in with_sums whether sums of
-// neighbours are worth their making.
+// Lists the rows of every mask of the block at pixel p; returns whether any pixel is set, and in with_sums whether the
+// masks have enough neighbours for sums of neighbours to save more than they cost.
 static bool list_block(const uint32_t* words, int64_t words_stride, int64_t n, int64_t p, int64_t N, uint8_t* lists,
                        int32_t* counts, bool& with_sums) {
-    int64_t total = 0;
-    for (int64_t i = 0; i < N; ++i) total += popcount(block_bits(words + i * words_stride, n, p));
-    with_sums = total > 2 * block;
-    if (total == 0) return false;
+    int64_t neighbours = 0;
+    uint64_t any = 0;
+    for (int64_t i = 0; i < N; ++i) {
+        const uint64_t m = block_bits(words + i * words_stride, n, p);
+        any |= m;
+        neighbours += popcount(m & m >> 1 & even_bits);
+    }
+    with_sums = neighbours > row_count - block;
+    if (any == 0) return false;
     for (int64_t i = 0; i < N; ++i)
         counts[i] = list_rows(block_bits(words + i * words_stride, n, p), with_sums, lists + i * block);
     return true;

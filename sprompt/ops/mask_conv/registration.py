@@ -11,7 +11,7 @@ from sprompt.ops.library import no_double_backward, register_gradient, register_
 from sprompt.ops.mask_conv import reference
 
 BLOCK = 64  # pixels: what the kernels work on at a time
-CHUNKS = 24  # an image at most: work for the threads, and partial sums to add up
+CHUNKS = 32  # about so many in all: work for the threads, and partial sums to add up
 
 
 # -- native
@@ -30,7 +30,8 @@ class Workspace:
         self.like, self.batch, self.masks = like, batch, masks
         self.padded = -(-channels // 128) * 128
         blocks = -(-pixels // BLOCK)
-        self.chunk = max(1, -(-blocks // CHUNKS)) * BLOCK
+        chunks = max(CHUNKS // max(batch, 1), 4)  # an image, of the shape alone, so that sums do not depend on threads
+        self.chunk = max(1, -(-blocks // chunks)) * BLOCK
         self.chunks = -(-pixels // self.chunk)
         self.scratch = self.floats(native.threads(), -(-scratch // 16) * 16)
         self.packed_size = masks * channels
