@@ -14,6 +14,7 @@
 // linear_assignment
 #include "linear_assignment/linear_assignment.h"
 // mask_conv
+#include "mask_conv/mask_conv.h"
 
 // mask_loss
 #include "mask_loss/mask_loss.h"
@@ -121,6 +122,8 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(prompt_match_backward);
 
     // mask_conv
+    SPROMPT_DEF(mask_update);
+    SPROMPT_DEF(mask_update_backward);
 
     // match_cost
     SPROMPT_DEF(match_cost);

@@ -4,6 +4,7 @@
 from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
+from sprompt.ops.mask_conv import mask_conv, mask_pool, mask_update
 
 # mask_loss
 from sprompt.ops.mask_loss import mask_loss
@@ -33,6 +34,9 @@ __all__ = [
     "linear_assignment",
     #
     # mask_conv
+    "mask_conv",
+    "mask_pool",
+    "mask_update",
     #
     # mask_loss
     "mask_loss",

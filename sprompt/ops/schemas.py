@@ -45,7 +45,17 @@ SCHEMAS = {
     # grad (B, N, C), index (B, N) -> (B, L, C)
     "prompt_match_backward": "(Tensor grad, Tensor index, SymInt prompts) -> Tensor",
     #
-    # mask_conv
+    # mask_conv: features (B, C, H, W), kernels (B, N, C) -> logits (B, N, H, W)
+    "mask_conv": "(Tensor features, Tensor kernels) -> Tensor",
+    # -> gradients of features and kernels, empty where not asked for
+    "mask_conv_backward": "(Tensor features, Tensor kernels, Tensor grad, bool to_features, bool to_kernels) -> (Tensor, Tensor)",
+    # features (B, C, H, W), words (B, N, n) -> (B, N, C); grad (B, N, C), words -> (B, C, H, W)
+    "mask_pool": "(Tensor features, Tensor words) -> Tensor",
+    "mask_pool_backward": "(Tensor grad, Tensor words, SymInt height, SymInt width) -> Tensor",
+    # -> logits (B, N, H, W), pooled (B, N, C), words (B, N, n) of logits > 0
+    "mask_update": "(Tensor features, Tensor kernels) -> (Tensor, Tensor, Tensor)",
+    "mask_update_backward": "(Tensor features, Tensor kernels, Tensor words, Tensor? grad_logits, Tensor? grad_pooled,"
+    " bool to_features, bool to_kernels) -> (Tensor, Tensor)",
     #
     # match_cost: mask_logits (B, N, h, w), targets (B, G, h*upsample, w*upsample) and ratio 0, or words (B, G, n) of masks
     # `ratio` times that size, class_logits (B, N, K), labels (B, G) -> float32 (B, N, G)
