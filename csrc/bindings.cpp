@@ -28,6 +28,7 @@
 // resize_masks
 
 // rle
+#include "rle/rle.h"
 
 // saliency_masks
 
@@ -108,4 +109,9 @@ PYBIND11_MODULE(_C, module) {
     // resize_masks
 
     // rle
+    SPROMPT_DEF(rle_bounds);
+    SPROMPT_DEF(rle_encode);
+    SPROMPT_DEF(rle_join);
+    SPROMPT_DEF(rle_decode);
+    module.def("rle_scratch", [](int64_t height, int64_t width) { return sprompt::rle_scratch(height, width); });
 }

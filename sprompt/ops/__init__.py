@@ -18,6 +18,7 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 # resize_masks
 
 # rle
+from sprompt.ops.rle import rle_decode, rle_encode
 
 # saliency_masks
 
@@ -43,6 +44,8 @@ __all__ = [
     # resize_masks
     #
     # rle
+    "rle_decode",
+    "rle_encode",
     #
     # saliency_masks
     #

@@ -33,6 +33,8 @@ SCHEMAS = {
     #
     # resize_masks
     #
-    # rle
+    # rle: words (..., n) of L masks -> characters uint8 (S,), offsets int64 (L + 1,); and back to words (L, n)
+    "rle_encode": "(Tensor words, SymInt height, SymInt width) -> (Tensor characters, Tensor offsets)",
+    "rle_decode": "(Tensor characters, Tensor offsets, SymInt height, SymInt width) -> Tensor",
     #
 }
