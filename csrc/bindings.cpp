@@ -12,7 +12,7 @@
 #include "common/views.h"
 // One header a room.
 // linear_assignment
-
+#include "linear_assignment/linear_assignment.h"
 // mask_conv
 
 // mask_loss
@@ -20,17 +20,19 @@
 // masks
 #include "masks/masks.h"
 // mask_nms
+#include "mask_nms/mask_nms.h"
 
 // match_cost
 
 // prompts
 
 // resize_masks
-
+#include "resize_masks/resize_masks.h"
 // rle
 #include "rle/rle.h"
 
 // saliency_masks
+#include "saliency_masks/saliency_masks.h"
 
 namespace py = pybind11;
 
@@ -54,21 +56,29 @@ template <>
 struct type_caster<sprompt::View> {
     PYBIND11_TYPE_CASTER(sprompt::View, const_name("torch.Tensor | None"));
 
+    // Runs for every tensor of every call, so it speaks to the interpreter directly: about half a microsecond.
     bool load(handle tensor, bool) {
+        static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"), *const shape_name = PyUnicode_InternFromString("shape"),
+                               *const stride_name = PyUnicode_InternFromString("stride"),
+                               *const data_ptr_name = PyUnicode_InternFromString("data_ptr");
         if (tensor.is_none()) return true;
-        const object dtype = tensor.attr("dtype");
+        const auto dtype = reinterpret_steal<object>(PyObject_GetAttr(tensor.ptr(), dtype_name));
+        const auto shape = reinterpret_steal<object>(PyObject_GetAttr(tensor.ptr(), shape_name));
+        const auto stride = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), stride_name));
+        const auto address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr_name));
+        if (!dtype || !shape || !stride || !address) throw error_already_set();
         for (const auto& known : dtypes)
             if (known.first == dtype.ptr()) value.dtype = known.second;
-        if (value.dtype == sprompt::DType::none) return false;
-        const tuple shape(tensor.attr("shape")), stride(tensor.attr("stride")());
-        if (shape.size() > sprompt::max_rank) return false;
-        value.rank = static_cast<int32_t>(shape.size());
-        for (size_t i = 0; i < shape.size(); ++i) {
-            value.size[i] = shape[i].cast<int64_t>();
-            value.stride[i] = stride[i].cast<int64_t>();
+        if (value.dtype == sprompt::DType::none || !PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) return false;
+        const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
+        if (rank > sprompt::max_rank) return false;
+        value.rank = static_cast<int32_t>(rank);
+        for (Py_ssize_t i = 0; i < rank; ++i) {
+            value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
+            value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
         }
-        value.data = reinterpret_cast<void*>(tensor.attr("data_ptr")().cast<uintptr_t>());
-        return true;
+        value.data = PyLong_AsVoidPtr(address.ptr());
+        return !PyErr_Occurred();
     }
 };
 
@@ -93,8 +103,14 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(mask_iou);
     SPROMPT_DEF(window_masks);
     // mask_nms
+    SPROMPT_DEF(mask_nms);
+    SPROMPT_DEF(matrix_nms);
+    module.attr("nms_scratch_per_mask") = sprompt::nms_scratch_per_mask;
 
     // saliency_masks
+    SPROMPT_DEF(saliency_bits);
+    SPROMPT_DEF(saliency_soft);
+    SPROMPT_DEF(saliency_maps);
 
     // prompts
 
@@ -103,10 +119,13 @@ PYBIND11_MODULE(_C, module) {
     // match_cost
 
     // linear_assignment
+    SPROMPT_DEF(linear_assignment);
 
     // mask_loss
 
     // resize_masks
+    SPROMPT_DEF(resize_masks);
+    SPROMPT_DEF(resize_bits);
 
     // rle
     SPROMPT_DEF(rle_bounds);

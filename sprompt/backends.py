@@ -76,6 +76,11 @@ def ops() -> list[str]:
     return sorted(_table)
 
 
+def registered(op: str) -> list[str]:
+    """Every backend that an op has, whether it can run here or not."""
+    return sorted(_table[op])
+
+
 def available(op: str, device: str) -> dict[str, str]:
     """Every backend of an op for a device type, with the reason why it cannot run (empty: it can)."""
     backends = _table[op]

@@ -70,9 +70,9 @@ class BitMasks:
     def __getitem__(self, index: Any) -> BitMasks:
         """Indexes the batch dimensions, as a tensor of shape `self.shape` would be."""
         index = index if isinstance(index, tuple) else (index,)
-        if index.count(Ellipsis) if all(not isinstance(i, Tensor) for i in index) else False:
-            return BitMasks(self.words[(*index, slice(None))], self.size)
-        return BitMasks(self.words[(*index, ..., slice(None))], self.size)
+        rest = (slice(None),) if any(i is Ellipsis for i in index) else (Ellipsis, slice(None))
+        place = (*index, *rest)
+        return BitMasks(self.words[place], self.size)
 
     def reshape(self, *shape: int) -> BitMasks:
         return BitMasks(self.words.reshape(*shape, self.words.shape[-1]), self.size)
@@ -157,10 +157,11 @@ class BitMasks:
         return self._window(-top, -left, top + height + bottom, left + width + right)
 
     def resize(self, size: Size) -> BitMasks:
-        """Bilinear (half-pixel centres, no antialias) on 0 and 1, then > 0.5."""
-        from sprompt import ops
+        """Bilinear (half-pixel centres, no antialias) on 0 and 1, then > 0.5: `sprompt.ops.resize_masks` of the 0s and 1s."""
+        from sprompt.ops.resize_masks import checked_size
 
-        return ops.resize_masks(self.to_dense(torch.float32), _checked_size("BitMasks.resize", size), threshold=0.5)
+        height, width = checked_size("BitMasks.resize", size, self.size)
+        return BitMasks(torch.ops.sprompt.resize_bits(self.words, *self.size, height, width), (height, width))
 
     def _window(self, top: int, left: int, height: int, width: int, flip: bool = False) -> BitMasks:
         words = torch.ops.sprompt.window_masks(self.words, *self.size, top, left, height, width, flip)

@@ -1,18 +1,25 @@
 """The compiled module sprompt._C, or the reason why it is not there."""
 
+import importlib
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 
-_C: ModuleType | None
+_C: Any
 try:
-    from sprompt import _C  # type: ignore[attr-defined,no-redef]
+    _C = importlib.import_module("sprompt._C")
 except ImportError as error:
-    if os.environ.get("SPROMPT_CPU"):  # a level was asked for by name: never fall back in silence
-        raise
+    asked = os.environ.get("SPROMPT_CPU")
+    if isinstance(error, ModuleNotFoundError):
+        why_missing = "sprompt._C is not built; build it with `pip install .`"
+        refusal = f"SPROMPT_CPU={asked}: {why_missing}"
+    else:
+        why_missing = f"sprompt._C cannot be imported ({error}); build it anew with `pip install .`"
+        refusal = str(error)
+    if asked:  # a level was asked for by name: never fall back in silence
+        raise ImportError(refusal) from None
     _C = None
-    why_missing = f"sprompt._C cannot be imported ({error}); build it with `pip install .`"
 else:
     why_missing = ""
     # Codes of sprompt::DType in csrc/common/views.h.

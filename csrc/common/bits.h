@@ -76,7 +76,9 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
             carry_save(carry, fours, fours, fours_a, fours_b);
             eights = _mm256_add_epi64(eights, popcount_lanes(carry));
         }
-        total = 8 * sum_lanes(eights) + 4 * sum_lanes(popcount_lanes(fours)) + 2 * sum_lanes(popcount_lanes(twos)) + sum_lanes(popcount_lanes(ones));
+        const __m256i low = _mm256_add_epi64(_mm256_slli_epi64(popcount_lanes(twos), 1), popcount_lanes(ones));
+        const __m256i high = _mm256_add_epi64(_mm256_slli_epi64(eights, 1), popcount_lanes(fours));
+        total = sum_lanes(_mm256_add_epi64(_mm256_slli_epi64(high, 2), low));
     }
 #endif
     for (; i + 2 <= n; i += 2) total += popcount(load64(a + i) & load64(b + i));

@@ -2,6 +2,7 @@
 
 #include "common/bits.h"
 #include "common/half.h"
+#include "common/overlap.h"
 #include "common/threads.h"
 
 namespace sprompt {
@@ -88,80 +89,77 @@ void mask_area(const View& words, const View& area, int threads) {
     });
 }
 
-static void box_of(const uint32_t* words, int64_t n, int64_t height, int64_t width, int64_t* box) {
-    int64_t x1 = width, x2 = 0, y1 = height, y2 = 0;
-    for (int64_t y = 0; y < height; ++y) {
-        bool any = false;
-        for (int64_t x = 0; x < width; x += 64) {
-            const uint64_t v = bits_at(words, n, y * width + x) & low_bits(width - x);
-            if (v == 0) continue;
-            any = true;
-            const int64_t first = x + __builtin_ctzll(v), last = x + 63 - __builtin_clzll(v);
-            if (first < x1) x1 = first;
-            if (last >= x2) x2 = last + 1;
-        }
-        if (!any) continue;
-        if (y < y1) y1 = y;
-        y2 = y + 1;
-    }
-    const bool empty = x2 == 0;
-    box[0] = empty ? 0 : x1;
-    box[1] = empty ? 0 : y1;
-    box[2] = x2;
-    box[3] = y2;
-}
-
-void mask_boxes(const View& words, int64_t height, int64_t width, const View& boxes, int threads) {
+void mask_boxes(const View& words, int64_t width, const View& boxes, int threads) {
     const int64_t n = words.size[1];
-    parallel_for(words.size[0], 1 + (1 << 12) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t row = begin; row < end; ++row)
-            box_of(words.as<const uint32_t>() + row * words.stride[0], n, height, width, boxes.as<int64_t>() + 4 * row);
+    parallel_for(words.size[0], 1 + (1 << 13) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t row = begin; row < end; ++row) {
+            const Extent extent = extent_of(words.as<const uint32_t>() + row * words.stride[0], n, width);
+            int64_t* box = boxes.as<int64_t>() + 4 * row;
+            box[0] = extent.x1;
+            box[1] = extent.y1;
+            box[2] = extent.x2;
+            box[3] = extent.y2;
+        }
     });
 }
 
-// The words that hold a mask's set bits: [first, last), and its area.
-struct Extent {
-    int64_t first, last, area;
-};
-static Extent extent_of(const uint32_t* words, int64_t n) {
-    int64_t first = 0, last = n;
-    while (first < n && words[first] == 0) ++first;
-    while (last > first && words[last - 1] == 0) --last;
-    return {first, last, count_bits(words + first, last - first)};
-}
+// Tiles of 8 x 8 masks. Pairs whose boxes do not meet are not read; those that meet in a narrow strip are read row by row;
+// the others in stretches of 2048 words (8 kB), so that the 64 kB of a tile of a and of b stay in the second cache.
+void mask_iou(const View& a, const View& b, int64_t width, const View& extents, const View& iou, int threads) {
+    constexpr int64_t tile = 8, stretch = 2048;
+    const bool self = !b.given();
+    const View& other = self ? a : b;
+    const int64_t B = a.size[0], N = a.size[1], M = other.size[1], n = a.size[2], all = self ? N : N + M;
+    const auto row_a = [&](int64_t image, int64_t i) { return a.as<const uint32_t>() + image * a.stride[0] + i * a.stride[1]; };
+    const auto row_b = [&](int64_t image, int64_t j) { return other.as<const uint32_t>() + image * other.stride[0] + j * other.stride[1]; };
+    Extent* const extent = extents.as<Extent>();  // (B, N + M), or (B, N) if b is a
 
-// Tiles of 8 x 8 masks, a stretch of 1024 words (4 kB) of each at a time: the 64 kB of a tile stay in the nearer caches,
-// and words outside either mask's extent are not read.
-void mask_iou(const View& a, const View& b, const View& iou, int threads) {
-    constexpr int64_t tile = 8, stretch = 1024;
-    const int64_t B = a.size[0], N = a.size[1], M = b.size[1], n = a.size[2];
-    const int64_t rows = (N + tile - 1) / tile, columns = (M + tile - 1) / tile;
-    parallel_for(B * rows, 1, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(B * all, 1 + (1 << 13) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
-            const int64_t image = job / rows, i0 = job % rows * tile, ni = N - i0 < tile ? N - i0 : tile;
-            const auto row_a = [&](int64_t i) { return a.as<const uint32_t>() + image * a.stride[0] + (i0 + i) * a.stride[1]; };
-            Extent extent_a[tile];
-            for (int64_t i = 0; i < ni; ++i) extent_a[i] = extent_of(row_a(i), n);
-            for (int64_t column = 0; column < columns; ++column) {
-                const int64_t j0 = column * tile, nj = M - j0 < tile ? M - j0 : tile;
-                const auto row_b = [&](int64_t j) { return b.as<const uint32_t>() + image * b.stride[0] + (j0 + j) * b.stride[1]; };
-                Extent extent_b[tile];
-                for (int64_t j = 0; j < nj; ++j) extent_b[j] = extent_of(row_b(j), n);
+            const int64_t image = job / all, i = job % all;
+            extent[job] = extent_of(i < N ? row_a(image, i) : row_b(image, i - N), n, width);
+        }
+    });
+
+    const int64_t rows = (N + tile - 1) / tile, columns = (M + tile - 1) / tile;
+    const int64_t cost = tile * M * (n / 8 + 4);  // about the cycles of one row of tiles, if the boxes overlap by half
+    parallel_for(B * rows, 1 + (1 << 16) / (cost + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t job = begin; job < end; ++job) {
+            const int64_t image = job / rows, i0 = job % rows * tile, i1 = N < i0 + tile ? N : i0 + tile;
+            const Extent *ea = extent + image * all, *eb = self ? ea : ea + N;
+            float* const out = iou.as<float>() + image * N * M;
+            for (int64_t column = self ? job % rows : 0; column < columns; ++column) {
+                const int64_t j0 = column * tile, j1 = M < j0 + tile ? M : j0 + tile;
                 int64_t common[tile][tile] = {};
-                for (int64_t start = 0; start < n; start += stretch)
-                    for (int64_t i = 0; i < ni; ++i)
-                        for (int64_t j = 0; j < nj; ++j) {
-                            const Extent &ea = extent_a[i], &eb = extent_b[j];
-                            int64_t first = ea.first > eb.first ? ea.first : eb.first, last = ea.last < eb.last ? ea.last : eb.last;
-                            first = first > start ? first : start;
-                            last = last < start + stretch ? last : start + stretch;
-                            if (first < last) common[i][j] += count_and(row_a(i) + first, row_b(j) + first, last - first);
+                bool wide[tile][tile] = {};
+                int64_t first = n, last = 0;
+                for (int64_t i = i0; i < i1; ++i)
+                    for (int64_t j = j0; j < j1; ++j) {
+                        const Overlap box(ea[i], eb[j]);
+                        if (box.empty()) continue;
+                        if (box.narrow(width)) {
+                            common[i - i0][j - j0] = count_rows(row_a(image, i), row_b(image, j), width, box);
+                            continue;
                         }
-                for (int64_t i = 0; i < ni; ++i)
-                    for (int64_t j = 0; j < nj; ++j) {
-                        const int64_t both = common[i][j], either = extent_a[i].area + extent_b[j].area - both;
-                        iou.as<float>()[(image * N + i0 + i) * M + j0 + j] =
-                            either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / static_cast<double>(either));
+                        wide[i - i0][j - j0] = true;
+                        if (box.first_word(width) < first) first = box.first_word(width);
+                        if (box.last_word(width) > last) last = box.last_word(width);
+                    }
+                for (int64_t start = first; start < last; start += stretch)
+                    for (int64_t i = i0; i < i1; ++i)
+                        for (int64_t j = j0; j < j1; ++j) {
+                            if (!wide[i - i0][j - j0]) continue;
+                            const Overlap box(ea[i], eb[j]);
+                            const int64_t from = box.first_word(width) > start ? box.first_word(width) : start;
+                            const int64_t to = box.last_word(width) < start + stretch ? box.last_word(width) : start + stretch;
+                            if (from < to) common[i - i0][j - j0] += count_and(row_a(image, i) + from, row_b(image, j) + from, to - from);
+                        }
+                for (int64_t i = i0; i < i1; ++i)
+                    for (int64_t j = j0; j < j1; ++j) {
+                        const int64_t both = common[i - i0][j - j0], either = ea[i].area + eb[j].area - both;
+                        const float value = either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / static_cast<double>(either));
+                        out[i * M + j] = value;
+                        if (self) out[j * M + i] = value;
                     }
             }
         }

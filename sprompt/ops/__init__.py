@@ -1,6 +1,7 @@
 """The kernel library: one room an op (sprompt/ops/<op>/), all of them on this page."""
 
 # linear_assignment
+from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
 
@@ -10,12 +11,14 @@
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 
 # mask_nms
+from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 
 # match_cost
 
 # prompts
 
 # resize_masks
+from sprompt.ops.resize_masks import resize_masks
 
 # rle
 from sprompt.ops.rle import rle_decode, rle_encode
@@ -24,6 +27,7 @@ from sprompt.ops.rle import rle_decode, rle_encode
 
 __all__ = [
     # linear_assignment
+    "linear_assignment",
     #
     # mask_conv
     #
@@ -36,12 +40,16 @@ __all__ = [
     "pack_masks",
     #
     # mask_nms
+    "batched_mask_nms",
+    "mask_nms",
+    "matrix_nms",
     #
     # match_cost
     #
     # prompts
     #
     # resize_masks
+    "resize_masks",
     #
     # rle
     "rle_decode",

@@ -49,7 +49,13 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
     first_name, first = next((name, t) for name, t in tensors.items() if t is not None)
     for name, value in tensors.items():
         if value is not None and value.device != first.device:
-            bad_value(op, name, f"be on the device of {first_name} ({first.device})", value.device, "move one of them with .to()")
+            bad_value(
+                op,
+                name,
+                f"be on the device of {first_name} ({first.device})",
+                value.device,
+                "move one of them with .to()",
+            )
 
 
 def choice(op: str, arg: str, value: object, choices: Sequence[object]) -> None:
@@ -86,4 +92,6 @@ def counts_within(op: str, value: Tensor | None, limit: int, arg: str = "counts"
         return
     low, high = int(value.min()), int(value.max())
     if low < 0 or high > limit:
-        bad_value(op, arg, f"lie between 0 and {limit}", low if low < 0 else high, "counts cannot exceed the padded length")
+        bad_value(
+            op, arg, f"lie between 0 and {limit}", low if low < 0 else high, "counts cannot exceed the padded length"
+        )

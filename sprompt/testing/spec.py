@@ -93,7 +93,7 @@ class Bench:
     shape: str  # what the row says: "1102 x (25x34), from dense"
     make: Callable[[torch.device, torch.dtype, int], Sample]
     eager: Callable[..., Any]
-    vectorised: Callable[..., Any] | None | bool = None
+    vectorised: Callable[..., Any] | bool | None = None
     library: tuple[str, Callable[..., Any]] | None = None
     agree: Callable[[Any, Any, Sample], None] | None = None
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)

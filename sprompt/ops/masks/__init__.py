@@ -96,15 +96,20 @@ def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor
     [[1.0, 0.3333333432674408], [0.3333333432674408, 1.0]]
     """
     bits_a = as_bits("mask_iou", "a", a)
-    bits_b = bits_a if b is None else as_bits("mask_iou", "b", b)
-    for name, bits in (("a", bits_a), ("b", bits_b)):
-        if not bits.shape:
-            checks.bad_value("mask_iou", name, "be a list of masks, (..., N)", "a single mask", "index it with [None]")
+    if not bits_a.shape:
+        checks.bad_value("mask_iou", "a", "be a list of masks, (..., N)", "a single mask", "index it with [None]")
+    if b is None:
+        return torch.ops.sprompt.mask_iou(bits_a.words, None, bits_a.size[1])
+    bits_b = as_bits("mask_iou", "b", b)
+    if not bits_b.shape:
+        checks.bad_value("mask_iou", "b", "be a list of masks, (..., M)", "a single mask", "index it with [None]")
     if bits_a.size != bits_b.size:
-        checks.bad_value("mask_iou", "b", f"have masks of the size of a, {bits_a.size}", bits_b.size, "resize one of them")
+        checks.bad_value(
+            "mask_iou", "b", f"have masks of the size of a, {bits_a.size}", bits_b.size, "resize one of them"
+        )
     if bits_a.shape[:-1] != bits_b.shape[:-1]:
         checks.bad_value(
             "mask_iou", "b", f"have the batch dimensions of a, {tuple(bits_a.shape[:-1])}", tuple(bits_b.shape[:-1])
         )
     checks.same_device("mask_iou", a=bits_a.words, b=bits_b.words)
-    return torch.ops.sprompt.mask_iou(bits_a.words, bits_b.words)
+    return torch.ops.sprompt.mask_iou(bits_a.words, bits_b.words, bits_a.size[1])

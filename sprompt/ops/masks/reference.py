@@ -42,8 +42,9 @@ def mask_boxes(words: Tensor, height: int, width: int) -> Tensor:
     return torch.stack((x1, y1, x2, y2), -1)
 
 
-def mask_iou(a: Tensor, b: Tensor) -> Tensor:
+def mask_iou(a: Tensor, b: Tensor | None, width: int) -> Tensor:
     """One mask of a at a time: the largest temporary is one row of pairs."""
+    b = a if b is None else b
     dense_b = unpack_masks(b, 32 * b.shape[-1])
     area_a, area_b = mask_area(a), mask_area(b)
     rows = []
@@ -59,8 +60,10 @@ def window_masks(
 ) -> Tensor:
     dense = unpack_masks(words, height * width).unflatten(-1, (height, width))
     edges = (-left, left + out_width - width, -top, top + out_height - height)  # negative: cut off
-    dense = torch.nn.functional.pad(dense, edges) if min(*_sizes_after(height, width, edges)) > 0 else dense.new_zeros(
-        (*dense.shape[:-2], out_height, out_width)
+    dense = (
+        torch.nn.functional.pad(dense, edges)
+        if min(*_sizes_after(height, width, edges)) > 0
+        else dense.new_zeros((*dense.shape[:-2], out_height, out_width))
     )
     return pack_masks(dense.flip(-1) if flip else dense, 0.5)
 

@@ -52,7 +52,7 @@ def _mask_area_fake(words: Tensor) -> Tensor:
 
 def _mask_boxes(words: Tensor, height: int, width: int) -> Tensor:
     boxes = words.new_empty((*words.shape[:-1], 4), dtype=torch.int64)
-    native._C.mask_boxes(rows(words), height, width, rows(boxes), native.threads())
+    native._C.mask_boxes(rows(words), width, rows(boxes), native.threads())
     return boxes
 
 
@@ -60,25 +60,28 @@ def _mask_boxes_fake(words: Tensor, height: int, width: int) -> Tensor:
     return words.new_empty((*words.shape[:-1], 4), dtype=torch.int64)
 
 
-def _mask_iou(a: Tensor, b: Tensor) -> Tensor:
-    iou = a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=torch.float32)
+def _mask_iou(a: Tensor, b: Tensor | None, width: int) -> Tensor:
     batch = a.shape[:-2].numel()
-    flat_a, flat_b = (x.reshape(batch, *x.shape[-2:]).contiguous() for x in (a, b))
-    native._C.mask_iou(flat_a, flat_b, iou, native.threads()) if iou.dim() <= 5 else native._C.mask_iou(
-        flat_a, flat_b, iou.view(batch, *iou.shape[-2:]), native.threads()
-    )
+    flat_a = a.reshape(batch, *a.shape[-2:]).contiguous()
+    flat_b = None if b is None else b.reshape(batch, *b.shape[-2:]).contiguous()
+    columns = (a if b is None else b).shape[-2]
+    iou = a.new_empty((*a.shape[:-1], columns), dtype=torch.float32)
+    extents = a.new_empty((batch, a.shape[-2] + (0 if b is None else columns), 5), dtype=torch.int64)
+    native._C.mask_iou(flat_a, flat_b, width, extents, iou.view(batch, a.shape[-2], columns), native.threads())
     return iou
 
 
-def _mask_iou_fake(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty((*a.shape[:-1], b.shape[-2]), dtype=torch.float32)
+def _mask_iou_fake(a: Tensor, b: Tensor | None, width: int) -> Tensor:
+    return a.new_empty((*a.shape[:-1], (a if b is None else b).shape[-2]), dtype=torch.float32)
 
 
 def _window_masks(
     words: Tensor, height: int, width: int, top: int, left: int, out_height: int, out_width: int, flip: bool
 ) -> Tensor:
     out = words.new_empty((*words.shape[:-1], words_for(out_height * out_width)), dtype=torch.int32)
-    native._C.window_masks(rows(words), height, width, top, left, out_height, out_width, flip, rows(out), native.threads())
+    native._C.window_masks(
+        rows(words), height, width, top, left, out_height, out_width, flip, rows(out), native.threads()
+    )
     return out
 
 

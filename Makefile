@@ -1,0 +1,71 @@
+# Everything a fresh clone needs: Python 3.10 to 3.13 and a C++17 compiler. `make` lists the targets.
+VENV ?= .venv
+PYTHON ?=
+export SPROMPT_NO_EXT SPROMPT_WERROR
+
+BIN := $(VENV)/bin
+# tools of the environment first: cmake, ninja and clang-format of constraints.txt
+export PATH := $(abspath $(BIN)):$(PATH)
+
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CHECKED = sprompt tests benchmarks examples setup.py
+NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
+
+.PHONY: help venv build test demo bench lint format sanitize hooks clean
+
+help: ## list the targets
+	@echo "make demo    a picture, its proposals, a benchmark table     make test    all tests"
+	@echo
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-9s %s\n", $$1, $$2}'
+	@echo
+	@echo "Each sets up what it needs in $(VENV) (VENV=... for another place, PYTHON=... for another interpreter)."
+	@echo "SPROMPT_NO_EXT=1 make ... works without a compiler, on the slow reference."
+
+venv: $(VENV)/.ready ## the virtual environment, at the versions of constraints.txt
+
+$(VENV)/.ready: constraints.txt pyproject.toml tools/venv.sh
+	@tools/venv.sh "$(VENV)" "$(PYTHON)"
+
+build: $(VENV)/.built ## compile the kernels in place
+
+ifneq ($(filter-out 0,$(SPROMPT_NO_EXT)),)
+.PHONY: $(VENV)/.built
+$(VENV)/.built: $(VENV)/.ready
+	@echo "SPROMPT_NO_EXT=$(SPROMPT_NO_EXT): kernels are not built"
+else
+$(VENV)/.built: $(VENV)/.ready $(NATIVE)
+	@echo "building the kernels"
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+endif
+
+test: build ## all tests, at every instruction set of this CPU (ARGS="-k iou" goes to pytest)
+	@tools/test.sh $(BIN)/python $(ARGS)
+
+demo: build ## draw a picture, find its objects, write demo/, print a short benchmark
+	@$(BIN)/python -m sprompt.demo
+
+bench: build ## the benchmark table (ARGS="--op mask_iou" chooses; --help lists)
+	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+lint: venv ## ruff, clang-format and mypy, as CI runs them
+	@$(BIN)/ruff check $(CHECKED)
+	@$(BIN)/ruff format --check $(CHECKED)
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+	@$(BIN)/mypy
+
+format: venv ## let ruff and clang-format rewrite the files
+	@$(BIN)/ruff check --fix $(CHECKED)
+	@$(BIN)/ruff format $(CHECKED)
+	@$(BIN)/clang-format -i $(CXX_FILES)
+
+sanitize: venv ## tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@PYTHON=$(abspath $(BIN))/python tools/sanitize.sh
+
+hooks: venv ## run lint before every commit (installs pre-commit into the environment)
+	@$(BIN)/python -m pip install --quiet -c constraints.txt pre-commit
+	@$(BIN)/pre-commit install
+
+clean: ## remove what was built; the environment stays
+	rm -rf build dist *.egg-info demo/*.png demo/*.json sprompt/_C*.so sprompt/_C*.pyd $(VENV)/.built
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,136 @@
+"""Measuring: interleaved times, peak memory, and the ceilings of the machine. Milliseconds and bytes throughout."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Call = Callable[[], Any]
+
+
+def once(call: Call, device: torch.device, repeats: int = 1) -> float:
+    """Milliseconds of one call, from `repeats` in a row."""
+    if device.type == "cuda":
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(repeats):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / repeats
+    begin = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - begin) * 1e3 / repeats
+
+
+def interleaved(
+    calls: dict[str, Call], device: torch.device, seconds: float, rounds: int = 51
+) -> dict[str, list[float]]:
+    """Times the calls in turn, A B C A B C …, so that a slow moment of the machine meets all of them.
+
+    Two warm-up calls each; then at least 5 rounds, and more until `seconds` are over. A call shorter than 0.3 ms is
+    repeated within its turn.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        call()
+        repeats[name] = max(1, min(200, int(0.3 / max(once(call, device), 1e-4))))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while len(next(iter(times.values()))) < 5 or (
+        time.perf_counter() < end and len(next(iter(times.values()))) < rounds
+    ):
+        for name, call in calls.items():
+            times[name].append(once(call, device, repeats[name]))
+    return times
+
+
+def median_ratio(numerator: list[float], denominator: list[float]) -> float:
+    """Median of the ratios within each round."""
+    return statistics.median(a / b for a, b in zip(numerator, denominator, strict=True))
+
+
+# -- memory
+
+
+def peak_bytes(call: Call, device: torch.device) -> int | None:
+    """Most memory that one call held beyond what was held before it, scratch of kernels included; None where it cannot be read.
+
+    CPU: the kernel's high-water mark of resident memory (Linux), reset before the call, with freed blocks given back at once.
+    """
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with _returning_memory() as libc:
+        if libc is None:
+            return None
+        gc.collect()
+        libc.malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+        before = _status("VmRSS")
+        result = call()
+        peak = _status("VmHWM")
+        del result
+        return max(0, peak - before)
+
+
+def _status(field: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) * 1024
+
+
+@contextlib.contextmanager
+def _returning_memory() -> Iterator[Any]:
+    """Makes malloc map every block of 64 kB or more by itself, so that freeing it returns it to the system."""
+    trim_threshold, mmap_threshold = -1, -3  # of mallopt
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        yield None
+        return
+    libc.mallopt(mmap_threshold, 1 << 16)
+    libc.mallopt(trim_threshold, 1 << 16)
+    try:
+        yield libc
+    finally:  # glibc's defaults
+        libc.mallopt(mmap_threshold, 32 << 20)
+        libc.mallopt(trim_threshold, 64 << 20)
+
+
+# -- ceilings
+
+
+def ceilings(device: torch.device) -> dict[str, float]:
+    """What the machine reaches now: copy in GB/s (read + write), products in GFLOP/s."""
+    source = torch.ones(1 << 26 if device.type == "cpu" else 1 << 28, device=device)
+    target = torch.empty_like(source)
+    milliseconds = statistics.median(interleaved({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"])
+    found = {"copy": 2 * source.nbytes / milliseconds / 1e6}
+    for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        # On a CPU without bfloat16 instructions torch's product is hundreds of times slower: keep that one small.
+        side = 8192 if device.type == "cuda" else 1536 if dtype == torch.float32 else 384
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        milliseconds = statistics.median(interleaved({"mm": lambda a=a, b=b: a @ b}, device, 0.5)["mm"])  # type: ignore[misc]
+        found[name] = 2 * side**3 / milliseconds / 1e6
+    return found
+
+
+def floor(flops: float, least_bytes: float, dtype: torch.dtype, found: dict[str, float]) -> float:
+    """The larger of the two times that the machine needs at least: arithmetic and memory."""
+    rate = found["float32"] if dtype == torch.float32 else max(found["bfloat16"], found["float32"])
+    return max(flops / rate / 1e6, least_bytes / found["copy"] / 1e6)

@@ -1,0 +1,216 @@
+"""Times every op against eager PyTorch, torch.compile of it, and the library that one would pick instead.
+
+Equality comes first: a row whose outputs do not agree has no time, and the command ends with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, table
+from sprompt import env
+from sprompt.testing.compare import assert_close, tensors
+from sprompt.testing.spec import HALVES, Bench, Sample
+from sprompt.testing.specs import BENCHES, SPECS
+
+MODES = ("forward", "backward", "full", "memory")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--op", action="append", help="only this op (may be repeated)")
+    parser.add_argument(
+        "--mode", action="append", choices=MODES, help="only this mode (may be repeated); default: all that a row has"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--seconds", type=float, default=2.0, help="how long each row is timed (default: 2)")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes most of the time)")
+    parser.add_argument(
+        "--quick", action="store_true", help="forward only, first dtype, half a second a row, no torch.compile"
+    )
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument(
+        "--markdown", type=Path, help="replace the table between the benchmark markers of this file (README.md)"
+    )
+    options = parser.parse_args()
+
+    if options.quick:
+        options.mode, options.seconds, options.no_compile = options.mode or ["forward"], 0.5, True
+    known = {bench.function.__name__ for bench in BENCHES}
+    for op in options.op or ():
+        if op not in known:
+            parser.error(f"--op must be one of {', '.join(sorted(known))}, got {op}")
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch finds no CUDA device")
+
+    ceilings = measure.ceilings(device)
+    result = {"machine": env.machine(device), "ceilings": ceilings, "rows": [], "empty_calls": []}
+    with table.progress() as show:
+        for bench in BENCHES:
+            if options.op and bench.function.__name__ not in options.op:
+                continue
+            for dtype in bench.dtypes[:1] if options.quick else bench.dtypes:
+                for mode in options.mode or MODES:
+                    if mode in ("backward", "full") and not bench.gradients:
+                        continue
+                    show(f"{bench.function.__name__} {bench.shape} {mode}")
+                    compiled = not options.no_compile and mode != "memory" and bench.vectorised is not False
+                    result["rows"].append(row(bench, dtype, mode, device, options.seconds, compiled, ceilings))
+        if not options.op:
+            show("empty calls")
+            result["empty_calls"] = empty_calls(device)
+    table.show(result)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    if options.markdown:
+        table.replace_markdown(options.markdown, result)
+    wrong = [r for r in result["rows"] if r["error"]]
+    return 1 if wrong else 0
+
+
+def row(
+    bench: Bench,
+    dtype: torch.dtype,
+    mode: str,
+    device: torch.device,
+    seconds: float,
+    compiled: bool,
+    ceilings: dict[str, float],
+) -> dict[str, Any]:
+    """One line of the table: times in ms, peaks in bytes; `error` says why there are none."""
+    name = str(dtype).removeprefix("torch.")
+    line: dict[str, Any] = {
+        "op": bench.function.__name__, "shape": bench.shape, "dtype": name, "mode": mode, "error": "",
+        "goal": bench.goals.get(f"{mode} {name}", bench.goals.get(mode) if dtype not in HALVES else None),
+        "library_goal": bench.goals.get("library") if mode == "forward" else None,
+    }  # fmt: skip
+    sample = bench.make(device, dtype, 0)
+    rivals: dict[str, Callable[..., Any]] = {"ours": bench.function, "eager": bench.eager}
+    if bench.library is not None and mode in ("forward", "memory"):
+        line["library"] = bench.library[0]
+        rivals["library"] = bench.library[1]
+    try:
+        for rival in list(rivals)[1:]:
+            agree(
+                bench,
+                sample,
+                dtype,
+                bench.function(*sample.args, **sample.kwargs),
+                rivals[rival](*sample.args, **sample.kwargs),
+            )
+        if mode in ("backward", "full"):
+            for ours, eager in zip(
+                gradient(bench, bench.function, sample)(), gradient(bench, bench.eager, sample)(), strict=True
+            ):
+                assert_close(ours, eager, *closeness(dtype, gradients=True))
+    except AssertionError as failure:
+        line["error"] = f"outputs disagree with {rival}: {failure}"
+        return line
+    if compiled:
+        torch._dynamo.reset()
+        source = bench.vectorised if callable(bench.vectorised) else bench.eager
+        try:
+            rivals["compiled"] = torch.compile(source)
+            agree(
+                bench,
+                sample,
+                dtype,
+                bench.function(*sample.args, **sample.kwargs),
+                rivals["compiled"](*sample.args, **sample.kwargs),
+            )
+        except (
+            Exception
+        ) as failure:  # a baseline that does not compile, or compiles to something else, is left out and named
+            line["compiled_error"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
+            rivals.pop("compiled")
+
+    calls = {rival: timed(bench, function, sample, mode) for rival, function in rivals.items()}
+    if mode == "memory":
+        line["peak_bytes"] = {rival: measure.peak_bytes(call, device) for rival, call in calls.items()}
+        peaks = line["peak_bytes"]
+        if peaks["ours"] is not None:
+            line["ratio"] = peaks["eager"] / max(peaks["ours"], 4096)
+        return line
+    times = measure.interleaved(calls, device, seconds)
+    line["ms"] = {rival: statistics.median(t) for rival, t in times.items()}
+    line["rounds"] = len(times["ours"])
+    line["ratio"] = measure.median_ratio(times["eager"], times["ours"])
+    for rival in ("compiled", "library"):
+        if rival in times:
+            line[f"{rival}_ratio"] = measure.median_ratio(times[rival], times["ours"])
+    if mode == "forward":
+        line["floor_ms"] = measure.floor(bench.flops, bench.bytes, dtype, ceilings)
+        line["floor_share"] = line["floor_ms"] / line["ms"]["ours"]
+    return line
+
+
+def closeness(dtype: torch.dtype, gradients: bool = False) -> tuple[float, float]:
+    """(relative, absolute): rivals sum in other orders and, in half types, round in between."""
+    if dtype in HALVES:
+        return (6e-2 if gradients else 3e-2), 1e-3
+    return 2e-4, 1e-6
+
+
+def agree(bench: Bench, sample: Sample, dtype: torch.dtype, ours: Any, theirs: Any) -> None:
+    if bench.agree is not None:
+        bench.agree(ours, theirs, sample)
+    else:
+        assert_close(ours, theirs, *closeness(dtype))
+
+
+def gradient(bench: Bench, function: Callable[..., Any], sample: Sample) -> Callable[[], Any]:
+    """A call of backward alone: the forward has run, its graph is kept."""
+    leaves, outputs = forward_with_leaves(bench, function, sample)
+    weights = [torch.ones_like(o) for o in outputs]
+    return lambda: torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
+
+
+def forward_with_leaves(
+    bench: Bench, function: Callable[..., Any], sample: Sample
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    bound = sample.bound(bench.function)
+    for parameter in bench.gradients:
+        bound[parameter] = bound[parameter].detach().requires_grad_()
+    outputs = [t for t in tensors(function(*bound.values())) if t.requires_grad]
+    return [bound[parameter] for parameter in bench.gradients], outputs
+
+
+def timed(bench: Bench, function: Callable[..., Any], sample: Sample, mode: str) -> Callable[[], Any]:
+    if mode == "backward":
+        return gradient(bench, function, sample)
+    if mode == "full" or (mode == "memory" and bench.gradients):
+
+        def full() -> Any:
+            leaves, outputs = forward_with_leaves(bench, function, sample)
+            return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
+
+        return full
+    return lambda: function(*sample.args, **sample.kwargs)
+
+
+def empty_calls(device: torch.device) -> list[dict[str, Any]]:
+    """Microseconds of a call with the least work that an op can have: what dispatch, checks and allocation cost."""
+    lines = []
+    for spec in SPECS:
+        samples = spec.samples(device, spec.dtypes[0] if spec.dtypes else torch.float32, 0)
+        smallest = min(samples, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
+        call = lambda: spec.function(*smallest.args, **smallest.kwargs)  # noqa: B023, E731
+        times = measure.interleaved({"call": call}, device, 0.2)["call"]
+        lines.append({"op": spec.name, "sample": smallest.name, "microseconds": 1e3 * statistics.median(times)})
+    return lines
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""The benchmark's rows on the terminal (rich where it is installed) and in Markdown."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+HEADER = ("op", "shape", "dtype", "mode", "eager", "compiled", "library", "ours", "eager/ours", "goal", "floor/ours")
+MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """What is being timed, on standard error."""
+    width = 0
+
+    def show(text: str) -> None:
+        nonlocal width
+        if sys.stderr.isatty():
+            print(f"\r{text[:100]:<{width}}", end="", file=sys.stderr, flush=True)
+            width = max(width, len(text[:100]))
+
+    yield show
+    if width:
+        print("\r" + " " * width + "\r", end="", file=sys.stderr, flush=True)
+
+
+def _ms(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{1e3 * value:.0f} µs"
+
+
+def _bytes(value: float | None) -> str:
+    if value is None:
+        return "?"
+    return f"{value / 1e6:.1f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}×" if value < 100 else f"{value:.0f}×"
+
+
+def cells(row: dict[str, Any]) -> tuple[str, ...]:
+    first = (row["op"], row["shape"], row["dtype"], row["mode"])
+    if row["error"]:
+        return (*first, row["error"], "", "", "", "", "", "")
+    unit, values = (_bytes, row["peak_bytes"]) if row["mode"] == "memory" else (_ms, row["ms"])
+    library = ""
+    if "library" in values:
+        library = f"{row['library']} {unit(values['library'])}"
+        if row.get("library_ratio") is not None:
+            library += f" = {_ratio(row['library_ratio'])}"
+            if row.get("library_goal"):
+                library += f" (goal {row['library_goal']:g}×)"
+    compiled = unit(values["compiled"]) if "compiled" in values else ""
+    goal = row["goal"]
+    goal_text = "" if goal is None else f"≥ {goal:g}×" + ("" if row.get("ratio", 0) >= goal else " missed")
+    share = f"{row['floor_share']:.2f}" if row.get("floor_share") else ""
+    return (
+        *first,
+        unit(values["eager"]),
+        compiled,
+        library,
+        unit(values["ours"]),
+        _ratio(row.get("ratio")),
+        goal_text,
+        share,
+    )
+
+
+def _heading(result: dict[str, Any]) -> str:
+    found = result["ceilings"]
+    return (
+        f"{result['machine']}\nceilings: copy {found['copy']:.0f} GB/s (read + write), product {found['float32']:.0f} GFLOP/s float32, "
+        f"{found['bfloat16']:.0f} GFLOP/s bfloat16"
+    )
+
+
+def show(result: dict[str, Any]) -> None:
+    rows = [cells(row) for row in result["rows"]]
+    calls = "  ".join(f"{line['op']} {line['microseconds']:.0f} µs" for line in result["empty_calls"])
+    try:
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError:
+        print(_heading(result))
+        for row in (HEADER, *rows):
+            print("  ".join(row))
+        print(f"empty calls: {calls}" if calls else "")
+        return
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    console.print(_heading(result), highlight=False)
+    drawn = Table(*HEADER)
+    for row, cell in zip(result["rows"], rows, strict=True):
+        missed = row["goal"] is not None and row.get("ratio", 0) < row["goal"]
+        lost = row.get("ratio", 1) < 1
+        drawn.add_row(*cell, style="red" if row["error"] or lost else "yellow" if missed else None)
+    console.print(drawn)
+    if calls:
+        console.print(f"empty calls: {calls}", highlight=False)
+
+
+def markdown(result: dict[str, Any]) -> str:
+    lines = [_heading(result).replace("\n", "  \n"), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+    if result["empty_calls"]:
+        lines += [
+            "",
+            "Cost of an empty call: "
+            + ", ".join(f"{c['op']} {c['microseconds']:.0f} µs" for c in result["empty_calls"])
+            + ".",
+        ]
+    return "\n".join(lines)
+
+
+def replace_markdown(file: Path, result: dict[str, Any]) -> None:
+    text = file.read_text()
+    begin, end = MARKERS
+    if begin not in text or end not in text:
+        raise SystemExit(f"{file} has no {begin} … {end} markers")
+    head, rest = text.split(begin, 1)
+    tail = rest.split(end, 1)[1]
+    file.write_text(f"{head}{begin}\n{markdown(result)}\n{end}{tail}")

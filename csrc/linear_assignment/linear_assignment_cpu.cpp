@@ -1,0 +1,288 @@
+// The shorter side's n items ("persons") are matched to the longer side's m items ("jobs"), n <= m. Potentials v[m] <= 0,
+// zero for free jobs, keep every matched person at a job of least c[i][j] - v[j]: that is the proof of optimality.
+//
+// 1. Each person takes the job of least c - v, and lowers that job's v by the distance to the second best, so that it stays
+//    a best job. Whoever had the job takes the next turn (Jonker and Volgenant's augmenting row reduction, bounded here).
+// 2. Persons that are left without a job find, by Dijkstra's algorithm over jobs, the cheapest chain of changes that ends at
+//    a free job.
+#include "linear_assignment/linear_assignment.h"
+
+#include "common/half.h"
+#include "common/threads.h"
+
+namespace sprompt {
+namespace SPROMPT_ISA {
+
+constexpr int D = W / 2;  // lanes of 64 bits
+typedef double vd __attribute__((vector_size(8 * D)));
+typedef int64_t vl __attribute__((vector_size(8 * D)));
+constexpr double infinity = __builtin_inf();
+
+SPROMPT_INLINE vd load(const double* p) {
+    vd v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+SPROMPT_INLINE void store(double* p, vd v) { __builtin_memcpy(p, &v, sizeof v); }
+SPROMPT_INLINE vd broadcast(double x) { return x - vd{}; }
+SPROMPT_INLINE vd select(vl condition, vd yes, vd no) { return (vd)((condition & (vl)yes) | (~condition & (vl)no)); }
+SPROMPT_INLINE vd lesser(vd a, vd b) { return a < b ? a : b; }  // one instruction
+SPROMPT_INLINE vd greater(vd a, vd b) { return a > b ? a : b; }
+// Bit k is set where lane k of a equals x.
+SPROMPT_INLINE uint32_t bits_equal(vd a, vd x) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_pd_mask((__m512d)a, (__m512d)x, _CMP_EQ_OQ);
+#elif defined(__AVX2__)
+    return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)x, _CMP_EQ_OQ)));
+#else
+    uint32_t bits = 0;
+    for (int k = 0; k < D; ++k) bits |= static_cast<uint32_t>(a[k] == x[k]) << k;
+    return bits;
+#endif
+}
+// The same for eight values.
+SPROMPT_INLINE uint32_t eight_equal(const double* p, vd x) {
+    uint32_t bits = 0;
+    for (int k = 0; k < 8; k += D) bits |= bits_equal(load(p + k), x) << k;
+    return bits;
+}
+SPROMPT_INLINE double least(vd v) {
+    double low = v[0];
+    for (int k = 1; k < D; ++k) low = v[k] < low ? v[k] : low;
+    return low;
+}
+SPROMPT_INLINE double total(vd v) {
+    double sum = v[0];
+    for (int k = 1; k < D; ++k) sum += v[k];
+    return sum;
+}
+
+SPROMPT_INLINE double to_double(double x) { return x; }
+template <class T>
+SPROMPT_INLINE double to_double(T x) {
+    return static_cast<double>(to_float(x));
+}
+
+// The state of one image. Rows have room for `padded` >= m entries, whole vectors of every level.
+struct Matcher {
+    int64_t n, m, padded;
+    double* cost;       // (n, padded), +inf behind column m
+    double* v;          // (padded) potentials of the jobs
+    double* open_v;     // (padded) v, -inf for settled jobs: no path through them is shorter
+    double* distance;   // (padded) of unsettled jobs, +inf for the others
+    double* settled_at; // (padded) distance of the k-th settled job
+    int64_t* before;    // (padded) the person from whom a job is reached
+    int32_t* person_of; // (m) or -1
+    int32_t* job_of;    // (n) or -1
+    int32_t* settled;   // (m) jobs in the order in which they were settled
+    int32_t* waiting;   // (n) persons left over by step 1
+
+    SPROMPT_INLINE const double* row(int64_t i) const { return cost + i * padded; }
+
+    // The first job with values[job] == x that is free, or else the first with that value.
+    SPROMPT_INLINE int64_t pick(const double* values, double x) const {
+        int64_t first = -1;
+        const vd wanted = broadcast(x);
+        for (int64_t j = 0; j < padded; j += 8)
+            for (uint32_t bits = eight_equal(values + j, wanted); bits != 0; bits &= bits - 1) {
+                const int64_t job = j + __builtin_ctz(bits);
+                if (person_of[job] < 0) return job;
+                if (first < 0) first = job;
+            }
+        return first;
+    }
+
+    // Step 1 for `person`. Returns who has no job afterwards: -1, or the person who lost it, or `person`; `again` says
+    // whether that person's turn may come at once (the potential moved, so it makes progress).
+    int64_t take_best(int64_t person, bool& again) {
+        const double* c = row(person);
+        vd low = broadcast(infinity), second = low;
+        for (int64_t j = 0; j < padded; j += D) {
+            const vd x = load(c + j) - load(v + j);
+            store(distance + j, x);
+            second = lesser(second, greater(low, x));
+            low = lesser(low, x);
+        }
+        const double best = least(low);
+        double next = least(second);
+        bool one = false;  // the second best over all lanes: the lanes' own, and the bests of the lanes but one
+        for (int k = 0; k < D; ++k) {
+            if (low[k] == best && !one) {
+                one = true;
+            } else if (low[k] < next) {
+                next = low[k];
+            }
+        }
+        const int64_t job = pick(distance, best), other = person_of[job];
+        again = false;
+        if (other >= 0 && !(best < next)) return person;
+        if (best < next && next < infinity) v[job] -= next - best;
+        person_of[job] = static_cast<int32_t>(person);
+        job_of[person] = static_cast<int32_t>(job);
+        if (other >= 0) job_of[other] = -1;
+        again = true;
+        return other;
+    }
+
+    // Step 2 for `start`.
+    void augment(int64_t start) {
+        for (int64_t j = 0; j < padded; j += D) {
+            store(open_v + j, load(v + j));
+            store(distance + j, broadcast(infinity));
+        }
+        int64_t count = 0, person = start, job;
+        double length = 0.0, shift = 0.0;  // shift: length of the path so far, less the reduced cost of where it stands
+        for (;;) {
+            const double* c = row(person);
+            const vd offset = broadcast(shift);
+            const vl from = person - vl{};
+            vd low = broadcast(infinity);
+            for (int64_t j = 0; j < padded; j += D) {
+                const vd through = (load(c + j) - load(open_v + j)) + offset, old = load(distance + j);
+                const vl shorter = through < old;
+                const vd now = select(shorter, through, old);
+                vl via;
+                __builtin_memcpy(&via, before + j, sizeof via);
+                via = (shorter & from) | (~shorter & via);
+                __builtin_memcpy(before + j, &via, sizeof via);
+                store(distance + j, now);
+                low = lesser(low, now);
+            }
+            length = least(low);
+            job = pick(distance, length);
+            if (person_of[job] < 0) break;
+            settled[count] = static_cast<int32_t>(job);
+            settled_at[count++] = length;
+            distance[job] = infinity;
+            open_v[job] = -infinity;
+            person = person_of[job];
+            shift = length - (row(person)[job] - v[job]);
+        }
+        for (int64_t k = 0; k < count; ++k) v[settled[k]] += settled_at[k] - length;
+        for (person = -1; person != start;) {
+            person = before[job];
+            person_of[job] = static_cast<int32_t>(person);
+            const int64_t left = job_of[person];
+            job_of[person] = static_cast<int32_t>(job);
+            job = left;
+        }
+    }
+
+    void solve() {
+        for (int64_t j = 0; j < padded; ++j) {
+            v[j] = 0.0;
+            before[j] = -1;
+            person_of[j] = -1;
+        }
+        for (int64_t i = 0; i < n; ++i) {
+            job_of[i] = -1;
+            waiting[i] = static_cast<int32_t>(i);
+        }
+        // Two passes; each bounded, since a chain of turns among nearly equal costs can be long.
+        int64_t left = n;
+        for (int pass = 0; pass < 2 && left > 0; ++pass) {
+            int64_t turns = 4 * left;
+            const int64_t todo = left;
+            left = 0;
+            for (int64_t k = 0; k < todo; ++k) {
+                int64_t person = waiting[k];
+                bool again = true;
+                while (person >= 0 && again && turns-- > 0) person = take_best(person, again);
+                if (person >= 0) waiting[left++] = static_cast<int32_t>(person);
+            }
+        }
+        for (int64_t k = 0; k < left; ++k) augment(waiting[k]);
+    }
+};
+
+// Reads the costs of one image, columns [0, count), in double; persons are its columns if `columns`, else its rows.
+// Returns the largest absolute value, or NaN if an entry is not finite.
+template <class T>
+static double read_costs(const T* cost, int64_t row_stride, int64_t column_stride, bool columns, const Matcher& match) {
+    const int64_t of_person = columns ? column_stride : row_stride, of_job = columns ? row_stride : column_stride;
+    constexpr int64_t tile = 16;  // jobs at a time, so that a transposed read uses whole cache lines
+    for (int64_t j0 = 0; j0 < match.m; j0 += tile) {
+        const int64_t last = j0 + tile < match.m ? j0 + tile : match.m;
+        for (int64_t i = 0; i < match.n; ++i) {
+            double* out = match.cost + i * match.padded;
+            const T* in = cost + i * of_person;
+            for (int64_t j = j0; j < last; ++j) out[j] = to_double(in[j * of_job]);
+        }
+    }
+    vd largest{}, poison{};  // x - x is 0, and NaN for what is not finite
+    for (int64_t i = 0; i < match.n; ++i) {
+        double* out = match.cost + i * match.padded;
+        for (int64_t j = match.m; j < match.padded; ++j) out[j] = 0.0;
+        for (int64_t j = 0; j < match.padded; j += D) {
+            const vd x = load(out + j);
+            poison += x - x;
+            largest = greater((vd)((vl)x & INT64_MAX), largest);
+        }
+        for (int64_t j = match.m; j < match.padded; ++j) out[j] = infinity;
+    }
+    return -least(-largest) + total(poison);
+}
+
+// rows[0..count) of one image; false, and nothing written, if an entry is not finite.
+template <class T>
+static bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_stride, int64_t column_stride, double* scratch,
+                        int64_t* rows) {
+    const bool columns = count <= N;
+    Matcher match;
+    match.n = columns ? count : N;
+    match.m = columns ? N : count;
+    const int64_t padded = match.padded = (match.m + 7) / 8 * 8;
+    match.cost = scratch;
+    match.v = scratch + match.n * padded;
+    match.open_v = match.v + padded;
+    match.distance = match.open_v + padded;
+    match.settled_at = match.distance + padded;
+    match.before = reinterpret_cast<int64_t*>(match.settled_at + padded);
+    match.person_of = reinterpret_cast<int32_t*>(match.before + padded);
+    match.job_of = match.person_of + padded;
+    match.settled = match.job_of + padded;
+    match.waiting = match.settled + padded;
+
+    const double largest = read_costs(cost, row_stride, column_stride, columns, match);
+    if (largest != largest) return false;
+    if (largest > 0x1p1000)  // only float64: sums would overflow; a power of two changes no comparison
+        for (int64_t i = 0; i < match.n * padded; ++i) match.cost[i] *= 0x1p-40;
+    match.solve();
+    if (columns) {
+        for (int64_t g = 0; g < count; ++g) rows[g] = match.job_of[g];
+    } else {
+        for (int64_t g = 0; g < count; ++g) rows[g] = match.person_of[g];
+    }
+    return true;
+}
+
+template <class T>
+static void match_images(const View& cost, const View& counts, const View& rows, const View& scratch, int threads) {
+    const int64_t N = cost.size[1], G = cost.size[2];
+    parallel_for(cost.size[0], 1, threads, [&](int64_t begin, int64_t end, int worker) {
+        for (int64_t b = begin; b < end; ++b) {
+            int64_t* out = rows.as<int64_t>() + b * G;
+            const int64_t count = counts.given() ? counts.as<const int64_t>()[b * counts.stride[0]] : G;
+            const bool good = count >= 0 && count <= G &&
+                              match_image(cost.as<const T>() + b * cost.stride[0], N, count, cost.stride[1], cost.stride[2],
+                                          scratch.as<double>() + worker * scratch.stride[0], out);
+            for (int64_t g = good ? count : 0; g < G; ++g) out[g] = good ? -1 : -2;
+        }
+    });
+}
+
+void linear_assignment(const View& cost, const View& counts, const View& rows, const View& bad, const View& scratch, int threads) {
+    if (cost.dtype == DType::f64) {
+        match_images<double>(cost, counts, rows, scratch, threads);
+    } else {
+        SPROMPT_FLOAT_TYPES(cost.dtype, T, match_images<T>(cost, counts, rows, scratch, threads))
+    }
+    const int64_t G = cost.size[2];
+    int64_t first = -1;
+    for (int64_t b = cost.size[0] - 1; b >= 0; --b)
+        if (G > 0 ? rows.as<const int64_t>()[b * G] == -2 : counts.given() && counts.as<const int64_t>()[b * counts.stride[0]] != 0) first = b;
+    *bad.as<int64_t>() = first;
+}
+
+}  // namespace SPROMPT_ISA
+}  // namespace sprompt

@@ -1,0 +1,29 @@
+// Greedy and matrix non-maximum suppression of masks as bits. B images, N masks each, n words a mask.
+//
+// Masks are visited by decreasing score: ties by lower index, NaN as -inf. IoU is the float64 quotient of exact counts, 0
+// where both masks are empty. Most pairs are settled by bounds that are cheaper than their count; the bounds are
+// conservative, so results are those of counting every pair, whatever the number of threads.
+#pragma once
+
+#include "common/views.h"
+
+namespace sprompt {
+
+// Bytes of scratch that both kernels want for each of B * (N + 32) masks.
+constexpr int64_t nms_scratch_per_mask = 128;
+
+// keep (B, K) i64: indices of the first K kept masks by decreasing score, padded with -1; kept (B) i64: how many
+// <- words (B, N, n) u32, last stride 1; scores (B, N) f32/bf16/f16; counts (B) i64 or none: how many masks are real.
+// A mask goes when one kept before it has IoU > threshold, in [0, 1]. Empty masks are not kept.
+SPROMPT_KERNEL(mask_nms, const View& words, const View& scores, const View& counts, double threshold, const View& keep,
+               const View& kept, const View& scratch, int threads)
+
+// out (B, N), contiguous, of the dtype of scores: scores[j] * decay[j], 0 where padded
+// <- words (B, N, n) u32, last stride 1; scores (B, N) f32/bf16/f16; labels (B, N) i64 or none; counts (B) i64 or none.
+// Over pairs i < j of one label: c[j] = max iou[i, j];
+// gaussian: decay[j] = exp(-sigma * max(0, max(iou[i, j]^2 - c[i]^2))),
+// otherwise decay[j] = min(1, min((1 - iou[i, j]) / max(1 - c[i], 1e-6))).
+SPROMPT_KERNEL(matrix_nms, const View& words, const View& scores, const View& labels, const View& counts, bool gaussian,
+               double sigma, const View& out, const View& scratch, int threads)
+
+}  // namespace sprompt

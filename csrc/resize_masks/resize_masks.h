@@ -1,0 +1,27 @@
+// Masks at another size: bilinear interpolation and a threshold, straight to bits.
+//
+// One axis of `cells` cells, of which the first `extent` (a real number) become `size` pixels, all in double:
+//   s(x) = (x + 1/2) * (extent / size) - 1/2, clamped to [0, cells - 1];   k = floor(s)
+//   w1 = float(s - k), w0 = 1 - w1 (float); first = k, or k + 1 where w0 is 0; second = k + 1, or k where w1 is 0.
+// Pixel (y, x), in float, in this order, nothing fused (so every backend agrees to the bit):
+//   h(r) = cell(r, first(x)) * w0(x) + cell(r, second(x)) * w1(x)
+//   bit  = h(first(y)) * w0(y) + h(second(y)) * w1(y) > threshold
+// Cells beyond +-2^127 (the infinities) count as +-2^127, so nothing overflows; a NaN cell makes every pixel that gives it
+// weight not set.
+#pragma once
+
+#include "common/views.h"
+
+namespace sprompt {
+
+// words (M, n) i32, contiguous, n = ceil(height * width / 32) <- soft (M, h, w) f32/bf16/f16, any strides. h, w, height and
+// width are at least 1. extent_height in (0, h], extent_width in (0, w].
+// scratch (s) i32: what s must be, scratch_words in sprompt/ops/resize_masks/registration.py says.
+SPROMPT_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
+               double extent_width, const View& words, const View& scratch, int threads)
+
+// The same from bits: cells of 0 and 1, threshold 1/2, the whole map. in (M, ceil(h * w / 32)) i32 -> words (M, n).
+SPROMPT_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words,
+               const View& scratch, int threads)
+
+}  // namespace sprompt

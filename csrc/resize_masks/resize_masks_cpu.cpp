@@ -1,0 +1,331 @@
+// Interpolation never leaves the range of the cells that it weighs: it is monotone in each of them, rounding included.
+// So 32 pixels of a row ("a segment") whose cells all lie on one side of the threshold need no arithmetic. A source row is
+// read once and compared cell by cell; only the segments that have cells on both sides are widened to output columns, and
+// only those are interpolated downwards.
+#include "resize_masks/resize_masks.h"
+
+#include "common/bits.h"
+#include "common/half.h"
+#include "common/threads.h"
+
+namespace sprompt {
+namespace SPROMPT_ISA {
+
+constexpr int64_t segment = 32;
+constexpr uint8_t below = 1, above = 2, widened = 4;  // a segment's state in one source row; 1 and 2: all its cells
+
+SPROMPT_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// The two cells of an output coordinate, and their weights.
+struct Tap {
+    int64_t first, second;
+    float w0, w1;
+};
+SPROMPT_INLINE Tap tap_of(int64_t x, double step, int64_t cells) {
+    double s = (static_cast<double>(x) + 0.5) * step - 0.5;
+    s = s > 0.0 ? s : 0.0;
+    const double last = static_cast<double>(cells - 1);
+    s = s < last ? s : last;
+    const int64_t k = static_cast<int64_t>(s);
+    const float w1 = static_cast<float>(s - static_cast<double>(k)), w0 = 1.0f - w1;
+    return {w0 > 0.0f ? k : k + 1, w1 > 0.0f ? k + 1 : k, w0, w1};
+}
+
+// What all masks share. Output columns are padded to whole segments with copies of the last.
+struct Plan {
+    int64_t h, w, height, width;
+    double step_y, step_x;
+    float threshold, low, high;  // cells below `low` (above `high`) on all sides give a pixel that is not set (is set)
+    int64_t segments, used;      // used: source columns [0, used) are read
+    int32_t *first, *second;     // (32 segments)
+    float *w0, *w1;              // (32 segments)
+};
+
+// One source row.
+struct Row {
+    int64_t index;                       // which, -1: none
+    float* cells;                        // (used, padded to 32, + 32)
+    float* wide;                         // (32 segments) the cells at output columns, where widened
+    uint32_t *below_cells, *above_cells; // bit i: cell i is below `low`, above `high`
+    uint8_t* state;                      // (segments)
+    uint8_t common;                      // state that all segments share, below or above
+};
+
+// Hands out parts of the scratch tensor, whole cache lines each. scratch_words in registration.py counts the same way.
+struct Scratch {
+    char* next;
+    template <class T>
+    SPROMPT_INLINE T* take(int64_t bytes) {
+        T* part = reinterpret_cast<T*>(next);
+        next += round_up(bytes, 64);
+        return part;
+    }
+};
+
+SPROMPT_INLINE vf held(vf x) {  // +-2^127 at most; NaN stays
+    x = x > broadcast(0x1p127f) ? broadcast(0x1p127f) : x;
+    return x < broadcast(-0x1p127f) ? broadcast(-0x1p127f) : x;
+}
+
+// Sources: 32 cells from column `i` of row `y`, as floats; `count` says how many of them exist.
+template <class T>
+struct Dense {
+    const T* data;
+    int64_t row_stride, column_stride;
+    SPROMPT_INLINE void read(int64_t y, int64_t i, int64_t count, float* out) const {
+        const T* p = data + y * row_stride + i * column_stride;
+        if (count == 32 && column_stride == 1) {
+            for (int k = 0; k < 32; k += W) store(out + k, load_as_float(p + k));
+        } else {
+            for (int64_t k = 0; k < count; ++k) out[k] = to_float(p[k * column_stride]);
+        }
+    }
+};
+struct Bits {
+    const uint32_t* words;
+    int64_t n, w;
+    SPROMPT_INLINE void read(int64_t y, int64_t i, int64_t count, float* out) const {
+        const uint32_t bits = static_cast<uint32_t>(bits_at(words, n, y * w + i));
+        for (int64_t k = 0; k < count; ++k) out[k] = static_cast<float>(bits >> k & 1);
+    }
+};
+
+// Whether bits [begin, end) are all set.
+SPROMPT_INLINE bool all_set(const uint32_t* words, int64_t begin, int64_t end) {
+    for (; end - begin > 56; begin += 56) {  // a 64-bit word from any byte holds at least 57 bits from its first
+        uint64_t v;
+        __builtin_memcpy(&v, reinterpret_cast<const char*>(words) + begin / 8, 8);
+        if ((~(v >> (begin % 8)) & low_bits(56)) != 0) return false;
+    }
+    uint64_t v;
+    __builtin_memcpy(&v, reinterpret_cast<const char*>(words) + begin / 8, 8);
+    return (~(v >> (begin % 8)) & low_bits(end - begin)) == 0;
+}
+
+template <class Source>
+static void read_row(const Plan& plan, const Source& source, int64_t y, Row& row) {
+    const vf low = broadcast(plan.low), high = broadcast(plan.high);
+    uint32_t all_below = ~0u, all_above = ~0u;
+    for (int64_t i = 0; i < plan.used; i += 32) {
+        float* cells = row.cells + i;
+        const int64_t count = plan.used - i < 32 ? plan.used - i : 32;
+        source.read(y, i, count, cells);
+        for (int64_t k = count; k < 32; ++k) cells[k] = cells[count - 1];
+        uint32_t is_below = 0, is_above = 0;
+        for (int k = 0; k < 32; k += W) {
+            const vf x = held(load(cells + k));
+            store(cells + k, x);
+            is_below |= bits_greater(low, x) << k;
+            is_above |= bits_greater(x, high) << k;
+        }
+        row.below_cells[i / 32] = is_below;
+        row.above_cells[i / 32] = is_above;
+        all_below &= is_below;
+        all_above &= is_above;
+    }
+    row.index = y;
+    row.common = static_cast<uint8_t>((all_below == ~0u ? below : 0) | (all_above == ~0u ? above : 0));
+    if (row.common != 0) {
+        __builtin_memset(row.state, row.common, static_cast<size_t>(plan.segments));
+        return;
+    }
+    for (int64_t s = 0; s < plan.segments; ++s) {
+        const int64_t begin = plan.first[s * segment], end = plan.second[s * segment + segment - 1] + 1;
+        row.state[s] = all_set(row.below_cells, begin, end) ? below : all_set(row.above_cells, begin, end) ? above : 0;
+    }
+}
+
+// cells[index] for W ascending indices from `lowest` on; near: all of them below lowest + W.
+SPROMPT_INLINE vf cells_at(const float* cells, vi index, [[maybe_unused]] int32_t lowest, [[maybe_unused]] bool near) {
+#if defined(__AVX512F__)
+    if (near) return (vf)_mm512_permutexvar_ps((__m512i)(index - lowest), (__m512)load(cells + lowest));
+    return (vf)_mm512_i32gather_ps((__m512i)index, cells, 4);
+#elif defined(__AVX2__)
+    if (near) return (vf)_mm256_permutevar8x32_ps((__m256)load(cells + lowest), (__m256i)(index - lowest));
+    return (vf)_mm256_i32gather_ps(cells, (__m256i)index, 4);
+#else
+    vf v;
+    for (int k = 0; k < W; ++k) v[k] = cells[index[k]];
+    return v;
+#endif
+}
+
+static void widen(const Plan& plan, Row& row, int64_t s) {
+    if (row.state[s] & widened) return;
+    row.state[s] |= widened;
+    for (int64_t x = s * segment; x < (s + 1) * segment; x += W) {
+        const int32_t lowest = plan.first[x];
+        const bool near = plan.second[x + W - 1] - lowest < W;  // one load holds them all
+        const vf a = cells_at(row.cells, load(plan.first + x), lowest, near), b = cells_at(row.cells, load(plan.second + x), lowest, near);
+        store(row.wide + x, a * load(plan.w0 + x) + b * load(plan.w1 + x));
+    }
+}
+
+SPROMPT_INLINE uint32_t segment_bits(const float* upper, const float* lower, vf w0, vf w1, vf threshold) {
+    uint32_t bits = 0;
+    for (int k = 0; k < segment; k += W) bits |= bits_greater(load(upper + k) * w0 + load(lower + k) * w1, threshold) << k;
+    return bits;
+}
+
+// The same bit `count` times.
+SPROMPT_INLINE void put_many(BitWriter& writer, uint32_t all, int64_t count) {
+    if (count >= 32) {
+        *writer.out++ = static_cast<uint32_t>(writer.pending) | all << writer.count;
+        for (int64_t k = 1; k < count / 32; ++k) *writer.out++ = all;
+        writer.pending = all & low_bits(writer.count);
+    }
+    const int rest = static_cast<int>(count % 32);
+    writer.put(all & static_cast<uint32_t>(low_bits(rest)), rest);
+}
+
+// A worker's memory: two source rows, and the runs of segments of equal state in the pair of rows at hand.
+struct Worker {
+    Row rows[2];
+    uint8_t* run_state;  // (segments) below, above, or 0 for segments to be interpolated
+    int32_t* run_end;    // (segments) the segment behind the run
+    int64_t runs;
+
+    // Row y, which must not push row `keep` out.
+    template <class Source>
+    SPROMPT_INLINE Row& get(const Plan& plan, const Source& source, int64_t y, int64_t keep) {
+        for (Row& row : rows)
+            if (row.index == y) return row;
+        Row& row = rows[rows[0].index == keep];
+        read_row(plan, source, y, row);
+        return row;
+    }
+
+    void find_runs(const Plan& plan, Row& upper, Row& lower) {
+        runs = 0;
+        if (const uint8_t common = upper.common & lower.common) {
+            run_state[0] = common & below ? below : above;
+            run_end[0] = static_cast<int32_t>(plan.segments);
+            runs = 1;
+            return;
+        }
+        for (int64_t s = 0; s < plan.segments; ++s) {
+            const uint8_t state = upper.state[s] & lower.state[s] & (below | above);
+            if (state == 0) {
+                widen(plan, upper, s);
+                widen(plan, lower, s);
+            }
+            if (runs == 0 || run_state[runs - 1] != state) run_state[runs++] = state;
+            run_end[runs - 1] = static_cast<int32_t>(s + 1);
+        }
+    }
+
+    // Output rows [begin, end) of one mask, to words that begin with the first of them.
+    template <class Source>
+    void resize(const Plan& plan, const Source& source, int64_t begin, int64_t end, uint32_t* words) {
+        BitWriter writer(words);
+        rows[0].index = rows[1].index = -1;
+        Row *upper = nullptr, *lower = nullptr;
+        const vf threshold = broadcast(plan.threshold);
+        for (int64_t y = begin; y < end; ++y) {
+            const Tap tap = tap_of(y, plan.step_y, plan.h);
+            if (upper == nullptr || upper->index != tap.first || lower->index != tap.second) {
+                upper = &get(plan, source, tap.first, tap.second);
+                lower = &get(plan, source, tap.second, tap.first);
+                find_runs(plan, *upper, *lower);
+            }
+            const vf w0 = broadcast(tap.w0), w1 = broadcast(tap.w1);
+            int64_t s = 0;
+            for (int64_t run = 0; run < runs; ++run) {
+                const int64_t last = run_end[run];
+                if (run_state[run] != 0) {
+                    const int64_t to = last * segment < plan.width ? last * segment : plan.width;
+                    put_many(writer, run_state[run] == above ? ~0u : 0u, to - s * segment);
+                } else {
+                    for (; s < last; ++s) {
+                        const uint32_t bits = segment_bits(upper->wide + s * segment, lower->wide + s * segment, w0, w1, threshold);
+                        const int64_t left = plan.width - s * segment;
+                        if (left >= segment)
+                            writer.put(bits, 32);
+                        else
+                            writer.put(bits & static_cast<uint32_t>(low_bits(left)), static_cast<int>(left));
+                    }
+                }
+                s = last;
+            }
+        }
+        writer.close();
+    }
+};
+
+// source_of(m) is the source of mask m.
+template <class SourceOf>
+static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, double extent_height,
+                       double extent_width, const View& words, const View& scratch, int threads, const SourceOf& source_of) {
+    Plan plan;
+    plan.h = h;
+    plan.w = w;
+    plan.height = height;
+    plan.width = width;
+    plan.step_y = extent_height / static_cast<double>(height);
+    plan.step_x = extent_width / static_cast<double>(width);
+    plan.threshold = threshold;
+    // A pixel is within 2^-20 relative of the range of its cells: four products, three sums and two roundings of weights.
+    const float margin = __builtin_fabsf(threshold) * 0x1p-18f + 0x1p-120f;
+    plan.low = threshold - margin;
+    plan.high = threshold + margin;
+    plan.segments = (width + segment - 1) / segment;
+
+    const int64_t columns = plan.segments * segment;
+    Scratch memory{scratch.as<char>()};
+    plan.first = memory.take<int32_t>(4 * columns);
+    plan.second = memory.take<int32_t>(4 * columns);
+    plan.w0 = memory.take<float>(4 * columns);
+    plan.w1 = memory.take<float>(4 * columns);
+    for (int64_t x = 0; x < columns; ++x) {
+        const Tap tap = tap_of(x < width ? x : width - 1, plan.step_x, w);
+        plan.first[x] = static_cast<int32_t>(tap.first);
+        plan.second[x] = static_cast<int32_t>(tap.second);
+        plan.w0[x] = tap.w0;
+        plan.w1[x] = tap.w1;
+    }
+    plan.used = plan.second[columns - 1] + 1;
+
+    const int64_t padded = round_up(w, 32), worker_bytes = 2 * (round_up(4 * padded + 128, 64) + round_up(4 * columns, 64) +
+                                                                2 * round_up(padded / 8 + 8, 64) + round_up(plan.segments, 64)) +
+                                                           round_up(plan.segments, 64) + round_up(4 * plan.segments, 64);
+    char* const worker_memory = memory.next;
+
+    // Bands of rows begin at whole words: 64 rows of any width are a multiple of 32 pixels.
+    const int64_t band = masks >= 64 ? round_up(height, 64) : 64, bands = (height + band - 1) / band;
+    const int64_t n = words_for(height * width), rows = band < height ? band : height;
+    parallel_for(masks * bands, 1 + (1 << 16) / (rows * width), threads, [&](int64_t begin, int64_t end, int index) {
+        Scratch own{worker_memory + index * worker_bytes};
+        Worker worker;
+        for (Row& row : worker.rows) {
+            row.cells = own.take<float>(4 * padded + 128);
+            row.wide = own.take<float>(4 * columns);
+            row.below_cells = own.take<uint32_t>(padded / 8 + 8);
+            row.above_cells = own.take<uint32_t>(padded / 8 + 8);
+            row.state = own.take<uint8_t>(plan.segments);
+        }
+        worker.run_state = own.take<uint8_t>(plan.segments);
+        worker.run_end = own.take<int32_t>(4 * plan.segments);
+        for (int64_t job = begin; job < end; ++job) {
+            const int64_t mask = job / bands, top = job % bands * band, bottom = top + band < height ? top + band : height;
+            worker.resize(plan, source_of(mask), top, bottom, words.as<uint32_t>() + mask * n + top * width / 32);
+        }
+    });
+}
+
+void resize_masks(const View& soft, int64_t height, int64_t width, float threshold, double extent_height, double extent_width,
+                  const View& words, const View& scratch, int threads) {
+    SPROMPT_FLOAT_TYPES(soft.dtype, T,
+                        resize_all(soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height, extent_width, words,
+                                   scratch, threads, [&](int64_t mask) {
+                                       return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1], soft.stride[2]};
+                                   }))
+}
+
+void resize_bits(const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words, const View& scratch,
+                 int threads) {
+    resize_all(in.size[0], h, w, height, width, 0.5f, static_cast<double>(h), static_cast<double>(w), words, scratch, threads,
+               [&](int64_t mask) { return Bits{in.as<const uint32_t>() + mask * in.stride[0], in.size[1], w}; });
+}
+
+}  // namespace SPROMPT_ISA
+}  // namespace sprompt

@@ -1,0 +1,132 @@
+// Products of packed columns. A matrix (D, columns) is kept as blocks of `depth` rows, each as panels of `panel` columns,
+// row by row: [block][panel][row][column]. Every element of a product is one chain of fma over a block's rows from 0,
+// the blocks' sums added in order: its bits depend on its two columns only, neither on its place nor on the threads, and
+// <a, b> = <b, a> to the bit.
+#pragma once
+
+#include "common/half.h"
+#include "common/threads.h"
+
+namespace sprompt {
+namespace SPROMPT_ISA {
+
+constexpr int64_t panel = 3 * W;
+constexpr int64_t depth = 128;        // a panel of a block is 12 kB on AVX2: two of them stay in the first cache
+constexpr int64_t group = 48;         // rows of a product that one chunk of work computes: 1, 2 or 4 panels
+constexpr int tile = W == 16 ? 8 : 4;  // rows of a product held in registers, panel columns wide
+
+struct Panels {
+    float* data;
+    int64_t rows, count;  // D; panels
+
+    SPROMPT_INLINE int64_t blocks() const { return (rows + depth - 1) / depth; }
+    SPROMPT_INLINE int64_t columns() const { return count * panel; }
+    SPROMPT_INLINE int64_t rows_of(int64_t block) const { return rows - block * depth < depth ? rows - block * depth : depth; }
+    SPROMPT_INLINE float* at(int64_t block, int64_t index) const {
+        return data + block * depth * columns() + index * rows_of(block) * panel;
+    }
+};
+SPROMPT_INLINE Panels panels_of(const View& scratch, int64_t rows, int64_t columns) {
+    return {scratch.as<float>(), rows, (columns + panel - 1) / panel};
+}
+
+// c (tile, panel) (+)= a' b over `rows` rows of two panels, a at the tile's first column.
+SPROMPT_INLINE void multiply_tile(const float* a, const float* b, int64_t rows, float* c, int64_t stride, bool add) {
+    vf sum[tile][3] = {};
+    for (int64_t k = 0; k < rows; ++k, a += panel, b += panel) {
+        const vf b0 = load(b), b1 = load(b + W), b2 = load(b + 2 * W);
+#pragma GCC unroll 8
+        for (int i = 0; i < tile; ++i) {
+            const vf ai = broadcast(a[i]);
+            sum[i][0] = fma(ai, b0, sum[i][0]);
+            sum[i][1] = fma(ai, b1, sum[i][1]);
+            sum[i][2] = fma(ai, b2, sum[i][2]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < tile; ++i)
+        for (int j = 0; j < 3; ++j) {
+            float* out = c + i * stride + j * W;
+            store(out, add ? load(out) + sum[i][j] : sum[i][j]);
+        }
+}
+
+// Rows [first, last) of a' b, both panel indices of a, into c (rows of those panels, stride) from column panel `from` of b.
+// triangle: a is b, and tiles left of the diagonal panels are left out.
+static void multiply_panels(const Panels& a, int64_t first, int64_t last, const Panels& b, int64_t from, bool triangle, float* c,
+                            int64_t stride) {
+    for (int64_t block = 0; block < a.blocks(); ++block)
+        for (int64_t j = from; j < b.count; ++j) {
+            const float* right = b.at(block, j);
+            for (int64_t i = first; i < last && (!triangle || i <= j); ++i)
+                for (int64_t r = 0; r < panel; r += tile)
+                    multiply_tile(a.at(block, i) + r, right, a.rows_of(block), c + ((i - first) * panel + r) * stride + j * panel,
+                                  stride, block > 0);
+        }
+    if (a.rows == 0)  // an empty sum
+        for (int64_t r = 0; r < (last - first) * panel; ++r)
+            for (int64_t j = from * panel; j < b.columns(); ++j) c[r * stride + j] = 0.0f;
+}
+
+// c (rows of panels [first, last) of a, columns of b) = a' b.
+static void multiply(const Panels& a, int64_t first, int64_t last, const Panels& b, float* c, int64_t stride, int threads) {
+    parallel_for(last - first, group / panel, threads, [&](int64_t begin, int64_t end, int) {
+        multiply_panels(a, first + begin, first + end, b, 0, false, c + begin * panel * stride, stride);
+    });
+}
+
+// c (columns, columns) = a' a, the part below the diagonal copied from above; rows from P on are not written there.
+static void multiply_gram(const Panels& a, int64_t P, float* c, int64_t stride, int threads) {
+    parallel_for(a.count, group / panel, threads, [&](int64_t begin, int64_t end, int) {
+        const int64_t r0 = begin * panel, r1 = end * panel;
+        multiply_panels(a, begin, end, a, begin, true, c + r0 * stride, stride);
+        for (int64_t j = r0 + 1; j < P; ++j)
+            for (int64_t i = r0; i < (j < r1 ? j : r1); ++i) c[j * stride + i] = c[i * stride + j];
+    });
+}
+
+// norms[column] = max(sqrt(<column, column>), 1e-12), with the bits of the product's diagonal.
+static void column_norms(const Panels& a, float* norms, int threads) {
+    parallel_for(a.count, 4, threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t index = begin; index < end; ++index) {
+            vf total[3] = {};
+            for (int64_t block = 0; block < a.blocks(); ++block) {
+                vf sum[3] = {};
+                const float* x = a.at(block, index);
+                for (int64_t k = 0; k < a.rows_of(block); ++k, x += panel)
+                    for (int j = 0; j < 3; ++j) sum[j] = fma(load(x + j * W), load(x + j * W), sum[j]);
+                for (int j = 0; j < 3; ++j) total[j] = block > 0 ? total[j] + sum[j] : sum[j];
+            }
+            for (int64_t i = 0; i < panel; ++i) {
+                const float norm = __builtin_sqrtf(total[i / W][i % W]);
+                norms[index * panel + i] = norm < 1e-12f ? 1e-12f : norm;
+            }
+        }
+    });
+}
+
+// Packs x (D, P), rows `stride` apart. Columns that are not inside, those behind P too, become copies of column `first`.
+template <class T>
+static void pack_columns(const T* x, int64_t stride, int64_t P, const int32_t* inside, bool all_inside, int64_t first, const Panels& out,
+                         int threads) {
+    parallel_for(out.blocks(), 1, threads, [&](int64_t block, int64_t, int) {
+        constexpr int64_t strip = 8;  // rows read side by side, so that reads and writes are both in long runs
+        const T* in = x + block * depth * stride;
+        for (int64_t k0 = 0; k0 < out.rows_of(block); k0 += strip)
+            for (int64_t index = 0; index < out.count; ++index) {
+                const int64_t column = index * panel, k1 = k0 + strip < out.rows_of(block) ? k0 + strip : out.rows_of(block);
+                const bool whole = column + panel <= P;
+                for (int64_t k = k0; k < k1; ++k) {
+                    float* to = out.at(block, index) + k * panel;
+                    const T* from = in + k * stride + column;
+                    if (whole)
+                        for (int64_t i = 0; i < panel; i += W) store(to + i, load_as_float(from + i));
+                    if (whole && all_inside) continue;
+                    for (int64_t i = 0; i < panel; ++i) to[i] = to_float(inside[column + i] ? from[i] : in[k * stride + first]);
+                }
+            }
+    });
+}
+
+}  // namespace SPROMPT_ISA
+}  // namespace sprompt

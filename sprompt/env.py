@@ -1,0 +1,191 @@
+"""`python -m sprompt.env` prints what a bug report needs: versions, build, CPU, GPUs, switches, and what serves which op.
+
+`--markdown` prints the support matrix instead; `--readme README.md` writes the generated tables into that file.
+"""
+
+import argparse
+import ctypes.util
+import importlib.metadata
+import os
+import platform
+import sys
+from pathlib import Path
+
+import torch
+
+import sprompt
+from sprompt import backends, native
+
+#: Instruction sets that the kernels ask about, as Linux spells them.
+FEATURES = (
+    "avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm",
+    "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vpopcntdq", "avx512_bf16",
+)  # fmt: skip
+
+#: Every environment switch, and what it does. README prints this table.
+SWITCHES = {
+    "SPROMPT_BACKEND": "`reference`, `native`, `triton` or `cuda`: every op runs on it, or raises and says why it cannot",
+    "SPROMPT_CPU": "`avx512`, `avx2` or `portable`: the instruction set of the kernels; default: the best of this CPU",
+    "SPROMPT_NO_EXT": "`1` at install: build no kernels; at run time: do not warn that they are missing",
+    "SPROMPT_SANITIZE": "`1` at build: AddressSanitizer and UndefinedBehaviorSanitizer",
+    "SPROMPT_WERROR": "`1` at build: compiler warnings are errors",
+    "SPROMPT_EMULATE_AVX512": "`1` at build, for tests: the avx512 level on an AVX2 machine, its instructions emulated",
+    "SPROMPT_TEST_WORKERS": "processes of `make test`; default 2",
+}
+
+
+def report() -> str:
+    """The whole report, as plain text."""
+    import sprompt.ops  # noqa: F401  (fills the table of backends)
+
+    sections = [("versions", _versions()), ("build", _build()), ("machine", _machine()), ("switches", _switches())]
+    lines = []
+    for title, rows in sections:
+        width = max(len(name) for name, _ in rows)
+        lines += [title, *(f"  {name:<{width}}  {value}" for name, value in rows), ""]
+    return "\n".join([*lines, *_backends()])
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _versions() -> list[tuple[str, str]]:
+    return [
+        ("sprompt", f"{sprompt.__version__}, {Path(sprompt.__file__).parent}"),
+        ("Python", f"{platform.python_version()}, {sys.executable}"),
+        ("torch", f"{torch.__version__}" + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")),
+        ("triton", _version("triton")),
+        ("numpy", _version("numpy")),
+        ("system", platform.platform()),
+    ]
+
+
+def _build() -> list[tuple[str, str]]:
+    if native._C is None:
+        return [("kernels", f"none: {native.why_missing}")]
+    source = {"openmp": "torch's OpenMP runtime", "pool": "own pool"}.get(native._C.thread_source(), "")
+    return [
+        ("kernels", native._C.build),
+        ("level", f"{native._C.level()} (the best of this CPU: {native._C.best_level()})"),
+        ("threads", f"{native.threads()}, from {source}"),
+    ]
+
+
+def _cpu() -> tuple[str, str]:
+    """Name and instruction sets; /proc/cpuinfo on Linux, else what Python knows."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), "unknown"
+    known = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in reversed(lines) if ":" in line}
+    flags = known.get("flags", known.get("Features", "")).split()
+    return known.get("model name", platform.machine()), " ".join(f for f in FEATURES if f in flags) or " ".join(flags)
+
+
+def machine(device: torch.device) -> str:
+    """One line for tables of measurements: the processor or GPU, threads, instruction set, torch, Python."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
+    level = native._C.level() if native._C is not None else "no compiled kernels"
+    software = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{_cpu()[0]}, {native.threads()} threads, {level}, {software}"
+
+
+def _machine() -> list[tuple[str, str]]:
+    name, features = _cpu()
+    rows = [("CPU", f"{name}, {os.cpu_count()} logical cores"), ("features", features)]
+    if not torch.cuda.is_available():
+        driver = "a driver is there, but this torch cannot use it" if ctypes.util.find_library("cuda") else "no driver"
+        return [*rows, ("GPUs", f"none ({driver})")]
+    for i in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(i)
+        rows.append((f"GPU {i}", f"{gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"))
+    return rows
+
+
+def _switches() -> list[tuple[str, str]]:
+    set_here = [(name, value) for name, value in sorted(os.environ.items()) if name.startswith("SPROMPT_")]
+    known = [(name, value if name in SWITCHES else f"{value}  (not a switch of sprompt)") for name, value in set_here]
+    return known or [("none set", "")]
+
+
+def _backends() -> list[str]:
+    """One line an op: what serves it on each device, in the order of trying; below, why the others cannot."""
+    reasons: dict[str, list[str]] = {}
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    ops = backends.ops()
+    width = max(map(len, ops), default=0)
+    lines = ["backends, in the order of trying"]
+    for op in ops:
+        served = []
+        for device in devices:
+            table = backends.available(op, device)
+            served.append(f"{device}: " + (", ".join(name for name, why in table.items() if not why) or "none"))
+            for name, why in table.items():
+                if why:
+                    reasons.setdefault(f"{device} {name}: " + why.replace(f" of {op}", ""), []).append(op)
+        lines.append(f"  {op:<{width}}  " + "   ".join(served))
+    for reason, which in reasons.items():
+        lines.append(f"  {reason} ({'every op' if len(which) == len(ops) else ', '.join(which)})")
+    return lines
+
+
+def support_matrix() -> str:
+    """README's table of what each op supports, as Markdown, from the registry and the specs; the same on every machine."""
+    from sprompt.testing.specs import SPECS
+
+    def kernels(ops: tuple[str, ...], device: str) -> str:
+        return ", ".join(name for name in backends.ORDER[device] if name in backends.registered(ops[0]))
+
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    rows = [
+        "| function | CPU | CUDA | floats | gradient to | `torch.compile` | autocast |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for spec in sorted(SPECS, key=lambda spec: spec.name):
+        compiles = "no (returns Python objects)" if not spec.compiles else "yes"
+        rows.append(
+            f"| `{spec.name}` | {kernels(spec.ops, 'cpu')} | {kernels(spec.ops, 'cuda')} "
+            f"| {', '.join(short.get(d, str(d)) for d in spec.dtypes) or '–'} "
+            f"| {', '.join(f'`{g}`' for g in spec.gradients) or '–'} "
+            f"| {compiles} | {spec.autocast if spec.dtypes else '–'} |"
+        )
+    return "\n".join(rows)
+
+
+def switch_table() -> str:
+    """README's table of environment switches, as Markdown."""
+    return "\n".join(["| switch | what it does |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in SWITCHES.items())])
+
+
+def write_readme(path: Path) -> None:
+    """Puts the generated tables between their marks, <!-- support --> ... <!-- /support --> and likewise switches."""
+    text = path.read_text()
+    for mark, table in (("support", support_matrix()), ("switches", switch_table())):
+        head, found, rest = text.partition(f"<!-- {mark} -->\n")
+        _, closed, tail = rest.partition(f"\n<!-- /{mark} -->")
+        if not (found and closed):
+            raise SystemExit(f"{path}: there is no <!-- {mark} --> ... <!-- /{mark} -->")
+        text = head + found + table + closed + tail
+    path.write_text(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sprompt.env", description=__doc__)
+    parser.add_argument("--markdown", action="store_true", help="print the support matrix and the switches as Markdown")
+    parser.add_argument("--readme", type=Path, help="write these tables into a README, between their marks")
+    args = parser.parse_args()
+    if args.readme:
+        write_readme(args.readme)
+    elif args.markdown:
+        print(support_matrix(), switch_table(), sep="\n\n")
+    else:
+        print(report())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""The assignment of least total cost, for a batch of images."""
+
+import torch
+from torch import Tensor
+
+from sprompt.ops import checks
+from sprompt.ops.linear_assignment import registration as registration
+
+
+def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Matches rows to columns one to one, at the least total cost (the Hungarian method), image by image.
+
+    rows[b] minimises Σ_g cost[b, rows[b, g], g] over the injective maps of min(N, counts[b]) of the columns g < counts[b] to
+    rows; the sum equals that of `scipy.optimize.linear_sum_assignment(cost[b, :, :counts[b]])` to rounding.
+
+    Args:
+        cost: (B, N, G) or (N, G), float32, bfloat16, float16 or float64, any strides; computed in float64. Padded columns
+            g >= counts[b] are not read, so they may hold anything, NaN included.
+        counts: (B,) int64, how many columns of each image are real, between 0 and G; None means all. Only with a batch
+            dimension.
+
+    Returns: int64 (B, G), or (G,): the row matched to each column; −1 on padding, and on the columns that are left out where
+    counts[b] > N. N, G or B of 0 are allowed.
+    Ties: one of the optima, the same on every run and for every number of threads.
+    Values: a NaN or infinity in a real entry raises ValueError on a CPU. On CUDA nothing is raised: such an image has −2 in
+    all its columns (and so has one with a count outside [0, G]).
+    Not differentiable. Autocast changes nothing. The reference backend works on the host, so on CUDA it waits for the device.
+
+    >>> linear_assignment(torch.tensor([[4.0, 1.0], [2.0, 3.0], [9.0, 9.0]])).tolist()
+    [1, 0]
+    >>> linear_assignment(torch.tensor([[[4.0, 1.0], [2.0, 3.0]]] * 2), torch.tensor([2, 1])).tolist()
+    [[1, 0], [1, -1]]
+    """
+    checks.tensor("linear_assignment", "cost", cost, checks.FLOATS)
+    if cost.dim() not in (2, 3):
+        checks.bad_value("linear_assignment", "cost", "have shape (B, N, G) or (N, G)", tuple(cost.shape))
+    batched = cost.dim() == 3
+    if not batched and counts is not None:
+        checks.bad_value(
+            "linear_assignment", "counts", "be None without a batch dimension", "a tensor", "give cost as (1, N, G)"
+        )
+    if counts is not None:
+        checks.counts("linear_assignment", counts, cost.shape[0])
+        checks.same_device("linear_assignment", cost=cost, counts=counts)
+    rows = torch.ops.sprompt.linear_assignment((cost if batched else cost[None]).detach(), counts)
+    return rows if batched else rows[0]

@@ -1,0 +1,532 @@
+"""The promises of every op (numbered as in the README), for every spec and every backend that can run here."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sprompt
+from sprompt import backends, native
+from sprompt.testing.compare import assert_close, assert_same_bits, error, tensors
+from sprompt.testing.spec import HALVES, OpSpec, Sample
+from sprompt.testing.specs import SPECS
+
+CPU = torch.device("cpu")
+F32, F64 = torch.float32, torch.float64
+NO_GPU = "needs a CUDA device"
+
+
+def _backends() -> list[Any]:
+    """(device, backend) pairs, those that cannot run here marked with the reason."""
+    pairs = []
+    for device, names in backends.ORDER.items():
+        for name in names:
+            reason = ""
+            if device == "cuda" and not torch.cuda.is_available():
+                reason = NO_GPU
+            elif name == "native":
+                reason = native.why_not()
+            mark = [pytest.mark.skip(reason=reason)] if reason else []
+            pairs.append(pytest.param(torch.device(device), name, id=f"{device}-{name}", marks=mark))
+    return pairs
+
+
+by_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda s: s.name)
+by_gradient = pytest.mark.parametrize("spec", [s for s in SPECS if s.gradients], ids=lambda s: s.name)
+by_compiled = pytest.mark.parametrize("spec", [s for s in SPECS if s.compiles], ids=lambda s: s.name)
+by_backend = pytest.mark.parametrize(("device", "backend"), _backends())
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
+
+
+@contextlib.contextmanager
+def told(spec: OpSpec, sample: Sample, note: str = "") -> Iterator[None]:
+    """Puts the op's and the sample's name into a failure."""
+    try:
+        yield
+    except AssertionError as failure:
+        raise AssertionError(f"{spec.name}, sample '{sample.name}' {note}: {failure}") from failure
+
+
+def skip_if_absent(spec: OpSpec, device: torch.device, backend: str) -> None:
+    if backend not in backends._table[spec.ops[0]]:
+        assert (device.type, backend) not in (("cpu", "native"), ("cpu", "reference")), (
+            f"{spec.ops[0]} has no {backend} backend"
+        )
+        pytest.skip(f"there is no {backend} kernel of {spec.ops[0]} yet")
+
+
+def dtypes(spec: OpSpec) -> tuple[torch.dtype, ...]:
+    return spec.dtypes or (F32,)
+
+
+def call(spec: OpSpec, sample: Sample) -> Any:
+    return spec.function(*sample.args, **sample.kwargs)
+
+
+def as_dtype(sample: Sample, dtype: torch.dtype) -> Sample:
+    return sample.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+
+
+def truth(spec: OpSpec, sample: Sample) -> Any:
+    exact = as_dtype(sample, F64)
+    if spec.oracle is not None:
+        return spec.oracle(*exact.args, **exact.kwargs)
+    with sprompt.use_backend("reference"):
+        return call(spec, exact)
+
+
+def with_gradients(spec: OpSpec, sample: Sample, dtype: torch.dtype | None = None) -> tuple[Sample, list[Tensor]]:
+    """The sample with fresh leaf tensors in its differentiable parameters, and these leaves."""
+    bound = sample.bound(spec.function)
+    leaves: list[Tensor] = []
+
+    def fresh(value: Any) -> Any:
+        leaf = value.detach().clone().to(dtype or value.dtype).requires_grad_()
+        leaves.append(leaf)
+        return leaf
+
+    changed = {
+        name: fresh(value)
+        if name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point()
+        else value
+        for name, value in bound.items()
+    }
+    if dtype is not None:
+        changed = {
+            name: value.to(dtype)
+            if isinstance(value, Tensor) and value.is_floating_point() and name not in spec.gradients
+            else value
+            for name, value in changed.items()
+        }
+    return Sample(sample.name, (), changed), leaves
+
+
+def differentiable_outputs(output: Any) -> list[Tensor]:
+    return [t for t in tensors(output) if t.requires_grad]
+
+
+def output_gradients(outputs: list[Tensor], seed: int = 5) -> list[Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
+
+
+def gradients(spec: OpSpec, sample: Sample, dtype: torch.dtype | None = None) -> list[Tensor]:
+    changed, leaves = with_gradients(spec, sample, dtype)
+    outputs = differentiable_outputs(call(spec, changed))
+    if not leaves or not outputs:
+        return []
+    return list(torch.autograd.grad(outputs, leaves, output_gradients(outputs)))
+
+
+# -- 1, 7: runs, says which backend ran, and is right
+
+
+@by_spec
+@by_backend
+@pytest.mark.parametrize("dtype", (F32, *HALVES), ids=str)
+def test_right_on_every_backend(spec: OpSpec, device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    if dtype not in dtypes(spec):
+        pytest.skip(f"{spec.name} takes no {dtype}")
+    skip_if_absent(spec, device, backend)
+    for sample in spec.samples(device, dtype, 0):
+        with sprompt.use_backend(backend), sprompt.trace_backends() as ran:
+            actual = call(spec, sample)
+        with told(spec, sample):
+            assert {name for _, name in ran} <= {backend}, ran
+            assert spec.ops[0] in {op for op, _ in ran}, ran
+            expected = truth(spec, sample)
+            if spec.compare is not None:
+                spec.compare(actual, expected, sample)
+            elif dtype in HALVES:
+                check_half(spec, sample, actual, expected)
+            else:
+                assert_close(actual, expected, *spec.bound(sample))
+
+
+def check_half(spec: OpSpec, sample: Sample, actual: Any, expected: Any) -> None:
+    """Error at most twice eager's own, plus one rounding of the result to the output's dtype."""
+    if spec.eager is not None:
+        eager = spec.eager(*sample.args, **sample.kwargs)
+    else:
+        with sprompt.use_backend("reference"):
+            eager = call(spec, sample)
+    for a, by_eager, e in zip(tensors(actual), tensors(eager), tensors(expected), strict=True):
+        if not a.is_floating_point():
+            assert torch.equal(a, e)
+            continue
+        ours, scale = error(a, e)
+        theirs, _ = error(by_eager, e)
+        bound = 2 * theirs + (torch.finfo(a.dtype).eps + spec.bound(sample)[0]) * scale + spec.bound(sample)[1]
+        assert ours <= bound, f"off by {ours:.3g}, bound {bound:.3g} (eager itself: {theirs:.3g})"
+
+
+# -- 2: any layout of inputs and gradients
+
+
+def sliced(t: Tensor) -> Tensor:
+    return torch.stack((t, t), -1)[..., 0]
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.mT.contiguous().mT if t.dim() >= 2 else sliced(t)
+
+
+def expanded(t: Tensor) -> Tensor:
+    return t[:1].expand(t.shape) if t.dim() >= 1 and t.shape[0] > 0 else t
+
+
+@by_spec
+@by_backend
+@pytest.mark.parametrize("layout", (sliced, transposed, expanded), ids=lambda f: f.__name__)
+def test_any_layout(spec: OpSpec, device: torch.device, backend: str, layout: Callable[[Tensor], Tensor]) -> None:
+    skip_if_absent(spec, device, backend)
+    with sprompt.use_backend(backend):
+        for sample in spec.samples(device, dtypes(spec)[0], 1):
+            strided = sample.map(layout)
+            plain = strided.map(lambda t: t.clone(memory_format=torch.contiguous_format))
+            with told(spec, sample):
+                assert_same_bits(call(spec, strided), call(spec, plain))
+
+
+@by_gradient
+@by_backend
+def test_expanded_gradient(spec: OpSpec, device: torch.device, backend: str) -> None:
+    """What .sum().backward() hands in: one number, expanded with strides of 0."""
+    skip_if_absent(spec, device, backend)
+    with sprompt.use_backend(backend):
+        for sample in spec.samples(device, F32, 2):
+            results = []
+            for make in (
+                lambda o: torch.ones((), device=device).expand(o.shape),
+                lambda o: torch.ones(o.shape, device=device),
+            ):
+                changed, leaves = with_gradients(spec, sample)
+                outputs = differentiable_outputs(call(spec, changed))
+                if leaves and outputs:
+                    results.append(torch.autograd.grad(outputs, leaves, [make(o).to(o.dtype) for o in outputs]))
+            if results:
+                with told(spec, sample):
+                    assert_same_bits(results[0], results[1])
+
+
+# -- 3: writes into nothing of the caller's, and writes all of its own
+
+
+@by_spec
+@by_backend
+def test_inputs_untouched_outputs_written(spec: OpSpec, device: torch.device, backend: str) -> None:
+    skip_if_absent(spec, device, backend)
+    with sprompt.use_backend(backend):
+        for sample in spec.samples(device, dtypes(spec)[0], 3):
+            kept = copy.deepcopy(sample)
+            plain = call(spec, sample)
+            plain_gradients = gradients(spec, sample)
+            with told(spec, sample):
+                assert_same_bits((sample.args, sample.kwargs), (kept.args, kept.kwargs))
+                with poisoned_memory():
+                    assert_same_bits(call(spec, sample), plain)
+                    assert_same_bits(gradients(spec, sample), plain_gradients)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty holds NaN (integers: the largest value)."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1).isnan().all()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+# -- 4: offsets beyond 2^31
+
+
+@by_spec
+@by_backend
+def test_far_apart(spec: OpSpec, device: torch.device, backend: str) -> None:
+    """The two halves of a batch lie more than 2^31 elements apart; the memory between them is never touched."""
+    skip_if_absent(spec, device, backend)
+    sample = next((s for s in spec.samples(device, dtypes(spec)[0], 4) if can_be_far(s)), None)
+    if sample is None:
+        pytest.skip("no sample has a batch of at least two")
+    done = False
+
+    def far(t: Tensor) -> Tensor:
+        nonlocal done
+        if done or t.dim() < 2 or t.shape[0] < 2 or t.numel() == 0:
+            return t
+        done = True
+        distance = 2**31 // (t.shape[0] - 1) + 64
+        inner = t[0].numel()
+        memory = torch.empty(((t.shape[0] - 1) * distance + inner) * t.element_size(), dtype=torch.uint8, device=device)
+        view = memory.view(t.dtype).as_strided(t.shape, (distance, *torch.empty(t.shape[1:], device="meta").stride()))
+        view.copy_(t)
+        return view
+
+    with sprompt.use_backend(backend), told(spec, sample):
+        assert_same_bits(call(spec, sample.map(far)), call(spec, sample))
+
+
+def can_be_far(sample: Sample) -> bool:
+    return any(t.dim() >= 2 and t.shape[0] >= 2 and t.numel() > 0 for t in tensors((sample.args, sample.kwargs)))
+
+
+# -- 5: opcheck, compile, export
+
+
+class CapturedOps(TorchDispatchMode):
+    """Records the sprompt ops that run, with their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "sprompt":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@by_spec
+def test_opcheck(spec: OpSpec) -> None:
+    checked = set()
+    for number, sample in enumerate(spec.samples(CPU, dtypes(spec)[0], 5)):
+        changed, _ = with_gradients(spec, sample)
+        with CapturedOps() as captured:
+            outputs = differentiable_outputs(call(spec, changed))
+            if outputs:
+                torch.autograd.grad(
+                    outputs, [t for t in tensors(changed.kwargs) if t.requires_grad], output_gradients(outputs)
+                )
+        for op, args in captured.calls:
+            checks = ["test_schema", "test_faketensor"]
+            if number == 0:
+                checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
+            with told(spec, sample, str(op)):
+                torch.library.opcheck(op, args, test_utils=checks)
+            checked.add(op._schema.name.removeprefix("sprompt::"))
+    assert checked >= set(spec.ops), f"never reached: {set(spec.ops) - checked}"
+
+
+@pytest.fixture
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True, recompile_limit=64):
+        yield
+    torch._dynamo.reset()
+
+
+@by_compiled
+def test_compiled_equals_eager(spec: OpSpec, fresh_compiler: None) -> None:
+    """Forward and backward, traced whole; the first sample also through Inductor."""
+    for number, sample in enumerate(spec.samples(CPU, dtypes(spec)[0], 6)):
+        torch._dynamo.reset()
+        compiled = torch.compile(
+            spec.function, fullgraph=True, backend="inductor" if number == 0 else "aot_eager", dynamic=False
+        )
+        with told(spec, sample):
+            assert_same_bits(compiled(*sample.args, **sample.kwargs), call(spec, sample))
+            changed, leaves = with_gradients(spec, sample)
+            outputs = differentiable_outputs(call(spec, changed)) if leaves else []
+            if outputs:
+                eager = torch.autograd.grad(outputs, leaves, output_gradients(outputs))
+                outputs = differentiable_outputs(compiled(**changed.kwargs))
+                assert_same_bits(torch.autograd.grad(outputs, leaves, output_gradients(outputs)), eager)
+
+
+class Exported(torch.nn.Module):
+    def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
+        super().__init__()
+        self.function, self.options = function, options
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(*args, **self.options, **kwargs)
+
+
+@by_compiled
+def test_export(spec: OpSpec) -> None:
+    sample = spec.samples(CPU, dtypes(spec)[0], 7)[0]
+    bound = sample.bound(spec.function)
+    inputs = {name: value for name, value in bound.items() if tensors(value)}
+    module = Exported(spec.function, {name: value for name, value in bound.items() if name not in inputs})
+    program = torch.export.export(module, (), inputs, strict=False)
+    with told(spec, sample):
+        assert_same_bits(program.module()(**inputs), call(spec, sample))
+
+
+# -- 6: no synchronisation, current stream, capturable
+
+
+@on_gpu
+@by_spec
+def test_no_synchronisation_and_graph_capture(spec: OpSpec) -> None:
+    if spec.dynamic or not spec.compiles:
+        pytest.skip("its docstring says that its output's shape depends on the input's values")
+    device = torch.device("cuda")
+    for sample in spec.samples(device, dtypes(spec)[0], 8):
+        expected = call(spec, sample)  # also loads the kernels
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            call(spec, sample)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(spec, sample)
+        graph.replay()
+        torch.cuda.synchronize()
+        with told(spec, sample):
+            assert_same_bits(captured, expected)
+
+
+@on_gpu
+@by_spec
+def test_current_stream(spec: OpSpec) -> None:
+    device = torch.device("cuda")
+    sample = spec.samples(device, dtypes(spec)[0], 9)[0]
+    expected = call(spec, sample)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = sample.map(torch.zeros_like)
+        torch.cuda._sleep(50_000_000)
+        for target, source in zip(
+            tensors((late.args, late.kwargs)), tensors((sample.args, sample.kwargs)), strict=True
+        ):
+            target.copy_(source)
+        actual = call(spec, late)
+    stream.synchronize()
+    assert_same_bits(actual, expected)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@by_spec
+def test_second_device(spec: OpSpec) -> None:
+    sample = spec.samples(torch.device("cuda:1"), dtypes(spec)[0], 10)[0]
+    assert all(t.device.index == 1 for t in tensors(call(spec, sample)))
+
+
+# -- 8: the same bits on every run and on any number of threads
+
+
+@by_spec
+@by_backend
+def test_deterministic(spec: OpSpec, device: torch.device, backend: str) -> None:
+    skip_if_absent(spec, device, backend)
+    before = torch.get_num_threads()
+    with sprompt.use_backend(backend):
+        for sample in spec.samples(device, dtypes(spec)[0], 11):
+            first = call(spec, sample), gradients(spec, sample)
+            try:
+                for threads in (1, 2, 3, 7) if backend == "native" else (before, before):
+                    torch.set_num_threads(threads)
+                    with told(spec, sample, f"on {threads} threads"):
+                        assert_same_bits((call(spec, sample), gradients(spec, sample)), first)
+            finally:
+                torch.set_num_threads(before)
+
+
+# -- 9: gradients
+
+
+@by_gradient
+def test_gradcheck_of_the_reference(spec: OpSpec) -> None:
+    with sprompt.use_backend("reference"):
+        for sample in spec.samples(CPU, F32, 12):
+            changed, leaves = with_gradients(spec, sample, F64)
+            if not leaves or not differentiable_outputs(call(spec, changed)):
+                continue
+            names = [name for name, value in changed.kwargs.items() if any(value is leaf for leaf in leaves)]
+
+            def function(
+                *values: Tensor, kwargs: dict[str, Any] = changed.kwargs, names: list[str] = names
+            ) -> tuple[Tensor, ...]:
+                output = spec.function(**{**kwargs, **dict(zip(names, values, strict=True))})
+                return tuple(differentiable_outputs(output))
+
+            with told(spec, sample):
+                assert torch.autograd.gradcheck(function, leaves, fast_mode=True, raise_exception=True)
+
+
+@by_gradient
+@by_backend
+@pytest.mark.parametrize("dtype", (F32, *HALVES), ids=str)
+def test_gradients_equal_the_reference(spec: OpSpec, device: torch.device, backend: str, dtype: torch.dtype) -> None:
+    skip_if_absent(spec, device, backend)
+    for sample in spec.samples(device, dtype, 13):
+        with sprompt.use_backend(backend):
+            actual = gradients(spec, sample)
+        with sprompt.use_backend("reference"):
+            expected = gradients(spec, as_dtype(sample, F64))
+        relative, absolute = spec.bound(sample)
+        with told(spec, sample):
+            for a, e in zip(actual, expected, strict=True):
+                difference, scale = error(a, e)
+                # A half gradient is rounded once; those of its output gradients and inputs are rounded before.
+                slack = 4 * torch.finfo(dtype).eps if dtype in HALVES else relative
+                assert difference <= absolute + slack * scale, (
+                    f"gradient off by {difference:.3g} (largest value {scale:.3g})"
+                )
+
+
+@by_gradient
+def test_double_backward_works_or_says_no(spec: OpSpec) -> None:
+    sample = spec.samples(CPU, F32, 14)[0]
+    changed, leaves = with_gradients(spec, sample)
+    outputs = differentiable_outputs(call(spec, changed))
+    weights = [g.requires_grad_() for g in output_gradients(outputs)]
+    first = torch.autograd.grad(outputs, leaves, weights, create_graph=True)
+    try:
+        torch.autograd.grad(sum(g.sum() for g in first if g.requires_grad), [*leaves, *weights], allow_unused=True)
+    except RuntimeError as refusal:
+        assert "is not supported" in str(refusal) and "double backward of" in str(refusal), refusal
+
+
+# -- 10: bad input
+
+
+@pytest.mark.parametrize("case", [pytest.param(e, id=f"{s.name}, {e.name}") for s in SPECS for e in s.errors])
+def test_bad_input_is_refused(case: Any) -> None:
+    with pytest.raises(case.error, match=case.message) as caught:
+        case.call()
+    assert type(caught.value) is case.error, f"raised a {type(caught.value).__name__}"
+
+
+@by_spec
+def test_every_spec_has_errors(spec: OpSpec) -> None:
+    assert spec.errors
+
+
+# -- 11: autocast
+
+
+@by_spec
+def test_autocast_rule(spec: OpSpec) -> None:
+    for sample in spec.samples(CPU, dtypes(spec)[0], 15):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = call(spec, sample)
+        expected = call(spec, as_dtype(sample, torch.bfloat16) if spec.autocast == "cast" else sample)
+        with told(spec, sample, f"rule '{spec.autocast}'"):
+            assert_same_bits(actual, expected)
+
+
+# -- inputs and outputs travel
+
+
+@by_spec
+def test_outputs_pickle(spec: OpSpec) -> None:
+    sample = spec.samples(CPU, dtypes(spec)[0], 16)[0]
+    output = call(spec, sample)
+    assert_same_bits(pickle.loads(pickle.dumps(output)), output)

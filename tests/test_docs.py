@@ -1,0 +1,105 @@
+"""What the documentation says is so: doctests, the README's example, its generated tables, the list of switches."""
+
+import contextlib
+import doctest
+import inspect
+import io
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import FunctionType
+
+import pytest
+
+import sprompt
+from sprompt import env, masks, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTED = {
+    **{name: getattr(ops, name) for name in ops.__all__},
+    "BitMasks": masks.BitMasks,
+    **{f"BitMasks.{name}": f for name, f in vars(masks.BitMasks).items() if isinstance(f, FunctionType)},
+}
+
+
+def _globals(thing: object) -> dict[str, object]:
+    """Doctests see the names of their module, every op and torch."""
+    import torch
+
+    module = sys.modules[getattr(thing, "__module__", "sprompt")]
+    return {**vars(module), **vars(ops), "torch": torch, "BitMasks": masks.BitMasks}
+
+
+@pytest.mark.parametrize("name", DOCUMENTED)
+def test_doctest(name: str) -> None:
+    thing = DOCUMENTED[name]
+    found = doctest.DocTestFinder(recurse=False).find(thing, name, globs=_globals(thing))
+    report = io.StringIO()
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
+    for example in found:
+        runner.run(example, out=report.write)
+    assert runner.failures == 0, report.getvalue()
+
+
+@pytest.mark.parametrize("name", [n for n in ops.__all__ if isinstance(getattr(ops, n), FunctionType)])
+def test_every_function_says_what_a_user_must_know(name: str) -> None:
+    function = getattr(ops, name)
+    text = inspect.getdoc(function) or ""
+    assert ">>>" in text, f"{name} has no example"
+    for parameter in inspect.signature(function).parameters:
+        assert re.search(rf"\b{parameter}\b", text), f"the docstring of {name} does not speak of {parameter}"
+    assert re.search("differentiable|gradient", text, re.IGNORECASE), f"{name} does not say what is differentiable"
+    assert re.search("determinis|exact", text, re.IGNORECASE), f"{name} does not say whether it is deterministic"
+
+
+def between(mark: str) -> str:
+    """The text of the README between <!-- mark --> and <!-- /mark -->."""
+    found = re.search(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", README, re.DOTALL)
+    assert found, f"README.md has no <!-- {mark} --> ... <!-- /{mark} -->"
+    return found.group(1)
+
+
+def test_example_of_the_readme_prints_what_it_says() -> None:
+    code = re.search(r"```python\n(.*?)```\n+It prints:\n+```text\n(.*?)```", README, re.DOTALL)
+    assert code, "README.md has no example followed by what it prints"
+    assert len(code.group(1).strip().splitlines()) <= 14
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(compile(code.group(1), "README.md", "exec"), {})
+    assert out.getvalue().strip() == code.group(2).strip()
+
+
+def test_support_matrix_of_the_readme_is_current() -> None:
+    assert between("support") == env.support_matrix(), "type `python -m sprompt.env --readme`"
+
+
+def test_switches_of_the_readme_are_current() -> None:
+    assert between("switches") == env.switch_table(), "type `python -m sprompt.env --readme`"
+
+
+def test_no_switch_is_missing() -> None:
+    """Every SPROMPT_ name that a source reads from the environment is in the table, and none that nothing reads."""
+    read = set()
+    reads = re.compile(
+        r"""(?:environ(?:\.get\(|\[)|getenv\(|switch\()\s*"(SPROMPT_[A-Z_]+)"|\$\{?(SPROMPT_[A-Z_]+)|\$\((SPROMPT_[A-Z_]+)\)"""
+    )
+    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    names = listed.stdout.split("\n") if listed.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
+    for name in names:
+        path = ROOT / name
+        wanted = path.suffix in (".py", ".cpp", ".h", ".cu", ".sh") or name in ("Makefile", ".ci/run")
+        if path.is_file() and wanted:
+            read |= {next(filter(None, groups)) for groups in reads.findall(path.read_text())}
+    assert read == set(env.SWITCHES)
+
+
+def test_report_names_everything() -> None:
+    text = env.report()
+    for word in ("sprompt", "Python", "torch", "triton", "numpy", "kernels", "CPU", "GPU", "features"):
+        assert word in text
+    for op in ops.__all__:
+        if op in sprompt.backends.ops():
+            assert op in text
+    assert text.isascii() or all(ord(c) < 0x2500 for c in text), "the report is plain text"
