@@ -257,16 +257,15 @@ static void read_runs(const uint8_t* text, int64_t length, int64_t height, int64
         const int64_t begin = place;
         int64_t number = 0;
         const RleFault kind = read_number(text, length, place, number);
-        if (kind != rle_fine)
-            return fail(kind, kind == rle_bad_character ? place : begin, kind == rle_bad_character ? text[place] : 0);
+        if (kind == rle_bad_character) return fail(kind, place, text[place]);
+        if (kind != rle_fine) return fail(kind, begin, 0);
         const int64_t run = number + before_that;
         if (run < 0) return fail(rle_negative, i, run);
         if (run > rest) return fail(rle_too_many, i, run);
         before_that = before;
         before = i == 0 ? 0 : run;
         const bool on = i % 2 == 1;
-        // A run begins at (y, x): flips twice where a run is empty.
-        if (i > 0 && y > 0) flip_bit(words, y * width + x);
+        if (i > 0 && y > 0) flip_bit(words, y * width + x);  // twice, so not at all, where a run is empty
         if (run == 0) continue;
         rest -= run;
         if (y == 0 && on) set_bits(words, x, 1);
@@ -285,23 +284,32 @@ static void read_runs(const uint8_t* text, int64_t length, int64_t height, int64
     if (rest > 0) fail(rle_too_few, i, P - rest);
 }
 
+// Rows of less than 64 pixels: 64 pixels at a time, each the sum of those above it in the word and of its column before.
+static void sum_narrow_rows(uint32_t* words, int64_t n, int64_t width) {
+    uint64_t last = 0;  // the last row's worth of pixels before this word
+    for (int64_t i = 0; i < n; i += 2) {
+        uint64_t v = i + 1 < n ? load64(words + i) : words[i];
+        for (int64_t s = width; s < 64; s *= 2) v ^= v << s;
+        for (int64_t s = width; s < 64; s *= 2) last |= last << s;
+        v ^= last;
+        words[i] = static_cast<uint32_t>(v);
+        if (i + 1 < n) words[i + 1] = static_cast<uint32_t>(v >> 32);
+        last = v >> (64 - width);
+    }
+}
+
 // words ^= themselves, width bits back: differences become pixels.
 static void sum_rows(uint32_t* words, int64_t n, int64_t height, int64_t width) {
     if (height < 2) return;
-    if (width < 32) {  // the writer is never in front of the reader
-        BitWriter writer(words);
-        uint64_t row = 0;
-        for (int64_t y = 0; y < height; ++y) {
-            row ^= bits_at(words, n, y * width) & low_bits(width);
-            writer.put(static_cast<uint32_t>(row), static_cast<int>(width));
-        }
-        writer.close();
-        return;
-    }
     const int64_t back = width / 32, P = height * width;
     const int shift = static_cast<int>(width % 32);
-    words[back] ^= words[0] << shift;
     int64_t i = back + 1;
+    if (width < 64) {
+        sum_narrow_rows(words, n, width);
+        i = n;
+    } else {
+        words[back] ^= words[0] << shift;
+    }
     if (back >= W) {  // a vector reads words that stand before it
         for (; i + W <= n; i += W) {
             vu v, low, high;

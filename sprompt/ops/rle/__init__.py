@@ -35,7 +35,9 @@ def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
     bits = as_bits("rle_encode", "masks", masks)
     height, width = bits.size
     if height * width > MOST_PIXELS:
-        checks.bad_value("rle_encode", "masks", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits")
+        checks.bad_value(
+            "rle_encode", "masks", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits"
+        )
     characters, offsets = torch.ops.sprompt.rle_encode(bits.words, height, width)
     text = memoryview(characters.cpu().numpy())
     return [{"size": [height, width], "counts": bytes(text[a:b])} for a, b in pairwise(offsets.tolist())]
@@ -73,7 +75,9 @@ def rle_decode(rles: Sequence[Mapping[str, Any]], size: Size | None = None) -> B
         if size is None:
             size = own
         elif own != size:
-            checks.bad_value("rle_decode", name, f"have size {list(size)}", list(own), "decode masks of one size at a time")
+            checks.bad_value(
+                "rle_decode", name, f"have size {list(size)}", list(own), "decode masks of one size at a time"
+            )
         parts.append(_characters(rle["counts"], name, size))
     if size is None:
         checks.bad_value("rle_decode", "size", "be given for an empty list", None, "pass size=(H, W)")
@@ -98,7 +102,9 @@ def _size_of(value: Any, what: str) -> Size:
     if height < 0 or width < 0:
         checks.bad_value("rle_decode", what, "be at least 0 on each side", [height, width])
     if height * width > MOST_PIXELS:
-        checks.bad_value("rle_decode", what, "have at most 2^31 - 1 pixels", [height, width], "COCO RLE counts in 32 bits")
+        checks.bad_value(
+            "rle_decode", what, "have at most 2^31 - 1 pixels", [height, width], "COCO RLE counts in 32 bits"
+        )
     return height, width
 
 
@@ -111,7 +117,9 @@ def _characters(counts: Any, name: str, size: Size) -> bytes:
             checks.bad_value("rle_decode", name, "have counts of the characters 0 to o", repr(bad))
         return counts.encode("ascii")
     if not isinstance(counts, (list, tuple)):
-        checks.bad_value("rle_decode", name, "have counts that are bytes, a str or a list of whole numbers", type(counts).__name__)
+        checks.bad_value(
+            "rle_decode", name, "have counts that are bytes, a str or a list of whole numbers", type(counts).__name__
+        )
     return _compressed(counts, name, size)
 
 
@@ -126,7 +134,9 @@ def _compressed(runs: Sequence[Any], name: str, size: Size) -> bytes:
         if number < 0:
             checks.bad_value("rle_decode", name, f"have runs of at least 0 pixels, in run {i} too", number)
         if number > most:
-            checks.bad_value("rle_decode", name, f"have runs that sum to {size[0]}x{size[1]} = {most} pixels", f"more in run {i}")
+            checks.bad_value(
+                "rle_decode", name, f"have runs that sum to {size[0]}x{size[1]} = {most} pixels", f"more in run {i}"
+            )
         numbers.append(number)
     text = bytearray()
     for i, number in enumerate(numbers):

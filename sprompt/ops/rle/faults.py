@@ -1,9 +1,10 @@
-"""What can be wrong with a run-length string, in words, and the bounds of what is decoded."""
+"""What can be wrong with a run-length string, in words, and the bounds on sizes."""
 
 from typing import NoReturn
 
 from torch import Tensor
 
+from sprompt.masks import words_for
 from sprompt.ops.checks import bad_value
 
 MOST_PIXELS = 2**31 - 1  # of one mask: 268 MB of bits
@@ -15,12 +16,23 @@ FINE, BAD_CHARACTER, TRUNCATED, TOO_LONG, NEGATIVE, TOO_MANY, TOO_FEW, BAD_OFFSE
 Fault = tuple[int, int, int]
 
 
+def fits(op: str, n: int, height: int, width: int) -> None:
+    """n words are those of a mask of height x width, and not too many."""
+    if min(height, width) < 0 or height * width > MOST_PIXELS:
+        bad_value(op, "size", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits")
+    if n != words_for(height * width):
+        bad_value(
+            op, "words", f"have shape (..., {words_for(height * width)}) for {height}x{width} pixels", f"(..., {n})"
+        )
+
+
 def within_limits(height: int, width: int, count: int) -> None:
-    pixels = height * width
-    if height < 0 or width < 0 or pixels > MOST_PIXELS:
-        bad_value("rle_decode", "size", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits")
-    if pixels * count > MOST_PIXELS_IN_ALL:
-        bad_value("rle_decode", "rles", "have at most 2^35 pixels in all", f"{count} x {height}x{width}", "decode in parts")
+    """A list of `count` masks may be decoded."""
+    fits("rle_decode", words_for(height * width), height, width)
+    if height * width * count > MOST_PIXELS_IN_ALL:
+        bad_value(
+            "rle_decode", "rles", "have at most 2^35 pixels in all", f"{count} x {height}x{width}", "decode in parts"
+        )
 
 
 def raise_first(faults: Tensor, height: int, width: int) -> None:

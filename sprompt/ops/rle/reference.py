@@ -1,5 +1,7 @@
 """Run lengths in plain PyTorch, on words int32 (..., n) of height x width pixels."""
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -10,10 +12,9 @@ from sprompt.ops.rle.faults import Fault
 
 
 def rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    faults.fits("rle_encode", words.shape[-1], height, width)
     words = words.reshape(words.shape[:-1].numel(), words.shape[-1])
-    strings = [
-        _characters(_runs(unpack_masks(mask, height * width).unflatten(0, (height, width)))) for mask in words
-    ]
+    strings = [_characters(_runs(unpack_masks(mask, height * width).unflatten(0, (height, width)))) for mask in words]
     lengths = torch.tensor([0, *map(len, strings)], dtype=torch.int64, device=words.device)
     return torch.cat([words.new_empty(0, dtype=torch.uint8), *strings]), lengths.cumsum(0)
 
@@ -45,7 +46,7 @@ def rle_decode(characters: Tensor, offsets: Tensor, height: int, width: int) -> 
     faults.within_limits(height, width, count)
     words = characters.new_zeros((count, words_for(height * width)), dtype=torch.int32)
     found = torch.zeros((count, 3), dtype=torch.int64)
-    for index, (start, end) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
+    for index, (start, end) in enumerate(pairwise(ends)):
         if not 0 <= start <= end <= len(text):
             found[index, 0] = faults.BAD_OFFSETS
             continue

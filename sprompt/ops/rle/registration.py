@@ -11,18 +11,19 @@ from sprompt.ops.rle import faults, reference
 
 
 def _rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    faults.fits("rle_encode", words.shape[-1], height, width)
     masks = rows(words)
     count, threads = masks.shape[0], max(1, min(native.threads(), masks.shape[0]))
     # Every string is written where it surely has room, then all are moved together.
     starts, offsets = (torch.zeros(count + 1, dtype=torch.int64) for _ in range(2))
     native._C.rle_bounds(masks, height, width, starts[1:], threads)
-    torch.cumsum(starts, 0, out=starts)
+    starts.cumsum_(0)
     buffer = torch.empty(int(starts[-1]), dtype=torch.uint8)
     scratch = torch.empty((threads, native._C.rle_scratch(height, width)), dtype=torch.int64)
     native._C.rle_encode(masks, height, width, starts, buffer, offsets[1:], scratch, threads)
     if count and int(offsets.min()) < 0:
         raise RuntimeError("rle_encode: the masks changed while they were encoded; another thread writes to them")
-    torch.cumsum(offsets, 0, out=offsets)
+    offsets.cumsum_(0)
     characters = torch.empty(int(offsets[-1]), dtype=torch.uint8)
     native._C.rle_join(buffer, starts, offsets, characters, threads)
     return characters, offsets

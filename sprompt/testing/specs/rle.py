@@ -1,4 +1,4 @@
-"""rle_encode, rle_decode."""
+"""rle_encode, rle_decode, and resize_masks followed by rle_encode."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sprompt.masks import BitMasks
-from sprompt.ops import pack_masks, rle_decode, rle_encode
+from sprompt.ops import pack_masks, resize_masks, rle_decode, rle_encode
 from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
 
 Rles = list[dict[str, Any]]
@@ -48,7 +48,7 @@ def coco_encode(masks: BitMasks | Tensor) -> Rles:
     import numpy as np
     from pycocotools import mask as coco
 
-    return coco.encode(np.asfortranarray(_dense(masks).permute(1, 2, 0).cpu().numpy().astype(np.uint8)))
+    return coco.encode(np.asfortranarray(_dense(masks).permute(1, 2, 0).cpu().numpy().view(np.uint8)))
 
 
 def coco_decode(rles: Rles, size: tuple[int, int] | None = None) -> BitMasks:
@@ -69,7 +69,9 @@ def _decode_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list
         *samples,
         Sample("str", (text,)),
         Sample("size given", (rles, (20, 45))),
-        Sample("lists of runs", ([{"size": [3, 4], "counts": c} for c in ([12], [0, 12], [5, 1, 2, 4], [1, 0, 0, 2, 9])],)),
+        Sample(
+            "lists of runs", ([{"size": [3, 4], "counts": c} for c in ([12], [0, 12], [5, 1, 2, 4], [1, 0, 0, 2, 9])],)
+        ),
         Sample("a run of 0 between", ([{"size": (2, 3), "counts": b"2004"}, {"size": (2, 3), "counts": "6000"}],)),
         Sample("no masks", ([], (5, 6))),
         Sample("no pixels", ([{"size": [0, 5], "counts": b"0"}, {"size": [0, 5], "counts": b""}],)),
@@ -84,6 +86,9 @@ def _one(counts: object, size: object = (3, 4)) -> Any:
     return lambda: rle_decode([{"size": [3, 4], "counts": b"<"}, {"size": size, "counts": counts}])
 
 
+_TOO_LONG = r"rles\[1\] must have numbers of at most 12 characters, got a longer one from character "
+_LARGEST = {"size": [1 << 15, (1 << 16) - 1], "counts": b"0"}
+
 #: What is wrong, the second of two entries, and the sentence after "rle_decode: ".
 MALFORMED = (
     ("no counts", _one(b""), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs"),
@@ -93,8 +98,8 @@ MALFORMED = (
     ("one too many", _one(b"337"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 2"),
     ("runs behind the end", _one(b"<1"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1"),
     ("broken off", _one(b"3P"), r"rles\[1\] must have counts that end with a whole number, got one that breaks off, from character 1 on"),
-    ("12 groups, broken off", _one(b"P" * 12), r"rles\[1\] must have numbers of at most 12 characters, got a longer one from character 0 on"),
-    ("14 groups", _one(b"3" + b"o" * 13 + b"0"), r"rles\[1\] must have numbers of at most 12 characters, got a longer one from character 1 on"),
+    ("12 groups, broken off", _one(b"P" * 12), _TOO_LONG + "0 on"),
+    ("14 groups", _one(b"3" + b"o" * 13 + b"0"), _TOO_LONG + "1 on"),
     ("negative", _one(b"3O"), r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 1"),
     ("negative by difference", _one(b"321M"), r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 3"),
     ("smallest number", _one(b"o" * 10 + b"P@"), r"rles\[1\] must have runs of at least 0 pixels, got -\d+ in run 0"),
@@ -126,13 +131,15 @@ MALFORMED = (
     ("size a number", _one(b"<", 12), r"the size of rles\[1\] must be two whole numbers \[H, W\], got 12"),
     ("huge size", _one(b"<", [2**16, 2**15]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[65536, 32768\]"),
     ("size past int64", _one(b"<", [10**30, 10**30]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got"),
-    ("huge in all", lambda: rle_decode([{"size": [1 << 15, (1 << 16) - 1], "counts": b"0"}] * 17), r"rles must have at most 2\^35 pixels in all, got 17 x 32768x65535; decode in parts"),
+    ("huge in all", lambda: rle_decode([_LARGEST] * 17),
+        r"rles must have at most 2\^35 pixels in all, got 17 x 32768x65535; decode in parts"),
     ("not a dict", lambda: rle_decode([[3, 4]]), r"rles\[0\] must be a dict with size and counts, got list"),
     ("no size", lambda: rle_decode([{"counts": b"0"}]), r"rles\[0\] must be a dict with size and counts, got keys \['counts'\]"),
     ("no counts key", lambda: rle_decode([{"size": [0, 0]}]), r"rles\[0\] must be a dict with size and counts, got keys \['size'\]"),
     ("empty list, no size", lambda: rle_decode([]), r"size must be given for an empty list, got None; pass size=\(H, W\)"),
     ("size argument", lambda: rle_decode([], (1, -1)), r"size must be at least 0 on each side, got \[1, -1\]"),
-    ("sizes differ from the argument", lambda: rle_decode([{"size": [3, 4], "counts": b"<"}], (4, 3)), r"rles\[0\] must have size \[4, 3\], got \[3, 4\]"),
+    ("another size than asked for", lambda: rle_decode([{"size": [3, 4], "counts": b"<"}], (4, 3)),
+        r"rles\[0\] must have size \[4, 3\], got \[3, 4\]"),
 )  # fmt: skip
 
 SPECS = [
@@ -140,7 +147,8 @@ SPECS = [
         rle_encode, _encode_samples, ("rle_encode",), dtypes=(), oracle=coco_encode, compare=same_rles, dynamic=True, compiles=False,
         errors=(
             ErrorCase("none", lambda: rle_encode(None), TypeError, r"rle_encode: masks must be a BitMasks or a dense tensor, got NoneType"),
-            ErrorCase("one row", lambda: rle_encode(torch.zeros(4)), ValueError, r"rle_encode: masks must have shape \(..., H, W\), got \(4,\)"),
+            ErrorCase("one row", lambda: rle_encode(torch.zeros(4)), ValueError,
+                r"rle_encode: masks must have shape \(..., H, W\), got \(4,\)"),
             ErrorCase("complex", lambda: rle_encode(torch.zeros(1, 2, 2).cfloat()), TypeError, r"rle_encode: masks must have dtype bool, "),
             ErrorCase(
                 "huge", lambda: rle_encode(BitMasks(torch.zeros(0, 1 << 26, dtype=torch.int32), (1 << 15, 1 << 16))), ValueError,
@@ -151,7 +159,8 @@ SPECS = [
     OpSpec(
         rle_decode, _decode_samples, ("rle_decode",), dtypes=(), oracle=coco_decode, dynamic=True, compiles=False,
         errors=(
-            ErrorCase("a dict", lambda: rle_decode({"size": [3, 4], "counts": b"<"}), TypeError, r"rle_decode: rles must be a list of RLEs, got dict"),
+            ErrorCase("a dict", lambda: rle_decode({"size": [3, 4], "counts": b"<"}), TypeError,
+                r"rle_decode: rles must be a list of RLEs, got dict"),
             ErrorCase("bytes", lambda: rle_decode(b"<"), TypeError, r"rle_decode: rles must be a list of RLEs, got bytes"),
             *(ErrorCase(name, call, ValueError, "rle_decode: " + message) for name, call, message in MALFORMED),
         ),
@@ -201,10 +210,30 @@ def _coco_only() -> Any:
         key = (masks.words if isinstance(masks, BitMasks) else masks).data_ptr()
         if key not in cache:
             cache.clear()
-            cache[key] = np.asfortranarray(_dense(masks).permute(1, 2, 0).numpy().astype(np.uint8))
+            cache[key] = np.asfortranarray(_dense(masks).permute(1, 2, 0).numpy().view(np.uint8))
         return coco.encode(cache[key])
 
     return encode
+
+
+def resize_and_encode(logits: Tensor, size: tuple[int, int]) -> Rles:
+    """What the end of a detector does with its masks, (L, h, w) logits."""
+    return rle_encode(resize_masks(logits, size))
+
+
+def _eager_resize_and_encode(logits: Tensor, size: tuple[int, int]) -> Rles:
+    large = torch.nn.functional.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+    return coco_encode(large > 0)
+
+
+def _resize_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", ((8 * (blobs(100, 200, 336, seed, device) - 0.5)).to(dtype), (800, 1333)))
+
+
+def _nearly_the_same(ours: Rles, theirs: Rles, sample: Sample) -> None:
+    """interpolate rounds in another order: pixels that lie on the threshold may differ."""
+    different = (rle_decode(ours).to_dense() ^ rle_decode(theirs).to_dense()).sum()
+    assert different <= 1e-5 * len(ours) * _P, f"{different} pixels differ"
 
 
 _P = 800 * 1333
@@ -228,5 +257,9 @@ BENCHES = [
     Bench(
         rle_decode, "10 x (800x1333) of noise", _noise_decode_bench, _plain_decode, vectorised=False, agree=_same_pixels,
         bytes=10 * _P * (1 / 8 + 1 / 2),
+    ),
+    Bench(
+        resize_and_encode, "100 x (200x336 -> 800x1333)", _resize_bench, _eager_resize_and_encode, vectorised=False,
+        agree=_nearly_the_same, flops=100 * _P * 6, bytes=100 * 200 * 336 * 4, goals={"forward": 8, "memory": 20},
     ),
 ]  # fmt: skip
