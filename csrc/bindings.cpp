@@ -31,6 +31,7 @@
 // resize_masks
 #include "resize_masks/resize_masks.h"
 // rle
+#include "rle/rle.h"
 
 // saliency_masks
 #include "saliency_masks/saliency_masks.h"
@@ -138,4 +139,9 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(resize_bits);
 
     // rle
+    SPROMPT_DEF(rle_bounds);
+    SPROMPT_DEF(rle_encode);
+    SPROMPT_DEF(rle_join);
+    SPROMPT_DEF(rle_decode);
+    module.def("rle_scratch", [](int64_t height, int64_t width) { return sprompt::rle_scratch(height, width); });
 }

@@ -25,6 +25,7 @@ from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mea
 from sprompt.ops.resize_masks import resize_masks
 
 # rle
+from sprompt.ops.rle import rle_decode, rle_encode
 
 # saliency_masks
 from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
@@ -65,6 +66,8 @@ __all__ = [
     "resize_masks",
     #
     # rle
+    "rle_decode",
+    "rle_encode",
     #
     # saliency_masks
     "SaliencyMasks",
