@@ -63,14 +63,14 @@ SPROMPT_INLINE void add_lanes(vf v, vd& low, vd& high) {
 }
 
 // Bits, area and score of a map. The sum is in float64, where it is exact: the score depends on no order of summation.
-static void cut_map(const Image& image, const Map& map, float threshold, uint32_t* words, int64_t* area, float* score) {
+static void cut_map(const Image& image, const Map& map, float threshold, int64_t min_area, uint32_t* words, int64_t* area, float* score) {
     const int64_t n = words_for(image.P);
-    if (!map.usable) {
+    const auto drop = [&] {
         for (int64_t i = 0; i < n; ++i) words[i] = 0;
         *area = 0;
         *score = 0.0f;
-        return;
-    }
+    };
+    if (!map.usable) return drop();
     const vf level = broadcast(threshold);
     vd low = {}, high = {};
     for (int64_t i = 0; i < n; ++i) {
@@ -86,7 +86,8 @@ static void cut_map(const Image& image, const Map& map, float threshold, uint32_
     double total = 0.0;
     for (int i = 0; i < W / 2; ++i) total += both[i];
     *area = count_bits(words, n);
-    *score = *area > 0 ? static_cast<float>(total / static_cast<double>(*area)) : 0.0f;
+    if (*area < min_area) return drop();
+    *score = static_cast<float>(total / static_cast<double>(*area));
 }
 
 template <class T>
@@ -164,13 +165,14 @@ static Map pooled_map(const Image& image, const Cells& seed, const float* const*
 
 struct Outputs {
     float threshold;
+    int64_t min_area;
     uint32_t* words;  // (M, n)
     int64_t* areas;   // (M)
     float* scores;    // (M)
     int64_t n;
 
     SPROMPT_INLINE void cut(const Image& image, const Map& map, int64_t m) const {
-        cut_map(image, map, threshold, words + m * n, areas + m, scores + m);
+        cut_map(image, map, threshold, min_area, words + m * n, areas + m, scores + m);
     }
 };
 
@@ -271,11 +273,11 @@ static void each_map(const Image& image, const Panels& seeds, int64_t count, boo
 }
 
 void saliency_bits(const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height, int64_t grid_width,
-                   bool cosine, float threshold, const View& packed, const View& packed_seeds, const View& products, const View& lines,
+                   bool cosine, float threshold, int64_t min_area, const View& packed, const View& packed_seeds, const View& products, const View& lines,
                    const View& words, const View& areas, const View& scores, int threads) {
     const int64_t M = words.size[1], n = words.size[2];
     for (int64_t b = 0; b < features.size[0]; ++b) {
-        const Outputs out{threshold, words.as<uint32_t>() + b * M * n, areas.as<int64_t>() + b * M, scores.as<float>() + b * M, n};
+        const Outputs out{threshold, min_area, words.as<uint32_t>() + b * M * n, areas.as<int64_t>() + b * M, scores.as<float>() + b * M, n};
         Image image;
         if (!open_image(features, valid, b, height, width, packed, lines, image, threads)) {
             for (int64_t m = 0; m < M; ++m) out.cut(image, Map{nullptr, 0.0f, 0.0f, false}, m);

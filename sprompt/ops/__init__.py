@@ -23,6 +23,7 @@ from sprompt.ops.resize_masks import resize_masks
 # rle
 
 # saliency_masks
+from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
     # linear_assignment
@@ -53,5 +54,8 @@ __all__ = [
     # rle
     #
     # saliency_masks
+    "SaliencyMasks",
+    "saliency_maps",
+    "saliency_masks",
     #
 ]

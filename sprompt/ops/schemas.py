@@ -26,7 +26,13 @@ SCHEMAS = {
     # words (N, n) or (B, N, n), scores and labels (N,) or (B, N), counts (B,) -> decayed scores, of the shape of scores
     "matrix_nms": "(Tensor words, Tensor scores, str kernel, float sigma, Tensor? labels, Tensor? counts) -> Tensor",
     #
-    # saliency_masks
+    # saliency_masks: features (B, D, H, W), valid bool (B, H, W) -> words (B, M, n), areas int64 (B, M), scores float32 (B, M)
+    # of all M seeds; those of the pyramid if grid_height is 0. addresses (B, K, 3) -> maps (B, K, H, W). seeds (B, M, D).
+    "saliency_bits": "(Tensor features, Tensor? valid, SymInt grid_height, SymInt grid_width, bool cosine, float threshold,"
+    " SymInt min_area) -> (Tensor, Tensor, Tensor)",
+    "saliency_soft": "(Tensor features, Tensor? valid, SymInt grid_height, SymInt grid_width, bool cosine, Tensor addresses)"
+    " -> Tensor",
+    "saliency_maps": "(Tensor features, Tensor seeds, Tensor? valid, bool cosine) -> Tensor",
     #
     # prompts
     #
