@@ -29,6 +29,7 @@
 // resize_masks
 #include "resize_masks/resize_masks.h"
 // rle
+#include "rle/rle.h"
 
 // saliency_masks
 #include "saliency_masks/saliency_masks.h"
@@ -127,4 +128,9 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(resize_bits);
 
     // rle
+    SPROMPT_DEF(rle_bounds);
+    SPROMPT_DEF(rle_encode);
+    SPROMPT_DEF(rle_join);
+    SPROMPT_DEF(rle_decode);
+    module.def("rle_scratch", [](int64_t height, int64_t width) { return sprompt::rle_scratch(height, width); });
 }

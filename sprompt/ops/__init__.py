@@ -21,6 +21,7 @@ from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 from sprompt.ops.resize_masks import resize_masks
 
 # rle
+from sprompt.ops.rle import rle_decode, rle_encode
 
 # saliency_masks
 from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
@@ -52,6 +53,8 @@ __all__ = [
     "resize_masks",
     #
     # rle
+    "rle_decode",
+    "rle_encode",
     #
     # saliency_masks
     "SaliencyMasks",
