@@ -72,18 +72,18 @@ def test_example_of_the_readme_prints_what_it_says() -> None:
 
 
 def test_support_matrix_of_the_readme_is_current() -> None:
-    assert between("support") == env.support_matrix(), "type `python -m sprompt.env --readme`"
+    assert between("support") == env.support_matrix(), "type `make readme`"
 
 
 def test_switches_of_the_readme_are_current() -> None:
-    assert between("switches") == env.switch_table(), "type `python -m sprompt.env --readme`"
+    assert between("switches") == env.switch_table(), "type `make readme`"
 
 
 def test_no_switch_is_missing() -> None:
     """Every SPROMPT_ name that a source reads from the environment is in the table, and none that nothing reads."""
     read = set()
     reads = re.compile(
-        r"""(?:environ(?:\.get\(|\[)|getenv\(|switch\()\s*"(SPROMPT_[A-Z_]+)"|\$\{?(SPROMPT_[A-Z_]+)|\$\((SPROMPT_[A-Z_]+)\)"""
+        r"""(?:environ(?:\.get\(|\[)|getenv\(|switch\()\s*["'](SPROMPT_[A-Z_0-9]+)["']|\$[{(]?(SPROMPT_[A-Z_0-9]+)"""
     )
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     names = listed.stdout.split("\n") if listed.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]
