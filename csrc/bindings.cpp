@@ -14,21 +14,24 @@
 // linear_assignment
 #include "linear_assignment/linear_assignment.h"
 // mask_conv
+#include "mask_conv/mask_conv.h"
 
 // mask_loss
-
+#include "mask_loss/mask_loss.h"
 // masks
 #include "masks/masks.h"
 // mask_nms
 #include "mask_nms/mask_nms.h"
 
 // match_cost
-
+#include "match_cost/match_cost.h"
 // prompts
+#include "prompts/prompts.h"
 
 // resize_masks
 #include "resize_masks/resize_masks.h"
 // rle
+#include "rle/rle.h"
 
 // saliency_masks
 #include "saliency_masks/saliency_masks.h"
@@ -112,19 +115,33 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(saliency_maps);
 
     // prompts
+    SPROMPT_DEF(region_mean);
+    SPROMPT_DEF(mask_mean);
+    SPROMPT_DEF(region_mean_backward);
+    SPROMPT_DEF(mask_mean_backward);
+    SPROMPT_DEF(prompt_match);
+    SPROMPT_DEF(prompt_match_backward);
 
     // mask_conv
+    SPROMPT_DEF(mask_update);
+    SPROMPT_DEF(mask_update_backward);
 
     // match_cost
-
+    SPROMPT_DEF(match_cost);
     // linear_assignment
     SPROMPT_DEF(linear_assignment);
 
     // mask_loss
-
+    SPROMPT_DEF(mask_loss);
+    SPROMPT_DEF(mask_loss_backward);
     // resize_masks
     SPROMPT_DEF(resize_masks);
     SPROMPT_DEF(resize_bits);
 
     // rle
+    SPROMPT_DEF(rle_bounds);
+    SPROMPT_DEF(rle_encode);
+    SPROMPT_DEF(rle_join);
+    SPROMPT_DEF(rle_decode);
+    module.def("rle_scratch", [](int64_t height, int64_t width) { return sprompt::rle_scratch(height, width); });
 }

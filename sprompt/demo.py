@@ -7,6 +7,7 @@ Draws a picture of six textured objects, describes it by a small fixed filter ba
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -185,16 +186,17 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    steps = Table("step", "result", "ms", "backend", title="From a picture to stored proposals")
+    steps = Table("step", "result", "ms", "backend", title="From a picture to stored proposals (median of 7 runs)")
 
     def step(name: str, run: Callable[[], Any], describe: Callable[[Any], str]) -> Any:
-        run()  # once to warm up
+        times = []
         with trace_backends() as ran:
-            start = time.perf_counter()
-            result = run()
-            spent = 1e3 * (time.perf_counter() - start)
+            for _ in range(8):  # the first is the warm-up
+                start = time.perf_counter()
+                result = run()
+                times.append(1e3 * (time.perf_counter() - start))
         used = ", ".join(sorted({backend for _, backend in ran}))
-        steps.add_row(name, describe(result), f"{spent:.1f}", used or "plain torch")
+        steps.add_row(name, describe(result), f"{statistics.median(times[1:]):.1f}", used or "plain torch")
         return result
 
     picture, truth = draw_picture(args.seed)
@@ -223,7 +225,15 @@ def main() -> None:
     )
     console.print(steps)
 
-    objects = Table("object", "proposal", "score", "IoU", "box", "seed (scale, row, column)", title="What it found")
+    objects = Table(
+        "object",
+        "proposal",
+        "score",
+        "IoU",
+        "box",
+        "seed",
+        title="What it found, and how well (seed: scale, row, column)",
+    )
     for number, (name, *_) in enumerate(OBJECTS):
         if not len(masks):
             break

@@ -150,6 +150,13 @@ EMULATED __mmask32 cmp_epi16_mask(__m512i a, __m512i b) {
     }
     return k;
 }
+EMULATED __m512i cvtepu16_epi32(__m256i a) {
+    uint16_t half[16];
+    __builtin_memcpy(half, &a, 32);
+    I r;
+    EACH(16) r.lane[i] = half[i];
+    return r.as<__m512i>();
+}
 EMULATED __m512 cvtph_ps(__m256i a) {
     uint16_t half[16];
     __builtin_memcpy(half, &a, 32);
@@ -240,6 +247,7 @@ EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_cmp_pd_mask(a, b, predicate) emulated::cmp_pd_mask<predicate>(a, b)
 #undef _mm512_cmp_epi16_mask
 #define _mm512_cmp_epi16_mask(a, b, predicate) emulated::cmp_epi16_mask<predicate>(a, b)
+#define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph<rounding>(a)
