@@ -45,8 +45,7 @@ std::vector<std::pair<PyObject*, sprompt::DType>> dtypes;
 
 void set_dtypes(const py::dict& codes) {
     dtypes.clear();
-    for (const auto& item : codes)
-        dtypes.emplace_back(item.first.ptr(), static_cast<sprompt::DType>(item.second.cast<int>()));
+    for (const auto& item : codes) dtypes.emplace_back(item.first.ptr(), static_cast<sprompt::DType>(item.second.cast<int>()));
     for (const auto& item : dtypes) Py_INCREF(item.first);
 }
 
@@ -60,7 +59,8 @@ struct type_caster<sprompt::View> {
 
     // Runs for every tensor of every call, so it speaks to the interpreter directly: about half a microsecond.
     bool load(handle tensor, bool) {
-        static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"), *const shape_name = PyUnicode_InternFromString("shape"),
+        static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"),
+                               *const shape_name = PyUnicode_InternFromString("shape"),
                                *const stride_name = PyUnicode_InternFromString("stride"),
                                *const data_ptr_name = PyUnicode_InternFromString("data_ptr");
         if (tensor.is_none()) return true;

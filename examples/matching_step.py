@@ -17,7 +17,9 @@ targets = BitMasks.from_dense(labels)  # (2, 3)
 
 # A feature map in which every object has a direction of its own, as a backbone would give.
 directions = torch.nn.functional.normalize(torch.randn(images, 3, channels), dim=-1)
-features = torch.einsum("bghw,bgc->bchw", labels.float(), directions) + 0.2 * torch.randn(images, channels, height, width)
+features = torch.einsum("bghw,bgc->bchw", labels.float(), directions) + 0.2 * torch.randn(
+    images, channels, height, width
+)
 prompts = mask_mean(features, targets)  # (2, 3, 16)
 queries = torch.nn.Parameter(torch.randn(kernels, channels))
 bias = torch.nn.Parameter(torch.zeros(()))

@@ -52,7 +52,9 @@ def test_every_function_says_what_a_user_must_know(name: str) -> None:
         spoken_of = re.search(rf"\b{parameter}\b", text) or (isinstance(form.default, str) and form.default in text)
         assert spoken_of, f"the docstring of {name} does not speak of {parameter}"
     assert re.search("differentiable|gradient", text, re.IGNORECASE), f"{name} does not say what is differentiable"
-    assert re.search("determinis|exact|the same on every run", text, re.IGNORECASE), f"{name} does not say whether it is deterministic"
+    assert re.search("determinis|exact|the same on every run", text, re.IGNORECASE), (
+        f"{name} does not say whether it is deterministic"
+    )
 
 
 def between(mark: str) -> str:

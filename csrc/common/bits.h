@@ -34,7 +34,8 @@ SPROMPT_INLINE void carry_save(__m256i& high, __m256i& low, __m256i a, __m256i b
 }
 // Set bits per byte, by a table of the 16 nibbles.
 SPROMPT_INLINE __m256i popcount_bytes(__m256i v) {
-    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+    const __m256i table =
+        _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i low = _mm256_shuffle_epi8(table, v & nibble);
     const __m256i high = _mm256_shuffle_epi8(table, _mm256_srli_epi32(v, 4) & nibble);
@@ -55,15 +56,18 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
 #if defined(__AVX512VPOPCNTDQ__)
     __m512i lanes = _mm512_setzero_si512();
     for (; i + 16 <= n; i += 16)
-        lanes = _mm512_add_epi64(lanes, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i))));
+        lanes = _mm512_add_epi64(lanes,
+                                 _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i))));
     if (i < n) {
         const __mmask16 rest = static_cast<__mmask16>((1u << (n - i)) - 1);
-        lanes = _mm512_add_epi64(lanes, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_maskz_loadu_epi32(rest, a + i), _mm512_maskz_loadu_epi32(rest, b + i))));
+        lanes = _mm512_add_epi64(lanes, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_maskz_loadu_epi32(rest, a + i),
+                                                                             _mm512_maskz_loadu_epi32(rest, b + i))));
     }
     return _mm512_reduce_add_epi64(lanes);
 #elif defined(__AVX2__)
     const auto both = [&](int64_t word) {
-        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + word)) & _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + word));
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + word)) &
+               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + word));
     };
     if (n > 240) {
         // Eight vectors at a time through a tree of carry-save adders; only the carries of weight 8 are counted each time.
@@ -89,7 +93,9 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
         if (i < n) {
             const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
             const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), place);
-            const auto part = [&](const uint32_t* row) { return _mm256_maskload_epi32(reinterpret_cast<const int*>(row + i), rest); };
+            const auto part = [&](const uint32_t* row) {
+                return _mm256_maskload_epi32(reinterpret_cast<const int*>(row + i), rest);
+            };
             bytes = _mm256_add_epi8(bytes, popcount_bytes(part(a) & part(b)));
         }
         return total + sum_lanes(_mm256_sad_epu8(bytes, _mm256_setzero_si256()));
