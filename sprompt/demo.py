@@ -161,12 +161,11 @@ def draw_overlay(picture: Image.Image, masks: BitMasks, scores: Tensor) -> Image
     boxes = mask_boxes(masks).tolist()
     for number in reversed(range(len(masks))):
         inside = masks[number].to_dense()
-        inner = (
-            -torch.nn.functional.max_pool2d(-inside[None].float(), 5, stride=1, padding=2)[0] > 0
-        )  # eroded by 2 pixels
-        colour = np.array(COLOURS[number % len(COLOURS)])
-        pixels[inner.numpy()] = 0.65 * pixels[inner.numpy()] + 0.35 * colour
-        pixels[(inside & ~inner).numpy()] = colour
+        eroded = -torch.nn.functional.max_pool2d(-inside[None].float(), 5, stride=1, padding=2)[0]  # by 2 pixels
+        inner = eroded > 0
+        paint = np.array(COLOURS[number % len(COLOURS)])
+        pixels[inner.numpy()] = 0.65 * pixels[inner.numpy()] + 0.35 * paint
+        pixels[(inside & ~inner).numpy()] = paint
     overlay = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(overlay)
     font = ImageFont.load_default(15)
