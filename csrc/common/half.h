@@ -45,7 +45,8 @@ SPROMPT_INLINE void from_float(float x, bf16* out) {  // round to nearest, ties 
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    out->bits = nan ? static_cast<uint16_t>((bits >> 16) | 0x40u) : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    out->bits =
+        nan ? static_cast<uint16_t>((bits >> 16) | 0x40u) : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 SPROMPT_INLINE void from_float(float x, f16* out) {  // round to nearest, ties to even
 #if defined(__F16C__)
@@ -136,22 +137,22 @@ SPROMPT_INLINE void row_from_float(const float* x, int64_t n, T* y) {
 }
 
 // SPROMPT_FLOAT_TYPES(view.dtype, T, statement) runs the statement with T = float, bf16 or f16.
-#define SPROMPT_FLOAT_TYPES(dtype_, T, ...)       \
-    switch (dtype_) {                             \
-        case ::sprompt::DType::bf16: {            \
-            using T = bf16;                       \
-            __VA_ARGS__;                          \
-            break;                                \
-        }                                         \
-        case ::sprompt::DType::f16: {             \
-            using T = f16;                        \
-            __VA_ARGS__;                          \
-            break;                                \
-        }                                         \
-        default: {                                \
-            using T = float;                      \
-            __VA_ARGS__;                          \
-        }                                         \
+#define SPROMPT_FLOAT_TYPES(dtype_, T, ...) \
+    switch (dtype_) {                       \
+        case ::sprompt::DType::bf16: {      \
+            using T = bf16;                 \
+            __VA_ARGS__;                    \
+            break;                          \
+        }                                   \
+        case ::sprompt::DType::f16: {       \
+            using T = f16;                  \
+            __VA_ARGS__;                    \
+            break;                          \
+        }                                   \
+        default: {                          \
+            using T = float;                \
+            __VA_ARGS__;                    \
+        }                                   \
     }
 
 }  // namespace SPROMPT_ISA

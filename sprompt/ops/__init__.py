@@ -4,8 +4,10 @@
 from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
+from sprompt.ops.mask_conv import mask_conv, mask_pool, mask_update
 
 # mask_loss
+from sprompt.ops.mask_loss import mask_loss
 
 # masks
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
@@ -14,6 +16,7 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 
 # match_cost
+from sprompt.ops.match_cost import match_cost
 
 # prompts
 from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mean
@@ -22,16 +25,22 @@ from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mea
 from sprompt.ops.resize_masks import resize_masks
 
 # rle
+from sprompt.ops.rle import rle_decode, rle_encode
 
 # saliency_masks
+from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
     # linear_assignment
     "linear_assignment",
     #
     # mask_conv
+    "mask_conv",
+    "mask_pool",
+    "mask_update",
     #
     # mask_loss
+    "mask_loss",
     #
     # masks
     "mask_area",
@@ -45,6 +54,7 @@ __all__ = [
     "matrix_nms",
     #
     # match_cost
+    "match_cost",
     #
     # prompts
     "PromptMatch",
@@ -56,7 +66,12 @@ __all__ = [
     "resize_masks",
     #
     # rle
+    "rle_decode",
+    "rle_encode",
     #
     # saliency_masks
+    "SaliencyMasks",
+    "saliency_maps",
+    "saliency_masks",
     #
 ]

@@ -1,0 +1,148 @@
+"""COCO run lengths: encoding masks as `pycocotools.mask.encode` does, and decoding with every error found."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks, Size
+from sprompt.ops import checks
+from sprompt.ops.masks import as_bits
+from sprompt.ops.rle import registration as registration
+from sprompt.ops.rle.faults import MOST_PIXELS, within_limits
+
+
+def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
+    """Encodes masks as COCO compressed RLE, byte for byte as `pycocotools.mask.encode`.
+
+    The pixels of a mask, column by column, are runs r₀, r₁, … of zeros, ones, zeros, …; only r₀ may have to be empty. Written are
+    r₀, r₁, r₂, r₃ − r₁, r₄ − r₂, …, each in groups of 5 bits from the lowest, in two's complement, one character a group:
+    48 + bits, + 32 if another follows.
+
+    Args:
+        masks: BitMasks (..., L), or dense (..., L, H, W), packed as `pack_masks` does; H·W at most 2³¹ − 1.
+
+    Returns: one `{"size": [H, W], "counts": bytes}` a mask, in the order of the flattened leading dimensions (a single mask
+    gives a list of one). A mask without pixels has counts `b"0"`.
+    Exact, deterministic, not differentiable. Python objects come out, so it waits for the device and torch.compile breaks the
+    graph here; inside a graph call `torch.ops.sprompt.rle_encode(words, H, W)`, which gives all characters and their offsets.
+
+    >>> rle_encode(torch.tensor([[[0, 1], [1, 1]], [[1, 0], [0, 0]]]))
+    [{'size': [2, 2], 'counts': b'13'}, {'size': [2, 2], 'counts': b'013'}]
+    """
+    bits = as_bits("rle_encode", "masks", masks)
+    height, width = bits.size
+    if height * width > MOST_PIXELS:
+        checks.bad_value(
+            "rle_encode", "masks", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits"
+        )
+    characters, offsets = torch.ops.sprompt.rle_encode(bits.words, height, width)
+    text = memoryview(characters.cpu().numpy())
+    return [{"size": [height, width], "counts": bytes(text[a:b])} for a, b in pairwise(offsets.tolist())]
+
+
+def rle_decode(rles: Sequence[Mapping[str, Any]], size: Size | None = None) -> BitMasks:
+    """Decodes COCO RLE to bits; the inverse of `rle_encode`. Nothing in the list is trusted.
+
+    Args:
+        rles: L entries `{"size": [H, W], "counts": ...}` of one size. counts is the compressed string, as bytes or str, or the
+            uncompressed list of runs.
+        size: (H, W) that every entry must have; None takes the size of the first. An empty list needs it.
+
+    Returns: BitMasks (L,) on the CPU.
+    An entry that is not such a mapping, has another size, holds a character that RLE does not have, breaks off, has a number of
+    more than 12 characters or a negative run, or whose runs do not sum to exactly H·W, raises ValueError with its index. So does
+    a mask of more than 2³¹ − 1 pixels (268 MB of bits), or a list of more than 2³⁵ pixels (4 GiB of bits) in all: a few
+    characters can ask for that much, so lower bounds are the caller's, by `size`. Empty runs are taken wherever they stand.
+    Exact, deterministic, not differentiable; not for torch.compile.
+
+    >>> rle_decode([{"size": [2, 2], "counts": b"13"}, {"size": [2, 2], "counts": [0, 1, 3]}]).to_dense().int().tolist()
+    [[[0, 1], [1, 1]], [[1, 0], [0, 0]]]
+    """
+    if not isinstance(rles, Sequence) or isinstance(rles, (str, bytes)):
+        checks.bad_type("rle_decode", "rles", "be a list of RLEs", type(rles).__name__, "put a single one into a list")
+    if size is not None:
+        size = _size_of(size, "size")
+    parts = []
+    for index, rle in enumerate(rles):
+        name = f"rles[{index}]"
+        if not isinstance(rle, Mapping) or "size" not in rle or "counts" not in rle:
+            got = f"keys {sorted(map(str, rle))}" if isinstance(rle, Mapping) else type(rle).__name__
+            checks.bad_value("rle_decode", name, "be a dict with size and counts", got)
+        own = _size_of(rle["size"], f"the size of {name}")
+        if size is None:
+            size = own
+        elif own != size:
+            checks.bad_value(
+                "rle_decode", name, f"have size {list(size)}", list(own), "decode masks of one size at a time"
+            )
+        parts.append(_characters(rle["counts"], name, size))
+    if size is None:
+        checks.bad_value("rle_decode", "size", "be given for an empty list", None, "pass size=(H, W)")
+    within_limits(*size, len(parts))
+    ends = [0, *accumulate(map(len, parts))]
+    text = bytearray(b"".join(parts))
+    characters = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
+    return BitMasks(torch.ops.sprompt.rle_decode(characters, torch.tensor(ends, dtype=torch.int64), *size), size)
+
+
+def _size_of(value: Any, what: str) -> Size:
+    """(H, W) from a pair of whole numbers of any kind that has __index__."""
+    try:
+        if isinstance(value, (str, bytes)):
+            raise TypeError
+        height, width = value
+        if isinstance(height, bool) or isinstance(width, bool):
+            raise TypeError
+        height, width = height.__index__(), width.__index__()
+    except (TypeError, ValueError, AttributeError):
+        checks.bad_value("rle_decode", what, "be two whole numbers [H, W]", f"{value!r:.80}")
+    if height < 0 or width < 0:
+        checks.bad_value("rle_decode", what, "be at least 0 on each side", [height, width])
+    if height * width > MOST_PIXELS:
+        checks.bad_value(
+            "rle_decode", what, "have at most 2^31 - 1 pixels", [height, width], "COCO RLE counts in 32 bits"
+        )
+    return height, width
+
+
+def _characters(counts: Any, name: str, size: Size) -> bytes:
+    if isinstance(counts, bytes):
+        return counts
+    if isinstance(counts, str):
+        if not counts.isascii():
+            bad = next(c for c in counts if not c.isascii())
+            checks.bad_value("rle_decode", name, "have counts of the characters 0 to o", repr(bad))
+        return counts.encode("ascii")
+    if not isinstance(counts, (list, tuple)):
+        checks.bad_value(
+            "rle_decode", name, "have counts that are bytes, a str or a list of whole numbers", type(counts).__name__
+        )
+    return _compressed(counts, name, size)
+
+
+def _compressed(runs: Sequence[Any], name: str, size: Size) -> bytes:
+    """The string of an uncompressed list of runs. Their sum is left to the decoder."""
+    most = size[0] * size[1]
+    numbers: list[int] = []
+    for i, run in enumerate(runs):
+        if isinstance(run, bool) or not hasattr(run, "__index__"):
+            checks.bad_value("rle_decode", name, f"have whole numbers as counts, in run {i} too", f"{run!r:.80}")
+        number = run.__index__()
+        if number < 0:
+            checks.bad_value("rle_decode", name, f"have runs of at least 0 pixels, in run {i} too", number)
+        if number > most:
+            checks.bad_value(
+                "rle_decode", name, f"have runs that sum to {size[0]}x{size[1]} = {most} pixels", f"more in run {i}"
+            )
+        numbers.append(number)
+    text = bytearray()
+    for i, number in enumerate(numbers):
+        rest = number - numbers[i - 2] if i > 2 else number
+        while not -16 <= rest <= 15:
+            text.append(80 + (rest & 31))
+            rest >>= 5
+        text.append(48 + (rest & 31))
+    return bytes(text)

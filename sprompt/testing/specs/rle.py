@@ -1,0 +1,265 @@
+"""rle_encode, rle_decode, and resize_masks followed by rle_encode."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks
+from sprompt.ops import pack_masks, resize_masks, rle_decode, rle_encode
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+
+Rles = list[dict[str, Any]]
+
+#: One below, at and above a word, a vector and the 64 x 64 blocks of the kernels; several strips of 1024 columns.
+SIZES = ((1, 1), (1, 37), (33, 1), (5, 7), (64, 64), (45, 51), (63, 65), (130, 31), (129, 300), (3, 2100), (70, 1030))
+
+
+def _masks(height: int, width: int, seed: int, device: torch.device) -> Tensor:
+    """(6, height, width): four densities of noise, a blob, a checkerboard."""
+    draw = torch.rand(4, height, width, generator=random(seed)) < torch.tensor([0.5, 0.02, 0.0, 1.0])[:, None, None]
+    board = (torch.arange(height)[:, None] + torch.arange(width)) % 2 == 0
+    return torch.cat([draw, blobs(1, height, width, seed) > 0.5, board[None]]).to(device)
+
+
+def _encode_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    samples = [Sample(f"{h}x{w}", (_masks(h, w, seed, device),)) for h, w in SIZES]
+    masks = _masks(20, 45, seed, device)
+    return [
+        *samples,
+        Sample("bits", (pack_masks(masks),)),
+        Sample("two leading dimensions", (pack_masks(masks).reshape(2, 3),)),
+        Sample("one mask", (masks[0],)),
+        Sample("uint8", (masks.to(torch.uint8) * 255,)),
+        Sample("float", (masks.float(),)),
+        Sample("no masks", (masks[:0],)),
+        Sample("height 0", (masks[:, :0],)),
+        Sample("width 0", (masks[:, :, :0],)),
+    ]
+
+
+def _dense(masks: BitMasks | Tensor) -> Tensor:
+    dense = masks.to_dense() if isinstance(masks, BitMasks) else masks > 0.5
+    return dense.reshape(dense.shape[:-2].numel(), *dense.shape[-2:])
+
+
+def coco_encode(masks: BitMasks | Tensor) -> Rles:
+    """pycocotools from masks as a network leaves them, one behind the other."""
+    import numpy as np
+    from pycocotools import mask as coco
+
+    return coco.encode(np.asfortranarray(_dense(masks).permute(1, 2, 0).cpu().numpy().view(np.uint8)))
+
+
+def coco_decode(rles: Rles, size: tuple[int, int] | None = None) -> BitMasks:
+    from pycocotools import mask as coco
+
+    if not rles:
+        assert size is not None
+        return pack_masks(torch.zeros(0, *size))
+    rles = [coco.frPyObjects(r, *r["size"]) if isinstance(r["counts"], (list, tuple)) else r for r in rles]
+    return pack_masks(torch.from_numpy(coco.decode(rles)).permute(2, 0, 1))
+
+
+def _decode_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    samples = [Sample(f"{h}x{w}", (coco_encode(_masks(h, w, seed, torch.device("cpu"))),)) for h, w in SIZES]
+    rles = coco_encode(_masks(20, 45, seed, torch.device("cpu")))
+    text = [{**r, "counts": r["counts"].decode()} for r in rles]
+    return [
+        *samples,
+        Sample("str", (text,)),
+        Sample("size given", (rles, (20, 45))),
+        Sample(
+            "lists of runs", ([{"size": [3, 4], "counts": c} for c in ([12], [0, 12], [5, 1, 2, 4], [1, 0, 0, 2, 9])],)
+        ),
+        Sample("a run of 0 between", ([{"size": (2, 3), "counts": b"2004"}, {"size": (2, 3), "counts": "6000"}],)),
+        Sample("no masks", ([], (5, 6))),
+        Sample("no pixels", ([{"size": [0, 5], "counts": b"0"}, {"size": [0, 5], "counts": b""}],)),
+    ]
+
+
+def same_rles(ours: Rles, theirs: Rles, sample: Sample) -> None:
+    assert ours == theirs and all(type(r["counts"]) is bytes for r in ours), sample.name
+
+
+def _one(counts: object, size: object = (3, 4)) -> Any:
+    return lambda: rle_decode([{"size": [3, 4], "counts": b"<"}, {"size": size, "counts": counts}])
+
+
+_TOO_LONG = r"rles\[1\] must have numbers of at most 12 characters, got a longer one from character "
+_LARGEST = {"size": [1 << 15, (1 << 16) - 1], "counts": b"0"}
+
+#: What is wrong, the second of two entries, and the sentence after "rle_decode: ".
+MALFORMED = (
+    ("no counts", _one(b""), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs"),
+    ("too few", _one(b"8"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 8 in 1 runs"),
+    ("too many", _one(b"=00"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
+    ("too many later", _one(b"335"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 11 in 3 runs"),
+    ("one too many", _one(b"337"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 2"),
+    ("runs behind the end", _one(b"<1"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1"),
+    ("broken off", _one(b"3P"), r"rles\[1\] must have counts that end with a whole number, got one that breaks off, from character 1 on"),
+    ("12 groups, broken off", _one(b"P" * 12), _TOO_LONG + "0 on"),
+    ("14 groups", _one(b"3" + b"o" * 13 + b"0"), _TOO_LONG + "1 on"),
+    ("negative", _one(b"3O"), r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 1"),
+    ("negative by difference", _one(b"321M"), r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 3"),
+    ("smallest number", _one(b"o" * 10 + b"P@"), r"rles\[1\] must have runs of at least 0 pixels, got -\d+ in run 0"),
+    ("largest number", _one(b"o" * 11 + b"?"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
+    ("character below", _one(b"3/9"), r"rles\[1\] must have counts of the characters 0 to o, got b'/' at 1"),
+    ("character above", _one(b"3p"), r"rles\[1\] must have counts of the characters 0 to o, got b'p' at 1"),
+    ("NUL", _one(b"<\0"), r"rles\[1\] must have counts of the characters 0 to o, got b'\\x00' at 1"),
+    ("newline in str", _one("<\n"), r"rles\[1\] must have counts of the characters 0 to o, got b'\\n' at 1"),
+    ("not ASCII", _one("<é"), r"rles\[1\] must have counts of the characters 0 to o, got 'é'"),
+    ("counts None", _one(None), r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got NoneType"),
+    ("counts a number", _one(12), r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got int"),
+    ("list of floats", _one([3.0, 9.0]), r"rles\[1\] must have whole numbers as counts, in run 0 too, got 3.0"),
+    ("list of bools", _one([3, True]), r"rles\[1\] must have whole numbers as counts, in run 1 too, got True"),
+    ("list of strings", _one(["3"]), r"rles\[1\] must have whole numbers as counts, in run 0 too, got '3'"),
+    ("list, negative", _one([13, -1]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
+    ("list, negative first", _one([-1, 13]), r"rles\[1\] must have runs of at least 0 pixels, in run 0 too, got -1"),
+    ("list, too few", _one([3, 4]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 7 in 2 runs"),
+    ("list, too many", _one([3, 10]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1"),
+    ("list, huge", _one([10**40]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
+    ("list, none", _one([]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs"),
+    ("another size", _one(b"<", (4, 3)), r"rles\[1\] must have size \[3, 4\], got \[4, 3\]; decode masks of one size at a time"),
+    ("negative size", _one(b"<", (-3, -4)), r"the size of rles\[1\] must be at least 0 on each side, got \[-3, -4\]"),
+    ("one side", _one(b"<", [12]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[12\]"),
+    ("three sides", _one(b"<", [3, 4, 1]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[3, 4, 1\]"),
+    ("size of floats", _one(b"<", [3.0, 4]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[3.0, 4\]"),
+    ("size of bools", _one(b"<", [True, 4]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[True, 4\]"),
+    ("size a str", _one(b"<", "34"), r"the size of rles\[1\] must be two whole numbers \[H, W\], got '34'"),
+    ("size None", _one(b"<", None), r"the size of rles\[1\] must be two whole numbers \[H, W\], got None"),
+    ("size a number", _one(b"<", 12), r"the size of rles\[1\] must be two whole numbers \[H, W\], got 12"),
+    ("huge size", _one(b"<", [2**16, 2**15]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[65536, 32768\]"),
+    ("size past int64", _one(b"<", [10**30, 10**30]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got"),
+    ("huge in all", lambda: rle_decode([_LARGEST] * 17),
+        r"rles must have at most 2\^35 pixels in all, got 17 x 32768x65535; decode in parts"),
+    ("not a dict", lambda: rle_decode([[3, 4]]), r"rles\[0\] must be a dict with size and counts, got list"),
+    ("no size", lambda: rle_decode([{"counts": b"0"}]), r"rles\[0\] must be a dict with size and counts, got keys \['counts'\]"),
+    ("no counts key", lambda: rle_decode([{"size": [0, 0]}]), r"rles\[0\] must be a dict with size and counts, got keys \['size'\]"),
+    ("empty list, no size", lambda: rle_decode([]), r"size must be given for an empty list, got None; pass size=\(H, W\)"),
+    ("size argument", lambda: rle_decode([], (1, -1)), r"size must be at least 0 on each side, got \[1, -1\]"),
+    ("another size than asked for", lambda: rle_decode([{"size": [3, 4], "counts": b"<"}], (4, 3)),
+        r"rles\[0\] must have size \[4, 3\], got \[3, 4\]"),
+)  # fmt: skip
+
+SPECS = [
+    OpSpec(
+        rle_encode, _encode_samples, ("rle_encode",), dtypes=(), oracle=coco_encode, compare=same_rles, dynamic=True, compiles=False,
+        errors=(
+            ErrorCase("none", lambda: rle_encode(None), TypeError, r"rle_encode: masks must be a BitMasks or a dense tensor, got NoneType"),
+            ErrorCase("one row", lambda: rle_encode(torch.zeros(4)), ValueError,
+                r"rle_encode: masks must have shape \(..., H, W\), got \(4,\)"),
+            ErrorCase("complex", lambda: rle_encode(torch.zeros(1, 2, 2).cfloat()), TypeError, r"rle_encode: masks must have dtype bool, "),
+            ErrorCase(
+                "huge", lambda: rle_encode(BitMasks(torch.zeros(0, 1 << 26, dtype=torch.int32), (1 << 15, 1 << 16))), ValueError,
+                r"rle_encode: masks must have at most 2\^31 - 1 pixels, got 32768x65536",
+            ),
+        ),
+    ),
+    OpSpec(
+        rle_decode, _decode_samples, ("rle_decode",), dtypes=(), oracle=coco_decode, dynamic=True, compiles=False,
+        errors=(
+            ErrorCase("a dict", lambda: rle_decode({"size": [3, 4], "counts": b"<"}), TypeError,
+                r"rle_decode: rles must be a list of RLEs, got dict"),
+            ErrorCase("bytes", lambda: rle_decode(b"<"), TypeError, r"rle_decode: rles must be a list of RLEs, got bytes"),
+            *(ErrorCase(name, call, ValueError, "rle_decode: " + message) for name, call, message in MALFORMED),
+        ),
+    ),
+]  # fmt: skip
+
+
+def _blob_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", (torch.stack([blobs(1, 800, 1333, seed + i, device)[0] > 0.5 for i in range(100)]),))
+
+
+def _noise_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", (torch.rand(10, 800, 1333, generator=random(seed)).to(device) < 0.5,))
+
+
+def _bits_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", (pack_masks(_blob_bench(device, dtype, seed).args[0]),))
+
+
+def _decode_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", (rle_encode(_blob_bench(device, dtype, seed).args[0]),))
+
+
+def _noise_decode_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", (rle_encode(_noise_bench(device, dtype, seed).args[0]),))
+
+
+def _plain_decode(rles: Rles) -> BitMasks:
+    """What a caller of pycocotools does: decodes to bytes (height, width, count), and keeps them."""
+    from pycocotools import mask as coco
+
+    return torch.from_numpy(coco.decode(rles))  # type: ignore[return-value]
+
+
+def _same_pixels(ours: BitMasks, theirs: Tensor, sample: Sample) -> None:
+    assert torch.equal(ours.to_dense(torch.uint8), theirs.permute(2, 0, 1))
+
+
+def _coco_only() -> Any:
+    """pycocotools.encode alone: the bytes are given in its own order (Fortran), made once and not timed."""
+    import numpy as np
+    from pycocotools import mask as coco
+
+    cache: dict[int, Any] = {}
+
+    def encode(masks: BitMasks | Tensor) -> Rles:
+        key = (masks.words if isinstance(masks, BitMasks) else masks).data_ptr()
+        if key not in cache:
+            cache.clear()
+            cache[key] = np.asfortranarray(_dense(masks).permute(1, 2, 0).numpy().view(np.uint8))
+        return coco.encode(cache[key])
+
+    return encode
+
+
+def resize_and_encode(logits: Tensor, size: tuple[int, int]) -> Rles:
+    """What the end of a detector does with its masks, (L, h, w) logits."""
+    return rle_encode(resize_masks(logits, size))
+
+
+def _eager_resize_and_encode(logits: Tensor, size: tuple[int, int]) -> Rles:
+    large = torch.nn.functional.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+    return coco_encode(large > 0)
+
+
+def _resize_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", ((8 * (blobs(100, 200, 336, seed, device) - 0.5)).to(dtype), (800, 1333)))
+
+
+def _nearly_the_same(ours: Rles, theirs: Rles, sample: Sample) -> None:
+    """interpolate rounds in another order: pixels that lie on the threshold may differ."""
+    different = (rle_decode(ours).to_dense() ^ rle_decode(theirs).to_dense()).sum()
+    assert different <= 1e-5 * len(ours) * _P, f"{different} pixels differ"
+
+
+_P = 800 * 1333
+BENCHES = [
+    Bench(
+        rle_encode, "100 x (800x1333), from dense", _blob_bench, coco_encode, vectorised=False, agree=same_rles,
+        library=("pycocotools, from its own layout", _coco_only()), bytes=100 * _P, goals={"forward": 8, "library": 8},
+    ),
+    Bench(
+        rle_encode, "100 x (800x1333), from bits", _bits_bench, coco_encode, vectorised=False, agree=same_rles,
+        library=("pycocotools, from its own layout", _coco_only()), bytes=100 * _P / 8, goals={"forward": 8, "library": 8},
+    ),
+    Bench(
+        rle_encode, "10 x (800x1333) of noise, from dense", _noise_bench, coco_encode, vectorised=False, agree=same_rles,
+        library=("pycocotools, from its own layout", _coco_only()), bytes=10 * _P * 1.5,
+    ),
+    Bench(
+        rle_decode, "100 x (800x1333)", _decode_bench, _plain_decode, vectorised=False, agree=_same_pixels,
+        bytes=100 * _P / 8, goals={"forward": 4},
+    ),
+    Bench(
+        rle_decode, "10 x (800x1333) of noise", _noise_decode_bench, _plain_decode, vectorised=False, agree=_same_pixels,
+        bytes=10 * _P * (1 / 8 + 1 / 2),
+    ),
+    Bench(
+        resize_and_encode, "100 x (200x336 -> 800x1333)", _resize_bench, _eager_resize_and_encode, vectorised=False,
+        agree=_nearly_the_same, flops=100 * _P * 6, bytes=100 * 200 * 336 * 4, goals={"forward": 8, "memory": 20},
+    ),
+]  # fmt: skip
