@@ -75,8 +75,10 @@ static void runs_of_mask(const uint32_t* words, int64_t n, const Plane& plane, R
                 continue;
             }
             const int first = __builtin_ctzll(v);
-            runs.put(y * plane.row + (x + first) * plane.column, static_cast<uint32_t>(v >> first & low_bits(W)));
-            x += first + W < 64 ? first + W : 64;
+            x += first;
+            if (first + W > 64) continue;  // read again from here: a run holds the W cells that follow its first
+            runs.put(y * plane.row + x * plane.column, static_cast<uint32_t>(v >> first & low_bits(W)));
+            x += W;
         }
 }
 

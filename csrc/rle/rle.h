@@ -27,11 +27,10 @@ enum RleFault : int64_t {
     rle_bad_size,       // height x width is out of range, or `words` has another size
 };
 
-// height * width, or -1 if a side is negative or the product is more than rle_most_pixels.
+// height * width, or -1 if a side is negative or more than rle_most_pixels, or the product is.
 SPROMPT_INLINE int64_t rle_pixels(int64_t height, int64_t width) {
-    if (height < 0 || width < 0) return -1;
-    if (height == 0 || width == 0) return 0;
-    return height <= rle_most_pixels / width ? height * width : -1;
+    if (height < 0 || width < 0 || height > rle_most_pixels || width > rle_most_pixels) return -1;
+    return height * width <= rle_most_pixels ? height * width : -1;
 }
 
 // 64-bit words of scratch that rle_encode needs for each of its threads: at most about twice the mask and 0.1 MB.

@@ -188,14 +188,15 @@ void check_offsets(const Kernels& kernels, const std::string& text, int64_t begi
 
 void check_sizes(int64_t height, int64_t width) {
     const __int128 product = static_cast<__int128>(height) * width;
-    const bool sound = height >= 0 && width >= 0 && product <= sprompt::rle_most_pixels;
+    const int64_t most = sprompt::rle_most_pixels;
+    const bool sound = height >= 0 && width >= 0 && height <= most && width <= most && product <= most;
     if (sprompt::rle_pixels(height, width) != (sound ? static_cast<int64_t>(product) : -1))
         wrong("rle_pixels", height, width, "");
     if (!sound) return;
     // In bytes: no overflow, and at most twice the mask and 16 blocks for every 64 rows.
     const int64_t scratch = sprompt::rle_scratch(height, width);
-    const __int128 most = 2 * (product / 64) + static_cast<__int128>(16 * 65) * (height / 64 + 1);
-    if (scratch < 0 || scratch > most) wrong("rle_scratch", height, width, "");
+    const __int128 bound = 2 * (product / 64) + static_cast<__int128>(16 * 65) * (height / 64 + 1);
+    if (scratch < 0 || scratch > bound) wrong("rle_scratch", height, width, "");
 }
 
 const std::vector<Kernels>& all() {
@@ -226,11 +227,11 @@ void check(int64_t height, int64_t width, const std::string& text) {
         if (!(fault == expected)) wrong("another fault", height, width, text);
         if (fault.kind != sprompt::rle_fine) continue;
         const uint32_t* mask = words.data.get() + n;
-        for (int64_t x = 0, q = 0; x < width; ++x)
-            for (int64_t y = 0; y < height; ++y, ++q)
-                if (static_cast<char>(mask[(y * width + x) / 32] >> ((y * width + x) % 32) & 1) !=
-                    columns[static_cast<size_t>(q)])
-                    wrong("another pixel", height, width, text);
+        for (int64_t q = 0; q < P; ++q) {
+            const int64_t p = q % height * width + q / height;
+            if (static_cast<char>(mask[p / 32] >> (p % 32) & 1) != columns[static_cast<size_t>(q)])
+                wrong("another pixel", height, width, text);
+        }
         if (P % 32 != 0 && mask[n - 1] >> (P % 32) != 0) wrong("padding is set", height, width, text);
         if (canonical.empty()) canonical = plain_encode(columns);
         if (encode(kernels, mask, n, height, width) != canonical) wrong("another string", height, width, text);

@@ -124,6 +124,20 @@ def test_masks_of_boxes_give_the_means_of_boxes():
         assert torch.equal(mask_mean(features, masks), region_mean(features, boxes))
 
 
+def test_short_stretches_anywhere_in_a_row():
+    """Masks are read 64 cells at a time: no cell is lost, or counted twice, where one reading ends."""
+    features = torch.randn(1, 8, 2, 150, requires_grad=True)
+    boxes = torch.tensor([[[start, 0, start + length, 2] for start in range(130) for length in (1, 9, 18)]])
+    cell = torch.arange(150)
+    masks = (cell >= boxes[..., :1]) & (cell < boxes[..., 2:3])
+    masks = masks[:, :, None].expand(-1, -1, 2, -1)
+    by_mask, by_box = mask_mean(features, masks), region_mean(features, boxes)
+    assert torch.equal(by_mask, by_box)
+    weights = torch.randn(by_mask.shape)
+    grads = [torch.autograd.grad(out, features, weights)[0] for out in (by_mask, by_box)]
+    assert torch.equal(*grads)
+
+
 def test_empty_masks_give_zero():
     features = torch.full((1, 9, 3, 5), NAN, requires_grad=True)
     out = mask_mean(features, torch.zeros(1, 2, 3, 5, dtype=torch.bool))

@@ -11,7 +11,7 @@ from sprompt.masks import BitMasks, Size
 from sprompt.ops import checks
 from sprompt.ops.masks import as_bits
 from sprompt.ops.rle import registration as registration
-from sprompt.ops.rle.faults import MOST_PIXELS, within_limits
+from sprompt.ops.rle.faults import too_large, within_limits
 
 
 def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
     """
     bits = as_bits("rle_encode", "masks", masks)
     height, width = bits.size
-    if height * width > MOST_PIXELS:
+    if too_large(height, width):
         checks.bad_value(
             "rle_encode", "masks", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits"
         )
@@ -101,7 +101,7 @@ def _size_of(value: Any, what: str) -> Size:
         checks.bad_value("rle_decode", what, "be two whole numbers [H, W]", f"{value!r:.80}")
     if height < 0 or width < 0:
         checks.bad_value("rle_decode", what, "be at least 0 on each side", [height, width])
-    if height * width > MOST_PIXELS:
+    if too_large(height, width):
         checks.bad_value(
             "rle_decode", what, "have at most 2^31 - 1 pixels", [height, width], "COCO RLE counts in 32 bits"
         )

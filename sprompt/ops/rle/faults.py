@@ -16,9 +16,14 @@ FINE, BAD_CHARACTER, TRUNCATED, TOO_LONG, NEGATIVE, TOO_MANY, TOO_FEW, BAD_OFFSE
 Fault = tuple[int, int, int]
 
 
+def too_large(height: int, width: int) -> bool:
+    """Also where one side is 0: the kernels take sides as 64-bit numbers."""
+    return max(height, width, height * width) > MOST_PIXELS
+
+
 def fits(op: str, n: int, height: int, width: int) -> None:
     """n words are those of a mask of height x width, and not too many."""
-    if min(height, width) < 0 or height * width > MOST_PIXELS:
+    if min(height, width) < 0 or too_large(height, width):
         bad_value(op, "size", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits")
     if n != words_for(height * width):
         bad_value(

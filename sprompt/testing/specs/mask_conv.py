@@ -195,7 +195,10 @@ def _five_percent(device: torch.device, dtype: torch.dtype, seed: int) -> Sample
 def _logits(share: float) -> Callable[[torch.device, torch.dtype, int], Sample]:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
         features = _five_percent(device, dtype, seed).args[0]
-        logits = torch.rand(B, N, H, W, generator=random(seed + 1)) + (share - 1)
+        held = torch.rand(B, N, H, W, generator=random(seed + 1)) < share
+        logits = (
+            held.float() - 0.5
+        )  # not near 0: the sigmoid of a logit below 6e-8 is 0.5, which eager does not take as set
         return Sample("", (features, logits.to(device, dtype)))
 
     return make

@@ -131,6 +131,7 @@ MALFORMED = (
     ("size a number", _one(b"<", 12), r"the size of rles\[1\] must be two whole numbers \[H, W\], got 12"),
     ("huge size", _one(b"<", [2**16, 2**15]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[65536, 32768\]"),
     ("size past int64", _one(b"<", [10**30, 10**30]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got"),
+    ("an infinite line", _one(b"0", [0, 2**31]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[0, 2147483648\]"),
     ("huge in all", lambda: rle_decode([_LARGEST] * 17),
         r"rles must have at most 2\^35 pixels in all, got 17 x 32768x65535; decode in parts"),
     ("not a dict", lambda: rle_decode([[3, 4]]), r"rles\[0\] must be a dict with size and counts, got list"),
