@@ -216,6 +216,7 @@ static void for_each_image(int64_t images, int threads, const F& f) {
     for (int64_t image = 0; image < images; ++image) f(image, threads);
 }
 
+namespace {
 // ---- Greedy. IoU > t is |a and b| > T (|a| + |b|) with T = t / (1 + t).
 struct Greedy {
     const Image& im;
@@ -311,6 +312,7 @@ struct Greedy {
         }
     }
 };
+}  // namespace
 
 void mask_nms(const View& words, const View& scores, const View& counts, double threshold, const View& keep, const View& kept,
               const View& scratch, int threads) {
@@ -327,6 +329,7 @@ void mask_nms(const View& words, const View& scores, const View& counts, double 
     });
 }
 
+namespace {
 // ---- Matrix. c and decay are maxima and minima, so pairs may come in any order, and a pair whose IoU cannot change either
 // of its column's two values need not be counted.
 template <bool gaussian>
@@ -407,6 +410,7 @@ struct Matrix {
         }
     }
 };
+}  // namespace
 
 // e^x for x <= 0: the float32 exponential of x rounded to float32, times 1 + what the rounding took.
 SPROMPT_INLINE float exp_of(double x) {
