@@ -11,7 +11,7 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CHECKED = sprompt tests benchmarks examples setup.py
 NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 
-.PHONY: help venv build test demo bench lint format sanitize hooks clean
+.PHONY: help venv build test demo bench readme lint format sanitize hooks clean
 
 help: ## list the targets
 	@echo "make demo    a picture, its proposals, a benchmark table     make test    all tests"
@@ -40,13 +40,17 @@ $(VENV)/.built: $(VENV)/.ready $(NATIVE)
 endif
 
 test: build ## all tests, at every instruction set of this CPU (ARGS="-k iou" goes to pytest)
-	@tools/test.sh $(BIN)/python $(ARGS)
+	@tools/test.sh $(BIN) $(ARGS)
 
 demo: build ## draw a picture, find its objects, write demo/, print a short benchmark
 	@$(BIN)/python -m sprompt.demo
+	@$(BIN)/python -m benchmarks.run --quick
 
 bench: build ## the benchmark table (ARGS="--op mask_iou" chooses; --help lists)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
+
+readme: build ## write the README's generated tables anew (the benchmarks are not run)
+	@$(BIN)/python -m sprompt.env --readme README.md
 
 lint: venv ## ruff, clang-format and mypy, as CI runs them
 	@$(BIN)/ruff check $(CHECKED)

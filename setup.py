@@ -22,11 +22,9 @@ def switch(name: str) -> bool:
     return os.environ.get(name, "0").lower() not in ("", "0", "off", "false")
 
 
-def require(found: bool, what: str, advice: str) -> None:
+def require(found: bool, complaint: str, advice: str) -> None:
     if not found:
-        raise SystemExit(
-            f"sprompt: {what} not found; {advice}, or type `SPROMPT_NO_EXT=1 pip install .` for pure Python"
-        )
+        raise SystemExit(f"sprompt: {complaint}; {advice}, or type `SPROMPT_NO_EXT=1 pip install .` for pure Python")
 
 
 def compiler_found() -> bool:
@@ -39,9 +37,9 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        require(shutil.which("cmake") is not None, "cmake", "type `pip install cmake`")
-        require(shutil.which("ninja") is not None, "ninja", "type `pip install ninja`")
-        require(compiler_found(), "a C++17 compiler", "install one (Debian: apt-get install g++)")
+        require(shutil.which("cmake") is not None, "cmake not found", "type `pip install cmake`")
+        require(shutil.which("ninja") is not None, "ninja not found", "type `pip install ninja`")
+        require(compiler_found(), "no C++17 compiler found", "install one (Debian: apt-get install g++)")
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE",
             f"-DPython_EXECUTABLE={sys.executable}",

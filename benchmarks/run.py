@@ -183,7 +183,9 @@ def forward_with_leaves(
     bound = sample.bound(bench.function)
     for parameter in bench.gradients:
         bound[parameter] = bound[parameter].detach().requires_grad_()
-    outputs = [t for t in tensors(function(*bound.values())) if t.requires_grad]
+    given = list(bound.items())
+    positional, named = given[: len(sample.args)], given[len(sample.args) :]
+    outputs = [t for t in tensors(function(*(value for _, value in positional), **dict(named))) if t.requires_grad]
     return [bound[parameter] for parameter in bench.gradients], outputs
 
 

@@ -14,17 +14,19 @@
 // linear_assignment
 #include "linear_assignment/linear_assignment.h"
 // mask_conv
+#include "mask_conv/mask_conv.h"
 
 // mask_loss
-
+#include "mask_loss/mask_loss.h"
 // masks
 #include "masks/masks.h"
 // mask_nms
 #include "mask_nms/mask_nms.h"
 
 // match_cost
-
+#include "match_cost/match_cost.h"
 // prompts
+#include "prompts/prompts.h"
 
 // resize_masks
 #include "resize_masks/resize_masks.h"
@@ -43,8 +45,7 @@ std::vector<std::pair<PyObject*, sprompt::DType>> dtypes;
 
 void set_dtypes(const py::dict& codes) {
     dtypes.clear();
-    for (const auto& item : codes)
-        dtypes.emplace_back(item.first.ptr(), static_cast<sprompt::DType>(item.second.cast<int>()));
+    for (const auto& item : codes) dtypes.emplace_back(item.first.ptr(), static_cast<sprompt::DType>(item.second.cast<int>()));
     for (const auto& item : dtypes) Py_INCREF(item.first);
 }
 
@@ -58,7 +59,8 @@ struct type_caster<sprompt::View> {
 
     // Runs for every tensor of every call, so it speaks to the interpreter directly: about half a microsecond.
     bool load(handle tensor, bool) {
-        static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"), *const shape_name = PyUnicode_InternFromString("shape"),
+        static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"),
+                               *const shape_name = PyUnicode_InternFromString("shape"),
                                *const stride_name = PyUnicode_InternFromString("stride"),
                                *const data_ptr_name = PyUnicode_InternFromString("data_ptr");
         if (tensor.is_none()) return true;
@@ -113,16 +115,25 @@ PYBIND11_MODULE(_C, module) {
     SPROMPT_DEF(saliency_maps);
 
     // prompts
+    SPROMPT_DEF(region_mean);
+    SPROMPT_DEF(mask_mean);
+    SPROMPT_DEF(region_mean_backward);
+    SPROMPT_DEF(mask_mean_backward);
+    SPROMPT_DEF(prompt_match);
+    SPROMPT_DEF(prompt_match_backward);
 
     // mask_conv
+    SPROMPT_DEF(mask_update);
+    SPROMPT_DEF(mask_update_backward);
 
     // match_cost
-
+    SPROMPT_DEF(match_cost);
     // linear_assignment
     SPROMPT_DEF(linear_assignment);
 
     // mask_loss
-
+    SPROMPT_DEF(mask_loss);
+    SPROMPT_DEF(mask_loss_backward);
     // resize_masks
     SPROMPT_DEF(resize_masks);
     SPROMPT_DEF(resize_bits);

@@ -20,12 +20,12 @@ valid[1, :, 36:] = False  # the second image is narrower: its last four columns 
 
 found = saliency_masks(features, max_masks=5, valid=valid, return_soft=True)
 for image in range(2):
-    count = int(found.counts[image])
-    print(f"image {image}: {count} proposals")
+    good = found.scores[image] >= 0.7  # the rest repeats what better ones cover
+    print(f"image {image}: {int(good.sum())} proposals")
     # Bits at the size of the picture, straight from the soft maps; the float picture never exists.
     width = int(valid[image, 0].sum())
-    pixels = resize_masks(found.soft[image, :count], (24 * 16, width * 16), threshold=0.5, crop=(24.0, float(width)))
+    pixels = resize_masks(found.soft[image, good], (24 * 16, width * 16), threshold=0.5, crop=(24.0, float(width)))
     for score, seed, box in zip(
-        found.scores[image].tolist(), found.seeds[image].tolist(), pixels.boxes().tolist(), strict=False
+        found.scores[image, good].tolist(), found.seeds[image, good].tolist(), pixels.boxes().tolist(), strict=True
     ):
         print(f"  score {score:.3f}  seed (scale, row, column) {seed}  box {box}")

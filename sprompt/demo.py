@@ -7,6 +7,7 @@ Draws a picture of six textured objects, describes it by a small fixed filter ba
 import argparse
 import json
 import math
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -160,12 +161,11 @@ def draw_overlay(picture: Image.Image, masks: BitMasks, scores: Tensor) -> Image
     boxes = mask_boxes(masks).tolist()
     for number in reversed(range(len(masks))):
         inside = masks[number].to_dense()
-        inner = (
-            -torch.nn.functional.max_pool2d(-inside[None].float(), 5, stride=1, padding=2)[0] > 0
-        )  # eroded by 2 pixels
-        colour = np.array(COLOURS[number % len(COLOURS)])
-        pixels[inner.numpy()] = 0.65 * pixels[inner.numpy()] + 0.35 * colour
-        pixels[(inside & ~inner).numpy()] = colour
+        eroded = -torch.nn.functional.max_pool2d(-inside[None].float(), 5, stride=1, padding=2)[0]  # by 2 pixels
+        inner = eroded > 0
+        paint = np.array(COLOURS[number % len(COLOURS)])
+        pixels[inner.numpy()] = 0.65 * pixels[inner.numpy()] + 0.35 * paint
+        pixels[(inside & ~inner).numpy()] = paint
     overlay = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(overlay)
     font = ImageFont.load_default(15)
@@ -185,16 +185,17 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     console = Console()
-    steps = Table("step", "result", "ms", "backend", title="From a picture to stored proposals")
+    steps = Table("step", "result", "ms", "backend", title="From a picture to stored proposals (median of 7 runs)")
 
     def step(name: str, run: Callable[[], Any], describe: Callable[[Any], str]) -> Any:
-        run()  # once to warm up
+        times = []
         with trace_backends() as ran:
-            start = time.perf_counter()
-            result = run()
-            spent = 1e3 * (time.perf_counter() - start)
+            for _ in range(8):  # the first is the warm-up
+                start = time.perf_counter()
+                result = run()
+                times.append(1e3 * (time.perf_counter() - start))
         used = ", ".join(sorted({backend for _, backend in ran}))
-        steps.add_row(name, describe(result), f"{spent:.1f}", used or "plain torch")
+        steps.add_row(name, describe(result), f"{statistics.median(times[1:]):.1f}", used or "plain torch")
         return result
 
     picture, truth = draw_picture(args.seed)
@@ -223,7 +224,15 @@ def main() -> None:
     )
     console.print(steps)
 
-    objects = Table("object", "proposal", "score", "IoU", "box", "seed (scale, row, column)", title="What it found")
+    objects = Table(
+        "object",
+        "proposal",
+        "score",
+        "IoU",
+        "box",
+        "seed",
+        title="What it found, and how well (seed: scale, row, column)",
+    )
     for number, (name, *_) in enumerate(OBJECTS):
         if not len(masks):
             break

@@ -35,7 +35,9 @@ class BitMasks:
         height, width = _checked_size("BitMasks", self.size)
         object.__setattr__(self, "size", (height, width))
         if self.words.dtype != torch.int32:
-            raise TypeError(f"BitMasks: words must have dtype int32, got {self.words.dtype}; pack masks with BitMasks.from_dense")
+            raise TypeError(
+                f"BitMasks: words must have dtype int32, got {self.words.dtype}; pack masks with BitMasks.from_dense"
+            )
         n = words_for(height * width)
         if self.words.dim() < 1 or self.words.shape[-1] != n:
             raise ValueError(
@@ -188,7 +190,9 @@ def _checked_size(op: str, size: Any) -> Size:
 def _common_size(masks: Sequence[BitMasks]) -> Size:
     sizes = {m.size for m in masks}
     if len(sizes) != 1:
-        raise ValueError(f"BitMasks: masks of one size can be joined, got sizes {sorted(sizes)}; resize or pad them first")
+        raise ValueError(
+            f"BitMasks: masks of one size can be joined, got sizes {sorted(sizes)}; resize or pad them first"
+        )
     return masks[0].size
 
 

@@ -139,7 +139,7 @@ def test_level_asked_for_is_the_level_in_force(level: str) -> None:
     [
         ((), "sprompt: cmake not found; type `pip install cmake`"),
         (("cmake",), "sprompt: ninja not found; type `pip install ninja`"),
-        (("cmake", "ninja"), "sprompt: a C++17 compiler not found; install one (Debian: apt-get install g++)"),
+        (("cmake", "ninja"), "sprompt: no C++17 compiler found; install one (Debian: apt-get install g++)"),
     ],
     ids=["no cmake", "no ninja", "no compiler"],
 )

@@ -46,12 +46,15 @@ def test_doctest(name: str) -> None:
 @pytest.mark.parametrize("name", [n for n in ops.__all__ if isinstance(getattr(ops, n), FunctionType)])
 def test_every_function_says_what_a_user_must_know(name: str) -> None:
     function = getattr(ops, name)
-    text = inspect.getdoc(function) or ""
+    text = " ".join((inspect.getdoc(function) or "").split())
     assert ">>>" in text, f"{name} has no example"
-    for parameter in inspect.signature(function).parameters:
-        assert re.search(rf"\b{parameter}\b", text), f"the docstring of {name} does not speak of {parameter}"
+    for parameter, form in inspect.signature(function).parameters.items():
+        spoken_of = re.search(rf"\b{parameter}\b", text) or (isinstance(form.default, str) and form.default in text)
+        assert spoken_of, f"the docstring of {name} does not speak of {parameter}"
     assert re.search("differentiable|gradient", text, re.IGNORECASE), f"{name} does not say what is differentiable"
-    assert re.search("determinis|exact", text, re.IGNORECASE), f"{name} does not say whether it is deterministic"
+    assert re.search("determinis|exact|the same on every run", text, re.IGNORECASE), (
+        f"{name} does not say whether it is deterministic"
+    )
 
 
 def between(mark: str) -> str:
@@ -72,18 +75,18 @@ def test_example_of_the_readme_prints_what_it_says() -> None:
 
 
 def test_support_matrix_of_the_readme_is_current() -> None:
-    assert between("support") == env.support_matrix(), "type `python -m sprompt.env --readme`"
+    assert between("support") == env.support_matrix(), "type `make readme`"
 
 
 def test_switches_of_the_readme_are_current() -> None:
-    assert between("switches") == env.switch_table(), "type `python -m sprompt.env --readme`"
+    assert between("switches") == env.switch_table(), "type `make readme`"
 
 
 def test_no_switch_is_missing() -> None:
     """Every SPROMPT_ name that a source reads from the environment is in the table, and none that nothing reads."""
     read = set()
     reads = re.compile(
-        r"""(?:environ(?:\.get\(|\[)|getenv\(|switch\()\s*"(SPROMPT_[A-Z_]+)"|\$\{?(SPROMPT_[A-Z_]+)|\$\((SPROMPT_[A-Z_]+)\)"""
+        r"""(?:environ(?:\.get\(|\[)|getenv\(|switch\()\s*["'](SPROMPT_[A-Z_0-9]+)["']|\$[{(]?(SPROMPT_[A-Z_0-9]+)"""
     )
     listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
     names = listed.stdout.split("\n") if listed.returncode == 0 else [str(p.relative_to(ROOT)) for p in ROOT.rglob("*")]

@@ -32,16 +32,20 @@ SPROMPT_INLINE void carry_save(__m256i& high, __m256i& low, __m256i a, __m256i b
     high = (a & b) | (u & c);
     low = u ^ c;
 }
-// Set bits per 64-bit lane, by a table of the 16 nibbles.
-SPROMPT_INLINE __m256i popcount_lanes(__m256i v) {
-    const __m256i table = _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
+// Set bits per byte, by a table of the 16 nibbles.
+SPROMPT_INLINE __m256i popcount_bytes(__m256i v) {
+    const __m256i table =
+        _mm256_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4, 0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4);
     const __m256i nibble = _mm256_set1_epi8(15);
     const __m256i low = _mm256_shuffle_epi8(table, v & nibble);
     const __m256i high = _mm256_shuffle_epi8(table, _mm256_srli_epi32(v, 4) & nibble);
-    return _mm256_sad_epu8(_mm256_add_epi8(low, high), _mm256_setzero_si256());
+    return _mm256_add_epi8(low, high);
 }
+// Set bits per 64-bit lane.
+SPROMPT_INLINE __m256i popcount_lanes(__m256i v) { return _mm256_sad_epu8(popcount_bytes(v), _mm256_setzero_si256()); }
 SPROMPT_INLINE int64_t sum_lanes(__m256i v) {
-    return _mm256_extract_epi64(v, 0) + _mm256_extract_epi64(v, 1) + _mm256_extract_epi64(v, 2) + _mm256_extract_epi64(v, 3);
+    const __m128i half = _mm_add_epi64(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+    return _mm_cvtsi128_si64(half) + _mm_extract_epi64(half, 1);
 }
 #endif
 
@@ -52,19 +56,22 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
 #if defined(__AVX512VPOPCNTDQ__)
     __m512i lanes = _mm512_setzero_si512();
     for (; i + 16 <= n; i += 16)
-        lanes = _mm512_add_epi64(lanes, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i))));
+        lanes = _mm512_add_epi64(lanes,
+                                 _mm512_popcnt_epi64(_mm512_and_si512(_mm512_loadu_si512(a + i), _mm512_loadu_si512(b + i))));
     if (i < n) {
         const __mmask16 rest = static_cast<__mmask16>((1u << (n - i)) - 1);
-        lanes = _mm512_add_epi64(lanes, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_maskz_loadu_epi32(rest, a + i), _mm512_maskz_loadu_epi32(rest, b + i))));
+        lanes = _mm512_add_epi64(lanes, _mm512_popcnt_epi64(_mm512_and_si512(_mm512_maskz_loadu_epi32(rest, a + i),
+                                                                             _mm512_maskz_loadu_epi32(rest, b + i))));
     }
     return _mm512_reduce_add_epi64(lanes);
 #elif defined(__AVX2__)
-    if (n >= 64) {
+    const auto both = [&](int64_t word) {
+        return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + word)) &
+               _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + word));
+    };
+    if (n > 240) {
         // Eight vectors at a time through a tree of carry-save adders; only the carries of weight 8 are counted each time.
         __m256i ones = _mm256_setzero_si256(), twos = ones, fours = ones, eights = ones;
-        const auto both = [&](int64_t word) {
-            return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a + word)) & _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + word));
-        };
         for (; i + 64 <= n; i += 64) {
             __m256i twos_a, twos_b, fours_a, fours_b, carry;
             carry_save(twos_a, ones, ones, both(i), both(i + 8));
@@ -79,6 +86,19 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
         const __m256i low = _mm256_add_epi64(_mm256_slli_epi64(popcount_lanes(twos), 1), popcount_lanes(ones));
         const __m256i high = _mm256_add_epi64(_mm256_slli_epi64(eights, 1), popcount_lanes(fours));
         total = sum_lanes(_mm256_add_epi64(_mm256_slli_epi64(high, 2), low));
+    }
+    if (n - i >= 8) {  // short rows, and what the tree leaves: at most 30 vectors and a part of one, whose counts fit bytes
+        __m256i bytes = _mm256_setzero_si256();
+        for (; i + 8 <= n; i += 8) bytes = _mm256_add_epi8(bytes, popcount_bytes(both(i)));
+        if (i < n) {
+            const __m256i place = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            const __m256i rest = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n - i)), place);
+            const auto part = [&](const uint32_t* row) {
+                return _mm256_maskload_epi32(reinterpret_cast<const int*>(row + i), rest);
+            };
+            bytes = _mm256_add_epi8(bytes, popcount_bytes(part(a) & part(b)));
+        }
+        return total + sum_lanes(_mm256_sad_epu8(bytes, _mm256_setzero_si256()));
     }
 #endif
     for (; i + 2 <= n; i += 2) total += popcount(load64(a + i) & load64(b + i));

@@ -45,7 +45,8 @@ SPROMPT_INLINE void from_float(float x, bf16* out) {  // round to nearest, ties 
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    out->bits = nan ? static_cast<uint16_t>((bits >> 16) | 0x40u) : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    out->bits =
+        nan ? static_cast<uint16_t>((bits >> 16) | 0x40u) : static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 SPROMPT_INLINE void from_float(float x, f16* out) {  // round to nearest, ties to even
 #if defined(__F16C__)
@@ -74,9 +75,15 @@ SPROMPT_INLINE void from_float(float x, f16* out) {  // round to nearest, ties t
 
 SPROMPT_INLINE vf load_as_float(const float* p) { return load(p); }
 SPROMPT_INLINE vf load_as_float(const bf16* p) {
+#if defined(__AVX512F__)
+    return (vf)((vi)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16);
+#elif defined(__AVX2__)
+    return (vf)((vi)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16);
+#else
     uint16_t half __attribute__((vector_size(2 * W)));
     __builtin_memcpy(&half, p, sizeof half);
     return (vf)(__builtin_convertvector(half, vi) << 16);
+#endif
 }
 SPROMPT_INLINE vf load_as_float(const f16* p) {
 #if defined(__AVX512F__)
@@ -97,6 +104,23 @@ SPROMPT_INLINE void store_float(T* p, vf v) {
     store(lane, v);
     for (int i = 0; i < W; ++i) from_float(lane[i], p + i);
 }
+SPROMPT_INLINE void store_float(bf16* p, vf v) {  // as from_float, lane by lane
+    typedef uint32_t bits_w __attribute__((vector_size(4 * W)));
+    typedef uint16_t half_w __attribute__((vector_size(2 * W)));
+    const bits_w bits = (bits_w)v, nan = (bits_w)(v != v);
+    const bits_w rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+    const half_w half = __builtin_convertvector((nan & quiet) | (~nan & rounded), half_w);
+    __builtin_memcpy(p, &half, sizeof half);
+}
+#if defined(__AVX512F__)
+SPROMPT_INLINE void store_float(f16* p, vf v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#elif defined(__F16C__)
+SPROMPT_INLINE void store_float(f16* p, vf v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+}
+#endif
 
 // float y[n] from x[n] of any element type.
 template <class T>
@@ -113,22 +137,22 @@ SPROMPT_INLINE void row_from_float(const float* x, int64_t n, T* y) {
 }
 
 // SPROMPT_FLOAT_TYPES(view.dtype, T, statement) runs the statement with T = float, bf16 or f16.
-#define SPROMPT_FLOAT_TYPES(dtype_, T, ...)       \
-    switch (dtype_) {                             \
-        case ::sprompt::DType::bf16: {            \
-            using T = bf16;                       \
-            __VA_ARGS__;                          \
-            break;                                \
-        }                                         \
-        case ::sprompt::DType::f16: {             \
-            using T = f16;                        \
-            __VA_ARGS__;                          \
-            break;                                \
-        }                                         \
-        default: {                                \
-            using T = float;                      \
-            __VA_ARGS__;                          \
-        }                                         \
+#define SPROMPT_FLOAT_TYPES(dtype_, T, ...) \
+    switch (dtype_) {                       \
+        case ::sprompt::DType::bf16: {      \
+            using T = bf16;                 \
+            __VA_ARGS__;                    \
+            break;                          \
+        }                                   \
+        case ::sprompt::DType::f16: {       \
+            using T = f16;                  \
+            __VA_ARGS__;                    \
+            break;                          \
+        }                                   \
+        default: {                          \
+            using T = float;                \
+            __VA_ARGS__;                    \
+        }                                   \
     }
 
 }  // namespace SPROMPT_ISA

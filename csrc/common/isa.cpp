@@ -10,9 +10,7 @@ namespace {
 Level current = Level::portable;
 }
 
-const char* level_name(Level level) {
-    return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "portable";
-}
+const char* level_name(Level level) { return level == Level::avx512 ? "avx512" : level == Level::avx2 ? "avx2" : "portable"; }
 
 Level best_level() {
 #if SPROMPT_X86

@@ -19,18 +19,18 @@
 
 // SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level.
 #if SPROMPT_X86
-#define SPROMPT_KERNEL(name, ...)           \
-    namespace portable {                    \
-    void name(__VA_ARGS__);                 \
-    }                                       \
-    namespace avx2 {                        \
-    void name(__VA_ARGS__);                 \
-    }                                       \
-    namespace avx512 {                      \
-    void name(__VA_ARGS__);                 \
+#define SPROMPT_KERNEL(name, ...) \
+    namespace portable {          \
+    void name(__VA_ARGS__);       \
+    }                             \
+    namespace avx2 {              \
+    void name(__VA_ARGS__);       \
+    }                             \
+    namespace avx512 {            \
+    void name(__VA_ARGS__);       \
     }
 // SPROMPT_PICK(name) is the pointer to the kernel of the level in force.
-#define SPROMPT_PICK(name)                                                  \
+#define SPROMPT_PICK(name)                                                     \
     (::sprompt::level() == ::sprompt::Level::avx512 ? &::sprompt::avx512::name \
      : ::sprompt::level() == ::sprompt::Level::avx2 ? &::sprompt::avx2::name   \
                                                     : &::sprompt::portable::name)

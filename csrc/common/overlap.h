@@ -43,7 +43,10 @@ static inline Extent extent_of(const uint32_t* words, int64_t n, int64_t width) 
 struct Overlap {
     int64_t x1, y1, x2, y2;
     SPROMPT_INLINE Overlap(const Extent& a, const Extent& b)
-        : x1(a.x1 > b.x1 ? a.x1 : b.x1), y1(a.y1 > b.y1 ? a.y1 : b.y1), x2(a.x2 < b.x2 ? a.x2 : b.x2), y2(a.y2 < b.y2 ? a.y2 : b.y2) {}
+        : x1(a.x1 > b.x1 ? a.x1 : b.x1),
+          y1(a.y1 > b.y1 ? a.y1 : b.y1),
+          x2(a.x2 < b.x2 ? a.x2 : b.x2),
+          y2(a.y2 < b.y2 ? a.y2 : b.y2) {}
     SPROMPT_INLINE bool empty() const { return x1 >= x2 || y1 >= y2; }
     SPROMPT_INLINE int64_t first_word(int64_t width) const { return (y1 * width + x1) / 32; }
     SPROMPT_INLINE int64_t last_word(int64_t width) const { return ((y2 - 1) * width + x2 - 1) / 32 + 1; }
@@ -70,7 +73,8 @@ static inline int64_t count_rows(const uint32_t* a, const uint32_t* b, int64_t w
 }
 
 // |a and b| in the cheaper of the two ways.
-static inline int64_t intersection(const uint32_t* a, const Extent& extent_a, const uint32_t* b, const Extent& extent_b, int64_t width) {
+static inline int64_t intersection(const uint32_t* a, const Extent& extent_a, const uint32_t* b, const Extent& extent_b,
+                                   int64_t width) {
     const Overlap box(extent_a, extent_b);
     if (box.empty()) return 0;
     if (box.narrow(width)) return count_rows(a, b, width, box);

@@ -27,7 +27,8 @@ struct Job {
     void work() {
         const int worker = next_worker.fetch_add(1);
         if (worker >= threads) return;
-        for (int64_t chunk = next_chunk.fetch_add(1); chunk < chunks; chunk = next_chunk.fetch_add(1)) task(context, chunk, worker);
+        for (int64_t chunk = next_chunk.fetch_add(1); chunk < chunks; chunk = next_chunk.fetch_add(1))
+            task(context, chunk, worker);
     }
     static void entry(void* job) { static_cast<Job*>(job)->work(); }
 };
@@ -40,7 +41,8 @@ using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 int is_openmp(dl_phdr_info* info, size_t, void* found) {
     const char* file = std::strrchr(info->dlpi_name, '/');
     if (file == nullptr) return 0;
-    if (std::strncmp(file, "/libgomp", 8) != 0 && std::strncmp(file, "/libomp", 7) != 0 && std::strncmp(file, "/libiomp5", 9) != 0)
+    if (std::strncmp(file, "/libgomp", 8) != 0 && std::strncmp(file, "/libomp", 7) != 0 &&
+        std::strncmp(file, "/libiomp5", 9) != 0)
         return 0;
     // RTLD_NOLOAD: only a library that is already in the process; the handle is kept for good, so it stays there.
     void* handle = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
@@ -73,7 +75,8 @@ class Pool {
         if (!owner.owns_lock()) return false;
         {
             std::lock_guard<std::mutex> lock(mutex_);
-            while (static_cast<int>(workers_.size()) < job.threads - 1) workers_.emplace_back([this, seen = generation_] { loop(seen); });
+            while (static_cast<int>(workers_.size()) < job.threads - 1)
+                workers_.emplace_back([this, seen = generation_] { loop(seen); });
             job_ = &job;
             running_ = static_cast<int>(workers_.size());
             ++generation_;

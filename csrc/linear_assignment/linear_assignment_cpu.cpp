@@ -12,6 +12,7 @@
 
 namespace sprompt {
 namespace SPROMPT_ISA {
+namespace {  // member functions would be shared code otherwise
 
 constexpr int D = W / 2;  // lanes of 64 bits
 typedef double vd __attribute__((vector_size(8 * D)));
@@ -66,16 +67,16 @@ SPROMPT_INLINE double to_double(T x) {
 // The state of one image. Rows have room for `padded` >= m entries, whole vectors of every level.
 struct Matcher {
     int64_t n, m, padded;
-    double* cost;       // (n, padded), +inf behind column m
-    double* v;          // (padded) potentials of the jobs
-    double* open_v;     // (padded) v, -inf for settled jobs: no path through them is shorter
-    double* distance;   // (padded) of unsettled jobs, +inf for the others
-    double* settled_at; // (padded) distance of the k-th settled job
-    int64_t* before;    // (padded) the person from whom a job is reached
-    int32_t* person_of; // (m) or -1
-    int32_t* job_of;    // (n) or -1
-    int32_t* settled;   // (m) jobs in the order in which they were settled
-    int32_t* waiting;   // (n) persons left over by step 1
+    double* cost;        // (n, padded), +inf behind column m
+    double* v;           // (padded) potentials of the jobs
+    double* open_v;      // (padded) v, -inf for settled jobs: no path through them is shorter
+    double* distance;    // (padded) of unsettled jobs, +inf for the others
+    double* settled_at;  // (padded) distance of the k-th settled job
+    int64_t* before;     // (padded) the person from whom a job is reached
+    int32_t* person_of;  // (m) or -1
+    int32_t* job_of;     // (n) or -1
+    int32_t* settled;    // (m) jobs in the order in which they were settled
+    int32_t* waiting;    // (n) persons left over by step 1
 
     SPROMPT_INLINE const double* row(int64_t i) const { return cost + i * padded; }
 
@@ -198,7 +199,7 @@ struct Matcher {
 // Reads the costs of one image, columns [0, count), in double; persons are its columns if `columns`, else its rows.
 // Returns the largest absolute value, or NaN if an entry is not finite.
 template <class T>
-static double read_costs(const T* cost, int64_t row_stride, int64_t column_stride, bool columns, const Matcher& match) {
+double read_costs(const T* cost, int64_t row_stride, int64_t column_stride, bool columns, const Matcher& match) {
     const int64_t of_person = columns ? column_stride : row_stride, of_job = columns ? row_stride : column_stride;
     constexpr int64_t tile = 16;  // jobs at a time, so that a transposed read uses whole cache lines
     for (int64_t j0 = 0; j0 < match.m; j0 += tile) {
@@ -225,8 +226,8 @@ static double read_costs(const T* cost, int64_t row_stride, int64_t column_strid
 
 // rows[0..count) of one image; false, and nothing written, if an entry is not finite.
 template <class T>
-static bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_stride, int64_t column_stride, double* scratch,
-                        int64_t* rows) {
+bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_stride, int64_t column_stride, double* scratch,
+                 int64_t* rows) {
     const bool columns = count <= N;
     Matcher match;
     match.n = columns ? count : N;
@@ -257,7 +258,7 @@ static bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_str
 }
 
 template <class T>
-static void match_images(const View& cost, const View& counts, const View& rows, const View& scratch, int threads) {
+void match_images(const View& cost, const View& counts, const View& rows, const View& scratch, int threads) {
     const int64_t N = cost.size[1], G = cost.size[2];
     parallel_for(cost.size[0], 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t b = begin; b < end; ++b) {
@@ -271,7 +272,10 @@ static void match_images(const View& cost, const View& counts, const View& rows,
     });
 }
 
-void linear_assignment(const View& cost, const View& counts, const View& rows, const View& bad, const View& scratch, int threads) {
+}  // namespace
+
+void linear_assignment(const View& cost, const View& counts, const View& rows, const View& bad, const View& scratch,
+                       int threads) {
     if (cost.dtype == DType::f64) {
         match_images<double>(cost, counts, rows, scratch, threads);
     } else {
@@ -280,7 +284,9 @@ void linear_assignment(const View& cost, const View& counts, const View& rows, c
     const int64_t G = cost.size[2];
     int64_t first = -1;
     for (int64_t b = cost.size[0] - 1; b >= 0; --b)
-        if (G > 0 ? rows.as<const int64_t>()[b * G] == -2 : counts.given() && counts.as<const int64_t>()[b * counts.stride[0]] != 0) first = b;
+        if (G > 0 ? rows.as<const int64_t>()[b * G] == -2
+                  : counts.given() && counts.as<const int64_t>()[b * counts.stride[0]] != 0)
+            first = b;
     *bad.as<int64_t>() = first;
 }
 

@@ -48,8 +48,8 @@ struct Binning {
 
     SPROMPT_INLINE explicit Binning(int64_t words) : n(words) {
         width = (n + bins - 1) / bins;
-        width += width & 1;  // pairs of words
-        if (width > 32) width = (width + 15) / 16 * 16;
+        width += width & 1;                              // pairs of words
+        if (width > 32) width = (width + 63) / 64 * 64;  // what count_and takes at a time
         if (width == 0) width = 2;
         count = static_cast<int>((n + width - 1) / width);
         shift = 0;
@@ -58,7 +58,7 @@ struct Binning {
     SPROMPT_INLINE int64_t end(int bin) const { return (bin + 1) * width < n ? (bin + 1) * width : n; }
 };
 
-// |a and b| over bins [first, last).
+// |a and b| over bins [first, last), first < last.
 SPROMPT_INLINE int64_t count_bins(const uint32_t* a, const uint32_t* b, const Binning& cut, int first, int last) {
     const int64_t start = first * cut.width;
     return count_and(a + start, b + start, cut.end(last - 1) - start);
@@ -75,11 +75,12 @@ struct Image {
     int16_t* profile;             // (N, bins)
     int16_t* interleaved;         // (groups, bins, group)
     int16_t* need;                // (groups * group)
+    int32_t* span;                // (N, 2) bins between which all set pixels lie: first, end
     double *c, *decay;            // (N)
     float *area_f, *limit;        // (groups * group)
     uint32_t *keys, *spare_keys;  // (N); `state` of the greedy kernel
 
-    // 122 bytes a mask and some for alignment: within nms_scratch_per_mask * (masks + 32).
+    // 130 bytes a mask and some for alignment: within nms_scratch_per_mask * (masks + 32).
     SPROMPT_INLINE Image(const View& all, const View& counts, const View& scratch, int64_t image) {
         const int64_t masks = all.size[1], padded = (masks + group - 1) / group * group;
         words = all.as<const uint32_t>() + image * all.stride[0];
@@ -95,6 +96,7 @@ struct Image {
         interleaved = static_cast<int16_t*>(take(2 * bins));
         profile = static_cast<int16_t*>(take(2 * bins));
         need = static_cast<int16_t*>(take(2));
+        span = static_cast<int32_t*>(take(8));
         area_f = static_cast<float*>(take(4));
         limit = static_cast<float*>(take(4));
         keys = static_cast<uint32_t*>(take(4));
@@ -146,26 +148,44 @@ static void sort_scores(const T* scores, int64_t stride, const Image& im) {
         order = other, other = o;
     }
 }
-static void sort_by_score(const View& scores, int64_t image, const Image& im) {
-    SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))
+static void sort_by_score(const View& scores, int64_t image, const Image& im){
+    SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))}
+
+// Threads for work of about so many nanoseconds: waking the others costs some microseconds, and far more on a busy machine.
+SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
+    return nanoseconds > 250000 ? threads : 1;
 }
 
 // Profile and area of every mask, by place.
 static void describe(const Image& im, const Binning& cut, int threads) {
     const int64_t unit = (int64_t{1} << cut.shift) - 1;
-    parallel_for(im.N, 1 + (1 << 15) / (cut.n + 16), threads, [&](int64_t begin, int64_t end, int) {
+    const int64_t cost = 80 + cut.n / 8;  // about nanoseconds a mask
+    parallel_for(im.N, 1 + 50000 / cost, threads_for(im.N * cost, threads), [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
             const uint32_t* mask = im.mask(i);
             int16_t* profile = im.profile + i * bins;
             int64_t area = 0;
+            int32_t first_bin = bins, end_bin = 0;
             for (int bin = 0; bin < bins; ++bin) {
                 const int64_t set = bin < cut.count ? count_bins(mask, mask, cut, bin, bin + 1) : 0;
                 profile[bin] = static_cast<int16_t>((set + unit) >> cut.shift);
                 area += set;
+                if (set == 0) continue;
+                if (end_bin == 0) first_bin = bin;
+                end_bin = bin + 1;
             }
             im.area[i] = area;
+            im.span[2 * i] = first_bin;
+            im.span[2 * i + 1] = end_bin;
         }
     });
+}
+
+// |a and b| of the masks at places i and j.
+SPROMPT_INLINE int64_t count_common(const Image& im, const Binning& cut, int64_t i, int64_t j) {
+    const int32_t *a = im.span + 2 * i, *b = im.span + 2 * j;
+    const int32_t first = a[0] > b[0] ? a[0] : b[0], end = a[1] < b[1] ? a[1] : b[1];
+    return first < end ? count_bins(im.mask(i), im.mask(j), cut, first, end) : 0;
 }
 
 // A mask that is to be compared with many: its profile in every lane, and the bins that are not empty.
@@ -196,6 +216,7 @@ static void for_each_image(int64_t images, int threads, const F& f) {
     for (int64_t image = 0; image < images; ++image) f(image, threads);
 }
 
+namespace {
 // ---- Greedy. IoU > t is |a and b| > T (|a| + |b|) with T = t / (1 + t).
 struct Greedy {
     const Image& im;
@@ -213,13 +234,13 @@ struct Greedy {
 
     // Whether IoU > threshold. Long masks are counted bin by bin until the answer is certain.
     SPROMPT_INLINE bool exceeds(int64_t i, int64_t j) const {
-        const uint32_t *a = im.mask(i), *b = im.mask(j);
         const double areas = static_cast<double>(im.area[i] + im.area[j]), wanted = share * areas;
-        const int16_t *pa = im.profile + i * bins, *pb = im.profile + j * bins;
         int64_t common = 0;
         if (cut.width < 64) {
-            common = count_and(a, b, cut.n);
+            common = count_common(im, cut, i, j);
         } else {
+            const uint32_t *a = im.mask(i), *b = im.mask(j);
+            const int16_t *pa = im.profile + i * bins, *pb = im.profile + j * bins;
             int64_t rest = 0;  // units that the bins to come can add
             for (int bin = 0; bin < cut.count; ++bin) rest += pa[bin] < pb[bin] ? pa[bin] : pb[bin];
             for (int bin = 0; bin < cut.count; ++bin) {
@@ -237,17 +258,19 @@ struct Greedy {
         return both / (areas - both) > threshold;
     }
 
-    // Whether one of the kept masks from `first` on removes the mask at place j.
+    // Whether one of the kept masks from `first` on removes the mask at place j; adds the pairs that were counted to `pairs`.
     static_assert(group % lanes == 0, "groups are whole vectors");
-    bool removed(int64_t j, int64_t first) const {
+    bool removed(int64_t j, int64_t first, uint32_t& pairs) const {
         const Probe probe(im.profile + j * bins);
         const vs need = need_of(im.area[j]) - vs{};
         for (int64_t start = first / lanes * lanes; start < kept; start += lanes) {
             const vs wanted = maximum(load(im.need + start) + need, vs{} + 1);
             uint32_t open = bits_at_least(probe.common(im.interleaved + start / group * group * bins + start % group), wanted);
             if (start + lanes > kept) open &= (uint32_t{1} << (kept - start)) - 1;  // lanes that are not in use
-            for (; open != 0; open &= open - 1)
+            for (; open != 0; open &= open - 1) {
+                ++pairs;
                 if (exceeds(places[start + __builtin_ctz(open)], j)) return true;
+            }
         }
         return false;
     }
@@ -260,19 +283,36 @@ struct Greedy {
     }
 
     // A block of masks is compared in parallel with those kept before it, then one after the other with those of the block.
+    // How much work a block is, the pairs that the block before it counted tell.
     void run(int64_t most, int threads) {
         constexpr int64_t block = 128;
-        uint32_t* gone = im.keys;
+        constexpr uint32_t gone = ~uint32_t{0};
+        uint32_t* pairs = im.keys;  // (N) counted in the parallel part; `gone`: removed
+        int64_t counted = 0;
         for (int64_t begin = 0; begin < im.N && kept < most; begin += block) {
             const int64_t end = begin + block < im.N ? begin + block : im.N, before = kept;
-            parallel_for(end - begin, 8, threads, [&](int64_t first, int64_t last, int) {
-                for (int64_t j = begin + first; j < begin + last; ++j) gone[j] = im.area[j] == 0 || removed(j, 0);
+            const int64_t work = counted * (16 + cut.n / 16) + (end - begin) * kept;
+            parallel_for(end - begin, 8, threads_for(work, threads), [&](int64_t first, int64_t last, int) {
+                for (int64_t j = begin + first; j < begin + last; ++j) {
+                    uint32_t found = 0;
+                    pairs[j] = im.area[j] == 0 || removed(j, 0, found) ? gone : found;
+                }
             });
-            for (int64_t j = begin; j < end && kept < most; ++j)
-                if (!gone[j] && !removed(j, before)) keep(j);
+            counted = 0;
+            for (int64_t j = begin; j < end && kept < most; ++j) {
+                if (pairs[j] == gone) {
+                    ++counted;
+                    continue;
+                }
+                counted += pairs[j];
+                uint32_t found = 0;
+                if (!removed(j, before, found)) keep(j);
+                counted += found;
+            }
         }
     }
 };
+}  // namespace
 
 void mask_nms(const View& words, const View& scores, const View& counts, double threshold, const View& keep, const View& kept,
               const View& scratch, int threads) {
@@ -289,6 +329,7 @@ void mask_nms(const View& words, const View& scores, const View& counts, double 
     });
 }
 
+namespace {
 // ---- Matrix. c and decay are maxima and minima, so pairs may come in any order, and a pair whose IoU cannot change either
 // of its column's two values need not be counted.
 template <bool gaussian>
@@ -337,7 +378,7 @@ struct Matrix {
             for (; open != 0; open &= open - 1) {
                 const int64_t i = start + __builtin_ctz(open);
                 if (labels && labels[im.order[i] * label_stride] != label) continue;
-                const int64_t both = count_and(im.mask(i), im.mask(j), cut.n), either = im.area[i] + im.area[j] - both;
+                const int64_t both = count_common(im, cut, i, j), either = im.area[i] + im.area[j] - both;
                 const double iou = static_cast<double>(both) / static_cast<double>(either);
                 if (gaussian) {
                     const double excess = iou * iou - im.c[i] * im.c[i];
@@ -355,12 +396,13 @@ struct Matrix {
 
     // A block of columns is compared in parallel with the masks before it, then column by column with those of the block.
     void run(int threads) const {
-        constexpr int64_t block = 64;
+        const int64_t block = im.N < 8 * 64 ? 64 : (im.N + 7) / 8;
         for (int64_t begin = 0; begin < im.N; begin += block) {
             const int64_t end = begin + block < im.N ? begin + block : im.N;
-            parallel_for(end - begin, 4, threads, [&](int64_t first, int64_t last, int) {
-                for (int64_t j = begin + first; j < begin + last; ++j) column(j, 0, begin);
-            });
+            parallel_for(end - begin, 4, threads_for((end - begin) * begin * (3 + cut.n / 64), threads),
+                         [&](int64_t first, int64_t last, int) {
+                             for (int64_t j = begin + first; j < begin + last; ++j) column(j, 0, begin);
+                         });
             for (int64_t j = begin; j < end; ++j) {
                 column(j, begin, j);
                 close(j);
@@ -368,6 +410,7 @@ struct Matrix {
         }
     }
 };
+}  // namespace
 
 // e^x for x <= 0: the float32 exponential of x rounded to float32, times 1 + what the rounding took.
 SPROMPT_INLINE float exp_of(double x) {

@@ -111,7 +111,9 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& extents, 
     const View& other = self ? a : b;
     const int64_t B = a.size[0], N = a.size[1], M = other.size[1], n = a.size[2], all = self ? N : N + M;
     const auto row_a = [&](int64_t image, int64_t i) { return a.as<const uint32_t>() + image * a.stride[0] + i * a.stride[1]; };
-    const auto row_b = [&](int64_t image, int64_t j) { return other.as<const uint32_t>() + image * other.stride[0] + j * other.stride[1]; };
+    const auto row_b = [&](int64_t image, int64_t j) {
+        return other.as<const uint32_t>() + image * other.stride[0] + j * other.stride[1];
+    };
     Extent* const extent = extents.as<Extent>();  // (B, N + M), or (B, N) if b is a
 
     parallel_for(B * all, 1 + (1 << 13) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
@@ -152,12 +154,14 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& extents, 
                             const Overlap box(ea[i], eb[j]);
                             const int64_t from = box.first_word(width) > start ? box.first_word(width) : start;
                             const int64_t to = box.last_word(width) < start + stretch ? box.last_word(width) : start + stretch;
-                            if (from < to) common[i - i0][j - j0] += count_and(row_a(image, i) + from, row_b(image, j) + from, to - from);
+                            if (from < to)
+                                common[i - i0][j - j0] += count_and(row_a(image, i) + from, row_b(image, j) + from, to - from);
                         }
                 for (int64_t i = i0; i < i1; ++i)
                     for (int64_t j = j0; j < j1; ++j) {
                         const int64_t both = common[i - i0][j - j0], either = ea[i].area + eb[j].area - both;
-                        const float value = either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / static_cast<double>(either));
+                        const float value =
+                            either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / static_cast<double>(either));
                         out[i * M + j] = value;
                         if (self) out[j * M + i] = value;
                     }
@@ -173,8 +177,8 @@ SPROMPT_INLINE uint32_t reversed(uint32_t v) {
     return __builtin_bswap32(v);
 }
 
-void window_masks(const View& words, int64_t height, int64_t width, int64_t top, int64_t left, int64_t out_height, int64_t out_width,
-                  bool flip, const View& out, int threads) {
+void window_masks(const View& words, int64_t height, int64_t width, int64_t top, int64_t left, int64_t out_height,
+                  int64_t out_width, bool flip, const View& out, int threads) {
     const int64_t n = words.size[1];
     parallel_for(words.size[0], 1 + (1 << 12) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t row = begin; row < end; ++row) {

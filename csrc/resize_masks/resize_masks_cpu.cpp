@@ -1,7 +1,7 @@
-// Interpolation never leaves the range of the cells that it weighs: it is monotone in each of them, rounding included.
-// So 32 pixels of a row ("a segment") whose cells all lie on one side of the threshold need no arithmetic. A source row is
-// read once and compared cell by cell; only the segments that have cells on both sides are widened to output columns, and
-// only those are interpolated downwards.
+// Enlarging: interpolation never leaves the range of the cells that it weighs: it is monotone in each of them, rounding
+// included. So 32 pixels of a row ("a segment") whose cells all lie on one side of the threshold need no arithmetic. A source
+// row is read once and compared cell by cell; only the segments that have cells on both sides are widened to output columns,
+// and only those are interpolated downwards. Reducing to half or less: comparing all cells would cost more than it saves.
 #include "resize_masks/resize_masks.h"
 
 #include "common/bits.h"
@@ -10,6 +10,7 @@
 
 namespace sprompt {
 namespace SPROMPT_ISA {
+namespace {  // member functions would be shared code otherwise
 
 constexpr int64_t segment = 32;
 constexpr uint8_t below = 1, above = 2, widened = 4;  // a segment's state in one source row; 1 and 2: all its cells
@@ -37,18 +38,21 @@ struct Plan {
     double step_y, step_x;
     float threshold, low, high;  // cells below `low` (above `high`) on all sides give a pixel that is not set (is set)
     int64_t segments, used;      // used: source columns [0, used) are read
+    bool compares;               // whether cells are compared, or every segment is interpolated
     int32_t *first, *second;     // (32 segments)
+    int32_t* pair;               // (32 segments) first, but at most used - 2: two cells can be read from there
     float *w0, *w1;              // (32 segments)
 };
 
 // One source row.
 struct Row {
-    int64_t index;                       // which, -1: none
-    float* cells;                        // (used, padded to 32, + 32)
-    float* wide;                         // (32 segments) the cells at output columns, where widened
-    uint32_t *below_cells, *above_cells; // bit i: cell i is below `low`, above `high`
-    uint8_t* state;                      // (segments)
-    uint8_t common;                      // state that all segments share, below or above
+    int64_t index;                        // which, -1: none
+    const float* cells;                   // (used), the source's own or in `buffer`
+    float* buffer;                        // (w, padded to 32)
+    float* wide;                          // (32 segments) the cells at output columns, where widened
+    uint32_t *below_cells, *above_cells;  // bit i: cell i is below `low`, above `high`
+    uint8_t* state;                       // (segments)
+    uint8_t common;                       // state that all segments share, below or above
 };
 
 // Hands out parts of the scratch tensor, whole cache lines each. scratch_words in registration.py counts the same way.
@@ -67,28 +71,45 @@ SPROMPT_INLINE vf held(vf x) {  // +-2^127 at most; NaN stays
     return x < broadcast(-0x1p127f) ? broadcast(-0x1p127f) : x;
 }
 
-// Sources: 32 cells from column `i` of row `y`, as floats; `count` says how many of them exist.
+// Sources: the first `used` cells of row y as floats side by side, in place or in `buffer` (used, padded to 32).
 template <class T>
 struct Dense {
     const T* data;
     int64_t row_stride, column_stride;
-    SPROMPT_INLINE void read(int64_t y, int64_t i, int64_t count, float* out) const {
-        const T* p = data + y * row_stride + i * column_stride;
-        if (count == 32 && column_stride == 1) {
-            for (int k = 0; k < 32; k += W) store(out + k, load_as_float(p + k));
-        } else {
-            for (int64_t k = 0; k < count; ++k) out[k] = to_float(p[k * column_stride]);
-        }
+    SPROMPT_INLINE const float* row(int64_t y, int64_t used, float* buffer) const {
+        const T* p = data + y * row_stride;
+        if (column_stride == 1) return unit(p, used, buffer);
+        for (int64_t i = 0; i < used; ++i) buffer[i] = to_float(p[i * column_stride]);
+        return buffer;
+    }
+    static SPROMPT_INLINE const float* unit(const float* p, int64_t, float*) { return p; }
+    template <class U>
+    static SPROMPT_INLINE const float* unit(const U* p, int64_t used, float* buffer) {
+        row_to_float(p, used, buffer);
+        return buffer;
     }
 };
 struct Bits {
     const uint32_t* words;
     int64_t n, w;
-    SPROMPT_INLINE void read(int64_t y, int64_t i, int64_t count, float* out) const {
-        const uint32_t bits = static_cast<uint32_t>(bits_at(words, n, y * w + i));
-        for (int64_t k = 0; k < count; ++k) out[k] = static_cast<float>(bits >> k & 1);
+    SPROMPT_INLINE const float* row(int64_t y, int64_t used, float* buffer) const {
+        for (int64_t i = 0; i < used; i += 32) {
+            const uint32_t bits = static_cast<uint32_t>(bits_at(words, n, y * w + i));
+            for (int k = 0; k < 32; ++k) buffer[i + k] = static_cast<float>(static_cast<int32_t>(bits >> k & 1));
+        }
+        return buffer;
     }
 };
+
+// Bit k is set where cells[k] is below `low`; above `high`. 32 cells.
+SPROMPT_INLINE void compare(const float* cells, vf low, vf high, uint32_t& is_below, uint32_t& is_above) {
+    is_below = is_above = 0;
+    for (int k = 0; k < 32; k += W) {
+        const vf x = load(cells + k);
+        is_below |= bits_greater(low, x) << k;
+        is_above |= bits_greater(x, high) << k;
+    }
+}
 
 // Whether bits [begin, end) are all set.
 SPROMPT_INLINE bool all_set(const uint32_t* words, int64_t begin, int64_t end) {
@@ -103,27 +124,31 @@ SPROMPT_INLINE bool all_set(const uint32_t* words, int64_t begin, int64_t end) {
 }
 
 template <class Source>
-static void read_row(const Plan& plan, const Source& source, int64_t y, Row& row) {
+void read_row(const Plan& plan, const Source& source, int64_t y, Row& row) {
     const vf low = broadcast(plan.low), high = broadcast(plan.high);
+    const float* cells = row.cells = source.row(y, plan.used, row.buffer);
+    row.index = y;
+    row.common = 0;
+    if (!plan.compares) {
+        __builtin_memset(row.state, 0, static_cast<size_t>(plan.segments));
+        return;
+    }
     uint32_t all_below = ~0u, all_above = ~0u;
-    for (int64_t i = 0; i < plan.used; i += 32) {
-        float* cells = row.cells + i;
-        const int64_t count = plan.used - i < 32 ? plan.used - i : 32;
-        source.read(y, i, count, cells);
-        for (int64_t k = count; k < 32; ++k) cells[k] = cells[count - 1];
-        uint32_t is_below = 0, is_above = 0;
-        for (int k = 0; k < 32; k += W) {
-            const vf x = held(load(cells + k));
-            store(cells + k, x);
-            is_below |= bits_greater(low, x) << k;
-            is_above |= bits_greater(x, high) << k;
-        }
+    const auto note = [&](int64_t i, const float* p) {
+        uint32_t is_below, is_above;
+        compare(p, low, high, is_below, is_above);
         row.below_cells[i / 32] = is_below;
         row.above_cells[i / 32] = is_above;
         all_below &= is_below;
         all_above &= is_above;
+    };
+    int64_t i = 0;
+    for (; i + 32 <= plan.used; i += 32) note(i, cells + i);
+    if (i < plan.used) {
+        float rest[32];
+        for (int64_t k = 0; k < 32; ++k) rest[k] = cells[i + k < plan.used ? i + k : plan.used - 1];
+        note(i, rest);
     }
-    row.index = y;
     row.common = static_cast<uint8_t>((all_below == ~0u ? below : 0) | (all_above == ~0u ? above : 0));
     if (row.common != 0) {
         __builtin_memset(row.state, row.common, static_cast<size_t>(plan.segments));
@@ -135,29 +160,57 @@ static void read_row(const Plan& plan, const Source& source, int64_t y, Row& row
     }
 }
 
-// cells[index] for W ascending indices from `lowest` on; near: all of them below lowest + W.
-SPROMPT_INLINE vf cells_at(const float* cells, vi index, [[maybe_unused]] int32_t lowest, [[maybe_unused]] bool near) {
+// a = cells[first], b = cells[second] at output columns [x, x + W).
+SPROMPT_INLINE void two_cells(const Plan& plan, const float* cells, int64_t x, vf& a, vf& b) {
+    const vi first = load(plan.first + x), second = load(plan.second + x);
+#if defined(__AVX2__)
+    const int32_t end = static_cast<int32_t>(plan.used) - W, lowest = plan.first[x] < end ? plan.first[x] : end;
+    if (lowest >= 0 && plan.second[x + W - 1] - lowest < W) {  // one load holds them all
 #if defined(__AVX512F__)
-    if (near) return (vf)_mm512_permutexvar_ps((__m512i)(index - lowest), (__m512)load(cells + lowest));
-    return (vf)_mm512_i32gather_ps((__m512i)index, cells, 4);
-#elif defined(__AVX2__)
-    if (near) return (vf)_mm256_permutevar8x32_ps((__m256)load(cells + lowest), (__m256i)(index - lowest));
-    return (vf)_mm256_i32gather_ps(cells, (__m256i)index, 4);
+        a = (vf)_mm512_permutexvar_ps((__m512i)(first - lowest), (__m512)load(cells + lowest));
+        b = (vf)_mm512_permutexvar_ps((__m512i)(second - lowest), (__m512)load(cells + lowest));
 #else
-    vf v;
-    for (int k = 0; k < W; ++k) v[k] = cells[index[k]];
-    return v;
+        a = (vf)_mm256_permutevar8x32_ps((__m256)load(cells + lowest), (__m256i)(first - lowest));
+        b = (vf)_mm256_permutevar8x32_ps((__m256)load(cells + lowest), (__m256i)(second - lowest));
+#endif
+        return;
+    }
+#endif
+#if defined(__AVX512F__)
+    a = (vf)_mm512_i32gather_ps((__m512i)first, cells, 4);
+    b = (vf)_mm512_i32gather_ps((__m512i)second, cells, 4);
+#elif defined(__AVX2__)
+    if (plan.used >= 2) {  // pairs of neighbours: far cheaper than two gathers
+        const int32_t* pair = plan.pair + x;
+        const auto one = [&](int k) {
+            double both;
+            __builtin_memcpy(&both, cells + pair[k], sizeof both);
+            return both;
+        };
+        const auto two = [&](int k) { return _mm_castpd_ps(_mm_set_pd(one(k + 1), one(k))); };
+        const __m256 even = _mm256_set_m128(two(4), two(0)), odd = _mm256_set_m128(two(6), two(2));
+        const vf low = (vf)_mm256_shuffle_ps(even, odd, 0x88), high = (vf)_mm256_shuffle_ps(even, odd, 0xdd);
+        const vi start = load(pair);
+        a = select(first == start, low, high);
+        b = select(second == start, low, high);
+        return;
+    }
+    a = b = broadcast(cells[0]);
+#else
+    for (int k = 0; k < W; ++k) {
+        a[k] = cells[first[k]];
+        b[k] = cells[second[k]];
+    }
 #endif
 }
 
-static void widen(const Plan& plan, Row& row, int64_t s) {
+void widen(const Plan& plan, Row& row, int64_t s) {
     if (row.state[s] & widened) return;
     row.state[s] |= widened;
     for (int64_t x = s * segment; x < (s + 1) * segment; x += W) {
-        const int32_t lowest = plan.first[x];
-        const bool near = plan.second[x + W - 1] - lowest < W;  // one load holds them all
-        const vf a = cells_at(row.cells, load(plan.first + x), lowest, near), b = cells_at(row.cells, load(plan.second + x), lowest, near);
-        store(row.wide + x, a * load(plan.w0 + x) + b * load(plan.w1 + x));
+        vf a, b;
+        two_cells(plan, row.cells, x, a, b);
+        store(row.wide + x, held(a) * load(plan.w0 + x) + held(b) * load(plan.w1 + x));
     }
 }
 
@@ -237,7 +290,8 @@ struct Worker {
                     put_many(writer, run_state[run] == above ? ~0u : 0u, to - s * segment);
                 } else {
                     for (; s < last; ++s) {
-                        const uint32_t bits = segment_bits(upper->wide + s * segment, lower->wide + s * segment, w0, w1, threshold);
+                        const uint32_t bits =
+                            segment_bits(upper->wide + s * segment, lower->wide + s * segment, w0, w1, threshold);
                         const int64_t left = plan.width - s * segment;
                         if (left >= segment)
                             writer.put(bits, 32);
@@ -254,8 +308,8 @@ struct Worker {
 
 // source_of(m) is the source of mask m.
 template <class SourceOf>
-static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, double extent_height,
-                       double extent_width, const View& words, const View& scratch, int threads, const SourceOf& source_of) {
+void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, double extent_height,
+                double extent_width, const View& words, const View& scratch, int threads, const SourceOf& source_of) {
     Plan plan;
     plan.h = h;
     plan.w = w;
@@ -266,14 +320,16 @@ static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int6
     plan.threshold = threshold;
     // A pixel is within 2^-20 relative of the range of its cells: four products, three sums and two roundings of weights.
     const float margin = __builtin_fabsf(threshold) * 0x1p-18f + 0x1p-120f;
-    plan.low = threshold - margin;
-    plan.high = threshold + margin;
+    const bool far = __builtin_fabsf(threshold) > 0x1p126f;  // where cells are held: every segment is interpolated
+    plan.low = far ? -__builtin_inff() : threshold - margin;
+    plan.high = far ? __builtin_inff() : threshold + margin;
     plan.segments = (width + segment - 1) / segment;
 
     const int64_t columns = plan.segments * segment;
     Scratch memory{scratch.as<char>()};
     plan.first = memory.take<int32_t>(4 * columns);
     plan.second = memory.take<int32_t>(4 * columns);
+    plan.pair = memory.take<int32_t>(4 * columns);
     plan.w0 = memory.take<float>(4 * columns);
     plan.w1 = memory.take<float>(4 * columns);
     for (int64_t x = 0; x < columns; ++x) {
@@ -284,10 +340,14 @@ static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int6
         plan.w1[x] = tap.w1;
     }
     plan.used = plan.second[columns - 1] + 1;
+    plan.compares = plan.used < 2 * width;
+    for (int64_t x = 0; x < columns; ++x)
+        plan.pair[x] = plan.first[x] < plan.used - 2 ? plan.first[x] : static_cast<int32_t>(plan.used) - 2;
 
-    const int64_t padded = round_up(w, 32), worker_bytes = 2 * (round_up(4 * padded + 128, 64) + round_up(4 * columns, 64) +
-                                                                2 * round_up(padded / 8 + 8, 64) + round_up(plan.segments, 64)) +
-                                                           round_up(plan.segments, 64) + round_up(4 * plan.segments, 64);
+    const int64_t padded = round_up(w, 32),
+                  worker_bytes = 2 * (round_up(4 * padded, 64) + round_up(4 * columns, 64) + 2 * round_up(padded / 8 + 8, 64) +
+                                      round_up(plan.segments, 64)) +
+                                 round_up(plan.segments, 64) + round_up(4 * plan.segments, 64);
     char* const worker_memory = memory.next;
 
     // Bands of rows begin at whole words: 64 rows of any width are a multiple of 32 pixels.
@@ -297,7 +357,7 @@ static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int6
         Scratch own{worker_memory + index * worker_bytes};
         Worker worker;
         for (Row& row : worker.rows) {
-            row.cells = own.take<float>(4 * padded + 128);
+            row.buffer = own.take<float>(4 * padded);
             row.wide = own.take<float>(4 * columns);
             row.below_cells = own.take<uint32_t>(padded / 8 + 8);
             row.above_cells = own.take<uint32_t>(padded / 8 + 8);
@@ -312,12 +372,15 @@ static void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int6
     });
 }
 
+}  // namespace
+
 void resize_masks(const View& soft, int64_t height, int64_t width, float threshold, double extent_height, double extent_width,
                   const View& words, const View& scratch, int threads) {
     SPROMPT_FLOAT_TYPES(soft.dtype, T,
-                        resize_all(soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height, extent_width, words,
-                                   scratch, threads, [&](int64_t mask) {
-                                       return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1], soft.stride[2]};
+                        resize_all(soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height,
+                                   extent_width, words, scratch, threads, [&](int64_t mask) {
+                                       return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1],
+                                                       soft.stride[2]};
                                    }))
 }
 

@@ -11,8 +11,8 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 constexpr int64_t panel = 3 * W;
-constexpr int64_t depth = 128;        // a panel of a block is 12 kB on AVX2: two of them stay in the first cache
-constexpr int64_t group = 48;         // rows of a product that one chunk of work computes: 1, 2 or 4 panels
+constexpr int64_t depth = 128;         // a panel of a block is 12 kB on AVX2: two of them stay in the first cache
+constexpr int64_t group = 48;          // rows of a product that one chunk of work computes: 1, 2 or 4 panels
 constexpr int tile = W == 16 ? 8 : 4;  // rows of a product held in registers, panel columns wide
 
 struct Panels {
@@ -53,15 +53,15 @@ SPROMPT_INLINE void multiply_tile(const float* a, const float* b, int64_t rows, 
 
 // Rows [first, last) of a' b, both panel indices of a, into c (rows of those panels, stride) from column panel `from` of b.
 // triangle: a is b, and tiles left of the diagonal panels are left out.
-static void multiply_panels(const Panels& a, int64_t first, int64_t last, const Panels& b, int64_t from, bool triangle, float* c,
-                            int64_t stride) {
+static void multiply_panels(const Panels& a, int64_t first, int64_t last, const Panels& b, int64_t from, bool triangle,
+                            float* c, int64_t stride) {
     for (int64_t block = 0; block < a.blocks(); ++block)
         for (int64_t j = from; j < b.count; ++j) {
             const float* right = b.at(block, j);
             for (int64_t i = first; i < last && (!triangle || i <= j); ++i)
                 for (int64_t r = 0; r < panel; r += tile)
-                    multiply_tile(a.at(block, i) + r, right, a.rows_of(block), c + ((i - first) * panel + r) * stride + j * panel,
-                                  stride, block > 0);
+                    multiply_tile(a.at(block, i) + r, right, a.rows_of(block),
+                                  c + ((i - first) * panel + r) * stride + j * panel, stride, block > 0);
         }
     if (a.rows == 0)  // an empty sum
         for (int64_t r = 0; r < (last - first) * panel; ++r)
@@ -107,8 +107,8 @@ static void column_norms(const Panels& a, float* norms, int threads) {
 
 // Packs x (D, P), rows `stride` apart. Columns that are not inside, those behind P too, become copies of column `first`.
 template <class T>
-static void pack_columns(const T* x, int64_t stride, int64_t P, const int32_t* inside, bool all_inside, int64_t first, const Panels& out,
-                         int threads) {
+static void pack_columns(const T* x, int64_t stride, int64_t P, const int32_t* inside, bool all_inside, int64_t first,
+                         const Panels& out, int threads) {
     parallel_for(out.blocks(), 1, threads, [&](int64_t block, int64_t, int) {
         constexpr int64_t strip = 8;  // rows read side by side, so that reads and writes are both in long runs
         const T* in = x + block * depth * stride;

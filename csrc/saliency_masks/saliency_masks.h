@@ -16,10 +16,10 @@
 namespace sprompt {
 
 // words (B, M, n) i32, areas (B, M) i64 and scores (B, M) f32 (mean of the map over its bits) of every seed's map, bit =
-// [Norm(map) >= threshold]. All 0 where a map is flat, not finite, or its seed not valid.
+// [Norm(map) >= threshold]. All 0 where a map is flat, not finite or has fewer than min_area bits, or its seed is not valid.
 SPROMPT_KERNEL(saliency_bits, const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height,
-               int64_t grid_width, bool cosine, float threshold, const View& packed, const View& packed_seeds, const View& products,
-               const View& lines, const View& words, const View& areas, const View& scores, int threads)
+               int64_t grid_width, bool cosine, float threshold, int64_t min_area, const View& packed, const View& packed_seeds,
+               const View& products, const View& lines, const View& words, const View& areas, const View& scores, int threads)
 
 // maps (B, K, P) of the features' type: Norm(map) of the seeds with the addresses (B, K, 3) i64 (scale, row, column),
 // 0 where the scale is -1; equal to the bit to what saliency_bits compared. Pyramid: packed_seeds has room for 4 K columns.

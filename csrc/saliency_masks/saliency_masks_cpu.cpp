@@ -63,14 +63,15 @@ SPROMPT_INLINE void add_lanes(vf v, vd& low, vd& high) {
 }
 
 // Bits, area and score of a map. The sum is in float64, where it is exact: the score depends on no order of summation.
-static void cut_map(const Image& image, const Map& map, float threshold, uint32_t* words, int64_t* area, float* score) {
+static void cut_map(const Image& image, const Map& map, float threshold, int64_t min_area, uint32_t* words, int64_t* area,
+                    float* score) {
     const int64_t n = words_for(image.P);
-    if (!map.usable) {
+    const auto drop = [&] {
         for (int64_t i = 0; i < n; ++i) words[i] = 0;
         *area = 0;
         *score = 0.0f;
-        return;
-    }
+    };
+    if (!map.usable) return drop();
     const vf level = broadcast(threshold);
     vd low = {}, high = {};
     for (int64_t i = 0; i < n; ++i) {
@@ -86,7 +87,8 @@ static void cut_map(const Image& image, const Map& map, float threshold, uint32_
     double total = 0.0;
     for (int i = 0; i < W / 2; ++i) total += both[i];
     *area = count_bits(words, n);
-    *score = *area > 0 ? static_cast<float>(total / static_cast<double>(*area)) : 0.0f;
+    if (*area < min_area) return drop();
+    *score = static_cast<float>(total / static_cast<double>(*area));
 }
 
 template <class T>
@@ -102,7 +104,12 @@ static void write_map(const Image& image, const Map& map, T* out) {
 static bool open_image(const View& features, const View& valid, int64_t b, int64_t height, int64_t width, const View& packed,
                        const View& lines, Image& image, int threads) {
     const int64_t D = features.size[1], P = height * width;
-    image = {panels_of(packed, D, P), lines.as<float>(), reinterpret_cast<int32_t*>(lines.as<float>() + lines.stride[0]), height, width, P};
+    image = {panels_of(packed, D, P),
+             lines.as<float>(),
+             reinterpret_cast<int32_t*>(lines.as<float>() + lines.stride[0]),
+             height,
+             width,
+             P};
     const uint8_t* cells = valid.given() ? valid.as<const uint8_t>() + b * valid.stride[0] : nullptr;
     int64_t first = -1;
     bool all = true;
@@ -114,8 +121,8 @@ static bool open_image(const View& features, const View& valid, int64_t b, int64
     }
     if (first < 0) return false;
     SPROMPT_FLOAT_TYPES(features.dtype, T,
-                        pack_columns(features.as<const T>() + b * features.stride[0], features.stride[1], P, image.inside, all, first,
-                                     image.features, threads))
+                        pack_columns(features.as<const T>() + b * features.stride[0], features.stride[1], P, image.inside, all,
+                                     first, image.features, threads))
     return true;
 }
 
@@ -164,17 +171,19 @@ static Map pooled_map(const Image& image, const Cells& seed, const float* const*
 
 struct Outputs {
     float threshold;
+    int64_t min_area;
     uint32_t* words;  // (M, n)
     int64_t* areas;   // (M)
     float* scores;    // (M)
     int64_t n;
 
     SPROMPT_INLINE void cut(const Image& image, const Map& map, int64_t m) const {
-        cut_map(image, map, threshold, words + m * n, areas + m, scores + m);
+        cut_map(image, map, threshold, min_area, words + m * n, areas + m, scores + m);
     }
 };
 
-static void pyramid_bits(const Image& image, bool cosine, const View& products, const View& lines, const Outputs& out, int threads) {
+static void pyramid_bits(const Image& image, bool cosine, const View& products, const View& lines, const Outputs& out,
+                         int threads) {
     const int64_t stride = products.stride[0], P = image.P, width = image.width;
     float* c = products.as<float>();
     const bool symmetric = products.size[0] >= image.features.columns();
@@ -234,8 +243,10 @@ static void pack_windows(const T* x, int64_t stride, const Image& image, int64_t
                 int64_t count = 0, row = -1, column = -1;
                 if (i < seeds) place(i, row, column);
                 if (row >= 0) {
-                    const int64_t y0 = row * image.height / grid_height, y1 = ((row + 1) * image.height + grid_height - 1) / grid_height;
-                    const int64_t x0 = column * image.width / grid_width, x1 = ((column + 1) * image.width + grid_width - 1) / grid_width;
+                    const int64_t y0 = row * image.height / grid_height,
+                                  y1 = ((row + 1) * image.height + grid_height - 1) / grid_height;
+                    const int64_t x0 = column * image.width / grid_width,
+                                  x1 = ((column + 1) * image.width + grid_width - 1) / grid_width;
                     for (int64_t p = y0; p < y1; ++p)
                         for (int64_t q = x0; q < x1; ++q) {
                             const int64_t cell = p * image.width + q;
@@ -251,8 +262,8 @@ static void pack_windows(const T* x, int64_t stride, const Image& image, int64_t
 
 // Calls f(seed, map) for every column of `seeds`, by as many rows of products as there is room for.
 template <class F>
-static void each_map(const Image& image, const Panels& seeds, int64_t count, bool cosine, const View& products, const View& lines,
-                     int threads, const F& f) {
+static void each_map(const Image& image, const Panels& seeds, int64_t count, bool cosine, const View& products,
+                     const View& lines, int threads, const F& f) {
     const int64_t stride = products.stride[0], room = products.size[0] / group * group / panel;
     float* norms = lines.as<float>() + 2 * lines.stride[0];
     set_norms(image.features, cosine, image.norms, threads);
@@ -264,18 +275,21 @@ static void each_map(const Image& image, const Panels& seeds, int64_t count, boo
         parallel_for(here, 4, threads, [&](int64_t begin, int64_t end, int worker) {
             for (int64_t i = begin; i < end; ++i) {
                 const float* row = products.as<const float>() + i * stride;
-                f(begin_seed + i, make_map<1>(image, &row, norms[begin_seed + i], 1.0f, lines.as<float>() + (3 + worker) * lines.stride[0]));
+                f(begin_seed + i,
+                  make_map<1>(image, &row, norms[begin_seed + i], 1.0f, lines.as<float>() + (3 + worker) * lines.stride[0]));
             }
         });
     }
 }
 
-void saliency_bits(const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height, int64_t grid_width,
-                   bool cosine, float threshold, const View& packed, const View& packed_seeds, const View& products, const View& lines,
-                   const View& words, const View& areas, const View& scores, int threads) {
+void saliency_bits(const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height,
+                   int64_t grid_width, bool cosine, float threshold, int64_t min_area, const View& packed,
+                   const View& packed_seeds, const View& products, const View& lines, const View& words, const View& areas,
+                   const View& scores, int threads) {
     const int64_t M = words.size[1], n = words.size[2];
     for (int64_t b = 0; b < features.size[0]; ++b) {
-        const Outputs out{threshold, words.as<uint32_t>() + b * M * n, areas.as<int64_t>() + b * M, scores.as<float>() + b * M, n};
+        const Outputs out{
+            threshold, min_area, words.as<uint32_t>() + b * M * n, areas.as<int64_t>() + b * M, scores.as<float>() + b * M, n};
         Image image;
         if (!open_image(features, valid, b, height, width, packed, lines, image, threads)) {
             for (int64_t m = 0; m < M; ++m) out.cut(image, Map{nullptr, 0.0f, 0.0f, false}, m);
@@ -288,9 +302,10 @@ void saliency_bits(const View& features, const View& valid, int64_t height, int6
                 column = i % grid_width;
             };
             SPROMPT_FLOAT_TYPES(features.dtype, T,
-                                pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image, grid_height,
-                                             grid_width, M, place, seeds, lines, threads))
-            each_map(image, seeds, M, cosine, products, lines, threads, [&](int64_t m, const Map& map) { out.cut(image, map, m); });
+                                pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image,
+                                             grid_height, grid_width, M, place, seeds, lines, threads))
+            each_map(image, seeds, M, cosine, products, lines, threads,
+                     [&](int64_t m, const Map& map) { out.cut(image, map, m); });
         }
     }
 }
@@ -306,9 +321,9 @@ static void clear_maps(const View& maps, int64_t b) {
     })
 }
 
-void saliency_soft(const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height, int64_t grid_width,
-                   bool cosine, const View& addresses, const View& packed, const View& packed_seeds, const View& products,
-                   const View& lines, const View& maps, int threads) {
+void saliency_soft(const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height,
+                   int64_t grid_width, bool cosine, const View& addresses, const View& packed, const View& packed_seeds,
+                   const View& products, const View& lines, const View& maps, int threads) {
     const int64_t D = features.size[1], K = addresses.size[1];
     for (int64_t b = 0; b < features.size[0]; ++b) {
         const int64_t* address = addresses.as<const int64_t>() + b * K * 3;
@@ -322,14 +337,16 @@ void saliency_soft(const View& features, const View& valid, int64_t height, int6
                 column = address[3 * i + 2];
             };
             SPROMPT_FLOAT_TYPES(features.dtype, T,
-                                pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image, grid_height,
-                                             grid_width, K, place, seeds, lines, threads))
+                                pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image,
+                                             grid_height, grid_width, K, place, seeds, lines, threads))
             each_map(image, seeds, K, cosine, products, lines, threads,
                      [&](int64_t k, const Map& map) { write_to(maps, b, k, image, map); });
         } else {
             // Four columns a seed, copied from the packed features: the same products, to the bit, as the Gram matrix has.
             const Panels columns = panels_of(packed_seeds, D, 4 * K);
-            const auto seed_of = [&](int64_t k) { return cells_of(address[3 * k], address[3 * k + 1], address[3 * k + 2], width); };
+            const auto seed_of = [&](int64_t k) {
+                return cells_of(address[3 * k], address[3 * k + 1], address[3 * k + 2], width);
+            };
             parallel_for(columns.blocks(), 1, threads, [&](int64_t block, int64_t, int) {
                 for (int64_t i = 0; i < columns.columns(); ++i) {
                     float* to = columns.at(block, i / panel) + i % panel;
@@ -371,8 +388,8 @@ static void pack_seeds(const T* seeds, int64_t stride, int64_t M, const Panels& 
     });
 }
 
-void saliency_maps(const View& features, const View& valid, const View& seeds, bool cosine, const View& packed, const View& packed_seeds,
-                   const View& products, const View& lines, const View& maps, int threads) {
+void saliency_maps(const View& features, const View& valid, const View& seeds, bool cosine, const View& packed,
+                   const View& packed_seeds, const View& products, const View& lines, const View& maps, int threads) {
     const int64_t M = seeds.size[1];
     for (int64_t b = 0; b < features.size[0]; ++b) {
         Image image;

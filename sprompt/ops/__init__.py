@@ -4,8 +4,10 @@
 from sprompt.ops.linear_assignment import linear_assignment
 
 # mask_conv
+from sprompt.ops.mask_conv import mask_conv, mask_pool, mask_update
 
 # mask_loss
+from sprompt.ops.mask_loss import mask_loss
 
 # masks
 from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
@@ -14,8 +16,10 @@ from sprompt.ops.masks import mask_area, mask_boxes, mask_iou, pack_masks
 from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 
 # match_cost
+from sprompt.ops.match_cost import match_cost
 
 # prompts
+from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mean
 
 # resize_masks
 from sprompt.ops.resize_masks import resize_masks
@@ -24,14 +28,19 @@ from sprompt.ops.resize_masks import resize_masks
 from sprompt.ops.rle import rle_decode, rle_encode
 
 # saliency_masks
+from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
     # linear_assignment
     "linear_assignment",
     #
     # mask_conv
+    "mask_conv",
+    "mask_pool",
+    "mask_update",
     #
     # mask_loss
+    "mask_loss",
     #
     # masks
     "mask_area",
@@ -45,8 +54,13 @@ __all__ = [
     "matrix_nms",
     #
     # match_cost
+    "match_cost",
     #
     # prompts
+    "PromptMatch",
+    "mask_mean",
+    "prompt_match",
+    "region_mean",
     #
     # resize_masks
     "resize_masks",
@@ -56,5 +70,8 @@ __all__ = [
     "rle_encode",
     #
     # saliency_masks
+    "SaliencyMasks",
+    "saliency_maps",
+    "saliency_masks",
     #
 ]

@@ -26,18 +26,50 @@ SCHEMAS = {
     # words (N, n) or (B, N, n), scores and labels (N,) or (B, N), counts (B,) -> decayed scores, of the shape of scores
     "matrix_nms": "(Tensor words, Tensor scores, str kernel, float sigma, Tensor? labels, Tensor? counts) -> Tensor",
     #
-    # saliency_masks
+    # saliency_masks: features (B, D, H, W), valid bool (B, H, W) -> words (B, M, n), areas int64 (B, M), scores float32 (B, M)
+    # of all M seeds; those of the pyramid if grid_height is 0. addresses (B, K, 3) -> maps (B, K, H, W). seeds (B, M, D).
+    "saliency_bits": "(Tensor features, Tensor? valid, SymInt grid_height, SymInt grid_width, bool cosine, float threshold,"
+    " SymInt min_area) -> (Tensor, Tensor, Tensor)",
+    "saliency_soft": "(Tensor features, Tensor? valid, SymInt grid_height, SymInt grid_width, bool cosine, Tensor addresses)"
+    " -> Tensor",
+    "saliency_maps": "(Tensor features, Tensor seeds, Tensor? valid, bool cosine) -> Tensor",
     #
     # prompts
+    # features (B, C, H, W), boxes (B, L, 4) in cells, words (B, L, n) -> (B, L, C); grad (B, L, C) -> (B, C, H, W)
+    "region_mean": "(Tensor features, Tensor boxes, Tensor? counts) -> Tensor",
+    "region_mean_backward": "(Tensor grad, Tensor boxes, Tensor? counts, SymInt height, SymInt width) -> Tensor",
+    "mask_mean": "(Tensor features, Tensor words) -> Tensor",
+    "mask_mean_backward": "(Tensor grad, Tensor words, SymInt height, SymInt width) -> Tensor",
+    # kernels (B, N, C) or (N, C), prompts (B, L, C), keep (B, N) bool, order (N,) int64 -> kernels (B, N, C), index (B, N)
+    "prompt_match": "(Tensor kernels, Tensor prompts, Tensor? counts, Tensor? keep, Tensor? order, bool cosine) -> (Tensor, Tensor)",
+    # grad (B, N, C), index (B, N) -> (B, L, C)
+    "prompt_match_backward": "(Tensor grad, Tensor index, SymInt prompts) -> Tensor",
     #
-    # mask_conv
+    # mask_conv: features (B, C, H, W), kernels (B, N, C) -> logits (B, N, H, W)
+    "mask_conv": "(Tensor features, Tensor kernels) -> Tensor",
+    # -> gradients of features and kernels, empty where not asked for
+    "mask_conv_backward": "(Tensor features, Tensor kernels, Tensor grad, bool to_features, bool to_kernels) -> (Tensor, Tensor)",
+    # features (B, C, H, W), words (B, N, n) -> (B, N, C); grad (B, N, C), words -> (B, C, H, W)
+    "mask_pool": "(Tensor features, Tensor words) -> Tensor",
+    "mask_pool_backward": "(Tensor grad, Tensor words, SymInt height, SymInt width) -> Tensor",
+    # -> logits (B, N, H, W), pooled (B, N, C), words (B, N, n) of logits > 0
+    "mask_update": "(Tensor features, Tensor kernels) -> (Tensor, Tensor, Tensor)",
+    "mask_update_backward": "(Tensor features, Tensor kernels, Tensor words, Tensor? grad_logits, Tensor? grad_pooled,"
+    " bool to_features, bool to_kernels) -> (Tensor, Tensor)",
     #
-    # match_cost
+    # match_cost: mask_logits (B, N, h, w), targets (B, G, h*upsample, w*upsample) and ratio 0, or words (B, G, n) of masks
+    # `ratio` times that size, class_logits (B, N, K), labels (B, G) -> float32 (B, N, G)
+    "match_cost": "(Tensor mask_logits, Tensor targets, int ratio, Tensor? class_logits, Tensor? labels, Tensor? counts,"
+    " float class_weight, float bce_weight, float dice_weight, SymInt upsample) -> Tensor",
     #
     # linear_assignment: cost (B, N, G), counts (B,) -> int64 (B, G)
     "linear_assignment": "(Tensor cost, Tensor? counts) -> Tensor",
     #
-    # mask_loss
+    # mask_loss: logits (M, h, w), targets (M, h*upsample, w*upsample) and ratio 0, or words (M, n) of masks `ratio` times that
+    # size -> bce (M,), dice (M,), sums (M, 3) for the gradient, all float32
+    "mask_loss": "(Tensor logits, Tensor targets, int ratio, SymInt upsample) -> (Tensor bce, Tensor dice, Tensor sums)",
+    "mask_loss_backward": "(Tensor grad_bce, Tensor grad_dice, Tensor logits, Tensor targets, Tensor sums, int ratio,"
+    " SymInt upsample) -> Tensor",
     #
     # resize_masks: soft (..., h, w) -> words (..., n) of height x width; the crop in cells, None: the whole map
     "resize_masks": "(Tensor soft, SymInt height, SymInt width, float threshold, float? crop_height, float? crop_width) -> Tensor",

@@ -53,8 +53,8 @@ EMULATED __m512i set1_epi32(int x) {
     EACH(16) r.lane[i] = x;
     return r.as<__m512i>();
 }
-EMULATED __m512i setr_epi32(int a0, int a1, int a2, int a3, int a4, int a5, int a6, int a7, int a8, int a9, int a10, int a11, int a12,
-                            int a13, int a14, int a15) {
+EMULATED __m512i setr_epi32(int a0, int a1, int a2, int a3, int a4, int a5, int a6, int a7, int a8, int a9, int a10, int a11,
+                            int a12, int a13, int a14, int a15) {
     return I{{a0, a1, a2, a3, a4, a5, a6, a7, a8, a9, a10, a11, a12, a13, a14, a15}}.as<__m512i>();
 }
 EMULATED __m512i loadu_si512(const void* p) {
@@ -114,12 +114,18 @@ EMULATED bool holds(T a, T b) {
     static_assert(predicate == _CMP_GT_OQ || predicate == _CMP_GE_OQ || predicate == _CMP_LT_OQ || predicate == _CMP_LE_OQ ||
                   predicate == _CMP_EQ_OQ || predicate == _CMP_NEQ_UQ);
     switch (predicate) {
-        case _CMP_GT_OQ: return a > b;
-        case _CMP_GE_OQ: return a >= b;
-        case _CMP_LT_OQ: return a < b;
-        case _CMP_LE_OQ: return a <= b;
-        case _CMP_EQ_OQ: return a == b;
-        default: return a != b;
+        case _CMP_GT_OQ:
+            return a > b;
+        case _CMP_GE_OQ:
+            return a >= b;
+        case _CMP_LT_OQ:
+            return a < b;
+        case _CMP_LE_OQ:
+            return a <= b;
+        case _CMP_EQ_OQ:
+            return a == b;
+        default:
+            return a != b;
     }
 }
 template <int predicate>
@@ -138,17 +144,28 @@ EMULATED __mmask8 cmp_pd_mask(__m512d a, __m512d b) {
 }
 template <int predicate>
 EMULATED __mmask32 cmp_epi16_mask(__m512i a, __m512i b) {
-    static_assert(predicate == _MM_CMPINT_EQ || predicate == _MM_CMPINT_LT || predicate == _MM_CMPINT_LE || predicate == _MM_CMPINT_NE ||
-                  predicate == _MM_CMPINT_NLT || predicate == _MM_CMPINT_NLE);
+    static_assert(predicate == _MM_CMPINT_EQ || predicate == _MM_CMPINT_LT || predicate == _MM_CMPINT_LE ||
+                  predicate == _MM_CMPINT_NE || predicate == _MM_CMPINT_NLT || predicate == _MM_CMPINT_NLE);
     const S x = S::of(a), y = S::of(b);
     uint32_t k = 0;
     EACH(32) {
         const int16_t p = x.lane[i], q = y.lane[i];
-        const bool yes = predicate == _MM_CMPINT_EQ ? p == q : predicate == _MM_CMPINT_LT ? p < q : predicate == _MM_CMPINT_LE ? p <= q
-                       : predicate == _MM_CMPINT_NE ? p != q : predicate == _MM_CMPINT_NLT ? p >= q : p > q;
+        const bool yes = predicate == _MM_CMPINT_EQ    ? p == q
+                         : predicate == _MM_CMPINT_LT  ? p < q
+                         : predicate == _MM_CMPINT_LE  ? p <= q
+                         : predicate == _MM_CMPINT_NE  ? p != q
+                         : predicate == _MM_CMPINT_NLT ? p >= q
+                                                       : p > q;
         k |= static_cast<uint32_t>(yes) << i;
     }
     return k;
+}
+EMULATED __m512i cvtepu16_epi32(__m256i a) {
+    uint16_t half[16];
+    __builtin_memcpy(half, &a, 32);
+    I r;
+    EACH(16) r.lane[i] = half[i];
+    return r.as<__m512i>();
 }
 EMULATED __m512 cvtph_ps(__m256i a) {
     uint16_t half[16];
@@ -240,6 +257,7 @@ EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_cmp_pd_mask(a, b, predicate) emulated::cmp_pd_mask<predicate>(a, b)
 #undef _mm512_cmp_epi16_mask
 #define _mm512_cmp_epi16_mask(a, b, predicate) emulated::cmp_epi16_mask<predicate>(a, b)
+#define _mm512_cvtepu16_epi32 emulated::cvtepu16_epi32
 #define _mm512_cvtph_ps emulated::cvtph_ps
 #undef _mm512_cvtps_ph
 #define _mm512_cvtps_ph(a, rounding) emulated::cvtps_ph<rounding>(a)

@@ -21,7 +21,7 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
 
     Returns: int64 (B, G), or (G,): the row matched to each column; −1 on padding, and on the columns that are left out where
     counts[b] > N. N, G or B of 0 are allowed.
-    Ties: one of the optima, the same on every run and for every number of threads.
+    Ties: one of the optima. Deterministic: the same one on every run and for every number of threads.
     Values: a NaN or infinity in a real entry raises ValueError on a CPU. On CUDA nothing is raised: such an image has −2 in
     all its columns (and so has one with a count outside [0, G]).
     Not differentiable. Autocast changes nothing. The reference backend works on the host, so on CUDA it waits for the device.

@@ -60,4 +60,6 @@ def _why_not(*args: object) -> str:
     return native.why_missing if native._C is None else ""
 
 
-register_op("linear_assignment", fake=_fake, reference=_reference, native_kernel=_linear_assignment, native_why_not=_why_not)
+register_op(
+    "linear_assignment", fake=_fake, reference=_reference, native_kernel=_linear_assignment, native_why_not=_why_not
+)

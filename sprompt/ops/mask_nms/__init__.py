@@ -110,9 +110,13 @@ def matrix_nms(
     if labels is not None:
         checks.tensor("matrix_nms", "labels", labels, (torch.int64,))
         if labels.shape != scores.shape:
-            checks.bad_value("matrix_nms", "labels", f"have the shape of scores, {tuple(scores.shape)}", tuple(labels.shape))
+            checks.bad_value(
+                "matrix_nms", "labels", f"have the shape of scores, {tuple(scores.shape)}", tuple(labels.shape)
+            )
     if counts is not None and scores.dim() == 1:
-        checks.bad_value("matrix_nms", "counts", "be None where there is no batch dimension", "a tensor", "slice the masks")
+        checks.bad_value(
+            "matrix_nms", "counts", "be None where there is no batch dimension", "a tensor", "slice the masks"
+        )
     if scores.dim() == 2:
         checks.counts("matrix_nms", counts, bits.shape[0])
     checks.same_device("matrix_nms", masks=bits.words, labels=labels, counts=counts)
@@ -124,11 +128,17 @@ def _checked(op: str, masks: Any, scores: Any, batched: bool | None) -> BitMasks
     bits = as_bits(op, "masks", masks)
     ranks, form = {False: ((1,), "(N,)"), True: ((2,), "(B, N)"), None: ((1, 2), "(N,) or (B, N)")}[batched]
     if len(bits.shape) not in ranks:
-        checks.bad_value(op, "masks", f"have batch dimensions {form}", tuple(bits.shape), "dense masks add (H, W) to these")
+        checks.bad_value(
+            op, "masks", f"have batch dimensions {form}", tuple(bits.shape), "dense masks add (H, W) to these"
+        )
     checks.tensor(op, "scores", scores, checks.FLOATS)
     if scores.shape != bits.shape:
         checks.bad_value(
-            op, "scores", f"have the batch dimensions of masks, {tuple(bits.shape)}", tuple(scores.shape), "give each mask a score"
+            op,
+            "scores",
+            f"have the batch dimensions of masks, {tuple(bits.shape)}",
+            tuple(scores.shape),
+            "give each mask a score",
         )
     checks.same_device(op, masks=bits.words, scores=scores)
     return bits

@@ -29,15 +29,15 @@ def order_of(scores: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
     return order, real.gather(-1, order)
 
 
-def rows_of_iou(words: Tensor, order: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """Areas int64 (B, N) of the masks in `order`, and a function: i -> IoU float64 (B, N) of mask i with all (empty: 0)."""
+def overlaps(words: Tensor, order: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
+    """Areas int64 (B, N) of the masks in `order`, and a function: j -> IoU float64 (B, j) of mask j with those before it."""
     dense = unpack_masks(words, 32 * words.shape[-1])
     dense = dense.gather(-2, order[..., None].expand(dense.shape))
     area = dense.sum(-1)
 
-    def row(i: int) -> Tensor:
-        common = (dense[:, i, None] & dense).sum(-1)
-        either = area[:, i, None] + area - common
+    def row(j: int) -> Tensor:
+        common = (dense[:, :j] & dense[:, j, None]).sum(-1)
+        either = area[:, :j] + area[:, j, None] - common
         return common.double() / either.clamp(min=1).double()
 
     return area, row
@@ -47,18 +47,17 @@ def batched_mask_nms(
     words: Tensor, scores: Tensor, iou_threshold: float, counts: Tensor | None, max_output: int
 ) -> tuple[Tensor, Tensor]:
     check_values("batched_mask_nms", words, counts)
-    order, alive = order_of(scores, counts)
-    area, row = rows_of_iou(words, order)
-    alive = alive & (area > 0)
-    place = torch.arange(scores.shape[-1], device=scores.device)
-    for i in range(scores.shape[-1]):
-        alive = alive & ~(alive[:, i, None] & (place > i) & (row(i) > iou_threshold))
-    # The r-th survivor goes to column r, all others to one column more, which is cut off.
-    rank = alive.cumsum(-1) - 1
-    column = torch.where(alive & (rank < max_output), rank, max_output)
+    order, real = order_of(scores, counts)
+    area, row = overlaps(words, order)
+    kept = real & (area > 0)
+    for j in range(1, scores.shape[-1]):
+        kept[:, j] &= ~(kept[:, :j] & (row(j) > iou_threshold)).any(-1)
+    # The r-th kept mask goes to column r, all others to one column more, which is cut off.
+    rank = kept.cumsum(-1) - 1
+    column = torch.where(kept & (rank < max_output), rank, max_output)
     keep = torch.full((scores.shape[0], max_output + 1), -1, dtype=torch.int64, device=scores.device)
     keep = keep.scatter(-1, column, order)[:, :max_output].contiguous()
-    return keep, alive.sum(-1).clamp(max=max_output)
+    return keep, kept.sum(-1).clamp(max=max_output)
 
 
 def mask_nms(words: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
@@ -74,24 +73,15 @@ def matrix_nms(
         return matrix_nms(words[None], scores[None], kernel, sigma, label_rows, counts)[0]
     check_values("matrix_nms", words, counts)
     order, real = order_of(scores, counts)
-    _, row = rows_of_iou(words, order)
-    n = scores.shape[-1]
-    place = torch.arange(n, device=scores.device)
+    _, row = overlaps(words, order)
     label = torch.zeros_like(order) if labels is None else labels.gather(-1, order)
-
-    def counted(i: int) -> Tensor:
-        """Which pairs (i, j) count: j behind i, both of one label."""
-        return (place > i) & (label == label[:, i, None])
-
     most = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)  # c: largest IoU with a mask before
-    for i in range(n):
-        most = torch.where(counted(i), most.maximum(row(i)), most)
     decay = torch.ones_like(most)
-    for i in range(n):
-        if kernel == "gaussian":
-            ratio = torch.exp(-sigma * (row(i) ** 2 - most[:, i, None] ** 2))
-        else:
-            ratio = (1 - row(i)) / (1 - most[:, i, None]).clamp(min=SMALLEST)
-        decay = torch.where(counted(i), decay.minimum(ratio), decay)
+    for j in range(1, scores.shape[-1]):
+        iou, pairs, c = row(j), label[:, :j] == label[:, j, None], most[:, :j]
+        gaussian = kernel == "gaussian"
+        ratio = torch.exp(-sigma * (iou**2 - c**2)) if gaussian else (1 - iou) / (1 - c).clamp(min=SMALLEST)
+        most[:, j] = torch.where(pairs, iou, 0).amax(-1)
+        decay[:, j] = torch.where(pairs, ratio, 1).amin(-1)
     decayed = torch.where(real, scores.gather(-1, order).double() * decay, 0)
     return torch.empty_like(decayed).scatter_(-1, order, decayed).to(scores.dtype)

@@ -58,7 +58,9 @@ def _matrix_nms(
     words: Tensor, scores: Tensor, kernel: str, sigma: float, labels: Tensor | None, counts: Tensor | None
 ) -> Tensor:
     if scores.dim() == 1:
-        return _matrix_nms(words[None], scores[None], kernel, sigma, None if labels is None else labels[None], counts)[0]
+        return _matrix_nms(words[None], scores[None], kernel, sigma, None if labels is None else labels[None], counts)[
+            0
+        ]
     reference.check_values("matrix_nms", words, counts)
     out = scores.new_empty(scores.shape)
     native._C.matrix_nms(  # type: ignore[union-attr]

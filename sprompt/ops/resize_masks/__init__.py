@@ -58,7 +58,9 @@ def checked_size(op: str, size: Any, cells: tuple[int, int]) -> tuple[int, int]:
         checks.whole(op, "size", side, "be two whole numbers, at least 0")
     height, width = size
     if height * width > _PIXELS:
-        checks.bad_value(op, "size", f"have at most {_PIXELS} pixels", f"{height}x{width}", "is it in the order (H, W)?")
+        checks.bad_value(
+            op, "size", f"have at most {_PIXELS} pixels", f"{height}x{width}", "is it in the order (H, W)?"
+        )
     if (cells[0] == 0 or cells[1] == 0) and height * width > 0:
         checks.bad_value(op, "size", f"be empty for an empty map of {cells[0]}x{cells[1]}", (height, width))
     return height, width

@@ -10,15 +10,15 @@ from sprompt.ops.resize_masks import reference
 
 
 def scratch_words(w: int, width: int, threads: int) -> int:
-    """int32 of scratch for sources of w columns: four tables by output column, and for each thread two source rows (cells,
+    """int32 of scratch for sources of w columns: five tables by output column, and for each thread two source rows (cells,
     cells at output columns, two sets of bits, states by segment of 32 pixels) and the runs of segments; whole cache lines."""
 
     def lines(size: int) -> int:
         return -(-size // 64) * 16
 
     segments, padded = -(-width // 32), -(-w // 32) * 32
-    row = lines(4 * padded + 128) + lines(128 * segments) + 2 * lines(padded // 8 + 8) + lines(segments)
-    return 4 * lines(128 * segments) + threads * (2 * row + lines(segments) + lines(4 * segments))
+    row = lines(4 * padded) + lines(128 * segments) + 2 * lines(padded // 8 + 8) + lines(segments)
+    return 5 * lines(128 * segments) + threads * (2 * row + lines(segments) + lines(4 * segments))
 
 
 def _resize_masks(

@@ -1,0 +1,112 @@
+"""Dynamic 1×1 convolution, hard mask pooling, and both in one read of the features."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks
+from sprompt.ops import checks
+from sprompt.ops.mask_conv import registration as registration
+from sprompt.ops.masks import as_bits
+
+
+def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
+    """Dynamic 1×1 convolution: every image has its own kernels.
+
+    logits[b, n, y, x] = Σ_c kernels[b, n, c] · features[b, c, y, x]
+
+    Args:
+        features: (B, C, H, W) float; pixels with strides other than contiguous ones are copied once.
+        kernels: (B, N, C) float, any strides; one set for all images is `kernels[None].expand(B, N, C)`.
+
+    Returns: logits (B, N, H, W), of the wider dtype of the two; sums in float32. C = 0 gives zeros. NaN and infinity
+    propagate within their pixel or kernel.
+    Gradient to both. Deterministic. Autocast casts both to its dtype, as for torch.matmul.
+
+    >>> features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
+    >>> mask_conv(features, torch.tensor([[[1.0, 0.0], [1.0, -1.0]]])).tolist()
+    [[[[1.0, 2.0]], [[-2.0, -2.0]]]]
+    """
+    return torch.ops.sprompt.mask_conv(*_features_and_kernels("mask_conv", features, kernels))
+
+
+def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
+    """Sum (not mean) of the features under each hard mask.
+
+    pooled[b, n, c] = Σ_p [p in masks[b, n]] · features[b, c, p]
+
+    Args:
+        features: (B, C, H, W) float.
+        masks: BitMasks (B, N) of size (H, W), or dense (B, N, H, W): floats are logits, set where > 0 (strictly; NaN is
+            not set), bool and integers where not 0. (Probabilities: pass `p > 0.5`.)
+
+    Returns: (B, N, C) in the dtype of the features; sums in float32, rounded once, so a float16 sum beyond 65504 is
+    infinite: pool in bfloat16 or float32 where masks are large. An empty mask gives 0. A feature that is not finite makes
+    the sums of its channel infinite or NaN in every mask that holds its pixel; other masks may become NaN in that channel.
+    Cost follows the number of set bits. Gradient to the features, none to the masks. Deterministic. Autocast changes
+    nothing.
+
+    >>> features = torch.arange(6.0).reshape(1, 2, 1, 3)
+    >>> mask_pool(features, torch.tensor([[[[2.0, -1.0, 0.5]]]])).tolist()
+    [[[2.0, 8.0]]]
+    """
+    checks.tensor("mask_pool", "features", features, checks.FLOATS)
+    checks.shape("mask_pool", "features", features, "(B, C, H, W)", (None,) * 4)
+    batch, _, height, width = features.shape
+    bits = as_bits("mask_pool", "masks", masks, 0.0)
+    if len(bits.shape) != 2 or bits.shape[0] != batch:
+        checks.bad_value(
+            "mask_pool",
+            "masks",
+            f"have batch dimensions (B, N) with B = {batch}",
+            tuple(bits.shape),
+            "give one list of masks an image",
+        )
+    if bits.size != (height, width):
+        checks.bad_value(
+            "mask_pool", "masks", f"have the size of the features, {(height, width)}", bits.size, "resize one of them"
+        )
+    checks.same_device("mask_pool", features=features, masks=bits.words)
+    return torch.ops.sprompt.mask_pool(features, bits.words)
+
+
+def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of K-Net: mask logits, and the sum of the features under logits > 0, in one read of the features.
+
+    logits = mask_conv(features, kernels);  pooled = mask_pool(features, logits)
+
+    Args:
+        features: (B, C, H, W) float.
+        kernels: (B, N, C) float, any strides.
+
+    Returns: logits (B, N, H, W) and pooled (B, N, C), of the wider dtype of the two; both equal the two functions above to
+    the bit. The threshold is taken on the logits as returned (rounded to their dtype), strictly; NaN is not set.
+    Gradient as in K-Net, none through the threshold: features get kernelsᵀ ∂logits + [logits > 0]ᵀ ∂pooled, kernels get
+    ∂logits featuresᵀ. Deterministic. Autocast casts both to its dtype. float16: see mask_pool on overflow.
+
+    >>> logits, pooled = mask_update(torch.tensor([[[[1.0, -2.0, 3.0]]]]), torch.tensor([[[2.0], [-1.0]]]))
+    >>> logits.tolist(), pooled.tolist()
+    ([[[[2.0, -4.0, 6.0]], [[-1.0, 2.0, -3.0]]]], [[[4.0], [-2.0]]])
+    """
+    logits, pooled, _ = torch.ops.sprompt.mask_update(*_features_and_kernels("mask_update", features, kernels))
+    return logits, pooled
+
+
+def _features_and_kernels(op: str, features: Any, kernels: Any) -> tuple[Tensor, Tensor]:
+    checks.tensor(op, "features", features, checks.FLOATS)
+    checks.tensor(op, "kernels", kernels, checks.FLOATS)
+    checks.shape(op, "features", features, "(B, C, H, W)", (None,) * 4)
+    batch, channels = features.shape[:2]
+    advice = "drop 1x1 axes with .flatten(2); expand kernels that all images share"
+    checks.shape(op, "kernels", kernels, "(B, N, C)", (None,) * 3, advice)
+    if kernels.shape[0] != batch or kernels.shape[2] != channels:
+        checks.bad_value(
+            op, "kernels", f"have shape (B, N, C) with B = {batch} and C = {channels}", tuple(kernels.shape), advice
+        )
+    checks.same_device(op, features=features, kernels=kernels)
+    dtype = torch.promote_types(features.dtype, kernels.dtype)
+    device = features.device.type
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return features.to(dtype), kernels.to(dtype)

@@ -1,0 +1,81 @@
+"""The cost of matching predicted masks with targets."""
+
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks
+from sprompt.ops import checks
+from sprompt.ops import targets as targets_
+from sprompt.ops.match_cost import registration as registration
+
+
+def match_cost(
+    mask_logits: Tensor,
+    targets: BitMasks | Tensor,
+    class_logits: Tensor | None = None,
+    labels: Tensor | None = None,
+    counts: Tensor | None = None,
+    *,
+    weights: tuple[float, float, float] = (2.0, 1.0, 4.0),
+    upsample: int = 1,
+) -> Tensor:
+    """Cost of every predicted mask for every target, image by image, from one product Σpt and the row sums.
+
+    With z the logits upsampled by `upsample` (bilinear, half-pixel centres), p = σ(z), t the target, sums over the P pixels, and q
+    the probability of the target's class:
+    class = −¼(1 − q)² log(q + ε) + ¾q² log(1 − q + ε), ε = 1e-12 (focal, α = ¼, γ = 2; 1 − q is computed as σ(−logit));
+    bce = −(Σpt + Σ(1 − p)(1 − t)) / P;   dice = −2Σpt / ((Σp² + 1e-3) + (Σt² + 1e-3));
+    cost = weights[0]·class + weights[1]·bce + weights[2]·dice.
+
+    Args:
+        mask_logits: (B, N, h, w) float32, bfloat16 or float16 (float64: on the reference), any strides.
+        targets: (B, G, h·upsample, w·upsample) bool or uint8 (not 0 is 1) or float, as they are; or BitMasks (B, G) of 1, 2 or 4
+            times that size, whose half-pixel bilinear reduction (4: the mean of the central 2×2 of each 4×4 block) is the target.
+        class_logits: (B, N, K) float, or None for a cost without the class term. Its dtype may differ from that of mask_logits.
+        labels: (B, G) int64 in [0, K), with class_logits; those of padding are not read. On a CPU a label outside raises ValueError;
+            on a GPU, where looking would wait for the device, it is held to [0, K).
+        counts: (B,) int64, targets of each image that are real; None: all G.
+        weights: of class, bce and dice.
+        upsample: whole number, at least 1.
+
+    Returns: float32 (B, N, G), 0 in the columns of padding (g ≥ counts[b]), so that nothing in it is infinite. N or G of 0 give
+    an empty result; masks without pixels have bce and dice cost 0. NaN logits of a mask make its row NaN (its image's real columns),
+    which `linear_assignment` reports.
+    Not differentiable: the result is detached. The upsampled probabilities are never stored. Deterministic. Autocast changes nothing.
+
+    >>> logits = torch.tensor([[[[9.0, -9.0]], [[-9.0, 9.0]]]])
+    >>> match_cost(logits, torch.tensor([[[[1, 0]]]]).bool()).round(decimals=2).tolist()
+    [[[-5.0], [-0.0]]]
+    """
+    op = "match_cost"
+    checks.tensor(op, "mask_logits", mask_logits, checks.FLOATS)
+    checks.shape(
+        op, "mask_logits", mask_logits, "(B, N, h, w)", (None, None, None, None), "one image: index it with [None]"
+    )
+    targets_.whole_upsample(op, upsample)
+    B, N, h, w = mask_logits.shape
+    soft, ratio = targets_.as_targets(op, targets, (B, None), "B, G", (h * upsample, w * upsample))
+    if (class_logits is None) != (labels is None):
+        given, missing = ("labels", "class_logits") if class_logits is None else ("class_logits", "labels")
+        checks.bad_value(
+            op, missing, f"be given with {given}", "None", "the class term needs both; pass neither to leave it out"
+        )
+    if class_logits is not None and labels is not None:
+        checks.tensor(op, "class_logits", class_logits, checks.FLOATS)
+        checks.shape(op, "class_logits", class_logits, "(B, N, K)", (B, N, None))
+        if class_logits.shape[2] == 0:
+            checks.bad_value(op, "class_logits", "have at least one class", tuple(class_logits.shape))
+        checks.tensor(op, "labels", labels, (torch.int64,), "give the class of every target")
+        checks.shape(op, "labels", labels, "(B, G)", (B, soft.shape[1]))
+        class_logits = class_logits.detach()
+    checks.counts(op, counts, B)
+    if not isinstance(weights, (tuple, list)) or len(weights) != 3:
+        checks.bad_type(op, "weights", "be three numbers (class, bce, dice)", repr(weights))
+    for weight in weights:
+        checks.number(op, "weights", weight, "be three numbers (class, bce, dice)")
+    checks.same_device(
+        op, mask_logits=mask_logits, targets=soft, class_logits=class_logits, labels=labels, counts=counts
+    )
+    return torch.ops.sprompt.match_cost(
+        mask_logits.detach(), soft, ratio, class_logits, labels, counts, *(float(x) for x in weights), upsample
+    )

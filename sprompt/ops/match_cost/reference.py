@@ -1,0 +1,42 @@
+"""match_cost in plain PyTorch. targets and ratio: see sprompt.ops.targets."""
+
+import torch
+from torch import Tensor
+
+from sprompt.ops.targets import loss_dtype, soft_targets, upsampled
+
+
+def match_cost(
+    mask_logits: Tensor,
+    targets: Tensor,
+    ratio: int,
+    class_logits: Tensor | None,
+    labels: Tensor | None,
+    counts: Tensor | None,
+    class_weight: float,
+    bce_weight: float,
+    dice_weight: float,
+    upsample: int,
+) -> Tensor:
+    z = upsampled(mask_logits, upsample, loss_dtype(mask_logits, class_logits))
+    t = soft_targets(targets, ratio, z.shape[2], z.shape[3], z.dtype).flatten(2)
+    p = z.flatten(2).sigmoid()
+    pixels = p.shape[2]
+    common = p @ t.mT
+    bce = -(common + (1 - p) @ (1 - t).mT) / max(pixels, 1)
+    dice = -2 * common / (((p * p).sum(2)[:, :, None] + 1e-3) + ((t * t).sum(2)[:, None, :] + 1e-3))
+    cost = bce_weight * bce + dice_weight * dice
+    if class_logits is not None and labels is not None:
+        cost = cost + class_weight * _class_cost(class_logits.to(z.dtype), labels)
+    if counts is not None:
+        padding = torch.arange(t.shape[1], device=t.device) >= counts[:, None]
+        cost = cost.masked_fill(padding[:, None], 0)
+    return cost
+
+
+def _class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
+    """(B, N, K), (B, G) -> (B, N, G): the focal loss of the class as positive minus the one as negative."""
+    index = labels.clamp(0, class_logits.shape[2] - 1)[:, None].expand(-1, class_logits.shape[1], -1)
+    z = class_logits.gather(2, index)
+    q, rest = z.sigmoid(), (-z).sigmoid()
+    return -0.25 * rest**2 * (q + 1e-12).log() + 0.75 * q**2 * (rest + 1e-12).log()

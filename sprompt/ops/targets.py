@@ -1,0 +1,83 @@
+"""Soft targets of the losses and the matching cost: what is accepted, and what it means in plain PyTorch.
+
+Targets are dense, at the resolution of the loss (bool and uint8: not 0 is 1; floats: as they are), or BitMasks at r times that
+resolution, r in {1, 2, 4}: their half-pixel bilinear reduction, which is the mean of a 2×2 block for r = 2 and of the central
+2×2 of a 4×4 block for r = 4. An op takes them as (tensor, ratio): ratio 0 is dense, otherwise the tensor is words.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sprompt.masks import BitMasks
+from sprompt.ops import checks
+from sprompt.ops.masks.reference import unpack_masks
+
+DENSE = (torch.bool, torch.uint8, *checks.FLOATS)
+RATIOS = (1, 2, 4)
+
+
+def as_targets(
+    op: str, targets: Any, batch: tuple[int | None, ...], letters: str, size: tuple[int, int]
+) -> tuple[Tensor, int]:
+    """Checks targets of the batch dimensions `batch` (None: any), written `letters`, for a loss of this size."""
+    if isinstance(targets, BitMasks):
+        if len(targets.shape) != len(batch) or any(
+            w not in (None, g) for g, w in zip(targets.shape, batch, strict=True)
+        ):
+            known = "" if None in batch else f" = {tuple(batch)}"
+            checks.bad_value(op, "targets", f"be BitMasks of shape ({letters}){known}", tuple(targets.shape))
+        for ratio in RATIOS:
+            if targets.size == (ratio * size[0], ratio * size[1]):
+                return targets.words, ratio
+        checks.bad_value(
+            op, "targets", f"be BitMasks of 1, 2 or 4 times the size of the loss, {tuple(size)}", tuple(targets.size),
+            "the loss has the size of the logits times upsample",
+        )  # fmt: skip
+    if not isinstance(targets, Tensor):
+        checks.bad_type(op, "targets", "be a BitMasks or a dense tensor", type(targets).__name__)
+    checks.tensor(op, "targets", targets, DENSE, "convert labels with .bool()")
+    form = f"({letters} h·upsample, w·upsample)" if letters.endswith(",") else f"({letters}, h·upsample, w·upsample)"
+    checks.shape(op, "targets", targets, form, (*batch, *size), "resize the targets, or pass them as BitMasks")
+    return targets.detach(), 0
+
+
+def whole_upsample(op: str, upsample: Any) -> None:
+    checks.whole(op, "upsample", upsample, "be a whole number of at least 1", 1)
+
+
+def loss_dtype(*inputs: Tensor | None) -> torch.dtype:
+    """float32, or float64 where an input is (the reference then computes in it)."""
+    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
+
+
+def soft_targets(targets: Tensor, ratio: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Targets as the loss means them, (..., height, width), contiguous: torch's sums depend on the layout."""
+    if ratio == 0:
+        return (targets if targets.is_floating_point() else targets != 0).to(dtype).contiguous()
+    bits = unpack_masks(targets, ratio * height * ratio * width)
+    bits = bits.reshape(*targets.shape[:-1], ratio * height, ratio * width).to(dtype)
+    if ratio == 1:
+        return bits
+    first = ratio // 2 - 1
+    rows = bits[..., first::ratio, :] + bits[..., first + 1 :: ratio, :]
+    return (rows[..., first::ratio] + rows[..., first + 1 :: ratio]) / 4
+
+
+def upsampled(logits: Tensor, upsample: int, dtype: torch.dtype) -> Tensor:
+    """(..., h, w) -> (..., h·upsample, w·upsample), bilinear with half-pixel centres; contiguous."""
+    maps = logits.to(dtype).contiguous()
+    if upsample == 1:
+        return maps
+    size = (*maps.shape[:-2], maps.shape[-2] * upsample, maps.shape[-1] * upsample)
+    if maps.numel() == 0:
+        return maps.new_zeros(size)
+    maps = maps.reshape(1, -1, *maps.shape[-2:])
+    return F.interpolate(maps, scale_factor=upsample, mode="bilinear", align_corners=False).reshape(size)
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """What the native kernels read: the last stride is 1."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -1,0 +1,172 @@
+"""mask_loss, and the samples and truths of targets that match_cost shares."""
+
+# ruff: noqa: E501 (one error case a line)
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sprompt.masks import BitMasks
+from sprompt.ops import mask_loss, pack_masks
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+
+#: (h, w, upsample, kind of target): every kind with every way to upsample, widths around the vector length and the word.
+LAYOUTS = (
+    (6, 8, 2, "float"), (1, 1, 2, "bits 4"), (3, 5, 1, "float"), (7, 17, 2, "bits 1"), (9, 33, 1, "bits 4"), (5, 40, 2, "bits 4"),
+    (4, 7, 3, "bits 2"), (6, 9, 4, "bool"), (2, 70, 1, "bits 2"), (3, 12, 2, "uint8"), (35, 3, 2, "bits 2"), (70, 4, 1, "bits 1"),
+    (1, 9, 5, "float"),
+)  # fmt: skip
+
+
+def make_targets(
+    kind: str, shape: tuple[int, ...], height: int, width: int, device: torch.device, dtype: torch.dtype, seed: int
+) -> BitMasks | Tensor:
+    """Targets for a loss of height × width: "float", "bool", "uint8" (0 and 255) or "bits 1", "bits 2", "bits 4"."""
+    g = random(seed)
+    if kind == "float":
+        return (
+            ((torch.rand(*shape, height, width, generator=g) * 1.4 - 0.2).clamp(0, 1) * 4)
+            .round()
+            .div(4)
+            .to(device, dtype)
+        )
+    ratio = int(kind.split()[1]) if kind.startswith("bits") else 1
+    dense = torch.rand(*shape, ratio * height, ratio * width, generator=g) < 0.4
+    if kind.startswith("bits"):
+        return pack_masks(dense.to(device))
+    return (dense if kind == "bool" else dense.to(torch.uint8) * 255).to(device)
+
+
+def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    samples = []
+    for number, (h, w, upsample, kind) in enumerate(LAYOUTS):
+        logits = (3 * torch.randn(3, h, w, generator=random(seed + number))).to(device, dtype)
+        targets = make_targets(kind, (3,), h * upsample, w * upsample, device, dtype, seed + number)
+        samples.append(Sample(f"{h}x{w}, up {upsample}, {kind}", (logits, targets), {"upsample": upsample}))
+    logits = (3 * torch.randn(4, 5, 9, generator=random(seed))).to(device, dtype)
+    logits[1], logits[2] = 60, -60
+    targets = make_targets("float", (4,), 5, 9, device, dtype, seed)
+    targets[1], targets[2] = 1, 1
+    bits = make_targets("bits 4", (4,), 10, 18, device, dtype, seed)
+    return [
+        *samples,
+        Sample("saturated, right and wrong", (logits, targets)),
+        Sample("no masks", (logits[:0], targets[:0])),
+        Sample("no masks, bits", (logits[:0], bits[:0]), {"upsample": 2}),
+        Sample("no rows", (logits[:, :0], targets[:, :0]), {"upsample": 1}),
+        Sample("no columns", (logits[:, :, :0], make_targets("bool", (4,), 10, 0, device, dtype, 0)), {"upsample": 2}),
+        Sample("empty targets", (logits, torch.zeros(4, 5, 9, dtype=torch.bool, device=device))),
+    ]
+
+
+def exact_targets(targets: BitMasks | Tensor, height: int, width: int) -> np.ndarray:
+    """Soft targets in float64 by their definition: F.interpolate of the dense mask."""
+    if not isinstance(targets, BitMasks):
+        return (targets if targets.is_floating_point() else targets != 0).double().cpu().numpy()
+    dense = targets.to_dense(torch.float64).cpu()
+    if 0 in (*dense.shape, height, width):
+        return np.zeros((*targets.shape, height, width))
+    flat = dense.reshape(1, -1, *targets.size)
+    return F.interpolate(flat, size=(height, width), mode="bilinear").reshape(*targets.shape, height, width).numpy()
+
+
+def exact_upsampled(logits: Tensor, upsample: int) -> np.ndarray:
+    """Bilinear upsampling in float64 from the sampling positions."""
+    maps = logits.double().cpu().numpy()
+    for axis in (-2, -1):
+        n = maps.shape[axis]
+        place = np.clip((np.arange(n * upsample) + 0.5) / upsample - 0.5, 0, max(n - 1, 0))
+        low = place.astype(int)
+        high = np.minimum(low + 1, max(n - 1, 0))
+        fraction = (place - low)[:, None] if axis == -2 else place - low
+        maps = np.take(maps, low, axis) * (1 - fraction) + np.take(maps, high, axis) * fraction
+    return maps
+
+
+def _oracle(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) -> tuple[Tensor, Tensor]:
+    z = exact_upsampled(logits, upsample)
+    t = exact_targets(targets, *z.shape[1:])
+    bce, dice = np.zeros(len(z)), np.zeros(len(z))
+    for m in range(len(z)):
+        p = 1 / (1 + np.exp(-z[m]))
+        terms = t[m] * np.logaddexp(0, -z[m]) + (1 - t[m]) * np.logaddexp(0, z[m])
+        bce[m] = terms.sum() / max(terms.size, 1)
+        dice[m] = 1 - 2 * (p * t[m]).sum() / (((p * p).sum() + 1e-3) + ((t[m] * t[m]).sum() + 1e-3))
+    return torch.from_numpy(bce).to(logits.device), torch.from_numpy(dice).to(logits.device)
+
+
+_soft_cache: dict[tuple[int, torch.dtype], tuple[BitMasks, Tensor]] = {}
+
+
+def prepared(targets: BitMasks | Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The released code reduces its targets once, before any loss: made once, not timed."""
+    if not isinstance(targets, BitMasks):
+        return targets.to(dtype)
+    key = (id(targets.words), dtype)
+    if key not in _soft_cache:
+        dense = targets.to_dense(torch.float32).reshape(1, -1, *targets.size)
+        soft = F.interpolate(dense, size=size, mode="bilinear").reshape(*targets.shape, *size).to(dtype)
+        _soft_cache[key] = (targets, soft)
+    return _soft_cache[key][1]
+
+
+def _eager(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) -> tuple[Tensor, Tensor]:
+    z = F.interpolate(logits[None], scale_factor=upsample, mode="bilinear", align_corners=False)[0]
+    t = prepared(targets, (z.shape[1], z.shape[2]), z.dtype)
+    bce = F.binary_cross_entropy_with_logits(z, t, reduction="none").flatten(1).mean(1)
+    p, t = z.sigmoid().flatten(1), t.flatten(1)
+    a = torch.sum(p * t, 1)
+    b = torch.sum(p * p, 1) + 1e-3
+    c = torch.sum(t * t, 1) + 1e-3
+    return bce.float(), (1 - 2 * a / (b + c)).float()
+
+
+_logits, _targets = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5)
+
+SPECS = [
+    OpSpec(
+        mask_loss, _samples, ("mask_loss", "mask_loss_backward"), gradients=("logits",), oracle=_oracle,
+        errors=(
+            ErrorCase("a list", lambda: mask_loss([_logits], _targets), TypeError, r"mask_loss: logits must be a tensor, got list"),  # type: ignore[arg-type]
+            ErrorCase("integer logits", lambda: mask_loss(_logits.long(), _targets), TypeError, r"mask_loss: logits must have dtype float32, "),
+            ErrorCase("a batch", lambda: mask_loss(_logits[None], _targets), ValueError, r"mask_loss: logits must have shape \(M, h, w\), got \(1, 3, 4, 5\); flatten"),
+            ErrorCase("no targets", lambda: mask_loss(_logits, None), TypeError, r"mask_loss: targets must be a BitMasks or a dense tensor, got NoneType"),  # type: ignore[arg-type]
+            ErrorCase("int64 targets", lambda: mask_loss(_logits, _targets.long()), TypeError, r"mask_loss: targets must have dtype bool, uint8, float32.*got int64; convert"),
+            ErrorCase("fewer targets", lambda: mask_loss(_logits, _targets[1:]), ValueError, r"mask_loss: targets must have shape \(M, h·upsample, w·upsample\) = \(3, 4, 5\), got \(2, 4, 5\)"),
+            ErrorCase("low targets", lambda: mask_loss(_logits, _targets, upsample=2), ValueError, r"mask_loss: targets must have shape .* = \(3, 8, 10\), got \(3, 4, 5\)"),
+            ErrorCase("fewer bits", lambda: mask_loss(_logits, pack_masks(_targets[1:])), ValueError, r"mask_loss: targets must be BitMasks of shape \(M,\) = \(3,\), got \(2,\)"),
+            ErrorCase("bits of batches", lambda: mask_loss(_logits, pack_masks(_targets[None])), ValueError, r"mask_loss: targets must be BitMasks of shape \(M,\) = \(3,\), got \(1, 3\)"),
+            ErrorCase("bits of 3 times", lambda: mask_loss(_logits, pack_masks(torch.zeros(3, 12, 15))), ValueError, r"mask_loss: targets must be BitMasks of 1, 2 or 4 times the size of the loss, \(4, 5\), got \(12, 15\)"),
+            ErrorCase("upsample 0", lambda: mask_loss(_logits, _targets, upsample=0), ValueError, r"mask_loss: upsample must be a whole number of at least 1, got 0"),
+            ErrorCase("upsample 1.5", lambda: mask_loss(_logits, _targets, upsample=1.5), TypeError, r"mask_loss: upsample must be a whole number of at least 1, got 1.5"),  # type: ignore[arg-type]
+            ErrorCase("devices differ", lambda: mask_loss(_logits, _targets.to("meta")), ValueError, r"mask_loss: targets must be on the device of logits \(cpu\), got meta"),
+        ),
+    ),
+]  # fmt: skip
+
+
+def _bench(kind: str) -> Callable[[torch.device, torch.dtype, int], Sample]:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+        logits = (3 * torch.randn(40, 100, 168, generator=random(seed))).to(device, dtype)
+        bits = pack_masks(blobs(40, 800, 1344, seed, device))
+        if kind == "bits 4":
+            targets: BitMasks | Tensor = bits
+        else:
+            soft = F.interpolate(bits.to_dense(torch.float32)[None], size=(200, 336), mode="bilinear")[0]
+            targets = pack_masks(soft) if kind == "bits 1" else soft.to(dtype)
+        return Sample("", (logits, targets), {"upsample": 2})
+
+    return make
+
+
+BENCHES = [
+    Bench(
+        mask_loss, f"40 x (100x168) up 2, {name}", _bench(kind), _eager, gradients=("logits",),
+        dtypes=(torch.float32, torch.bfloat16) if kind == "float" else (torch.float32,),
+        flops=40 * 67200 * 45, bytes=40 * (16800 * 4 + 67200 * size), goals={"full": 4, "memory": 4},
+    )
+    for kind, name, size in (("float", "soft targets", 4.0), ("bits 1", "bits", 1 / 8), ("bits 4", "bits of 800x1344", 1.0))
+]  # fmt: skip

@@ -1,0 +1,164 @@
+"""resize_masks, BitMasks.resize."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks
+from sprompt.ops import resize_masks
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+
+Make = Callable[[torch.device, torch.dtype, int], Sample]
+#: Rounding of the interpolation in float32, relative to the largest cell: closer to the threshold either bit is right.
+NEAR = 1e-5
+
+
+def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    g = random(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(device, dtype)
+
+    special = normal(2, 9, 40)
+    special[:, 2, 3:9] = float("inf")
+    special[:, 6, 30] = -float("inf")
+    special[1, 4, 11:13] = float("nan")
+    smooth = (8 * blobs(5, 20, 34, seed) - 4).to(device, dtype)
+    return [
+        Sample("blobs x 4", (smooth, (80, 136))),
+        Sample("odd sizes", (normal(2, 3, 7, 11), (23, 37))),
+        Sample("the padding cut off", (smooth, (75, 133)), {"crop": (18.75, 33.25)}),
+        Sample("one cell of many", (normal(2, 6, 6), (5, 40)), {"crop": (0.3, 0.7)}),
+        Sample("smaller", (normal(3, 50, 70), (13, 17))),
+        Sample("much smaller", (normal(2, 40, 300), (3, 5)), {"threshold": 0.1}),
+        Sample("wider and flatter", (normal(2, 30, 9), (7, 130))),
+        Sample("the same size", (normal(2, 8, 33), (8, 33))),
+        Sample("a third, at cell centres", (normal(2, 12, 30), (4, 10))),
+        Sample("probabilities", (smooth.float().sigmoid().to(dtype), (41, 70)), {"threshold": 0.5}),
+        Sample("infinities and NaN", (special, (36, 161))),
+        Sample("infinities and NaN, the same size", (special, (9, 40))),
+        Sample("threshold inf", (special, (18, 80)), {"threshold": float("inf")}),
+        Sample("threshold of the size of the held cells", (special, (18, 80)), {"threshold": 3e38}),
+        Sample("one cell", (normal(4, 1, 1), (3, 5))),
+        Sample("one pixel", (normal(4, 5, 6), (1, 1))),
+        Sample("no batch", (normal(5, 6), (10, 11))),
+        Sample("no masks", (normal(0, 5, 6), (10, 11))),
+        Sample("no pixels", (normal(2, 5, 6), (0, 11))),
+        Sample("empty map, no pixels", (normal(2, 0, 6), (0, 0))),
+    ]  # fmt: skip
+
+
+def interpolated(soft: Tensor, size: tuple[int, int], crop: tuple[float, float] | None) -> Tensor:
+    """(M, H, W) in float64. Without a crop torch's own interpolation; with one a product with the two axes' weights."""
+    masks = soft.shape[:-2].numel()
+    cells = soft.detach().double().reshape(masks, *soft.shape[-2:])
+    if masks == 0 or 0 in size:
+        return cells.new_zeros(masks, *size)
+    if crop is None:
+        return torch.nn.functional.interpolate(cells[None], size, mode="bilinear", align_corners=False)[0]
+    sides = []
+    for cells_of_axis, pixels, extent in zip(cells.shape[1:], size, crop, strict=True):
+        weights = cells.new_zeros(pixels, cells_of_axis)
+        for x in range(pixels):
+            place = min(max((x + 0.5) * extent / pixels - 0.5, 0.0), cells_of_axis - 1.0)
+            for k in range(cells_of_axis):
+                weights[x, k] = max(0.0, 1.0 - abs(place - k))
+        sides.append(weights)
+    return sides[0] @ cells @ sides[1].T
+
+
+def same_but_near(actual: BitMasks, expected: BitMasks, sample: Sample) -> None:
+    """Bits agree with the float64 interpolation, but where it is within rounding of the threshold (or not finite)."""
+    bound = sample.bound(resize_masks)
+    soft, size, threshold = bound["soft"], tuple(bound["size"]), bound.get("threshold", 0.0)
+    assert actual.size == size and actual.shape == soft.shape[:-2]
+    finite = soft.detach().double().cpu()
+    pixels = interpolated(finite, size, bound.get("crop"))
+    ours, theirs = (m.to_dense().cpu().reshape(pixels.shape) for m in (actual, expected))
+    largest = float(finite[finite.isfinite()].abs().max()) if finite.isfinite().any() else 0.0
+    known = pixels.isfinite() & ((pixels - threshold).abs() > NEAR * max(largest, 1.0))
+    assert torch.equal(ours[known], (pixels > threshold)[known])
+    assert torch.equal(ours[known], theirs[known])
+
+
+_soft = torch.zeros(2, 4, 6)
+
+
+def _error(
+    name: str, error: type[Exception], message: str, soft: Any = _soft, size: Any = (2, 2), **options: Any
+) -> ErrorCase:
+    return ErrorCase(name, lambda: resize_masks(soft, size, **options), error, f"resize_masks: {message}")
+
+
+SPECS = [
+    OpSpec(
+        resize_masks, _samples, ("resize_masks",), compare=same_but_near,
+        errors=(
+            _error("a list", TypeError, "soft must be a tensor, got list", [1.0]),
+            _error("bool", TypeError, "soft must have dtype float32, .*got bool; masks that are bits have BitMasks.resize", _soft > 0),
+            _error("one row", ValueError, r"soft must have shape \(..., h, w\), got \(6,\)", _soft[0, 0]),
+            _error("size a number", TypeError, r"size must be \(H, W\), got 8", size=8),
+            _error("size of floats", TypeError, "size must be two whole numbers, at least 0, got 8.0", size=(8.0, 8)),
+            _error("size negative", ValueError, "size must be two whole numbers, at least 0, got -1", size=(8, -1)),
+            _error("2^31 pixels", ValueError, "size must have at most 2147483647 pixels, got 65536x32768", size=(2**16, 2**15)),
+            _error("empty map", ValueError, r"size must be empty for an empty map of 0x6, got \(2, 2\)", _soft[:, :0]),
+            _error("threshold NaN", ValueError, "threshold must be a number, got nan", threshold=float("nan")),
+            _error("crop a number", TypeError, r"crop must be \(ch, cw\) or None, got 2.0", crop=2.0),
+            _error("crop of 0", ValueError, r"crop must lie in \(0, 4\], the map's h, got 0.0", crop=(0.0, 2.0)),
+            _error("crop in pixels", ValueError, r"crop must lie in \(0, 6\], the map's w, got 24; crop counts cells", crop=(4, 24)),
+            _error("crop NaN", ValueError, r"crop must lie in \(0, 6\], the map's w, got nan", crop=(4, float("nan"))),
+            _error("crop of text", TypeError, r"crop must lie in \(0, 4\], the map's h, got '4'", crop=("4", 2)),
+        ),
+    ),
+]  # fmt: skip
+
+
+def _logits(count: int, height: int, width: int, size: tuple[int, int]) -> Make:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+        return Sample("", ((8 * blobs(count, height, width, seed, device) - 4).to(dtype), size))
+
+    return make
+
+
+def _random(count: int, height: int, width: int, size: tuple[int, int]) -> Make:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+        return Sample("", (torch.randn(count, height, width, generator=random(seed)).to(device, dtype), size))
+
+    return make
+
+
+def _eager(soft: Tensor, size: tuple[int, int], *, threshold: float = 0.0) -> Tensor:
+    """What inference code does."""
+    return torch.nn.functional.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0] > threshold
+
+
+def _agree(actual: BitMasks, expected: Tensor, sample: Sample) -> None:
+    """Differs from eager only close to the threshold: torch rounds coordinates to float32, and half results to half."""
+    soft, size = sample.args
+    near = (1e-4 if soft.dtype == torch.float32 else 2.0**-6) * float(soft.abs().max())
+    for m in range(len(soft)):
+        off = actual[m].to_dense() != expected[m]
+        assert interpolated(soft[m], size, None)[0][off].abs().sum() <= near * int(off.sum())
+        assert int(off.sum()) <= 1e-3 * off.numel(), f"{int(off.sum())} of {off.numel()} pixels of mask {m} differ"
+
+
+def _bytes(count: int, source: int, target: int) -> float:
+    return count * (4.0 * source + target / 8)
+
+
+BENCHES = [
+    Bench(
+        resize_masks, "100 x (200x336 -> 800x1333)", _logits(100, 200, 336, (800, 1333)), _eager, agree=_agree,
+        dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(100, 67200, 1066400), goals={"forward": 8, "memory": 20},
+    ),
+    Bench(
+        resize_masks, "100 x (200x336 -> 800x1333), random", _random(100, 200, 336, (800, 1333)), _eager, agree=_agree,
+        bytes=_bytes(100, 67200, 1066400), goals={"forward": 8, "memory": 20},
+    ),
+    Bench(
+        resize_masks, "50 x (800x1333 -> 200x336)", _logits(50, 800, 1333, (200, 336)), _eager, agree=_agree,
+        bytes=_bytes(50, 1066400 // 2, 67200),  # of every four rows two are read
+    ),
+]  # fmt: skip

@@ -1,0 +1,247 @@
+"""mask_nms, batched_mask_nms, matrix_nms: tables by hand, properties, and what is peculiar to them."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import sprompt
+from sprompt import BitMasks, native
+from sprompt.ops import batched_mask_nms, mask_nms, matrix_nms, pack_masks
+from sprompt.testing.spec import blobs
+from sprompt.testing.specs.mask_nms import _greedy, _matrix_oracle, _pixels, saliency
+
+
+def native_runs() -> bool:
+    with sprompt.trace_backends() as ran:
+        mask_nms(torch.ones(1, 1, 1), torch.ones(1))
+    return ran[-1] == ("mask_nms", "native")
+
+
+def runs(width: int, *spans: tuple[int, int]) -> Tensor:
+    """One-row masks with pixels [first, end) set: what boxes with one side are to torchvision."""
+    x = torch.arange(width)
+    return torch.stack([(x >= first) & (x < end) for first, end in spans])[:, None]
+
+
+@pytest.mark.parametrize(
+    ("spans", "scores", "threshold", "kept"),
+    [
+        # torchvision.ops.nms of the boxes (first, 0, end, 1) gives the same indices.
+        (((0, 10), (1, 10), (20, 30)), (0.9, 0.8, 0.7), 0.5, [0, 2]),
+        (((0, 10), (1, 10), (20, 30)), (0.8, 0.9, 1.0), 0.5, [2, 1]),
+        (((0, 10), (5, 15), (10, 20)), (0.9, 0.8, 0.7), 0.5, [0, 1, 2]),  # IoU 1/3
+        (((0, 10), (5, 15), (10, 20)), (0.9, 0.8, 0.7), 0.3, [0, 2]),  # the second goes, so it cannot remove the third
+        (((0, 2), (0, 1)), (0.9, 0.8), 0.5, [0, 1]),  # IoU exactly at the threshold stays
+        (((0, 2), (0, 1)), (0.9, 0.8), 0.4999, [0]),
+        (((0, 10), (0, 7)), (0.9, 0.8), 0.7, [0, 1]),  # 7/10 is the float 0.7
+        (((0, 49), (0, 1)), (0.9, 0.8), 1 / 49, [0, 1]),  # 1/49 * 49 is not 1 in float64, the quotient is 1/49
+        (((0, 3), (0, 3), (0, 3)), (0.5, 0.5, 0.5), 0.5, [0]),  # ties: the lower index comes first
+        (((0, 3), (0, 3)), (0.5, 0.9), 1.0, [1, 0]),  # nothing exceeds 1
+        (((0, 3), (2, 5), (5, 6)), (0.9, 0.8, 0.7), 0.0, [0, 2]),  # any overlap exceeds 0, touching is none
+        (((0, 0), (0, 5), (3, 3)), (0.9, 0.8, 0.7), 0.5, [1]),  # empty masks are never kept
+        (((0, 5), (0, 5), (6, 9)), (math.nan, 0.1, -math.inf), 0.5, [1, 2]),  # NaN is visited as -inf
+        (((0, 5), (0, 5)), (math.nan, -math.inf), 0.5, [0]),
+    ],
+)
+def test_greedy_tables(
+    spans: tuple[tuple[int, int], ...], scores: tuple[float, ...], threshold: float, kept: list[int]
+) -> None:
+    masks = runs(60, *spans)
+    assert mask_nms(masks, torch.tensor(scores), threshold).tolist() == kept
+    keep, counts = batched_mask_nms(masks[None], torch.tensor([scores]), threshold)
+    assert keep.tolist() == [kept + [-1] * (len(spans) - len(kept))] and counts.tolist() == [len(kept)]
+
+
+def test_padding_and_limits() -> None:
+    masks = runs(40, (0, 10), (20, 30), (10, 20), (0, 9)).expand(2, 4, 1, 40)
+    scores = torch.tensor([[0.1, 0.2, 0.3, 0.4], [-math.inf, math.nan, 5.0, 6.0]])
+    counts = torch.tensor([4, 2])
+    keep, kept = batched_mask_nms(masks, scores, 0.5, counts, 5)
+    assert keep.tolist() == [[3, 2, 1, -1, -1], [0, 1, -1, -1, -1]] and kept.tolist() == [3, 2]
+    keep, kept = batched_mask_nms(masks, scores, 0.5, counts, 1)
+    assert keep.tolist() == [[3], [0]] and kept.tolist() == [1, 1]
+    keep, kept = batched_mask_nms(masks, scores, 0.5, counts, 0)
+    assert keep.shape == (2, 0) and kept.tolist() == [0, 0]
+    decayed = matrix_nms(masks, scores, counts=counts)
+    assert decayed[1, 2:].tolist() == [0, 0] and decayed[1, 0] == -math.inf and decayed[1, 1].isnan()
+
+
+def test_three_duplicates() -> None:
+    """The released formula gives NaN for the third of three identical masks with the linear kernel."""
+    masks = runs(40, (0, 10), (0, 10), (0, 10), (20, 25))
+    scores = torch.tensor([1.0, 0.9, 0.8, 0.7])
+    assert matrix_nms(masks, scores, kernel="linear").tolist() == torch.tensor([1.0, 0.0, 0.0, 0.7]).tolist()
+    expected = torch.tensor([1.0, 0.9 * math.exp(-2), 0.8 * math.exp(-2), 0.7])
+    torch.testing.assert_close(matrix_nms(masks, scores), expected, rtol=3e-7, atol=0)
+
+
+def test_matrix_by_hand() -> None:
+    """a = [0, 4), b = [0, 3), c = [1, 3): iou ab 3/4, ac 1/2, bc 2/3; c_b = 3/4."""
+    masks, scores = runs(40, (1, 3), (0, 4), (0, 3)), torch.tensor([0.25, 1.0, 0.5])
+    linear = [0.25 * min(1 / 2, (1 / 3) / (1 / 4)), 1.0, 0.5 * (1 / 4)]
+    torch.testing.assert_close(matrix_nms(masks, scores, kernel="linear"), torch.tensor(linear))
+    gaussian = [0.25 * math.exp(-3 * max(1 / 4, 4 / 9 - 9 / 16)), 1.0, 0.5 * math.exp(-3 * 9 / 16)]
+    torch.testing.assert_close(matrix_nms(masks, scores, sigma=3.0), torch.tensor(gaussian))
+    apart = matrix_nms(masks, scores, labels=torch.tensor([-5, 2**40, 2**40]))
+    torch.testing.assert_close(apart, torch.tensor([0.25, 1.0, 0.5 * math.exp(-2 * 9 / 16)]))
+
+
+@pytest.mark.parametrize("kernel", ("gaussian", "linear"))
+def test_decay_lies_between_0_and_1(kernel: str) -> None:
+    masks = saliency(200, 20, 24, 3)
+    decay = matrix_nms(masks, torch.ones(200), kernel=kernel)
+    assert decay.max() == 1 and decay[0] == 1
+    assert (decay > 0).all() if kernel == "gaussian" else (decay >= 0).all()
+
+
+def test_toy_map() -> None:
+    """Halves with orthogonal features: 960 seeds give two distinct maps, of which greedy keeps one each."""
+    left = torch.zeros(24, 40)
+    left[:, :20] = 1
+    seeds = torch.arange(960) % 40 < 20
+    masks = torch.where(seeds[:, None, None], left, 1 - left)
+    assert mask_nms(masks, torch.ones(960)).tolist() == [0, 20]
+    decayed = matrix_nms(masks, torch.ones(960))
+    assert (decayed == 1).sum() == 2 and (decayed >= 0.7).nonzero().flatten().tolist() == [0, 20]
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    st.integers(1, 80), st.integers(1, 40), st.integers(1, 80), st.sampled_from((0.02, 0.3, 0.5, 0.9)),
+    st.sampled_from((0.0, 0.2, 1 / 3, 0.5, 0.7, 0.9, 1.0)), st.integers(0, 10**6),
+)  # fmt: skip
+def test_equals_pair_by_pair(n: int, height: int, width: int, density: float, threshold: float, seed: int) -> None:
+    g = torch.Generator().manual_seed(seed)
+    base = torch.rand(1 + n // 3, height, width, generator=g) < density  # noisy copies of fewer masks
+    masks = base[torch.randint(len(base), (n,), generator=g)] ^ (torch.rand(n, height, width, generator=g) < 0.03)
+    scores = torch.randint(7, (n,), generator=g).float()
+    assert mask_nms(masks, scores, threshold).tolist() == _greedy(_pixels(masks), scores.numpy(), threshold)
+    labels = torch.randint(2, (n,), generator=g)
+    for kernel in ("gaussian", "linear"):
+        actual = matrix_nms(masks, scores, kernel=kernel, labels=labels)
+        expected = _matrix_oracle(masks, scores, kernel=kernel, labels=labels)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-7)
+
+
+def truth(
+    masks: BitMasks, scores: Tensor, threshold: float, kernel: str, sigma: float = 2.0
+) -> tuple[list[int], Tensor]:
+    """Greedy and matrix results from the whole pair matrix in float64."""
+    order = scores.argsort(descending=True)
+    pixels = masks.to_dense(torch.float64).flatten(1)[order]
+    common, area = pixels @ pixels.T, pixels.sum(1)
+    iou = common / (area[:, None] + area - common)
+    keep = torch.ones(len(order), dtype=torch.bool)
+    for i in range(len(order)):
+        keep[i + 1 :] &= ~(keep[i] & (iou[i, i + 1 :] > threshold))
+    iou = iou.triu(1)
+    c = iou.amax(0)[:, None]
+    ratio = torch.exp(-sigma * (iou**2 - c**2)) if kernel == "gaussian" else (1 - iou) / (1 - c).clamp(min=1e-6)
+    decay = torch.where(torch.ones_like(iou).triu(1) > 0, ratio, 1).amin(0)
+    decayed = torch.empty_like(decay).scatter_(0, order, scores[order].double() * decay)
+    return order[keep].tolist(), decayed.float()
+
+
+@pytest.mark.parametrize("shape", ((33, 210, 300), (300, 25, 34), (6, 400, 500)), ids=str)
+@pytest.mark.parametrize("source", ("blobs", "saliency", "noise"))
+def test_large_masks(shape: tuple[int, int, int], source: str) -> None:
+    """Wide bins (counted until certain), units of more than one pixel, several blocks, thresholds that are true ratios."""
+    noise = torch.rand(shape, generator=torch.Generator().manual_seed(3))
+    masks = {"blobs": blobs(*shape, seed=1), "saliency": saliency(*shape, seed=2), "noise": noise}[source]
+    masks[:, 0, 0] = 1  # none is empty
+    bits = pack_masks(masks)
+    scores = torch.rand(shape[0], generator=torch.Generator().manual_seed(4))
+    pixels = bits.to_dense(torch.float64).flatten(1)[:7]
+    common = pixels @ pixels.T
+    ratios = (common / (pixels.sum(1)[:, None] + pixels.sum(1) - common))[0, 1:].tolist()
+    with sprompt.use_backend("native") if native._C else contextlib.nullcontext():
+        for number, threshold in enumerate((0.0, 0.05, 0.5, 0.9, *ratios)):
+            kernel = ("gaussian", "linear")[number % 2]
+            kept, decayed = truth(bits, scores, threshold, kernel)
+            assert mask_nms(bits, scores, threshold).tolist() == kept
+            if number < 4:
+                torch.testing.assert_close(matrix_nms(bits, scores, kernel=kernel), decayed, rtol=1e-6, atol=1e-7)
+
+
+def test_the_same_on_any_number_of_threads() -> None:
+    n = 600 if native_runs() else 60  # all pairs are counted: enough for the threads to be used
+    masks = torch.rand(n, 30, 40, generator=torch.Generator().manual_seed(0))
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    batch, batch_scores = pack_masks(saliency(n, 30, 40, 5)).reshape(6, n // 6), scores.reshape(6, n // 6)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(
+                (
+                    mask_nms(masks, scores, 0.33),
+                    matrix_nms(masks, scores),
+                    matrix_nms(masks, scores, kernel="linear"),
+                    *batched_mask_nms(batch, batch_scores),
+                    matrix_nms(batch, batch_scores),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_memory_that_is_not_ours_is_not_read() -> None:
+    """Fresh scratch holds anything; results must not follow from it (lanes that no mask uses yet)."""
+    masks, scores = pack_masks(saliency(120, 20, 24, 0)), torch.rand(120, generator=torch.Generator().manual_seed(0))
+    expected = mask_nms(masks, scores, 0.8), matrix_nms(masks, scores)
+    for fill in (-1, 127, -128, 3):
+        for size in (120 + 32, 200):
+            junk = torch.full((size * 192,), fill, dtype=torch.int8)
+            del junk  # the allocator hands the same bytes out again
+            assert torch.equal(mask_nms(masks, scores, 0.8), expected[0])
+            assert torch.equal(matrix_nms(masks, scores), expected[1])
+
+
+def test_order_of_the_caller() -> None:
+    masks, scores = saliency(90, 14, 15, 8), torch.rand(90, generator=torch.Generator().manual_seed(2))
+    shuffle = torch.randperm(90, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(shuffle[mask_nms(masks[shuffle], scores[shuffle])], mask_nms(masks, scores))
+    assert torch.equal(matrix_nms(masks[shuffle], scores[shuffle]), matrix_nms(masks, scores)[shuffle])
+
+
+def test_no_gradient() -> None:
+    masks, scores = saliency(9, 5, 6, 0).requires_grad_(), torch.rand(9).requires_grad_()
+    assert not matrix_nms(masks, scores).requires_grad
+    assert not mask_nms(masks, scores).requires_grad
+
+
+def test_float64_scores_run_the_reference() -> None:
+    """A difference that float32 cannot hold still orders the masks."""
+    masks, scores = runs(9, (0, 5), (0, 5)), torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
+    assert mask_nms(masks, scores).tolist() == [1]
+    assert matrix_nms(masks, scores).dtype == torch.float64
+
+
+def test_no_pair_matrix_and_no_dense_mask() -> None:
+    """Four thousand masks: the pair matrix would take 64 MB, the scratch takes under 1 MB."""
+    if not native_runs():
+        pytest.skip("a promise of the native kernel")
+    bits = BitMasks(pack_masks(blobs(500, 16, 16, 0)).words.repeat(8, 1), (16, 16))
+    scores = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        matrix_nms(bits, scores)
+        mask_nms(bits, scores)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert largest < 1_000_000, largest
+
+
+@pytest.mark.parametrize("name", ("batched_mask_nms", "matrix_nms"))
+def test_counts_out_of_range(name: str) -> None:
+    masks, scores = torch.ones(2, 3, 2, 2), torch.rand(2, 3)
+    function = {"batched_mask_nms": batched_mask_nms, "matrix_nms": matrix_nms}[name]
+    for bad in ([4, 0], [0, -1]):
+        with pytest.raises(ValueError, match=rf"{name}: counts must lie between 0 and 3, got {bad[0] or bad[1]}"):
+            function(masks, scores, counts=torch.tensor(bad))

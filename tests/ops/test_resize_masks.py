@@ -1,0 +1,249 @@
+"""resize_masks and BitMasks.resize: tables, equality of the backends to the bit, agreement with torch's interpolation."""
+
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import sprompt
+from sprompt import BitMasks
+from sprompt.ops import pack_masks, resize_masks
+from sprompt.ops.resize_masks.reference import taps
+from sprompt.testing.spec import blobs
+from sprompt.testing.specs.resize_masks import interpolated
+
+INF, NAN = float("inf"), float("nan")
+
+
+def bits(masks: BitMasks) -> list:
+    return masks.to_dense().int().tolist()
+
+
+def both(soft: torch.Tensor, size: tuple[int, int], **options: object) -> BitMasks:
+    """resize_masks on the backend in force, which must agree with the reference to the bit."""
+    masks = resize_masks(soft, size, **options)
+    with sprompt.use_backend("reference"):
+        expected = resize_masks(soft, size, **options)
+    assert torch.equal(masks.words, expected.words), int((masks.to_dense() != expected.to_dense()).sum())
+    return masks
+
+
+def test_tables() -> None:
+    assert bits(both(torch.tensor([[-1.0, 3.0]]), (1, 8))) == [[0, 0, 0, 1, 1, 1, 1, 1]], (
+        "-1, -1, -.5, .5, 1.5, 2.5, 3, 3"
+    )
+    assert bits(both(torch.tensor([[-1.0], [3.0]]), (8, 1), threshold=0.5)) == [
+        [0],
+        [0],
+        [0],
+        [0],
+        [1],
+        [1],
+        [1],
+        [1],
+    ], "strict"
+    # The crop (1.5 of 3 cells, 3 pixels): pixel centres at cells 0.25, 0.75, 1.25 less a half: -0.25 -> 0, 0.25, 0.75.
+    assert bits(both(torch.tensor([[-1.0, 1.0, 9.0]]), (1, 3), crop=(1.0, 1.5))) == [[0, 0, 1]]
+    # A crop reads beyond its end: the last pixel of 1.9 cells into 19 is at 1.35.
+    row = both(torch.tensor([[-1.0, -1.0, 9.0]]), (1, 19), crop=(1.0, 1.9))
+    assert bits(row) == [[int(-1 + 10 * max(0.0, (x + 0.5) * 0.1 - 0.5 - 1) > 0) for x in range(19)]]
+    assert bits(both(torch.tensor([[5.0]]), (2, 2))) == [[1, 1], [1, 1]]
+
+
+def test_values_without_weight_do_not_count() -> None:
+    """The same size: every weight is 0 or 1, so each pixel is its cell, whatever stands beside it."""
+    cells = torch.tensor([[1.0, NAN, 1.0, INF, -1.0, -INF, 1.0], [INF, -INF, 1.0, 1.0, INF, 1.0, NAN]])
+    assert bits(both(cells, (2, 7))) == [[1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 0]]
+    # Every third cell: centres again.
+    assert bits(both(cells.repeat_interleave(3, 1).repeat_interleave(3, 0), (2, 7))) == [
+        [1, 0, 1, 1, 0, 0, 1],
+        [1, 0, 1, 1, 1, 1, 0],
+    ]
+
+
+def test_infinities_and_nan() -> None:
+    assert bits(both(torch.tensor([[-1.0, INF]]), (1, 4))) == [[0, 1, 1, 1]], "a quarter of infinity outweighs"
+    assert bits(both(torch.tensor([[1.0, -INF]]), (1, 4))) == [[1, 0, 0, 0]]
+    assert bits(both(torch.tensor([[INF, -INF]]), (1, 4))) == [[1, 1, 0, 0]], "not NaN"
+    assert bits(both(torch.tensor([[1.0, NAN]]), (1, 4))) == [[1, 0, 0, 0]]
+    assert bits(both(torch.tensor([[3e38, INF]]), (1, 2), threshold=3e38)) == [[0, 0]], "held at 2^127"
+    assert bits(both(torch.tensor([[-INF, 1.0]]), (1, 2), threshold=-INF)) == [[1, 1]], "held at -2^127"
+    assert bits(both(torch.tensor([[INF, 1.0]]), (1, 2), threshold=INF)) == [[0, 0]]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_backends_agree_to_the_bit(dtype: torch.dtype) -> None:
+    """Random sizes, layouts, crops and thresholds; values that are smooth, tied with the threshold, or of a huge range."""
+    draw = random.Random(0)
+    g = torch.Generator().manual_seed(0)
+    for case in range(60):
+        h, w = draw.randint(1, 40), draw.randint(1, 110)
+        any_size = draw.randint(1, 130), draw.randint(1, 260)
+        H, W = draw.choice([(draw.randint(1, 12), draw.randint(1, 12)), any_size, (4 * h, 4 * w), (h, w)])
+        M = draw.choice([1, 2, 66]) if h * w * H * W < 1 << 20 else 2
+        soft = (
+            torch.randn(M, h, w, generator=g),
+            blobs(M, h, w, case) - 0.5,
+            torch.randint(-1, 2, (M, h, w), generator=g).float(),
+            torch.randn(M, h, w, generator=g) * (torch.rand(M, h, w, generator=g) * 80 - 40).exp2(),
+        )[case % 4].to(dtype)
+        if case % 5 == 0:
+            chance = torch.rand(M, h, w, generator=g)
+            soft[chance < 0.02] = NAN
+            soft[chance > 0.98] = INF
+            soft[(chance > 0.95) & (chance < 0.97)] = -INF
+        if case % 3 == 0:
+            soft = soft.mT.contiguous().mT
+        crop = None if case % 2 else (draw.uniform(0.01, 1) * h, draw.choice([w, draw.uniform(0.01, 1) * w]))
+        both(soft, (H, W), threshold=draw.choice([0.0, 0.5, -1.0, INF, -INF, 1.0, 1e-30]), crop=crop)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 30),
+    st.integers(1, 70),
+    st.integers(1, 90),
+    st.integers(1, 90),
+    st.integers(0, 99),
+    st.floats(-0.5, 0.5),
+)
+def test_agrees_with_torch(h: int, w: int, H: int, W: int, seed: int, threshold: float) -> None:
+    soft = torch.randn(2, h, w, generator=torch.Generator().manual_seed(seed))
+    pixels = F.interpolate(soft[None], (H, W), mode="bilinear", align_corners=False)[0]
+    off = resize_masks(soft, (H, W), threshold=threshold).to_dense() != (pixels > threshold)
+    assert not off.any() or (pixels[off] - threshold).abs().max() < 1e-5
+
+
+def test_crop_equals_slicing_a_larger_image() -> None:
+    """A crop of 3/4 of the cells into 3/4 of the pixels is the top-left of the whole."""
+    soft = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(1))
+    whole = resize_masks(soft, (64, 96))
+    assert torch.equal(both(soft, (48, 72), crop=(12.0, 18.0)).words, whole.crop(0, 0, 48, 72).words)
+    exact = interpolated(soft, (75, 133), (15.3, 23.1))
+    off = both(soft, (75, 133), crop=(15.3, 23.1)).to_dense() != (exact > 0)
+    assert exact[off].abs().sum() < 1e-5
+
+
+@pytest.mark.parametrize("threshold", (0.1, 0.7, -0.3, 1e30, 0.0, 1.0))
+def test_cells_next_to_the_threshold(threshold: float) -> None:
+    """Cells one or two steps of float32 from the threshold: rounding may carry a pixel over it, on every backend alike."""
+    level = torch.tensor(threshold)
+    up, down = torch.tensor(INF), torch.tensor(-INF)
+    near = torch.stack((level.nextafter(down), level, level.nextafter(up), level.nextafter(down).nextafter(down)))
+    cells = near[torch.randint(0, 4, (6, 23, 37), generator=torch.Generator().manual_seed(2))]
+    for constant in near:
+        both(constant.expand(1, 23, 37), (61, 97), threshold=float(level))
+    both(cells, (61, 97), threshold=float(level))
+
+
+@pytest.mark.parametrize("threshold", (3e38, -3e38))
+def test_thresholds_beyond_the_held_cells(threshold: float) -> None:
+    """Whole segments of infinities, which count as 2^127: above -3e38, not above 3e38."""
+    for value in (INF, -INF):
+        assert both(torch.full((1, 8, 80), value), (16, 200), threshold=threshold).area().item() == (
+            3200 if threshold < 0 else 0
+        )
+
+
+def test_weights() -> None:
+    first, second, w0, w1 = taps(8, 4, 4.0, torch.float32, torch.device("cpu"))
+    assert first.tolist() == [0, 0, 0, 1, 1, 2, 2, 3] and second.tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
+    assert w1.tolist() == [0, 0.25, 0.75, 0.25, 0.75, 0.25, 0.75, 0] and (w0 + w1 == 1).all()
+    rounded = taps(3, 1000, 1e-9, torch.float32, torch.device("cpu"))
+    assert rounded.first.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("M", (1, 3, 70))
+def test_threads_and_bands(M: int) -> None:
+    """Large images are cut into bands of rows, and many masks are not; every number of threads gives the same bits."""
+    soft = blobs(M, 11, 20, 2) - 0.5
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(resize_masks(soft, (133, 121)).words)
+            results.append(torch.cat([resize_masks(m, (133, 121)).words[None] for m in soft]))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(r, results[0]) for r in results)
+    assert (
+        BitMasks(results[0], (133, 121)).area().tolist()
+        == resize_masks(soft, (133, 121)).to_dense().sum((1, 2)).tolist()
+    )
+
+
+def test_padding_bits_are_zero() -> None:
+    for width in (1, 31, 32, 33, 63, 95):
+        masks = resize_masks(torch.ones(3, 2, 2), (5, width))
+        assert masks.area().tolist() == [5 * width] * 3
+        assert (masks.words[:, -1] == (-1 if 5 * width % 32 == 0 else (1 << 5 * width % 32) - 1)).all()
+
+
+def test_very_wide() -> None:
+    soft = torch.tensor([[[1.0, -1.0], [-1.0, -1.0]]])
+    masks = resize_masks(soft, (4, 2**20))
+    # Columns ramp from 1 to -1 over the middle half, u = 0 to 1: the pixel is 2 (1 - u) weight - 1 > 0. The rows' weights of
+    # the upper cells are 1, 3/4, 1/4 and 0, so u < 1/2, u < 1/3, never, never.
+    lengths = masks.to_dense().sum(-1)[0].tolist()
+    assert lengths[0] == 2**19 and lengths[2:] == [0, 0]
+    assert lengths[1] == int((0.25 + 0.5 / 3) * 2**20 + 0.5)
+
+
+def test_far_apart_rows() -> None:
+    """Strides that are not those of a dense tensor, and cells beyond 2^31 elements from the first."""
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # touched in four places only
+    view = memory.as_strided((1, 2, 2), (0, 2**31, 5))
+    view.copy_(torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]))
+    assert torch.equal(resize_masks(view, (6, 6)).words, resize_masks(view.contiguous(), (6, 6)).words)
+
+
+# -- BitMasks.resize
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 40), st.integers(1, 90), st.integers(1, 90), st.integers(1, 130), st.integers(0, 99), st.floats(0, 1)
+)
+def test_resize_of_bits(h: int, w: int, H: int, W: int, seed: int, density: float) -> None:
+    dense = (torch.rand(2, h, w, generator=torch.Generator().manual_seed(seed)) < density).float()
+    masks = pack_masks(dense)
+    resized = masks.resize((H, W))
+    assert resized.size == (H, W)
+    assert torch.equal(resized.words, resize_masks(dense, (H, W), threshold=0.5).words)
+    with sprompt.use_backend("reference"):
+        assert torch.equal(resized.words, masks.resize((H, W)).words)
+    pixels = F.interpolate(dense[None], (H, W), mode="bilinear", align_corners=False)[0]
+    off = resized.to_dense() != (pixels > 0.5)
+    assert not off.any() or (pixels[off] - 0.5).abs().max() < 1e-5
+
+
+def test_resize_of_bits_shapes() -> None:
+    masks = pack_masks(torch.rand(2, 3, 9, 14) > 0.5)
+    assert masks.resize((9, 14)).words.equal(masks.words)
+    assert masks.resize((18, 28)).shape == (2, 3) and masks[0, 1].resize((18, 28)).shape == ()
+    assert masks[:, :0].resize((4, 4)).words.shape == (2, 0, 1)
+    assert masks.resize((0, 4)).words.shape == (2, 3, 0)
+    assert torch.equal(masks[1].resize((18, 28)).words, masks.resize((18, 28)).words[1])
+    strided = BitMasks(torch.stack((masks.words, masks.words), -1)[..., 0], masks.size)
+    assert torch.equal(strided.resize((5, 40)).words, masks.resize((5, 40)).words)
+
+
+def test_resize_of_bits_refuses() -> None:
+    masks = pack_masks(torch.zeros(2, 0, 6))
+    with pytest.raises(ValueError, match=r"BitMasks.resize: size must be empty for an empty map of 0x6, got \(4, 4\)"):
+        masks.resize((4, 4))
+    with pytest.raises(TypeError, match=r"BitMasks.resize: size must be \(H, W\), got 4"):
+        masks.resize(4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"BitMasks.resize: size must have at most 2147483647 pixels"):
+        pack_masks(torch.zeros(2, 3, 6)).resize((1 << 16, 1 << 15))
+
+
+def test_resize_of_bits_compiles() -> None:
+    masks = pack_masks(torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0)) > 0.5)
+    compiled = torch.compile(lambda m: m.resize((20, 31)), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(masks).words, masks.resize((20, 31)).words)
+    torch.library.opcheck(torch.ops.sprompt.resize_bits.default, (masks.words, 9, 14, 20, 31))
