@@ -30,6 +30,9 @@ SWITCHES = {
     "SPROMPT_SANITIZE": "`1` at build: AddressSanitizer and UndefinedBehaviorSanitizer",
     "SPROMPT_WERROR": "`1` at build: compiler warnings are errors",
     "SPROMPT_EMULATE_AVX512": "`1` at build, for tests: the avx512 level on an AVX2 machine, its instructions emulated",
+    "SPROMPT_SANITIZE_LEVELS": "instruction sets of `make sanitize`; default `avx512 avx2 portable`",
+    "SPROMPT_FUZZ_INPUTS": "inputs of the fuzz driver of `make sanitize`; default 1000000",
+    "SPROMPT_BUILD_JOBS": "compilers that `make sanitize` runs at once",
     "SPROMPT_TEST_WORKERS": "processes of `make test`; default 2",
 }
 
