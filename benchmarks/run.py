@@ -33,6 +33,7 @@ def main() -> int:
         "--mode", action="append", choices=MODES, help="only this mode (may be repeated); default: all that a row has"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="only this dtype")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each row is timed (default: 2)")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes most of the time)")
     parser.add_argument(
@@ -61,6 +62,8 @@ def main() -> int:
             if options.op and bench.function.__name__ not in options.op:
                 continue
             for dtype in bench.dtypes[:1] if options.quick else bench.dtypes:
+                if options.dtype and str(dtype).removeprefix("torch.") not in options.dtype:
+                    continue
                 for mode in options.mode or MODES:
                     if mode in ("backward", "full") and not bench.gradients:
                         continue
