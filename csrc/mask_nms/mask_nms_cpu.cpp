@@ -151,10 +151,8 @@ static void sort_scores(const T* scores, int64_t stride, const Image& im) {
 static void sort_by_score(const View& scores, int64_t image, const Image& im){
     SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))}
 
-// Threads for work of about so many nanoseconds: waking the others costs some microseconds, and far more on a busy machine.
-SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
-    return nanoseconds > 250000 ? threads : 1;
-}
+// Threads for work of about so many nanoseconds: waking the others costs some microseconds.
+SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) { return nanoseconds > 40000 ? threads : 1; }
 
 // Profile and area of every mask, by place.
 static void describe(const Image& im, const Binning& cut, int threads) {
