@@ -48,8 +48,11 @@ def _pairs(side: int) -> Sample:
 
 
 def _update(images: int) -> Sample:
-    """About one pixel in twenty above zero."""
-    return Sample("", (_randn(images, 256, 50, 84), 0.1 * _randn(images, 100, 256) - 0.01))
+    """About one pixel in twenty set; whole numbers, so that no rival rounds a logit to the other side of 0."""
+    features = torch.randint(-2, 3, (images, 256, 50, 84), generator=random(0)).float()
+    kernels = torch.randint(-1, 2, (images, 100, 256), generator=random(1)).float()
+    features[:, 0], kernels[:, :, 0] = 1, -30
+    return Sample("", (features, kernels))
 
 
 def _loss(masks: int) -> Sample:

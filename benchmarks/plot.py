@@ -68,6 +68,7 @@ def bars(result: dict[str, Any], out: Path) -> None:
     axes.set_xscale("log")
     axes.set_xlim(0.5, max([r["ratio"] for r in rows] + [10]) * 3)
     axes.set_yticks(list(places), labels, fontsize=7)
+    axes.set_ylim(-1, len(rows))
     axes.set_xlabel("times faster than eager PyTorch (red mark: goal)")
     axes.set_title(result["machine"], fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
@@ -109,6 +110,8 @@ def draw_growth(result: dict[str, Any], out: Path) -> None:
         for name, colour in (("eager", EAGER), ("ours", OURS)):
             axes.plot(sizes, [p[name] for p in curve["points"]], marker="o", color=colour, label=name)
         axes.set(title=curve["title"], xlabel=curve["axis"], ylabel="ms", xscale="log", yscale="log")
+        axes.set_xticks(sizes, [str(size) for size in sizes])
+        axes.minorticks_off()
         axes.title.set_fontsize(9)
         axes.legend(frameon=False)
         axes.spines[["top", "right"]].set_visible(False)

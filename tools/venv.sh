@@ -44,5 +44,6 @@ fi
 install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 echo "installing into $venv (the first time this downloads torch; PIP_INDEX_URL and pip's other settings hold)"
 install setuptools packaging pybind11 cmake ninja
-SPROMPT_NO_EXT=1 install --no-build-isolation -e ".[dev]"
+# editable_mode=compat: a path, not an import hook, which would lend this tree's kernels to any other copy of sprompt.
+SPROMPT_NO_EXT=1 install --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
 touch "$venv/.ready"
