@@ -130,7 +130,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
     return found
 
 
-def floor(flops: float, least_bytes: float, dtype: torch.dtype, found: dict[str, float]) -> float:
+def floor(flops: float, least_bytes: float, dtype: str, found: dict[str, float]) -> float:
     """The larger of the two times that the machine needs at least: arithmetic and memory."""
-    rate = found["float32"] if dtype == torch.float32 else max(found["bfloat16"], found["float32"])
+    rate = found["float32"] if dtype == "float32" else max(found["bfloat16"], found["float32"])
     return max(flops / rate / 1e6, least_bytes / found["copy"] / 1e6)

@@ -106,7 +106,8 @@ def show(result: dict[str, Any]) -> None:
 
 def markdown(result: dict[str, Any]) -> str:
     lines = [_heading(result).replace("\n", "  \n"), "", "| " + " | ".join(HEADER) + " |", "|" + "---|" * len(HEADER)]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in result["rows"]]
+    told = [row for row in result["rows"] if row["mode"] != "memory" or row["goal"]]
+    lines += ["| " + " | ".join(cells(row)) + " |" for row in told]
     if result["empty_calls"]:
         lines += [
             "",

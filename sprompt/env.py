@@ -144,7 +144,7 @@ def support_matrix() -> str:
     def kernels(ops: tuple[str, ...], device: str) -> str:
         return ", ".join(name for name in backends.ORDER[device] if name in backends.registered(ops[0]))
 
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    short = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     rows = [
         "| function | CPU | CUDA | floats | gradient to | `torch.compile` | autocast |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -33,7 +33,7 @@ struct Prefetch {
 };
 
 // ---- Pooling of one block by set bits. A block is 64 rows of one pixel each, followed by the sums of 2, 4 and 8
-// neighbours: a mask is a list of rows to add, about as long as its edge, and never longer than 64 or so.
+// neighbours: a mask is a list of rows to add, about as long as its edge: at most 32 (64 without the sums).
 
 constexpr int64_t pair_rows_begin = 64, quad_rows_begin = 96, oct_rows_begin = 112, row_count = 120;
 constexpr uint64_t even_bits = 0x5555555555555555u;

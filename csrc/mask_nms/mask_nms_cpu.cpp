@@ -151,16 +151,14 @@ static void sort_scores(const T* scores, int64_t stride, const Image& im) {
 static void sort_by_score(const View& scores, int64_t image, const Image& im){
     SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))}
 
-// Threads for work of about so many nanoseconds: waking the others costs some microseconds, and far more on a busy machine.
-SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
-    return nanoseconds > 100000 ? threads : 1;
-}
+// Threads for work of about so many nanoseconds: waking the others costs some microseconds.
+SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) { return nanoseconds > 40000 ? threads : 1; }
 
 // Profile and area of every mask, by place.
 static void describe(const Image& im, const Binning& cut, int threads) {
     const int64_t unit = (int64_t{1} << cut.shift) - 1;
-    const int64_t cost = 64 + cut.n / 4;  // about nanoseconds a mask
-    parallel_for(im.N, 1 + 30000 / cost, threads_for(im.N * cost, threads), [&](int64_t begin, int64_t end, int) {
+    const int64_t cost = 80 + cut.n / 8;  // about nanoseconds a mask
+    parallel_for(im.N, 1 + 50000 / cost, threads_for(im.N * cost, threads), [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
             const uint32_t* mask = im.mask(i);
             int16_t* profile = im.profile + i * bins;
@@ -291,7 +289,7 @@ struct Greedy {
         int64_t counted = 0;
         for (int64_t begin = 0; begin < im.N && kept < most; begin += block) {
             const int64_t end = begin + block < im.N ? begin + block : im.N, before = kept;
-            const int64_t work = counted * (16 + cut.n / 4) + (end - begin) * kept;
+            const int64_t work = counted * (16 + cut.n / 16) + (end - begin) * kept;
             parallel_for(end - begin, 8, threads_for(work, threads), [&](int64_t first, int64_t last, int) {
                 for (int64_t j = begin + first; j < begin + last; ++j) {
                     uint32_t found = 0;

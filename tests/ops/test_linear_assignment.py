@@ -115,6 +115,20 @@ def test_the_end_of_the_range(largest: float) -> None:
             assert image[matched, range(7)].sum() == pytest.approx(image[row, column].sum(), abs=1e-12)
 
 
+def test_sums_beyond_the_range() -> None:
+    """Entries of both signs at the very end of float64: differences overflow, unless they are scaled."""
+    end = 1.7e308
+    cost = torch.tensor([[end, -end, end], [-end, -end, end], [-end, end, -end], [end, end, end]], dtype=torch.float64)
+    for image in (cost, cost.T, -cost):
+        small = image / end
+        for backend in ("native", "reference") if not SLOW else ("reference",):
+            with sprompt.use_backend(backend):
+                rows = linear_assignment(image)
+            columns = (rows >= 0).nonzero()[:, 0]
+            row, column = linear_sum_assignment(small.numpy())
+            assert float(small[rows[columns], columns].sum()) == small.numpy()[row, column].sum()
+
+
 def test_padding_is_not_read() -> None:
     cost = torch.randn(3, 8, 6, generator=torch.Generator().manual_seed(5))
     counts = torch.tensor([2, 0, 5])

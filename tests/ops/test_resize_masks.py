@@ -127,6 +127,27 @@ def test_crop_equals_slicing_a_larger_image() -> None:
     assert exact[off].abs().sum() < 1e-5
 
 
+@pytest.mark.parametrize("threshold", (0.1, 0.7, -0.3, 1e30, 0.0, 1.0))
+def test_cells_next_to_the_threshold(threshold: float) -> None:
+    """Cells one or two steps of float32 from the threshold: rounding may carry a pixel over it, on every backend alike."""
+    level = torch.tensor(threshold)
+    up, down = torch.tensor(INF), torch.tensor(-INF)
+    near = torch.stack((level.nextafter(down), level, level.nextafter(up), level.nextafter(down).nextafter(down)))
+    cells = near[torch.randint(0, 4, (6, 23, 37), generator=torch.Generator().manual_seed(2))]
+    for constant in near:
+        both(constant.expand(1, 23, 37), (61, 97), threshold=float(level))
+    both(cells, (61, 97), threshold=float(level))
+
+
+@pytest.mark.parametrize("threshold", (3e38, -3e38))
+def test_thresholds_beyond_the_held_cells(threshold: float) -> None:
+    """Whole segments of infinities, which count as 2^127: above -3e38, not above 3e38."""
+    for value in (INF, -INF):
+        assert both(torch.full((1, 8, 80), value), (16, 200), threshold=threshold).area().item() == (
+            3200 if threshold < 0 else 0
+        )
+
+
 def test_weights() -> None:
     first, second, w0, w1 = taps(8, 4, 4.0, torch.float32, torch.device("cpu"))
     assert first.tolist() == [0, 0, 0, 1, 1, 2, 2, 3] and second.tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
