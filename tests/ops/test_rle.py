@@ -1,9 +1,11 @@
 """Run lengths: hand-written strings, pycocotools to the byte, every malformed string, and any string at all."""
 
 import itertools
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,11 +373,20 @@ def test_decoded_masks_are_evaluated_alike() -> None:
     assert np.abs(coco.iou(rles[:6], rles[:6], [0] * 6) - bits[:6].iou().numpy()).max() < 1e-6
 
 
-def test_import_needs_no_pycocotools() -> None:
+def test_import_needs_no_pycocotools(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['pycocotools'] = None\n"
         "import torch; from sprompt.ops import rle_encode, rle_decode\n"
         "print(rle_decode(rle_encode(torch.ones(1, 2, 3))).area().tolist())"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    # From elsewhere, so that it imports the package that this process has, not the one in the working directory.
+    home = str(Path(sprompt.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": home},
+    )
+    assert done.returncode == 0, done.stderr
     assert done.stdout == "[6]\n"
