@@ -22,6 +22,11 @@ SPROMPT_INLINE vs load(const int16_t* p) {
     return v;
 }
 SPROMPT_INLINE void store(int16_t* p, vs v) { __builtin_memcpy(p, &v, sizeof v); }
+// Wraps: lanes that are not in use hold anything.
+SPROMPT_INLINE vs add(vs a, vs b) {
+    typedef uint16_t vu __attribute__((vector_size(sizeof(vs))));
+    return (vs)((vu)a + (vu)b);
+}
 SPROMPT_INLINE vs minimum(vs a, vs b) { return a < b ? a : b; }
 SPROMPT_INLINE vs maximum(vs a, vs b) { return a > b ? a : b; }
 // Bit i is set where lane i of a is at least lane i of b.
@@ -152,7 +157,9 @@ static void sort_by_score(const View& scores, int64_t image, const Image& im){
     SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))}
 
 // Threads for work of about so many nanoseconds: waking the others costs some microseconds.
-SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) { return nanoseconds > 40000 ? threads : 1; }
+SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
+    return nanoseconds > 40000 ? threads : 1;
+}
 
 // Profile and area of every mask, by place.
 static void describe(const Image& im, const Binning& cut, int threads) {
@@ -202,7 +209,7 @@ struct Probe {
     // Units that `lanes` masks have in common with this one at most.
     SPROMPT_INLINE vs common(const int16_t* interleaved) const {
         vs sum{};
-        for (int bin = first; bin < last; ++bin) sum += minimum(load(interleaved + bin * group), profile[bin]);
+        for (int bin = first; bin < last; ++bin) sum = add(sum, minimum(load(interleaved + bin * group), profile[bin]));
         return sum;
     }
 };
@@ -262,7 +269,7 @@ struct Greedy {
         const Probe probe(im.profile + j * bins);
         const vs need = need_of(im.area[j]) - vs{};
         for (int64_t start = first / lanes * lanes; start < kept; start += lanes) {
-            const vs wanted = maximum(load(im.need + start) + need, vs{} + 1);
+            const vs wanted = maximum(add(load(im.need + start), need), vs{} + 1);
             uint32_t open = bits_at_least(probe.common(im.interleaved + start / group * group * bins + start % group), wanted);
             if (start + lanes > kept) open &= (uint32_t{1} << (kept - start)) - 1;  // lanes that are not in use
             for (; open != 0; open &= open - 1) {
