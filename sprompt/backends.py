@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 from sprompt import native
 
 NAMES = ("reference", "native", "triton", "cuda")
-#: Backends by device type, in the order in which they are tried.
-ORDER = {"cpu": ("native", "reference"), "cuda": ("cuda", "triton", "reference")}
+#: Backends by device type, in the order in which they are tried. The reference takes everything, so what stands behind it runs
+#: only if asked for by name: Triton's interpreter, and the CUDA kernels on the host emulation of the tests.
+ORDER = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference")}
 
 
 class Backend(NamedTuple):
@@ -90,10 +91,6 @@ def available(op: str, device: str) -> dict[str, str]:
     }
 
 
-def _can_serve(name: str, device: str) -> bool:
-    return name in ORDER.get(device, ("reference",))
-
-
 def run(op: str, device: str, args: tuple[Any, ...]) -> Any:
     """Runs an op on the first backend that can."""
     backends = _table[op]
@@ -104,8 +101,8 @@ def run(op: str, device: str, args: tuple[Any, ...]) -> Any:
             chosen = backends.get(name)  # type: ignore[assignment]
             if chosen is not None and not chosen.why_not(*args):
                 break
-        if chosen.name == "reference" and device == "cpu" and native._C is None:
-            _warn_missing()
+        if chosen.name == "reference":
+            _warn_if_missing(op, device, args)
     for trace in _traces:
         trace.append((op, chosen.name))
     return chosen.run(*args)
@@ -113,7 +110,7 @@ def run(op: str, device: str, args: tuple[Any, ...]) -> Any:
 
 def _forced_backend(op: str, device: str, args: tuple[Any, ...]) -> Backend:
     name = str(_forced)
-    if not _can_serve(name, device):
+    if name not in ORDER.get(device, ("reference",)):
         raise RuntimeError(f"{op}: backend {name} was asked for, but it does not run on {device}")
     if name not in _table[op]:
         raise RuntimeError(f"{op}: backend {name} was asked for, but there is no {name} kernel of {op}")
@@ -123,8 +120,17 @@ def _forced_backend(op: str, device: str, args: tuple[Any, ...]) -> Backend:
     return _table[op][name]
 
 
-def _warn_missing() -> None:
+def _warn_if_missing(op: str, device: str, args: tuple[Any, ...]) -> None:
+    """Once a process: the reference ran because something is not installed or not built, not because of the arguments."""
     global _warned
-    if not _warned and os.environ.get("SPROMPT_NO_EXT", "0") == "0":
-        _warned = True
-        warnings.warn(f"sprompt runs its slow reference on the CPU: {native.why_missing}", stacklevel=2)
+    if _warned or os.environ.get("SPROMPT_NO_EXT", "0") != "0":
+        return
+    for name in ORDER.get(device, ()):
+        if name == "reference":
+            return
+        backend = _table[op].get(name)
+        missing = backend.why_not() if backend is not None else ""
+        if missing:
+            _warned = True
+            warnings.warn(f"sprompt runs the slow reference of {op} on {device}: {missing}", stacklevel=3)
+            return

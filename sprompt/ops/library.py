@@ -1,18 +1,29 @@
 """Registration of ops with torch: one call an op gives it its schema, fake kernel, backends and (optionally) autograd."""
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from sprompt import backends, native
+from sprompt import backends, cuda, native
+from sprompt.ops import launch
 from sprompt.ops.schemas import SCHEMAS
 
 LIBRARY = torch.library.Library("sprompt", "DEF")
+#: The fake kernel of every op: outputs of the right shape and dtype, unwritten.
+FAKES: dict[str, Callable[..., Any]] = {}
 
 
 def _always(*args: object) -> str:
     return ""
+
+
+def _lazy(module: str, function: str) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return run
 
 
 def register_op(
@@ -22,18 +33,26 @@ def register_op(
     reference: Callable[..., Any],
     native_kernel: Callable[..., Any] | None = None,
     native_why_not: Callable[..., str] = native.why_not,
+    gpu: str | None = None,
 ) -> None:
-    """Defines torch.ops.sprompt.<name> from its line in schemas.py. The first argument of every op is a tensor."""
+    """Defines torch.ops.sprompt.<name> from its line in schemas.py. The first argument of every op is a tensor.
+
+    gpu: "triton" or "cuda", the backend on a GPU: the function `name` of that module of the room, imported when it first runs.
+    """
     LIBRARY.define(f"{name}{SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
     backends.add(name, "reference", reference, _always)
     if native_kernel is not None:
         backends.add(name, "native", native_kernel, native_why_not)
+    if gpu is not None:
+        room = fake.__module__.rpartition(".")[0]  # fake kernels live in the room's registration.py
+        backends.add(name, gpu, _lazy(f"{room}.{gpu}", name), {"triton": launch, "cuda": cuda}[gpu].why_not)
 
     def run(first: torch.Tensor, *rest: Any) -> Any:
         return backends.run(name, first.device.type, (first, *rest))
 
     # One kernel for every device: the device's own backends are chosen inside.
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    FAKES[name] = fake
     torch.library.register_fake(f"sprompt::{name}", fake, lib=LIBRARY)
 
 

@@ -102,6 +102,9 @@ class Bench:
     bytes: float = 0.0
     #: Parameters that get a gradient in the modes backward and full.
     gradients: tuple[str, ...] = ()
+    #: The device type whose table has the row. "cuda": the paper's batch, 12 images; also compiled ahead of time and counted
+    #: on machines without a GPU (sprompt/testing/compiled.py).
+    device: str = "cpu"
     #: Wanted ratios, eager / ours: {"forward": 5.0, "full": 4.0, "memory": 10.0, "library": 2.0, "forward bfloat16": 3.0}.
     goals: dict[str, float] = field(default_factory=dict)
 

@@ -224,7 +224,7 @@ register_op(
 register_op("prompt_match", fake=_prompt_match_fake, reference=_prompt_match_reference, native_kernel=_prompt_match)
 register_op(
     "prompt_match_backward", fake=_prompt_match_backward_fake, reference=reference.prompt_match_backward,
-    native_kernel=_prompt_match_backward,
+    native_kernel=_prompt_match_backward, gpu="triton",
 )  # fmt: skip
 
 register_gradient("region_mean", _region_mean_gradient, _region_mean_setup)

@@ -1,0 +1,162 @@
+"""Launching Triton kernels: the one function that starts them, their configurations, and what can be known without a GPU.
+
+Each room's triton.py calls `launch` with a Cost: the bytes and operations that follow from the launch's own grid and tiles.
+`with recording() as launches:` keeps every launch; with run=False nothing runs, so that kernels can be compiled ahead of time
+and their traffic counted at any size on a machine without a GPU (sprompt/testing/compiled.py).
+"""
+
+import functools
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    from triton import knobs
+except ImportError:
+    triton = None
+
+ROOMS = Path(__file__).parent
+#: Architecture whose configurations serve where there is no GPU (the interpreter); recording() may ask for another.
+DEFAULT_ARCH = 90
+
+
+class Cost(NamedTuple):
+    """What one launch moves and computes. Every global load and store is in `read`, `again` or `written`."""
+
+    read: int = 0  #: bytes read for the first time
+    written: int = 0  #: bytes written
+    again: int = 0  #: bytes that some other program of the launch has read as well: caches serve them if they fit
+    flops: int = 0  #: multiplications and additions
+
+
+class Launch(NamedTuple):
+    kernel: Any  #: the @triton.jit function
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]  #: in the order of its parameters
+    constants: dict[str, Any]  #: its tl.constexpr parameters
+    num_warps: int
+    num_stages: int
+    cost: Cost
+
+
+_records: list[list[Launch]] = []
+_run = True
+_arch: int | None = None
+
+
+@contextmanager
+def recording(run: bool = True, arch: int | None = None) -> Iterator[list[Launch]]:
+    """Keeps every launch inside the block. run=False: none of them runs, outputs stay unwritten, tensors may lie on the CPU.
+    arch: configurations of that architecture (80, 90, 100) are used whatever the device."""
+    global _run, _arch
+    before, launches = (_run, _arch), []  # type: ignore[var-annotated]
+    _records.append(launches)
+    _run, _arch = _run and run, arch if arch is not None else _arch
+    try:
+        yield launches
+    finally:
+        _records.remove(launches)
+        _run, _arch = before
+
+
+def interpreted() -> bool:
+    """Whether kernels run under Triton's interpreter (TRITON_INTERPRET=1), which takes tensors on the CPU."""
+    return triton is not None and bool(knobs.runtime.interpret)
+
+
+def why_not(*args: object) -> str:
+    """Why the Triton kernels cannot take these arguments; empty if they can."""
+    if triton is None:
+        return "triton is not installed; type `pip install triton`"
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if arg.dtype == torch.float64:
+                return "the Triton kernels compute in float32; float64 runs on the reference"
+            if not arg.is_cuda and _run and not interpreted():
+                return "the Triton kernels need a CUDA device (TRITON_INTERPRET=1 runs them on the CPU, for tests)"
+    return ""
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    cost: Cost,
+    num_warps: int = 4,
+    num_stages: int = 2,
+    **constants: Any,
+) -> None:
+    """Starts `kernel` on the current stream of the first tensor's device. Nothing runs if the grid is empty."""
+    if 0 in grid:
+        return
+    for record in _records:
+        record.append(Launch(kernel, grid, args, constants, num_warps, num_stages, cost))
+    if not _run:
+        return
+    device = next(arg.device for arg in args if isinstance(arg, Tensor))
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+    else:
+        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+# -- configurations
+
+
+@functools.lru_cache(None)
+def _architecture(device: torch.device) -> int:
+    if device.type != "cuda":
+        return DEFAULT_ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.lru_cache(None)
+def _read(room: str) -> dict[str, list[dict[str, int]]]:
+    return json.loads((ROOMS / room / "configs.json").read_text())
+
+
+@functools.lru_cache(1024)
+def _pick(name: str, arch: int, bits: int, size: int) -> dict[str, int]:
+    """Of the entries for this element size, this or an older architecture, and at least `size`: the newest architecture's
+    smallest."""
+    room, kernel = name.split(".")
+    fits = [
+        entry
+        for entry in _read(room)[kernel]
+        if entry.get("bits", bits) == bits
+        and entry.get("arch", 80) <= max(arch, 80)
+        and size <= entry.get("upto", size)
+    ]
+    best = min(fits, key=lambda entry: (-entry.get("arch", 80), entry.get("upto", 1 << 62)))
+    return {key: value for key, value in best.items() if key not in ("arch", "bits", "upto")}
+
+
+def config(name: str, like: Tensor, size: int = 0) -> dict[str, int]:
+    """Tile sizes, num_warps and num_stages of the kernel "room.kernel", from the room's configs.json: a list of entries a
+    kernel, each for an architecture ("arch" and newer), an element size ("bits": 16 or 32) and a problem size ("upto"); what
+    an entry leaves out holds for all. `python -m benchmarks.tune` times candidates on a GPU and writes the file."""
+    arch = _arch if _arch is not None else _architecture(like.device)
+    return _pick(name, arch, like.element_size() * 8, size)
+
+
+def precision(like: Tensor) -> str:
+    """How float32 products are formed: exactly, unless torch's own switch for matrix products allows tf32."""
+    return "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def tiles(size: int, block: int) -> int:
+    """How many blocks cover `size`."""
+    return -(-size // block)
+
+
+def padded(size: int, least: int = 16) -> int:
+    """The power of two that holds `size`, at least `least` (tl.dot needs 16)."""
+    return max(least, 1 << max(size - 1, 0).bit_length())
