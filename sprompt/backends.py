@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sprompt import native
-
 NAMES = ("reference", "native", "triton", "cuda")
 #: Backends by device type, in the order in which they are tried. The reference takes everything, so what stands behind it runs
 #: only if asked for by name: Triton's interpreter, and the CUDA kernels on the host emulation of the tests.

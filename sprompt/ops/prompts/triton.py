@@ -1,6 +1,5 @@
 """Triton kernels of prompt_match, region_mean and mask_mean. B images, N kernels, L prompts, C channels."""
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
