@@ -3,6 +3,9 @@
 SPROMPT_NO_EXT=1    install pure Python; every op then runs its reference
 SPROMPT_SANITIZE=1  build with AddressSanitizer and UndefinedBehaviorSanitizer
 SPROMPT_WERROR=1    treat compiler warnings as errors
+SPROMPT_CUDA=auto|on|off  the CUDA kernels: where nvcc is found (default), or an error without it, or not at all
+SPROMPT_CUDA_ARCHS="80;90"  GPU architectures (default 80;90;100)
+SPROMPT_EMULATE_CUDA=1  tests only: compile the CUDA kernels for the host (tests/emulation)
 SPROMPT_EMULATE_AVX512=1  tests only: compile the avx512 level for AVX2, its instructions emulated (tests/emulation)
 """
 
@@ -46,6 +49,9 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DSPROMPT_SANITIZE={'ON' if switch('SPROMPT_SANITIZE') else 'OFF'}",
             f"-DSPROMPT_WERROR={'ON' if switch('SPROMPT_WERROR') else 'OFF'}",
+            f"-DSPROMPT_CUDA={os.environ.get('SPROMPT_CUDA', 'auto').lower()}",
+            f"-DSPROMPT_CUDA_ARCHS={os.environ.get('SPROMPT_CUDA_ARCHS', '')}",
+            f"-DSPROMPT_EMULATE_CUDA={'ON' if switch('SPROMPT_EMULATE_CUDA') else 'OFF'}",
             f"-DSPROMPT_EMULATE_AVX512={'ON' if switch('SPROMPT_EMULATE_AVX512') else 'OFF'}",
         ]  # fmt: skip
         for command in (configure, ["cmake", "--build", str(build), "--target", "_C"]):

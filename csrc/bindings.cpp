@@ -53,6 +53,20 @@ void set_dtypes(const py::dict& codes) {
 
 namespace pybind11::detail {
 
+#ifdef SPROMPT_CUDA
+template <>
+struct type_caster<sprompt::Stream> {
+    PYBIND11_TYPE_CASTER(sprompt::Stream, const_name("tuple[int, int]"));
+
+    bool load(handle pair, bool) {
+        if (!PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2) return false;
+        value.device = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(pair.ptr(), 0)));
+        value.handle = PyLong_AsVoidPtr(PyTuple_GET_ITEM(pair.ptr(), 1));
+        return !PyErr_Occurred();
+    }
+};
+#endif
+
 template <>
 struct type_caster<sprompt::View> {
     PYBIND11_TYPE_CASTER(sprompt::View, const_name("torch.Tensor | None"));
@@ -89,6 +103,25 @@ struct type_caster<sprompt::View> {
 // Defines the Python function `name` as the kernel of that name at the level in force.
 #define SPROMPT_DEF(name) module.def(#name, SPROMPT_PICK(name), py::call_guard<py::gil_scoped_release>())
 
+#ifdef SPROMPT_CUDA
+// Defines the Python function `name` as the CUDA kernel of that name.
+#define SPROMPT_DEF_CUDA(name) cuda.def(#name, &sprompt::cuda::name, py::call_guard<py::gil_scoped_release>())
+
+static void define_cuda(py::module_& module) {
+    py::module_ cuda = module.def_submodule("cuda");
+    cuda.attr("emulated") = SPROMPT_CUDA_EMULATED;
+    cuda.attr("architectures") = SPROMPT_CUDA_ARCHITECTURES;
+
+    // masks
+    SPROMPT_DEF_CUDA(pack_masks);
+    SPROMPT_DEF_CUDA(unpack_masks);
+    SPROMPT_DEF_CUDA(mask_area);
+    SPROMPT_DEF_CUDA(mask_boxes);
+    SPROMPT_DEF_CUDA(mask_iou);
+    SPROMPT_DEF_CUDA(window_masks);
+}
+#endif
+
 PYBIND11_MODULE(_C, module) {
     if (const char* refusal = sprompt::choose_level()) throw py::import_error(refusal);
     module.def("set_dtypes", &set_dtypes);
@@ -96,6 +129,10 @@ PYBIND11_MODULE(_C, module) {
     module.def("best_level", [] { return sprompt::level_name(sprompt::best_level()); });
     module.def("thread_source", &sprompt::thread_source);
     module.attr("build") = SPROMPT_BUILD;
+
+#ifdef SPROMPT_CUDA
+    define_cuda(module);
+#endif
 
     // masks
     SPROMPT_DEF(pack_masks);

@@ -11,10 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from sprompt import native
+
 NAMES = ("reference", "native", "triton", "cuda")
 #: Backends by device type, in the order in which they are tried. The reference takes everything, so what stands behind it runs
-#: only if asked for by name: Triton's interpreter, and the CUDA kernels on the host emulation of the tests.
+#: only if asked for by name, which Triton's interpreter allows. A build that emulates the CUDA kernels, for tests, tries what a
+#: GPU would.
 ORDER = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference")}
+if native._C is not None and hasattr(native._C, "cuda") and native._C.cuda.emulated:
+    ORDER["cpu"] = ("cuda", "triton", "native", "reference")
 
 
 class Backend(NamedTuple):

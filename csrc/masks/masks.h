@@ -1,7 +1,7 @@
 // Packing masks to bits and the integer questions about them. R rows of masks, P = H * W pixels, n = ceil(P / 32) words.
 #pragma once
 
-#include "common/views.h"
+#include "common/cuda.h"
 
 namespace sprompt {
 
@@ -25,5 +25,16 @@ SPROMPT_KERNEL(mask_iou, const View& a, const View& b, int64_t width, const View
 // (top, left), which may lie outside; pixels outside are 0. flip mirrors the window's columns.
 SPROMPT_KERNEL(window_masks, const View& words, int64_t height, int64_t width, int64_t top, int64_t left, int64_t out_height,
                int64_t out_width, bool flip, const View& out, int threads)
+
+// -- CUDA: the same, all of them contiguous but pixels of pack_masks (last stride 1)
+
+SPROMPT_CUDA_KERNEL(pack_masks, const View& pixels, float threshold, const View& words)
+SPROMPT_CUDA_KERNEL(unpack_masks, const View& words, const View& pixels)
+SPROMPT_CUDA_KERNEL(mask_area, const View& words, const View& area)
+SPROMPT_CUDA_KERNEL(mask_boxes, const View& words, int64_t width, const View& boxes)
+// areas (B, N + M) i64, or (B, N) if b is a: scratch.
+SPROMPT_CUDA_KERNEL(mask_iou, const View& a, const View& b, const View& areas, const View& iou)
+SPROMPT_CUDA_KERNEL(window_masks, const View& words, int64_t height, int64_t width, int64_t top, int64_t left,
+                    int64_t out_height, int64_t out_width, bool flip, const View& out)
 
 }  // namespace sprompt

@@ -8,8 +8,8 @@ from sprompt.masks import words_for
 from sprompt.ops.library import register_op
 from sprompt.ops.masks import reference
 
-#: dtypes that the native pack reads as they are.
-_PACKED = (torch.bool, torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
+#: dtypes that the compiled packs read as they are.
+PACKED = (torch.bool, torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def rows(x: Tensor) -> Tensor:
 
 def _pack_masks(masks: Tensor, threshold: float) -> Tensor:
     pixels = masks.flatten(-2)
-    if pixels.dtype not in _PACKED:
+    if pixels.dtype not in PACKED:
         pixels = pixels > threshold if pixels.is_floating_point() else pixels != 0
     words = masks.new_empty((*pixels.shape[:-1], words_for(pixels.shape[-1])), dtype=torch.int32)
     native._C.pack_masks(rows(pixels), threshold, rows(words), native.threads())
@@ -91,9 +91,13 @@ def _window_masks_fake(
     return words.new_empty((*words.shape[:-1], words_for(out_height * out_width)), dtype=torch.int32)
 
 
-register_op("pack_masks", fake=_pack_masks_fake, reference=reference.pack_masks, native_kernel=_pack_masks)
-register_op("unpack_masks", fake=_unpack_masks_fake, reference=reference.unpack_masks, native_kernel=_unpack_masks)
-register_op("mask_area", fake=_mask_area_fake, reference=reference.mask_area, native_kernel=_mask_area)
-register_op("mask_boxes", fake=_mask_boxes_fake, reference=reference.mask_boxes, native_kernel=_mask_boxes)
-register_op("mask_iou", fake=_mask_iou_fake, reference=reference.mask_iou, native_kernel=_mask_iou)
-register_op("window_masks", fake=_window_masks_fake, reference=reference.window_masks, native_kernel=_window_masks)
+register_op("pack_masks", fake=_pack_masks_fake, reference=reference.pack_masks, native_kernel=_pack_masks, gpu="cuda")
+register_op(
+    "unpack_masks", fake=_unpack_masks_fake, reference=reference.unpack_masks, native_kernel=_unpack_masks, gpu="cuda"
+)
+register_op("mask_area", fake=_mask_area_fake, reference=reference.mask_area, native_kernel=_mask_area, gpu="cuda")
+register_op("mask_boxes", fake=_mask_boxes_fake, reference=reference.mask_boxes, native_kernel=_mask_boxes, gpu="cuda")
+register_op("mask_iou", fake=_mask_iou_fake, reference=reference.mask_iou, native_kernel=_mask_iou, gpu="cuda")
+register_op(
+    "window_masks", fake=_window_masks_fake, reference=reference.window_masks, native_kernel=_window_masks, gpu="cuda"
+)
