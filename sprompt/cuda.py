@@ -23,10 +23,10 @@ def _runs_on(device: torch.device) -> str:
     """Why the kernels cannot run on a GPU; empty if they can. Code for sm_80 runs on sm_86, that for sm_90 on no other; the
     newest architecture's PTX is compiled by the driver for whatever comes later."""
     major, minor = torch.cuda.get_device_capability(device)
-    built = [int(name) for name in native._C.cuda.architectures.split(";")]
+    built = [int(name) for name in native._C.cuda.architectures.split()]
     if any(arch // 10 == major and arch % 10 <= minor for arch in built) or 10 * major + minor >= max(built):
         return ""
-    return f"sprompt was built for sm_{built}, not for sm_{major}{minor}; set SPROMPT_CUDA_ARCHS and build anew"
+    return f"sprompt was built for the architectures {native._C.cuda.architectures}, not for sm_{major}{minor}; set SPROMPT_CUDA_ARCHS and build anew"
 
 
 def why_not(*args: object) -> str:
