@@ -11,7 +11,7 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 CHECKED = sprompt tests benchmarks examples setup.py
 NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 
-.PHONY: help venv build test demo bench readme lint format sanitize hooks clean
+.PHONY: help venv build test demo bench gpu readme lint format sanitize hooks clean
 
 help: ## list the targets
 	@echo "make demo    a picture, its proposals, a benchmark table     make test    all tests"
@@ -62,6 +62,9 @@ format: venv ## let ruff and clang-format rewrite the files
 	@$(BIN)/ruff check --fix $(CHECKED)
 	@$(BIN)/ruff format $(CHECKED)
 	@$(BIN)/clang-format -i $(CXX_FILES)
+
+gpu: ## on a machine with an NVIDIA GPU: build, test every promise, measure (OUT=folder, PYTHON=the one with torch)
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" tools/gpu.sh
 
 sanitize: venv ## tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@PYTHON=$(abspath $(BIN))/python tools/sanitize.sh

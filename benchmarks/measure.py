@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from sprompt.testing.compare import tensors
+from sprompt.testing.spec import Sample
+
 Call = Callable[[], Any]
 
 
@@ -52,6 +55,38 @@ def interleaved(
         for name, call in calls.items():
             times[name].append(once(call, device, repeats[name]))
     return times
+
+
+#: Bytes that the inputs of one timed replay have together: several times the largest L2 of a GPU.
+PAST_L2 = 400_000_000
+
+
+def copies(sample: Sample) -> list[Sample]:
+    """The sample, and copies of it in other memory: used in turn, they keep a GPU's L2 cache from holding the inputs."""
+    size = sum(t.nbytes for t in tensors((sample.args, sample.kwargs)))
+    count = max(1, min(16, PAST_L2 // max(size, 1)))
+    return [sample, *(sample.map(torch.clone) for _ in range(count - 1))]
+
+
+def replay(calls: list[Call]) -> Call | None:
+    """The calls one after the other as a CUDA graph, without the cost of launching from Python; None if they synchronise."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for call in calls:
+                call()
+    except RuntimeError:
+        torch.cuda.synchronize()
+        return None
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
 
 
 def median_ratio(numerator: list[float], denominator: list[float]) -> float:

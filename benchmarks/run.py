@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from sprompt.testing.compare import assert_close, tensors
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES, SPECS
 
+#: eager / ours that every op should reach on a GPU.
+GPU_GOAL = 5.0
 MODES = ("forward", "backward", "full", "memory")
 
 
@@ -35,13 +39,16 @@ def main() -> int:
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="only this dtype")
     parser.add_argument("--seconds", type=float, default=2.0, help="how long each row is timed (default: 2)")
+    parser.add_argument("--budget", type=float, help="seconds: rows that would start later are left out, and named")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes most of the time)")
     parser.add_argument(
         "--quick", action="store_true", help="forward only, first dtype, half a second a row, no torch.compile"
     )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument(
-        "--markdown", type=Path, help="replace the table between the benchmark markers of this file (README.md)"
+        "--markdown",
+        type=Path,
+        help="replace the table between the benchmark markers of this file (README.md), or make the file",
     )
     options = parser.parse_args()
 
@@ -56,20 +63,18 @@ def main() -> int:
         parser.error("--device cuda: torch finds no CUDA device")
 
     ceilings = measure.ceilings(device)
-    result = {"machine": env.machine(device), "ceilings": ceilings, "rows": [], "empty_calls": []}
+    result = {"machine": env.machine(device), "commit": commit(), "ceilings": ceilings, "rows": [], "empty_calls": []}
+    result["left_out"] = []
+    end = time.monotonic() + (options.budget or float("inf"))
     with table.progress() as show:
-        for bench in BENCHES:
-            if options.op and bench.function.__name__ not in options.op:
+        for bench, dtype, mode in jobs(options, device):
+            title = f"{bench.function.__name__} {bench.shape} {str(dtype).removeprefix('torch.')} {mode}"
+            if time.monotonic() > end:
+                result["left_out"].append(title)
                 continue
-            for dtype in bench.dtypes[:1] if options.quick else bench.dtypes:
-                if options.dtype and str(dtype).removeprefix("torch.") not in options.dtype:
-                    continue
-                for mode in options.mode or MODES:
-                    if mode in ("backward", "full") and not bench.gradients:
-                        continue
-                    show(f"{bench.function.__name__} {bench.shape} {mode}")
-                    compiled = not options.no_compile and mode != "memory" and bench.vectorised is not False
-                    result["rows"].append(row(bench, dtype, mode, device, options.seconds, compiled))
+            show(title)
+            compiled = not options.no_compile and mode != "memory" and bench.vectorised is not False
+            result["rows"].append(row(bench, dtype, mode, device, options.seconds, compiled))
         # The machine is shared: the better of two measurements, before and after, is what it can do.
         ceilings.update({name: max(rate, ceilings[name]) for name, rate in measure.ceilings(device).items()})
         for line in result["rows"]:
@@ -78,13 +83,40 @@ def main() -> int:
             show("empty calls")
             result["empty_calls"] = empty_calls(device)
     table.show(result)
+    for title in result["left_out"]:
+        print(f"left out, the budget was over: {title}")
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.markdown:
+        if not options.markdown.exists():
+            options.markdown.parent.mkdir(parents=True, exist_ok=True)
+            options.markdown.write_text("\n".join(table.MARKERS) + "\n")
         table.replace_markdown(options.markdown, result)
     wrong = [r for r in result["rows"] if r["error"]]
     return 1 if wrong else 0
+
+
+def jobs(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench, torch.dtype, str]]:
+    """Every row that is asked for. On a GPU, where time is short, all forwards come first."""
+    found = [
+        (bench, dtype, mode)
+        for bench in BENCHES
+        if bench.device == device.type and (not options.op or bench.function.__name__ in options.op)
+        for dtype in (bench.dtypes[:1] if options.quick else bench.dtypes)
+        if not options.dtype or str(dtype).removeprefix("torch.") in options.dtype
+        for mode in options.mode or MODES
+        if mode not in ("backward", "full") or bench.gradients
+    ]
+    first = ("forward", "full", "memory", "backward")
+    return found if device.type == "cpu" else sorted(found, key=lambda job: first.index(job[2]))
+
+
+def commit() -> str:
+    """The commit that is measured, marked if files differ from it; empty outside a repository."""
+    asked = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
+    done = subprocess.run(asked, capture_output=True, text=True)
+    return done.stdout.strip()
 
 
 def row(
@@ -104,6 +136,9 @@ def row(
         "library_goal": bench.goals.get("library") if mode == "forward" else None,
     }  # fmt: skip
     sample = bench.make(device, dtype, 0)
+    if device.type == "cuda":
+        line["goal"] = GPU_GOAL if mode == "forward" else None
+        line["bytes"] = least_bytes(sample, bench.function(*sample.args, **sample.kwargs))
     rivals: dict[str, Callable[..., Any]] = {"ours": bench.function, "eager": bench.eager}
     if bench.library is not None and mode in ("forward", "memory"):
         line["library"] = bench.library[0]
@@ -150,7 +185,11 @@ def row(
         if peaks["ours"] is not None:
             line["ratio"] = peaks["eager"] / max(peaks["ours"], 4096)
         return line
+    turns = 1
+    if device.type == "cuda":
+        calls, turns, line["timing"] = on_gpu(bench, rivals, sample, mode)
     times = measure.interleaved(calls, device, seconds)
+    times = {rival: [t / turns for t in each] for rival, each in times.items()}
     line["ms"] = {rival: statistics.median(t) for rival, t in times.items()}
     line["rounds"] = len(times["ours"])
     line["ratio"] = measure.median_ratio(times["eager"], times["ours"])
@@ -158,6 +197,26 @@ def row(
         if rival in times:
             line[f"{rival}_ratio"] = measure.median_ratio(times[rival], times["ours"])
     return line
+
+
+def on_gpu(
+    bench: Bench, rivals: dict[str, Callable[..., Any]], sample: Sample, mode: str
+) -> tuple[dict[str, Callable[[], Any]], int, str]:
+    """Calls over several copies of the sample, how many copies, and how they are launched: by replaying a graph, which
+    leaves out what Python costs, if all rivals can be captured; else one by one."""
+    samples = measure.copies(sample)
+    calls = {rival: [timed(bench, function, s, mode) for s in samples] for rival, function in rivals.items()}
+    replays = {rival: measure.replay(each) for rival, each in calls.items()}
+    if all(replays.values()):
+        return replays, len(samples), "graph"  # type: ignore[return-value]
+    in_turn = {rival: (lambda each=each: [call() for call in each]) for rival, each in calls.items()}  # type: ignore[misc]
+    return in_turn, len(samples), "calls"
+
+
+def least_bytes(sample: Sample, output: Any) -> int:
+    """Every input read once and every output written once; an expanded tensor counts as what it holds."""
+    held = [min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors((sample.args, sample.kwargs, output))]
+    return sum(held)
 
 
 def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:

@@ -11,14 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from sprompt import native
-
 NAMES = ("reference", "native", "triton", "cuda")
 #: Backends by device type, in the order in which they are tried. The reference takes everything, so what stands behind it runs
-#: only if asked for by name, which Triton's interpreter allows. A build that emulates the CUDA kernels, for tests, tries what a
-#: GPU would.
+#: only if asked for by name, which Triton's interpreter allows.
 ORDER = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference")}
-if native._C is not None and hasattr(native._C, "cuda") and native._C.cuda.emulated:
+if os.environ.get("SPROMPT_EMULATE_CUDA", "0") != "0":  # for tests: what a GPU would take, emulated and interpreted
     ORDER["cpu"] = ("cuda", "triton", "native", "reference")
 
 

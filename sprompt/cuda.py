@@ -26,7 +26,7 @@ def _runs_on(device: torch.device) -> str:
     built = [int(name) for name in native._C.cuda.architectures.split()]
     if any(arch // 10 == major and arch % 10 <= minor for arch in built) or 10 * major + minor >= max(built):
         return ""
-    return f"sprompt was built for the architectures {native._C.cuda.architectures}, not for sm_{major}{minor}; set SPROMPT_CUDA_ARCHS and build anew"
+    return f"sprompt was built for sm {native._C.cuda.architectures}, not {major}{minor}; set SPROMPT_CUDA_ARCHS and build anew"
 
 
 def why_not(*args: object) -> str:

@@ -31,7 +31,8 @@ SWITCHES = {
     "SPROMPT_WERROR": "`1` at build: compiler warnings are errors",
     "SPROMPT_CUDA": "`auto`, `on` or `off` at build: the CUDA kernels where nvcc is found (default), or an error without it, or none",
     "SPROMPT_CUDA_ARCHS": "at build: GPU architectures of the CUDA kernels; default `80;90;100`",
-    "SPROMPT_EMULATE_CUDA": "`1` at build, for tests: the CUDA kernels as C++ on the host (tests/emulation)",
+    "SPROMPT_EMULATE_CUDA": "`1` at build, for tests: the CUDA kernels as C++ on the host (tests/emulation); at run time: tensors "
+    "on the CPU take the backends that a GPU would",
     "SPROMPT_EMULATION_SEED": "for tests: another order of the emulated CUDA threads and blocks",
     "SPROMPT_EMULATE_AVX512": "`1` at build, for tests: the avx512 level on an AVX2 machine, its instructions emulated",
     "SPROMPT_SANITIZE_LEVELS": "instruction sets of `make sanitize`; default `avx512 avx2 portable`",

@@ -11,11 +11,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sprompt
 from sprompt import backends, cuda, native
 from sprompt.ops import launch
+from sprompt.testing.calls import (
+    CapturedOps,
+    as_dtype,
+    call,
+    differentiable_outputs,
+    gradients,
+    output_gradients,
+    told,
+    with_gradients,
+)
 from sprompt.testing.compare import assert_close, assert_same_bits, error, tensors
 from sprompt.testing.spec import HALVES, OpSpec, Sample
 from sprompt.testing.specs import SPECS
@@ -51,15 +60,6 @@ by_backend = pytest.mark.parametrize(("device", "backend"), _backends())
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 
 
-@contextlib.contextmanager
-def told(spec: OpSpec, sample: Sample, note: str = "") -> Iterator[None]:
-    """Puts the op's and the sample's name into a failure."""
-    try:
-        yield
-    except AssertionError as failure:
-        raise AssertionError(f"{spec.name}, sample '{sample.name}' {note}: {failure}") from failure
-
-
 def skip_if_absent(spec: OpSpec, device: torch.device, backend: str) -> None:
     if backend not in backends._table[spec.ops[0]]:
         assert (device.type, backend) not in (("cpu", "native"), ("cpu", "reference")), (
@@ -72,63 +72,12 @@ def dtypes(spec: OpSpec) -> tuple[torch.dtype, ...]:
     return spec.dtypes or (F32,)
 
 
-def call(spec: OpSpec, sample: Sample) -> Any:
-    return spec.function(*sample.args, **sample.kwargs)
-
-
-def as_dtype(sample: Sample, dtype: torch.dtype) -> Sample:
-    return sample.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
-
-
 def truth(spec: OpSpec, sample: Sample) -> Any:
     exact = as_dtype(sample, F64)
     if spec.oracle is not None:
         return spec.oracle(*exact.args, **exact.kwargs)
     with sprompt.use_backend("reference"):
         return call(spec, exact)
-
-
-def with_gradients(spec: OpSpec, sample: Sample, dtype: torch.dtype | None = None) -> tuple[Sample, list[Tensor]]:
-    """The sample with fresh leaf tensors in its differentiable parameters, and these leaves."""
-    bound = sample.bound(spec.function)
-    leaves: list[Tensor] = []
-
-    def fresh(value: Any) -> Any:
-        leaf = value.detach().clone().to(dtype or value.dtype).requires_grad_()
-        leaves.append(leaf)
-        return leaf
-
-    changed = {
-        name: fresh(value)
-        if name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in bound.items()
-    }
-    if dtype is not None:
-        changed = {
-            name: value.to(dtype)
-            if isinstance(value, Tensor) and value.is_floating_point() and name not in spec.gradients
-            else value
-            for name, value in changed.items()
-        }
-    return Sample(sample.name, (), changed), leaves
-
-
-def differentiable_outputs(output: Any) -> list[Tensor]:
-    return [t for t in tensors(output) if t.requires_grad]
-
-
-def output_gradients(outputs: list[Tensor], seed: int = 5) -> list[Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=g).to(o.device, o.dtype) for o in outputs]
-
-
-def gradients(spec: OpSpec, sample: Sample, dtype: torch.dtype | None = None) -> list[Tensor]:
-    changed, leaves = with_gradients(spec, sample, dtype)
-    outputs = differentiable_outputs(call(spec, changed))
-    if not leaves or not outputs:
-        return []
-    return list(torch.autograd.grad(outputs, leaves, output_gradients(outputs)))
 
 
 # -- 1, 7: runs, says which backend ran, and is right
@@ -288,19 +237,6 @@ def can_be_far(sample: Sample) -> bool:
 
 
 # -- 5: opcheck, compile, export
-
-
-class CapturedOps(TorchDispatchMode):
-    """Records the sprompt ops that run, with their arguments."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "sprompt":
-            self.calls.append((function, args))
-        return function(*args, **(kwargs or {}))
 
 
 @by_spec

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # test.sh BIN [pytest arguments]: with the environment whose programs lie in BIN, the whole suite at the best instruction set
 # of this CPU, what depends on the instruction set again at each lower one, and the ops' own tests on the reference. On a CPU
-# with AVX2 but no AVX-512 the avx512 level runs as well, on a build that emulates its instructions (tests/emulation).
+# with AVX2 but no AVX-512 the avx512 level runs as well, on a build that emulates its instructions (tests/emulation). The same
+# build runs the GPU's kernels on this CPU: CUDA C++ emulated, Triton interpreted.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1
@@ -31,16 +32,26 @@ if [ "$best" = none ]; then
     suite "no compiled kernels: the whole suite on the reference" "$@"
     exit
 fi
+built=
+emulated() { # emulated COMMAND...: runs it with a build that emulates CUDA, and AVX-512 where this CPU has AVX2 only
+    if [ -z "$built" ]; then
+        echo
+        echo "building with emulation in build/emulated"
+        runs avx512 || ! runs avx2 || export SPROMPT_EMULATE_AVX512=1
+        SPROMPT_CUDA=off SPROMPT_EMULATE_CUDA=1 "$bin/python" setup.py --quiet build --build-base build/emulated --build-lib build/emulated/lib
+        unset SPROMPT_EMULATE_AVX512
+        built=yes
+    fi
+    PYTHONPATH=build/emulated/lib "$@"
+}
+
 SPROMPT_CPU=$best suite "SPROMPT_CPU=$best, the best of this CPU: the whole suite" "$@"
 for level in avx512 avx2 portable; do
     [ "$level" = "$best" ] && continue
     if runs "$level"; then
         SPROMPT_CPU=$level suite "SPROMPT_CPU=$level: what depends on the instruction set" "${kernels[@]}" "$@"
     elif [ "$level" = avx512 ] && runs avx2; then
-        echo
-        echo "building for SPROMPT_CPU=avx512, which this CPU lacks: its instructions are emulated"
-        SPROMPT_EMULATE_AVX512=1 "$bin/python" setup.py --quiet build --build-base build/emulated --build-lib build/emulated/lib
-        PYTHONPATH=build/emulated/lib SPROMPT_CPU=avx512 \
+        SPROMPT_CPU=avx512 emulated \
             suite "SPROMPT_CPU=avx512, emulated: what depends on the instruction set" "${kernels[@]}" "$@"
     else
         echo
@@ -48,3 +59,18 @@ for level in avx512 avx2 portable; do
     fi
 done
 SPROMPT_BACKEND=reference suite "SPROMPT_BACKEND=reference: the ops on their definition" tests/ops "$@"
+
+# SPROMPT_EMULATE_CUDA at run time: CPU tensors take the backends that a GPU would.
+rest="cpu-native or cpu-reference or opcheck or compiled or export or gradcheck or bad_input or autocast or pickle"
+gpu=(tests/ops tests/test_contract.py -k "not ($rest)")
+if "$bin/python" -c 'import triton' 2>/dev/null; then
+    export TRITON_INTERPRET=1
+else
+    echo
+    echo "== triton is not installed: its kernels are not interpreted"
+fi
+SPROMPT_EMULATE_CUDA=1 emulated \
+    suite "the GPU's kernels on this CPU: CUDA emulated, Triton interpreted" "${gpu[@]}" tests/test_gpu_bytes.py "$@"
+unset TRITON_INTERPRET
+SPROMPT_EMULATE_CUDA=1 SPROMPT_EMULATION_SEED=1 emulated \
+    suite "the CUDA kernels emulated, threads in another order" "${gpu[@]}" "$@"

@@ -1,14 +1,19 @@
-"""What the Triton kernels compile to and what they move, without a GPU: every launch of the paper-sized benchmark rows.
+"""What the GPU kernels compile to and what they move, without a GPU.
 
-`python -m sprompt.testing.compiled` prints the table; `--write docs/gpu_kernels.md` keeps it.
+Triton: every launch of the benchmark rows at the paper's sizes, compiled ahead of time; its Cost against the least bytes of
+the op. CUDA C++: every kernel, by nvcc, warnings being errors. `python -m sprompt.testing.compiled --write
+docs/gpu_kernels.md` writes both tables anew.
 """
 
 from __future__ import annotations
 
+import argparse
 import functools
 import re
+import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +27,12 @@ from triton.compiler import ASTSource
 from sprompt import backends
 from sprompt.ops.launch import Launch, recording
 from sprompt.ops.library import FAKES
+from sprompt.testing.compare import tensors
 from sprompt.testing.spec import Bench
+from sprompt.testing.specs import BENCHES
 
+ROOT = Path(__file__).resolve().parents[2]
+MARKERS = ("<!-- kernels -->", "<!-- /kernels -->")
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
@@ -35,37 +44,53 @@ class Resources(NamedTuple):
     """Of one kernel on one architecture. Spills show as a stack frame or local memory."""
 
     registers: int  #: a thread
-    stack: int  #: bytes a thread
-    local: int  #: bytes a thread
-    shared: int  #: bytes a block
-    tensor_cores: str  #: wgmma, tcgen05, mma or ""
+    spilled: int  #: bytes of stack and local memory a thread
+    shared: int  #: bytes a block, without what is sized at launch
+    tensor_cores: str = ""  #: wgmma, tcgen05, mma or ""
+    half_products: bool = False  #: whether it multiplies tiles of half types
+
+
+class OpRun(NamedTuple):
+    """One op of a benchmark row."""
+
+    op: str
+    least: int  #: bytes of its tensors, each read or written once
+    launches: list[Launch]
 
 
 class _LaunchOnly(TorchDispatchMode):
     """Of an op with a Triton kernel the launches are recorded; one without gives zeros; neither runs."""
+
+    def __init__(self, arch: int) -> None:
+        super().__init__()
+        self.arch = arch
+        self.runs: list[OpRun] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function.namespace != "sprompt":
             return function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("sprompt::")
         kernels = backends._table[name]
-        outputs = kernels["triton"].run(*args) if "triton" in kernels else FAKES[name](*args)
-        for leaf in torch.utils._pytree.tree_leaves(outputs):
-            leaf.zero_()
+        if "triton" not in kernels:
+            return torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, FAKES[name](*args))
+        with recording(run=False, arch=self.arch) as launches:
+            outputs = torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, kernels["triton"].run(*args))
+        held = [min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors((args, outputs))]
+        self.runs.append(OpRun(name, sum(held), launches))
         return outputs
 
 
-def launches_of(bench: Bench, dtype: torch.dtype, arch: int) -> list[Launch]:
-    """Every launch of the row, forward and (if it has gradients) backward."""
+def runs_of(bench: Bench, dtype: torch.dtype, arch: int) -> list[OpRun]:
+    """Every Triton op of the row, forward and (if it has gradients) backward, with its launches."""
     sample = bench.make(torch.device("cpu"), dtype, 0)
     bound = sample.bound(bench.function)
     leaves = [bound[name].requires_grad_() for name in bench.gradients]
-    with recording(run=False, arch=arch) as launches, _LaunchOnly():
+    with _LaunchOnly(arch) as mode:
         output = bench.function(**bound)
         outputs = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if leaves and outputs:
             torch.autograd.grad(outputs, leaves, [torch.zeros_like(t) for t in outputs])
-    return launches
+    return mode.runs
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
@@ -121,20 +146,147 @@ def _compiled(
     source = ASTSource(fn=kernel, signature=dict(types), constexprs=dict(constants), attrs=attributes)
     options = {"num_warps": num_warps, "num_stages": num_stages}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage = _usage(made.asm["cubin"])
-    code = made.asm["ptx"]
+    code, tree = made.asm["ptx"], made.asm["ttir"]
     found = [
         name for name, mark in (("wgmma", "wgmma"), ("tcgen05", "tcgen05.mma"), ("mma", "mma.sync")) if mark in code
     ]
-    return Resources(usage["REG"], usage["STACK"], usage["LOCAL"], made.metadata.shared, found[0] if found else "")
+    halves = re.search(r"tt\.dot .*tensor<\w+x(bf16|f16)> \*", tree) is not None
+    registers, spilled = _usage(made.asm["cubin"])
+    return Resources(registers, spilled, made.metadata.shared, found[0] if found else "", halves)
 
 
-def _usage(cubin: bytes) -> dict[str, int]:
+def _usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack and local memory."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        text = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
-    return {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+        text = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    usage = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text.stdout)}
+    return usage["REG"], usage["STACK"] + usage["LOCAL"]
+
+
+# -- CUDA C++
+
+
+def nvcc() -> str:
+    """Path of the compiler; empty if there is none."""
+    return shutil.which("nvcc") or ""
+
+
+def cuda_sources() -> list[Path]:
+    return sorted((ROOT / "csrc").glob("*/*_cuda.cu"))
+
+
+def cuda_resources(source: Path) -> dict[tuple[str, int], Resources]:
+    """By kernel and architecture. A warning of the compiler is an error here."""
+    targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            nvcc(), "-std=c++17", "-O3", "--fmad=false", f"-I{ROOT / 'csrc'}", *targets, "-Werror=all-warnings",
+            "-Xcompiler=-Wall,-Wextra,-fPIC", "-Xptxas=-v", "-c", str(source), "-o", f"{folder}/kernels.o",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source.name} does not compile without warnings:\n{done.stderr}")
+    found = {}
+    entries = re.split(r"Compiling entry function ", done.stderr)[1:]
+    for entry in entries:
+        symbol, arch = re.match(r"'(\w+)' for 'sm_(\d+)'", entry).groups()  # type: ignore[union-attr]
+        stack, stores, loads = (int(n) for n in re.search(
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups())  # type: ignore[union-attr] # fmt: skip
+        registers = int(re.search(r"Used (\d+) registers", entry).group(1))  # type: ignore[union-attr]
+        shared = re.search(r"(\d+) bytes smem", entry)
+        found[_readable(symbol), int(arch)] = Resources(
+            registers, stack + stores + loads, int(shared.group(1)) if shared else 0
+        )
+    return found
+
+
+def _readable(symbol: str) -> str:
+    """Of a mangled kernel in an unnamed namespace: its name, and its template arguments as they are mangled."""
+    name = re.search(r"_GLOBAL__N__\w*?_cu_[0-9a-f]{8}(?:_\d+)?(?=\d)", symbol)
+    rest = symbol[name.end() :] if name else symbol
+    length = re.match(r"\d+", rest)
+    if length is None:
+        return symbol
+    begin = length.end()
+    kernel, tail = rest[begin : begin + int(length.group())], rest[begin + int(length.group()) :]
+    template = re.match(r"I(.*?)EE?v", tail)
+    return kernel + (f"<{template.group(1)}>" if template else "")
+
+
+# -- tables
+
+
+def triton_rows() -> Iterator[tuple[Bench, torch.dtype, int, OpRun, Launch]]:
+    """Every launch of every row for a GPU, on every architecture."""
+    for bench in BENCHES:
+        if bench.device != "cuda":
+            continue
+        for dtype in bench.dtypes:
+            for arch in ARCHITECTURES:
+                for run in runs_of(bench, dtype, arch):
+                    for launch in run.launches:
+                        yield bench, dtype, arch, run, launch
+
+
+def markdown() -> str:
+    """Both tables."""
+    lines = [
+        "| kernel | dtype | sm | registers | spilled | shared | tensor cores | warps | tiles |", "|" + "---|" * 9,
+    ]  # fmt: skip
+    seen = set()
+    for _, dtype, arch, _, launch in triton_rows():
+        used = resources(launch, arch)
+        tiles = ", ".join(f"{k} {v}" for k, v in launch.constants.items() if isinstance(v, int) and k.isupper())
+        kernel = f"{launch.kernel.fn.__module__.split('.')[2]}.{launch.kernel.__name__.lstrip('_')}"
+        line = (
+            f"| {kernel} | {str(dtype).removeprefix('torch.')} | {arch} | {used.registers} | {used.spilled} | {used.shared} "
+            f"| {used.tensor_cores} | {launch.num_warps} | {tiles} |"
+        )
+        if line not in seen:
+            seen.add(line)
+            lines.append(line)
+    lines += ["", "| op | at | dtype | least MB | moved MB | moved/least | read again MB | GFLOP |", "|" + "---|" * 8]
+    for bench in BENCHES:
+        if bench.device != "cuda":
+            continue
+        for dtype in bench.dtypes:
+            for run in runs_of(bench, dtype, 90):
+                costs = [launch.cost for launch in run.launches]
+                moved = sum(c.read + c.written for c in costs)
+                lines.append(
+                    f"| {run.op} | {bench.shape} | {str(dtype).removeprefix('torch.')} | {run.least / 1e6:.2f} | {moved / 1e6:.2f} "
+                    f"| {moved / max(run.least, 1):.2f} | {sum(c.again for c in costs) / 1e6:.2f} "
+                    f"| {sum(c.flops for c in costs) / 1e9:.2f} |"
+                )
+    lines += [
+        "",
+        "| kernel (CUDA C++) | " + " | ".join(f"sm_{a}: registers, spilled, shared" for a in ARCHITECTURES) + " |",
+    ]
+    lines.append("|" + "---|" * (1 + len(ARCHITECTURES)))
+    for source in cuda_sources() if nvcc() else ():
+        found = cuda_resources(source)
+        for kernel in dict.fromkeys(name for name, _ in found):
+            used_by = [found[kernel, arch] for arch in ARCHITECTURES]
+            cells = " | ".join(f"{u.registers}, {u.spilled}, {u.shared}" for u in used_by)
+            lines.append(f"| {source.parent.name}.{kernel} | {cells} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m sprompt.testing.compiled", description=__doc__)
+    parser.add_argument("--write", type=Path, help="replace the tables between the markers of this file")
+    options = parser.parse_args()
+    text = markdown()
+    if options.write is None:
+        print(text)
+        return
+    begin, end = MARKERS
+    head, rest = options.write.read_text().split(begin, 1)
+    options.write.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end, 1)[1]}")
+
+
+if __name__ == "__main__":
+    main()
