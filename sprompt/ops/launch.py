@@ -119,7 +119,8 @@ def _architecture(device: torch.device) -> int:
 
 
 @functools.lru_cache(None)
-def _read(room: str) -> dict[str, list[dict[str, int]]]:
+def entries(room: str) -> dict[str, list[dict[str, int]]]:
+    """The room's configs.json: kernel -> entries."""
     return json.loads((ROOMS / room / "configs.json").read_text())
 
 
@@ -130,7 +131,7 @@ def _pick(name: str, arch: int, bits: int, size: int) -> dict[str, int]:
     room, kernel = name.split(".")
     fits = [
         entry
-        for entry in _read(room)[kernel]
+        for entry in entries(room)[kernel]
         if entry.get("bits", bits) == bits
         and entry.get("arch", 80) <= max(arch, 80)
         and size <= entry.get("upto", size)
@@ -139,10 +140,16 @@ def _pick(name: str, arch: int, bits: int, size: int) -> dict[str, int]:
     return {key: value for key, value in best.items() if key not in ("arch", "bits", "upto")}
 
 
+#: What a tuner tries instead of configs.json, by kernel.
+trial: dict[str, dict[str, int]] = {}
+
+
 def config(name: str, like: Tensor, size: int = 0) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of the kernel "room.kernel", from the room's configs.json: a list of entries a
     kernel, each for an architecture ("arch" and newer), an element size ("bits": 16 or 32) and a problem size ("upto"); what
     an entry leaves out holds for all. `python -m benchmarks.tune` times candidates on a GPU and writes the file."""
+    if name in trial:
+        return trial[name]
     arch = _arch if _arch is not None else _architecture(like.device)
     return _pick(name, arch, like.element_size() * 8, size)
 

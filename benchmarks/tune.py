@@ -1,0 +1,146 @@
+"""Times other tile sizes of the Triton kernels on this GPU, and keeps what is faster in sprompt/ops/<room>/configs.json.
+
+Each room's triton.py lists CANDIDATES by kernel. They are tried one kernel at a time on the benchmark rows for a GPU, against the
+configuration in force, interleaved; a candidate must give the same answer and win by 3 % in the median. Entries are written
+for this architecture and element size; a diff of the file shows what changed. Nothing is ever tuned while a user's program runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure
+from benchmarks.run import agree, timed
+from sprompt.ops import launch
+from sprompt.testing.spec import Bench, Sample
+from sprompt.testing.specs import BENCHES
+
+#: A candidate is kept if it takes at most so much of the time of the configuration in force.
+WORTH = 0.97
+Config = dict[str, int]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--room", action="append", help="only this room (may be repeated)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="how long each candidate is timed (default: 0.2)")
+    parser.add_argument("--dry-run", action="store_true", help="print what would change, write nothing")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch finds no CUDA device: there is nothing to time on")
+    major, minor = torch.cuda.get_device_capability()
+    for room in options.room or rooms():
+        changed = False
+        table = {kernel: list(entries) for kernel, entries in launch.entries(room).items()}
+        for kernel, bits, best, ratio in tuned(room, options.seconds):
+            print(f"{room}.{kernel}, {bits} bits: {best}, {ratio:.2f} of the time")
+            table[kernel] = with_entry(table[kernel], 10 * major + minor, bits, best)
+            changed = True
+        if changed and not options.dry_run:
+            write(launch.ROOMS / room / "configs.json", table)
+    return 0
+
+
+def rooms() -> list[str]:
+    return sorted(path.parent.name for path in launch.ROOMS.glob("*/configs.json"))
+
+
+def tuned(room: str, seconds: float) -> Iterator[tuple[str, int, Config, float]]:
+    """Of every kernel of the room and element size the best candidate, if it is worth it, and its share of the time."""
+    candidates = importlib.import_module(f"sprompt.ops.{room}.triton").CANDIDATES
+    for kernel, configs in candidates.items():
+        for bits, dtype in ((32, torch.float32), (16, torch.bfloat16)):
+            shares = [
+                shares_of(bench, dtype, f"{room}.{kernel}", configs, seconds) for bench in BENCHES if fits(bench, dtype)
+            ]
+            shares = [share for share in shares if share is not None]
+            if not shares:
+                continue
+            # The geometric mean over the rows that launch the kernel.
+            means = [math.prod(row[i] for row in shares) ** (1 / len(shares)) for i in range(len(configs))]
+            best = min(range(len(configs)), key=means.__getitem__)
+            if means[best] <= WORTH:
+                yield kernel, bits, configs[best], means[best]
+
+
+def fits(bench: Bench, dtype: torch.dtype) -> bool:
+    return bench.device == "cuda" and dtype in bench.dtypes
+
+
+def shares_of(bench: Bench, dtype: torch.dtype, name: str, configs: list[Config], seconds: float) -> list[float] | None:
+    """Time of a row with each candidate, as a share of the time now; None if the row does not launch the kernel."""
+    sample = bench.make(torch.device("cuda"), dtype, 0)
+    mode = "full" if bench.gradients else "forward"
+    asked: list[str] = []
+    plain = launch.config
+    launch.config = lambda key, *rest: (asked.append(key), plain(key, *rest))[1]  # type: ignore[assignment]
+    try:
+        timed(bench, bench.function, sample, mode)()
+    finally:
+        launch.config = plain
+    if name not in asked:
+        return None
+    expected = bench.function(*sample.args, **sample.kwargs)
+    shares = []
+    for candidate in configs:
+        shares.append(share_of(bench, dtype, sample, mode, name, candidate, expected, seconds))
+    return shares
+
+
+def share_of(
+    bench: Bench,
+    dtype: torch.dtype,
+    sample: Sample,
+    mode: str,
+    name: str,
+    candidate: Config,
+    expected: Any,
+    seconds: float,
+) -> float:
+    """Infinite if the candidate does not run or gives another answer."""
+    samples = measure.copies(sample)
+    calls = [timed(bench, bench.function, s, mode) for s in samples]
+    now = measure.replay(calls)
+    try:
+        launch.trial[name] = candidate
+        agree(bench, sample, dtype, bench.function(*sample.args, **sample.kwargs), expected)
+        tried = measure.replay(calls)
+    except Exception as failure:  # out of resources, or wrong
+        print(f"{name} {candidate}: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}", file=sys.stderr)
+        return math.inf
+    finally:
+        launch.trial.clear()
+    if now is None or tried is None:
+        return math.inf
+    times = measure.interleaved({"now": now, "tried": tried}, torch.device("cuda"), seconds)
+    return measure.median_ratio(times["tried"], times["now"])
+
+
+def with_entry(entries: list[Config], arch: int, bits: int, best: Config) -> list[Config]:
+    """The entries with one for this architecture and element size in front, instead of those that it replaces."""
+    kept = [entry for entry in entries if (entry.get("arch"), entry.get("bits")) != (arch, bits)]
+    return [{"arch": arch, "bits": bits, **best}, *kept]
+
+
+def write(file: Path, table: dict[str, list[Config]]) -> None:
+    """One entry a line, kernels in the file's order."""
+    kernels = [
+        f"  {json.dumps(kernel)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"
+        for kernel, entries in table.items()
+    ]
+    file.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Launching Triton kernels: the choice of configurations, recording, and what the tuner writes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import tune
+from sprompt.ops import launch
+
+TABLE = {
+    "product": [
+        {"BLOCK": 1, "num_warps": 4},
+        {"arch": 90, "BLOCK": 2},
+        {"arch": 90, "bits": 16, "BLOCK": 3},
+        {"arch": 90, "bits": 16, "upto": 64, "BLOCK": 4},
+        {"arch": 100, "BLOCK": 5},
+    ]
+}
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "entries", lambda room: TABLE)
+    launch._pick.cache_clear()
+    yield
+    launch._pick.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "size", "block"),
+    [
+        (80, torch.float32, 0, 1), (86, torch.bfloat16, 10**9, 1), (75, torch.float32, 0, 1), (90, torch.float32, 7, 2),
+        (90, torch.bfloat16, 65, 3), (90, torch.float16, 64, 4), (100, torch.bfloat16, 1, 5), (120, torch.float32, 1, 5),
+    ],
+)  # fmt: skip
+def test_the_closest_entry_is_taken(table: None, arch: int, dtype: torch.dtype, size: int, block: int) -> None:
+    with launch.recording(run=False, arch=arch):
+        assert launch.config("room.product", torch.empty(0, dtype=dtype), size)["BLOCK"] == block
+
+
+def test_every_room_has_an_entry_for_every_kernel_and_architecture() -> None:
+    for room in tune.rooms():
+        for kernel in launch.entries(room):
+            for arch in (80, 90, 100):
+                for dtype in (torch.float32, torch.bfloat16):
+                    with launch.recording(run=False, arch=arch):
+                        found = launch.config(f"{room}.{kernel}", torch.empty(0, dtype=dtype), 1 << 40)
+                    assert found and not {"arch", "bits", "upto"} & set(found), (room, kernel)
+
+
+def test_a_recorded_launch_does_not_run() -> None:
+    def kernel(*args: object) -> None:
+        raise AssertionError("ran")
+
+    tensor = torch.empty(3)
+    with launch.recording(run=False) as launches:
+        launch.launch(kernel, (2, 3), tensor, 5, cost=launch.Cost(read=12), BLOCK=16)
+        launch.launch(kernel, (0, 3), tensor, 5, cost=launch.Cost(), BLOCK=16)
+    (one,) = launches
+    assert one.grid == (2, 3) and one.args == (tensor, 5) and one.constants == {"BLOCK": 16} and one.cost.read == 12
+
+
+def test_the_tuner_replaces_its_own_entry_only(tmp_path: Path) -> None:
+    entries = tune.with_entry(TABLE["product"], 90, 16, {"BLOCK": 9})
+    assert entries[0] == {"arch": 90, "bits": 16, "BLOCK": 9}
+    assert entries[1:] == [TABLE["product"][0], TABLE["product"][1], TABLE["product"][4]]
+    tune.write(tmp_path / "configs.json", {"product": entries, "other": [{"BLOCK": 1}]})
+    assert json.loads((tmp_path / "configs.json").read_text()) == {"product": entries, "other": [{"BLOCK": 1}]}
+
+
+def test_without_a_gpu_the_kernels_say_what_they_need() -> None:
+    if launch.triton is None or launch.interpreted() or torch.cuda.is_available():
+        pytest.skip("needs Triton, no interpreter and no GPU")
+    assert launch.why_not(torch.empty(1)).startswith("the Triton kernels need a CUDA device")
