@@ -82,20 +82,12 @@ def shares_of(bench: Bench, dtype: torch.dtype, name: str, configs: list[Config]
     """Time of a row with each candidate, as a share of the time now; None if the row does not launch the kernel."""
     sample = bench.make(torch.device("cuda"), dtype, 0)
     mode = "full" if bench.gradients else "forward"
-    asked: list[str] = []
-    plain = launch.config
-    launch.config = lambda key, *rest: (asked.append(key), plain(key, *rest))[1]  # type: ignore[assignment]
-    try:
-        timed(bench, bench.function, sample, mode)()
-    finally:
-        launch.config = plain
-    if name not in asked:
+    launch.looked_up.clear()
+    timed(bench, bench.function, sample, mode)()
+    if name not in launch.looked_up:
         return None
     expected = bench.function(*sample.args, **sample.kwargs)
-    shares = []
-    for candidate in configs:
-        shares.append(share_of(bench, dtype, sample, mode, name, candidate, expected, seconds))
-    return shares
+    return [share_of(bench, dtype, sample, mode, name, candidate, expected, seconds) for candidate in configs]
 
 
 def share_of(

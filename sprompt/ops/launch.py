@@ -136,18 +136,20 @@ def _pick(name: str, arch: int, bits: int, size: int) -> dict[str, int]:
         and entry.get("arch", 80) <= max(arch, 80)
         and size <= entry.get("upto", size)
     ]
-    best = min(fits, key=lambda entry: (-entry.get("arch", 80), entry.get("upto", 1 << 62)))
+    best = min(fits, key=lambda entry: (-entry.get("arch", 80), entry.get("upto", 1 << 62), "bits" not in entry))
     return {key: value for key, value in best.items() if key not in ("arch", "bits", "upto")}
 
 
-#: What a tuner tries instead of configs.json, by kernel.
+#: For a tuner: what it tries instead of configs.json, by kernel, and which kernels were looked up.
 trial: dict[str, dict[str, int]] = {}
+looked_up: set[str] = set()
 
 
 def config(name: str, like: Tensor, size: int = 0) -> dict[str, int]:
     """Tile sizes, num_warps and num_stages of the kernel "room.kernel", from the room's configs.json: a list of entries a
     kernel, each for an architecture ("arch" and newer), an element size ("bits": 16 or 32) and a problem size ("upto"); what
     an entry leaves out holds for all. `python -m benchmarks.tune` times candidates on a GPU and writes the file."""
+    looked_up.add(name)
     if name in trial:
         return trial[name]
     arch = _arch if _arch is not None else _architecture(like.device)
