@@ -66,6 +66,16 @@ def test_environment_switch() -> None:
     assert failed.returncode != 0 and "SPROMPT_BACKEND: backend must be one of" in failed.stderr
 
 
+#: Strings come from files and are parsed where they are: rle_decode takes tensors on the CPU only.
+HOST_ONLY = {"rle_decode"}
+
+
+def test_every_op_has_a_gpu_kernel() -> None:
+    """No op on CUDA may fall back to the reference."""
+    for op in set(backends.ops()) - HOST_ONLY:
+        assert {"triton", "cuda"} & set(backends.registered(op)), op
+
+
 def test_every_op_has_a_reference_and_a_native_kernel() -> None:
     for op in backends.ops():
         assert {"reference", "native"} <= set(backends._table[op]), op
