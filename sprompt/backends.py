@@ -73,6 +73,12 @@ def add(op: str, name: str, run: Callable[..., Any], why_not: Callable[..., str]
     _table.setdefault(op, {})[name] = Backend(name, run, why_not)
 
 
+def automatic(device: str) -> tuple[str, ...]:
+    """The backends that are tried on a device when none is forced: the reference takes everything, so it ends the list."""
+    names = ORDER.get(device, ("reference",))
+    return names[: names.index("reference") + 1]
+
+
 def ops() -> list[str]:
     return sorted(_table)
 
@@ -87,7 +93,7 @@ def available(op: str, device: str) -> dict[str, str]:
     backends = _table[op]
     return {
         name: backends[name].why_not() if name in backends else f"there is no {name} kernel of {op}"
-        for name in ORDER.get(device, ("reference",))
+        for name in automatic(device)
     }
 
 
@@ -125,9 +131,7 @@ def _warn_if_missing(op: str, device: str, args: tuple[Any, ...]) -> None:
     global _warned
     if _warned or os.environ.get("SPROMPT_NO_EXT", "0") != "0":
         return
-    for name in ORDER.get(device, ()):
-        if name == "reference":
-            return
+    for name in automatic(device)[:-1]:
         backend = _table[op].get(name)
         missing = backend.why_not() if backend is not None else ""
         if missing:
