@@ -89,6 +89,29 @@ def test_iou_equals_pycocotools(height: int, width: int, kind: str) -> None:
     assert torch.equal(mask_iou(a), both)
 
 
+@pytest.mark.parametrize(("count", "height", "width"), [(3, 130, 129), (35, 33, 65), (40, 150, 131)])
+def test_long_masks_and_many(count: int, height: int, width: int) -> None:
+    """More words than one warp reads at a time, more masks than one tile holds; every mask different, so that none can stand
+    in for another. The truth is numpy's."""
+    dense = np.random.default_rng(count).random((count, height, width)) < np.linspace(0.02, 0.9, count)[:, None, None]
+    dense[0] = False
+    dense[1], dense[1, height - 1, width - 1] = False, True  # in the last word alone
+    dense[2], dense[2, 0, 0] = False, True
+    masks = BitMasks.from_dense(torch.from_numpy(dense))
+    assert np.array_equal(masks.area().numpy(), dense.sum((1, 2)))
+    boxes = [[0, 0, 0, 0], [width - 1, height - 1, width, height], [0, 0, 1, 1]]
+    for mask in dense[3:]:
+        y, x = np.nonzero(mask)
+        boxes.append([x.min(), y.min(), x.max() + 1, y.max() + 1])
+    assert masks.boxes().tolist() == boxes
+    flat = dense.reshape(count, -1).astype(np.float64)
+    common = flat @ flat.T
+    either = np.maximum(flat.sum(1)[:, None] + flat.sum(1) - common, 1)
+    for iou in (masks.iou(masks[:]), mask_iou(masks)):
+        assert np.array_equal(iou.numpy(), (common / either).astype(np.float32))
+    assert np.array_equal(masks.to_dense().numpy(), dense)
+
+
 def test_iou_table() -> None:
     rows = ("11110000", "00111100", "11111111", "00000000")
     masks = torch.tensor([[[int(c) for c in row]] for row in rows])

@@ -184,6 +184,11 @@ def _noise_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
 
 
 BENCHES = [
+    Bench(
+        pack_masks, "12 x 100 x (100x168)", lambda device, dtype, seed: Sample("", (blobs(1200, 100, 168, seed, device).to(dtype),)),
+        _eager_pack, vectorised=False, dtypes=(torch.float32, torch.bfloat16), device="cuda",
+    ),
+    Bench(mask_iou, "300 x 300 of 480x640 bits, noise", _noise_bench, _eager_iou, device="cuda"),
     Bench(pack_masks, "500 x (200x272)", _dense_bench, _eager_pack, vectorised=False, bytes=500 * 54400 * (4 + 1 / 8)),
     Bench(mask_iou, "300 x 300 of 480x640 bits, noise", _noise_bench, _eager_iou, bytes=600 * 307200 / 8, goals={"forward": 20}),
     Bench(
