@@ -20,6 +20,7 @@ Place place;
 namespace {
 
 constexpr int warp_size = 32;
+constexpr int most_warps = 32;
 constexpr int64_t stack_bytes = 128 << 10;
 constexpr int64_t shared_bytes = 227 << 10;  // of one block on sm_90; sm_80 has 163 KB
 constexpr int64_t guard_bytes = 64;
@@ -104,7 +105,10 @@ uint64_t seed() {
 
 struct Block {
     std::vector<Fiber> fibers;
-    std::vector<int> ready;
+    std::vector<int> ready[most_warps];  // threads that can go on, by warp
+    int warps = 0;
+    int order[most_warps];  // of the warps, anew after every barrier
+    bool eager = false;     // the first warp of the order runs until it waits; otherwise any thread may be next
     Context scheduler;
     int running = -1;
     int64_t sum = 0;
@@ -116,6 +120,32 @@ struct Block {
     int64_t used = 0, dynamic = 0;
     std::unordered_map<const void*, std::pair<int64_t, int64_t>> sites;  // offset, bytes
     const std::function<void()>* kernel = nullptr;
+
+    void wake(int thread) {
+        fibers[thread].wait = Wait::none;
+        ready[thread / warp_size].push_back(thread);
+    }
+    // Half of the time threads advance evenly, half of the time one warp runs ahead of all others as far as it can: the
+    // first finds what must not overtake, the second what must be waited for.
+    void draw_order() {
+        eager = random.below(2) == 0;
+        for (int i = 0; i < warps; ++i) order[i] = i;
+        for (int i = warps - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
+    }
+    // A thread that can run, taken from its list; -1: there is none.
+    int next() {
+        const int first = eager ? 0 : random.below(warps);
+        for (int i = 0; i < warps; ++i) {
+            std::vector<int>& list = ready[order[(first + i) % warps]];
+            if (list.empty()) continue;
+            const int pick = random.below(static_cast<int64_t>(list.size()));
+            const int thread = list[pick];
+            list[pick] = list.back();
+            list.pop_back();
+            return thread;
+        }
+        return -1;
+    }
 
     void fail(const std::string& what) {
         if (fault.empty())
@@ -187,8 +217,7 @@ void settle_warp(int first) {
         for (int i = 0; i < warp_size; ++i) {
             if (!(mask >> i & 1)) continue;
             std::memcpy(warp[i].seen, values, sizeof values);
-            warp[i].wait = Wait::none;
-            block.ready.push_back(first + i);
+            block.wake(first + i);
         }
     }
 }
@@ -209,29 +238,26 @@ void settle_block() {
     }
     block.sum = sum;
     for (size_t i = 0; i < block.fibers.size(); ++i)
-        if (block.fibers[i].wait == Wait::block) {
-            block.fibers[i].wait = Wait::none;
-            block.ready.push_back(static_cast<int>(i));
-        }
+        if (block.fibers[i].wait == Wait::block) block.wake(static_cast<int>(i));
+    block.draw_order();
 }
 
 void run_block(int threads) {
-    block.ready.clear();
+    block.warps = (threads + warp_size - 1) / warp_size;
+    block.draw_order();
+    for (auto& list : block.ready) list.clear();
     for (int i = 0; i < threads; ++i) {
-        block.fibers[i].wait = Wait::none;
         block.fibers[i].context.start(block.stacks + i * stack_bytes, &enter);
-        block.ready.push_back(i);
+        block.wake(i);
     }
     int left = threads;
     while (left > 0 && block.fault.empty()) {
-        if (block.ready.empty()) {
+        const int thread = block.next();
+        if (thread < 0) {
             settle_block();
             continue;
         }
-        const int pick = block.random.below(static_cast<int64_t>(block.ready.size()));
-        block.running = block.ready[pick];
-        block.ready[pick] = block.ready.back();
-        block.ready.pop_back();
+        block.running = thread;
         place.thread.x = static_cast<unsigned>(block.running);
         block.scheduler.to(block.fibers[block.running].context);
         const Wait wait = block.fibers[block.running].wait;
