@@ -28,9 +28,8 @@ def _pack(
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     d = tl.cast(tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.int64)
     b = tl.cast(tl.program_id(2), tl.int64)
-    if RUN:
-        cell = tl.cast(p, tl.int64) * x_w
-    else:
+    cell = tl.cast(p, tl.int64) * x_w
+    if not RUN:
         cell = tl.cast(p // width, tl.int64) * x_h + tl.cast(p % width, tl.int64) * x_w
     real = d[:, None] < D
     values = tl.load(x + b * x_b + d[:, None] * x_d + cell[None, :], mask=real & (p < P)[None, :], other=0.0)
@@ -130,37 +129,40 @@ def _gather(
     usable,  # (B, K) u8, contiguous
     D, K, height, width,
     x_b, x_d, x_p,
-    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The columns of x that are the four cells of a seed of the pyramid (at scale 0 four times its cell), one row each; zeros,
-    and usable 0, where the address is none or a cell of its block is not valid. One program a (seed, image, block of D)."""
-    k = tl.program_id(0)
+    and usable 0, where the address is none or a cell of its block is not valid. One program (ROWS seeds, image, block of D)."""
+    k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.cast(tl.program_id(1), tl.int64)
     d = tl.cast(tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D), tl.int64)
+    real = k < K
     address = addresses + (b * K + k) * 3
-    scale = tl.load(address)
-    row = tl.load(address + 1)
-    column = tl.load(address + 2)
+    scale = tl.load(address, mask=real, other=-1)
+    row = tl.load(address + 1, mask=real, other=0)
+    column = tl.load(address + 2, mask=real, other=0)
     side = tl.where(scale == 2, 4, tl.where(scale == 1, 2, 1))
     good = (scale >= 0) & (scale <= 2) & (row >= 0) & (row < height // side) & (column >= 0) & (column < width // side)
     top = tl.where(good, row * side, 0)
     left = tl.where(good, column * side, 0)
     if valid is not None:
-        cells = tl.arange(0, 16)
-        y = cells // 4
-        z = cells % 4
-        block = valid + b * height * width + (top + y) * width + left + z
-        inside = tl.load(block, mask=good & (y < side) & (z < side), other=1)
-        good = good & (tl.min(inside.to(tl.int32), axis=0) != 0)
+        y = (tl.arange(0, 16) // 4)[None, :]
+        z = (tl.arange(0, 16) % 4)[None, :]
+        block = valid + b * height * width + (top[:, None] + y) * width + left[:, None] + z
+        mine = good[:, None] & (y < side[:, None]) & (z < side[:, None])
+        inside = tl.load(block, mask=mine, other=1).to(tl.int32)
+        good = good & (tl.min(inside, axis=1) != 0)
     inner = tl.where(scale == 2, 1, 0)
     step = tl.where(scale == 0, 0, 1)
     first = (top + inner) * width + left + inner
     for i in tl.static_range(4):
         cell = first + step * ((i // 2) * width + i % 2)
-        values = tl.load(x + b * x_b + d * x_d + cell * x_p, mask=(d < D) & good, other=0.0)
-        tl.store(rows + ((b * K + k) * 4 + i) * D + d, values, mask=d < D)
+        at = x + b * x_b + d[None, :] * x_d + cell[:, None] * x_p
+        values = tl.load(at, mask=(d < D)[None, :] & good[:, None], other=0.0)
+        row_of = ((b * K + k) * 4 + i)[:, None] * D
+        tl.store(rows + row_of + d[None, :], values, mask=(d < D)[None, :] & real[:, None])
     if tl.program_id(2) == 0:
-        tl.store(usable + b * K + k, good.to(tl.uint8))
+        tl.store(usable + b * K + k, good.to(tl.uint8), mask=real)
 
 
 @triton.jit
@@ -234,9 +236,9 @@ def columns_of(features: Tensor) -> Columns:
     b, d, h, w = features.stride()
     step = h if width == 1 else w
     run = height <= 1 or h == width * step
-    if run and (step, d % 16) == (1, 0) or run and (d, step % 16) == (1, 0):
-        if b % 16 == 0 and features.data_ptr() % 16 == 0:
-            return Columns(features, (b, d, step), P, D, P, line)
+    wide = (step, d % 16) == (1, 0) or (d, step % 16) == (1, 0)
+    if run and wide and b % 16 == 0 and features.data_ptr() % 16 == 0:
+        return Columns(features, (b, d, step), P, D, P, line)
     out = features.new_empty((B, D, line))
     block = config("saliency_masks.pack", features)
     cost = Cost(read=features.numel() * features.element_size(), written=out.nbytes)
@@ -297,9 +299,7 @@ def norms_of(x: Tensor, stride: tuple[int, int, int], D: int, P: int, line: int,
     out = x.new_empty((B, line), dtype=torch.float32)
     block = config("saliency_masks.norms", x)
     cost = Cost(read=B * D * P * count * x.element_size(), written=out.nbytes, flops=B * D * P * (2 * count))
-    launch(
-        _norms, (tiles(line, block["BLOCK_P"]), B), x, out, D, P, line, *stride, cost=cost, COUNT=count, **block
-    )
+    launch(_norms, (tiles(line, block["BLOCK_P"]), B), x, out, D, P, line, *stride, cost=cost, COUNT=count, **block)
     return out
 
 
@@ -308,13 +308,13 @@ def gathered(x: Columns, addresses: Tensor, valid: Tensor | None, height: int, w
     B, K = addresses.shape[:2]
     rows = x.data.new_empty((B, 4 * K, x.D))
     usable = x.data.new_empty((B, K), dtype=torch.uint8)
-    block = config("saliency_masks.seeds", x.data)
+    block = config("saliency_masks.gather", x.data)
     blocks = max(tiles(x.D, block["BLOCK_D"]), 1)
     checked = addresses.nbytes + (16 * B * K if valid is not None else 0)  # at most: of seeds of scale 2
     cost = Cost(read=rows.nbytes + checked, again=(blocks - 1) * checked, written=rows.nbytes + usable.nbytes)
     launch(
-        _gather, (K, B, blocks), x.data, addresses.contiguous(), valid, rows, usable, x.D, K, height, width, *x.stride,
-        cost=cost, **block,
+        _gather, (tiles(K, block["ROWS"]), B, blocks), x.data, addresses.contiguous(), valid, rows, usable, x.D, K, height,
+        width, *x.stride, cost=cost, **block,
     )  # fmt: skip
     return rows, usable
 
@@ -327,7 +327,7 @@ def windows(
     R = grid[0] * grid[1] if addresses is None else addresses.shape[1]
     rows = x.data.new_empty((B, R, x.D), dtype=torch.float32)
     usable = x.data.new_empty((B, R), dtype=torch.uint8)
-    block = config("saliency_masks.seeds", x.data)
+    block = config("saliency_masks.windows", x.data)
     blocks = max(tiles(x.D, block["BLOCK_D"]), 1)
     heights, widths = (
         [-(-(i + 1) * side // pieces) - i * side // pieces for i in range(pieces)]

@@ -27,12 +27,12 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
         {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 16, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 4},
-        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     ],
     "saliency_masks.product": [
         {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
-        {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
         {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
@@ -42,7 +42,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         {"ROWS": 4, "CHUNK": 128, "num_warps": 4, "num_stages": 2},
         {"ROWS": 4, "CHUNK": 256, "num_warps": 4, "num_stages": 2},
         {"ROWS": 8, "CHUNK": 128, "num_warps": 4, "num_stages": 2},
-        {"ROWS": 8, "CHUNK": 128, "num_warps": 8, "num_stages": 2},
+        {"ROWS": 16, "CHUNK": 128, "num_warps": 8, "num_stages": 2},
     ],
     "saliency_masks.pack": [
         {"BLOCK_D": 16, "BLOCK_P": 128, "num_warps": 4, "num_stages": 2},
