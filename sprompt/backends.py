@@ -7,7 +7,7 @@ tells which ran. All of this holds for the whole process (autograd may run a bac
 
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,7 @@ class Backend(NamedTuple):
 
 _table: dict[str, dict[str, Backend]] = {}  # op -> backend name -> Backend
 _forced: str | None = None
+_forced_ops: frozenset[str] | None = None  # None: every op
 _traces: list[list[tuple[str, str]]] = []
 _warned = False
 
@@ -42,14 +43,16 @@ if os.environ.get("SPROMPT_BACKEND"):
 
 
 @contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Forces one backend for every op inside the block; an op that it cannot run raises and says why."""
-    global _forced
-    before, _forced = _forced, _check_name(name, "use_backend")
+def use_backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
+    """Forces one backend for every op inside the block; an op that it cannot run raises and says why. With `ops`: for these
+    only, the others choose as ever."""
+    global _forced, _forced_ops
+    before = _forced, _forced_ops
+    _forced, _forced_ops = _check_name(name, "use_backend"), None if ops is None else frozenset(ops)
     try:
         yield
     finally:
-        _forced = before
+        _forced, _forced_ops = before
 
 
 @contextmanager
@@ -100,7 +103,7 @@ def available(op: str, device: str) -> dict[str, str]:
 def run(op: str, device: str, args: tuple[Any, ...]) -> Any:
     """Runs an op on the first backend that can."""
     backends = _table[op]
-    if _forced is not None:
+    if _forced is not None and (_forced_ops is None or op in _forced_ops):
         chosen = _forced_backend(op, device, args)
     else:
         for name in ORDER.get(device, ("reference",)):

@@ -14,13 +14,14 @@ from torch import Tensor
 
 import sprompt
 from sprompt import native
-from sprompt.ops import SaliencyMasks, saliency_maps, saliency_masks
+from sprompt.ops import SaliencyMasks, launch, saliency_maps, saliency_masks
 from sprompt.ops.saliency_masks import reference, registration
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs.saliency_masks import scene, true_maps, true_seeds, whole_numbers
 
 CPU = torch.device("cpu")
 by_similarity = pytest.mark.parametrize("similarity", ("cosine", "dot"))
+needs_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)))
 needs_native = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not())
 
 
@@ -253,6 +254,116 @@ def test_stripes_equal_the_whole_gram_matrix(monkeypatch: pytest.MonkeyPatch) ->
         for block in (1, 6 * 31 * 4 * 96):
             monkeypatch.setattr(registration, "_BLOCK", block)
             assert_same_bits(everything(features), whole)
+
+
+# ---- Triton's side
+
+
+def on_triton() -> Any:
+    return sprompt.use_backend("triton", ("saliency_bits", "saliency_soft", "saliency_maps"))
+
+
+def bits_on_both(features: Tensor, **options: Any) -> tuple[Any, Any]:
+    with on_triton():
+        actual = bits(features, **options)
+    with sprompt.use_backend("reference"):
+        return actual, bits(features, **options)
+
+
+@needs_triton
+@by_similarity
+@pytest.mark.parametrize(
+    ("depth", "size"),
+    ((15, (3, 21)), (16, (8, 8)), (17, (5, 13)), (33, (1, 127)), (1, (8, 16)), (47, (3, 43)), (5, (10, 20))),
+)
+def test_triton_equals_reference_to_the_bit_on_whole_numbers(
+    similarity: str, depth: int, size: tuple[int, int]
+) -> None:
+    """At the borders of blocks of 16 channels, 64 columns of products, 128 columns of a map; 1 to 4 blocks of columns."""
+    features = ints(2, depth, *size, seed=depth)
+    valid = torch.rand(2, *size, generator=torch.Generator().manual_seed(1)) < 0.95
+    actual, expected = bits_on_both(features, similarity=similarity, valid=valid if depth % 2 else None)
+    assert_same_bits(actual, expected)
+    assert (actual[1] > 0).any()
+
+
+@needs_triton
+def test_triton_blocks_of_half_types() -> None:
+    """Three blocks of 128 columns; wide rows are read where they stand, others are copied."""
+    features = ints(1, 16, 17, 16, seed=3)
+    actual, expected = bits_on_both(features.bfloat16(), similarity="dot")
+    assert_same_bits(actual, expected)
+    with on_triton():
+        assert_same_bits(bits(features.bfloat16().to(memory_format=torch.channels_last), similarity="dot"), actual)
+        assert_same_bits(bits(F.pad(features, (0, 1)).half()[..., :-1], similarity="dot"), actual)
+
+
+@needs_triton
+def test_triton_writes_nothing_of_maps_that_are_too_small() -> None:
+    features, arguments = ints(2, 7, 9, 16), (None, 0, 0, False, 0.5, 60)
+    with on_triton():
+        actual = torch.ops.sprompt.saliency_bits(features, *arguments)
+    with sprompt.use_backend("reference"):
+        assert_same_bits(actual, torch.ops.sprompt.saliency_bits(features, *arguments))
+    assert (actual[1] > 0).any() and (actual[1] == 0).any()
+
+
+@needs_triton
+@by_similarity
+def test_triton_stripes_and_groups_equal_the_whole(similarity: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of all seeds and images at once, or of as few as there is room for."""
+    module = importlib.import_module("sprompt.ops.saliency_masks.triton")
+    features = ints(3, 5, 11, 7, seed=1)
+    valid = torch.ones(3, 11, 7, dtype=torch.bool)
+    valid[1, 8:] = valid[2, :, 5:] = False
+    vectors = features.flatten(2)[..., ::3].mT
+
+    def everything_exact() -> list[Any]:
+        cut = [bits(features, seeds=seeds, similarity=similarity, valid=valid) for seeds in ((0, 0), (11, 7))]
+        address = torch.tensor([[[0, 2, 3], [1, 4, 1], [2, 1, 0], [2, 0, 0], [-1, -1, -1], [0, 0, 0]]]).expand(3, 6, 3)
+        soft = torch.ops.sprompt.saliency_soft(features, valid, 0, 0, similarity == "cosine", address)
+        return [*cut, soft, saliency_maps(features, vectors, similarity=similarity, valid=valid)]
+
+    with on_triton():
+        whole = everything_exact()
+        for rows in (1, 30, 100):  # of products: stripes, then whole images
+            monkeypatch.setattr(module, "SCRATCH", rows * 80 * 4)
+            assert_same_bits(everything_exact(), whole)
+    with sprompt.use_backend("reference"):
+        expected = everything_exact()
+    assert_same_bits(whole[0], expected[0])
+    assert torch.allclose(whole[2], expected[2], atol=1e-6) and torch.allclose(whole[3], expected[3], atol=1e-6)
+
+
+@needs_triton
+def test_triton_soft_maps_of_addresses_that_are_none() -> None:
+    """Zeros, and nothing is read, for places outside the grids and blocks with a cell that is not valid."""
+    features = scene(1, 20, 9, 10, 4)
+    valid = torch.ones(1, 9, 10, dtype=torch.bool)
+    valid[0, 3, 4] = False
+    real = [[0, 8, 9], [1, 3, 4], [2, 1, 0], [0, 3, 3]]
+    none = [
+        [1, 4, 0],
+        [2, 0, 2],
+        [0, 9, 0],
+        [0, 0, 10],
+        [3, 0, 0],
+        [-1, 0, 0],
+        [0, -1, 0],
+        [1, 1, 2],
+        [2, 0, 1],
+        [0, 3, 4],
+    ]
+    with on_triton():
+        soft = torch.ops.sprompt.saliency_soft(features, valid, 0, 0, True, torch.tensor([real + none]))
+        grid = torch.ops.sprompt.saliency_soft(
+            features, valid, 3, 4, True, torch.tensor([[[0, 2, 3], [0, 3, 0], [0, 0, 4]]])
+        )
+    assert not soft[0, len(real) :].any() and not grid[0, 1:].any() and grid[0, 0].max() == 1
+    vectors, addresses = true_seeds(features[0].double(), valid[0].numpy(), "pyramid")
+    chosen = np.stack([vectors[addresses.index(tuple(a))] for a in real])  # type: ignore[arg-type]
+    truth = true_maps(features[0].double(), valid[0].numpy(), chosen, "cosine")
+    assert np.abs(soft[0, : len(real)].numpy() - truth).max() < 1e-5
 
 
 # ---- invariances

@@ -135,6 +135,12 @@ def _saliency_maps_fake(features: Tensor, seeds: Tensor, valid: Tensor | None, c
     return features.new_empty((*seeds.shape[:2], *features.shape[2:]))
 
 
-register_op("saliency_bits", fake=_saliency_bits_fake, reference=reference.saliency_bits, native_kernel=_saliency_bits)
-register_op("saliency_soft", fake=_saliency_soft_fake, reference=reference.saliency_soft, native_kernel=_saliency_soft)
-register_op("saliency_maps", fake=_saliency_maps_fake, reference=reference.saliency_maps, native_kernel=_saliency_maps)
+register_op(
+    "saliency_bits", fake=_saliency_bits_fake, reference=reference.saliency_bits, native_kernel=_saliency_bits, gpu="triton"
+)  # fmt: skip
+register_op(
+    "saliency_soft", fake=_saliency_soft_fake, reference=reference.saliency_soft, native_kernel=_saliency_soft, gpu="triton"
+)  # fmt: skip
+register_op(
+    "saliency_maps", fake=_saliency_maps_fake, reference=reference.saliency_maps, native_kernel=_saliency_maps, gpu="triton"
+)  # fmt: skip

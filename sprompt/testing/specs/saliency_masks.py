@@ -415,16 +415,16 @@ SPECS = [
 ]
 
 
-def _bench(height: int, width: int, noise: float) -> Any:
+def _bench(height: int, width: int, noise: float, batch: int = 1, **options: Any) -> Any:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-        return Sample("", (scene(1, 2048, height, width, seed, noise).to(device, dtype),))
+        return Sample("", (scene(batch, 2048, height, width, seed, noise).to(device, dtype),), options)
 
     return make
 
 
-def _maps_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-    seeds = torch.randn(1, 100, 2048, generator=random(seed)).relu()
-    return Sample("", (scene(1, 2048, 25, 42, seed).to(device, dtype), seeds.to(device, dtype)))
+def _maps_bench(device: torch.device, dtype: torch.dtype, seed: int, batch: int = 1) -> Sample:
+    seeds = torch.randn(batch, 100, 2048, generator=random(seed)).relu()
+    return Sample("", (scene(batch, 2048, 25, 42, seed).to(device, dtype), seeds.to(device, dtype)))
 
 
 def _agree(actual: SaliencyMasks, expected: SaliencyMasks, sample: Sample) -> None:
@@ -446,5 +446,20 @@ BENCHES = [
     Bench(
         saliency_maps, "100 seeds, D 2048, 25x42", _maps_bench, _eager_maps, flops=2.0 * 100 * 2048 * 1050,
         bytes=4.0 * (2048 * 1150 + 100 * 1050),
+    )
+] + [
+    Bench(
+        saliency_masks, f"12 x D 2048, 25x42, {kind}", _bench(25, 42, noise, 12, **options), _eager, vectorised=False,
+        agree=_agree, dtypes=(torch.float32, torch.bfloat16), device="cuda",
+        flops=12 * 1050.0**2 * 2048, bytes=12 * 2048.0 * 1050 * 4,
+    )
+    for kind, noise, options in (
+        ("regions", 0.5, {}), ("noise", 3.0, {}), ("regions, soft maps", 0.5, {"return_soft": True}),
+    )
+] + [
+    Bench(
+        saliency_maps, "12 x 100 seeds, D 2048, 25x42", partial(_maps_bench, batch=12), _eager_maps,
+        dtypes=(torch.float32, torch.bfloat16), device="cuda", flops=12 * 2.0 * 100 * 2048 * 1050,
+        bytes=12 * 4.0 * (2048 * 1150 + 100 * 1050),
     )
 ]  # fmt: skip
