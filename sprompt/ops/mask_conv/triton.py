@@ -21,19 +21,21 @@ from sprompt.ops.mask_conv.triton_backward import mask_update_backward as mask_u
 from sprompt.ops.mask_conv.triton_chunks import Chunks, add_chunks, block, cut, rows, split
 
 #: Other tiles for a tuner to try. HELD: the most channels that a program holds whole (0: none, features are read once for
-#: the logits and once for the sums).
+#: the logits, in steps of STEP channels, and once for the sums, BLOCK_D channels a program). SKIP: leave empty tiles out.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "forward": [
-        {"BLOCK_N": 128, "BLOCK_P": 64, "STEP": 64, "BLOCK_D": 128, "HELD": 256, "PROGRAMS": 132, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_N": 128, "BLOCK_P": 64, "STEP": 64, "BLOCK_D": 128, "HELD": 256, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_N": 128, "BLOCK_P": 32, "STEP": 64, "BLOCK_D": 128, "HELD": 256, "PROGRAMS": 132, "num_warps": 8, "num_stages": 4},
-        {"BLOCK_N": 64, "BLOCK_P": 64, "STEP": 64, "BLOCK_D": 128, "HELD": 256, "PROGRAMS": 264, "num_warps": 4, "num_stages": 2},
-        {"BLOCK_N": 64, "BLOCK_P": 64, "STEP": 64, "BLOCK_D": 128, "HELD": 256, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_N": 128, "BLOCK_P": 64, "STEP": 64, "BLOCK_D": 128, "HELD": 0, "PROGRAMS": 528, "num_warps": 8, "num_stages": 3},
-        {"BLOCK_N": 128, "BLOCK_P": 64, "STEP": 16, "BLOCK_D": 128, "HELD": 0, "PROGRAMS": 528, "num_warps": 8, "num_stages": 2},
-        {"BLOCK_N": 64, "BLOCK_P": 64, "STEP": 16, "BLOCK_D": 128, "HELD": 0, "PROGRAMS": 528, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 256, "SKIP": 0, "PROGRAMS": 132, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 256, "SKIP": 1, "PROGRAMS": 264, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 128, "BLOCK_P": 32, "HELD": 256, "SKIP": 1, "PROGRAMS": 132, "num_warps": 8, "num_stages": 4},
+        {"BLOCK_N": 64, "BLOCK_P": 64, "HELD": 256, "SKIP": 1, "PROGRAMS": 264, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_N": 64, "BLOCK_P": 64, "HELD": 256, "SKIP": 1, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 0, "SKIP": 1, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 0, "SKIP": 0, "PROGRAMS": 264, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 64, "BLOCK_P": 64, "HELD": 0, "SKIP": 1, "PROGRAMS": 528, "num_warps": 4, "num_stages": 2},
     ],
-}  # fmt: skip
+}
+for entry in CANDIDATES["forward"]:
+    entry |= {"STEP": 64 if entry["HELD"] else 16, "BLOCK_D": 128}
 
 
 @triton.jit
@@ -59,13 +61,13 @@ def _forward(
     N, C, P, n, chunks, chunk,  # chunk: in tiles
     features_b, features_c, features_p, kernels_b, kernels_n, kernels_c, words_b, words_n, words_w,  # strides
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
-    HELD: tl.constexpr, CONV: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+    HELD: tl.constexpr, SKIP: tl.constexpr, CONV: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """CONV: logits[b, m, p] = sum over c of kernels[b, m, c] features[b, c, p]; bit p of words[b, m] = logits as stored > 0.
     POOL: partial[b, k, m, c] = sum over the p of chunk k of bit p of words[b, m] times features[b, c, p].
     HELD: BLOCK_C = BLOCK_D >= C, a tile of features serves both; otherwise a launch does one of them, the product in steps
     of BLOCK_C channels. One program a (chunk and image, block of BLOCK_N kernels, block of BLOCK_D channels of the sums).
-    A tile in which no kernel of the block has a bit adds nothing to the sums; without CONV its features are not read."""
+    SKIP: a tile in which no kernel of the block has a bit is left out of the sums; without CONV its features are not read."""
     k = tl.program_id(0) % chunks
     b = (tl.program_id(0) // chunks).to(tl.int64)
     m = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -104,7 +106,9 @@ def _forward(
         else:
             packed = tl.load(words_m + tl.cast(w, tl.int64)[None, :] * words_w, mask=in_words, other=0)
         if POOL:
-            filled = tl.max(tl.max((packed != 0).to(tl.int32), axis=1), axis=0)
+            filled = 1
+            if SKIP:
+                filled = tl.max(tl.max((packed != 0).to(tl.int32), axis=1), axis=0)
             if filled > 0:
                 if CONV:
                     sums = _bits_dot(bits, tl.trans(x), sums)
