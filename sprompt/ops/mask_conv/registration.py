@@ -252,32 +252,37 @@ def _update_grad(
     return grads[0] if need[0] else None, grads[1] if need[1] else None
 
 
-register_op("mask_conv", fake=_mask_conv_fake, reference=reference.mask_conv, native_kernel=_mask_conv)
+register_op("mask_conv", fake=_mask_conv_fake, reference=reference.mask_conv, native_kernel=_mask_conv, gpu="triton")
 register_op(
     "mask_conv_backward",
     fake=_mask_conv_backward_fake,
     reference=reference.mask_conv_backward,
     native_kernel=_mask_conv_backward,
+    gpu="triton",
 )
 register_gradient("mask_conv", _conv_grad, _conv_setup)
 no_double_backward("mask_conv_backward", "mask_conv")
 
-register_op("mask_pool", fake=_mask_pool_fake, reference=reference.mask_pool, native_kernel=_mask_pool)
+register_op("mask_pool", fake=_mask_pool_fake, reference=reference.mask_pool, native_kernel=_mask_pool, gpu="triton")
 register_op(
     "mask_pool_backward",
     fake=_mask_pool_backward_fake,
     reference=reference.mask_pool_backward,
     native_kernel=_mask_pool_backward,
+    gpu="triton",
 )
 register_gradient("mask_pool", _pool_grad, _pool_setup)
 no_double_backward("mask_pool_backward", "mask_pool")
 
-register_op("mask_update", fake=_mask_update_fake, reference=reference.mask_update, native_kernel=_mask_update)
+register_op(
+    "mask_update", fake=_mask_update_fake, reference=reference.mask_update, native_kernel=_mask_update, gpu="triton"
+)
 register_op(
     "mask_update_backward",
     fake=_mask_update_backward_fake,
     reference=reference.mask_update_backward,
     native_kernel=_mask_update_backward,
+    gpu="triton",
 )
 register_gradient("mask_update", _update_grad, _update_setup)
 no_double_backward("mask_update_backward", "mask_update")

@@ -1,5 +1,6 @@
 """mask_conv, mask_pool, mask_update."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -183,7 +184,7 @@ B, N, C, H, W = 2, 100, 256, 100, 168
 P = H * W
 
 
-def _five_percent(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+def _five_percent(device: torch.device, dtype: torch.dtype, seed: int, B: int = B) -> Sample:
     """Whole numbers (exact in every order, so that rivals must agree to the bit), 5 % of the logits above 0."""
     g = random(seed)
     features = torch.randint(-2, 3, (B, C, H, W), generator=g)
@@ -192,9 +193,9 @@ def _five_percent(device: torch.device, dtype: torch.dtype, seed: int) -> Sample
     return Sample("", (features.to(device, dtype), kernels.to(device, dtype)))
 
 
-def _logits(share: float) -> Callable[[torch.device, torch.dtype, int], Sample]:
+def _logits(share: float, B: int = B) -> Callable[[torch.device, torch.dtype, int], Sample]:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-        features = _five_percent(device, dtype, seed).args[0]
+        features = _five_percent(device, dtype, seed, B).args[0]
         held = torch.rand(B, N, H, W, generator=random(seed + 1)) < share
         logits = (
             held.float() - 0.5
@@ -214,8 +215,8 @@ def _bits_of(
     return packed
 
 
-def _blobs(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-    features = _five_percent(device, dtype, seed).args[0]
+def _blobs(device: torch.device, dtype: torch.dtype, seed: int, B: int = B) -> Sample:
+    features = _five_percent(device, dtype, seed, B).args[0]
     return Sample("", (features, blobs(B * N, H, W, seed, device).reshape(B, N, H, W).to(dtype) - 0.5))
 
 
@@ -252,6 +253,12 @@ _pooled = {
 }  # of the product; set bits need as much less as they are fewer
 _both = (torch.float32, torch.bfloat16)
 
+_batch = 12  # images on a GPU
+_gpu_shape = f"B {_batch}, N {N}, C {C}, {H}x{W}"
+_gpu_five_percent = functools.partial(_five_percent, B=_batch)
+_gpu_floats = _batch * P * (C + N) + _batch * N * C
+_gpu_pooled = {"flops": 2.0 * _batch * N * C * P, "bytes": 4.0 * _batch * P * C}
+
 BENCHES = [
     Bench(
         mask_update, f"{_shape}, 5 % set", _five_percent, _eager_update, dtypes=_both, gradients=("features", "kernels"),
@@ -267,4 +274,21 @@ BENCHES = [
     Bench(mask_pool, f"{_shape}, logits, 50 % set", _logits(0.5), _eager_pool, gradients=("features",), **_pooled),
     Bench(mask_pool, f"{_shape}, bits, 5 % set", _bits_of(_logits(0.05)), _eager_pool_of_bits, vectorised=False, **_pooled),
     Bench(mask_pool, f"{_shape}, bits, 50 % set", _bits_of(_logits(0.5)), _eager_pool_of_bits, vectorised=False, **_pooled),
+    Bench(
+        mask_update, f"{_gpu_shape}, 5 % set", _gpu_five_percent, _eager_update, dtypes=_both, device="cuda",
+        gradients=("features", "kernels"), flops=2.0 * _batch * N * C * P, bytes=4.0 * (_gpu_floats + _batch * N * C),
+        goals={"forward": 2, "forward bfloat16": 3, "full": 1.5, "full bfloat16": 1.5},
+    ),
+    Bench(
+        mask_conv, _gpu_shape, _gpu_five_percent, _eager_conv, dtypes=_both, device="cuda",
+        gradients=("features", "kernels"), flops=2.0 * _batch * N * C * P, bytes=4.0 * _gpu_floats, goals={"forward": 1},
+    ),
+    Bench(
+        mask_pool, f"{_gpu_shape}, logits, blobs", functools.partial(_blobs, B=_batch), _eager_pool, dtypes=_both,
+        device="cuda", gradients=("features",), **_gpu_pooled,
+    ),
+    Bench(
+        mask_pool, f"{_gpu_shape}, bits, 5 % set", _bits_of(_logits(0.05, _batch)), _eager_pool_of_bits, vectorised=False,
+        dtypes=_both, device="cuda", gradients=("features",), **_gpu_pooled,
+    ),
 ]  # fmt: skip

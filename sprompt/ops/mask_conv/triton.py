@@ -1,0 +1,224 @@
+"""Triton kernels of mask_conv, mask_pool and mask_update. B images, N kernels or masks, C channels, P pixels, n words a mask.
+
+All three run `_forward` with the same tiles, which is why mask_update equals mask_conv and mask_pool to the bit. Pixels are
+cut into chunks of whole tiles; sums over pixels are added up within a chunk and then over the chunks, both in order.
+The gradients are in triton_backward.py.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sprompt.masks import words_for
+from sprompt.ops import tile
+from sprompt.ops.launch import Cost, config, launch, padded, precision, tiles
+from sprompt.ops.mask_conv.triton_backward import mask_conv_backward as mask_conv_backward
+from sprompt.ops.mask_conv.triton_backward import mask_pool_backward as mask_pool_backward
+from sprompt.ops.mask_conv.triton_backward import mask_update_backward as mask_update_backward
+from sprompt.ops.mask_conv.triton_chunks import Chunks, add_chunks, block, cut, rows, split
+
+#: Other tiles for a tuner to try. HELD: the most channels that a program holds whole (0: none, features are read once for
+#: the logits, in steps of STEP channels, and once for the sums, BLOCK_D channels a program). SKIP: leave empty tiles out.
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "forward": [
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 256, "SKIP": 0, "PROGRAMS": 132, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 256, "SKIP": 1, "PROGRAMS": 264, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 128, "BLOCK_P": 32, "HELD": 256, "SKIP": 1, "PROGRAMS": 132, "num_warps": 8, "num_stages": 4},
+        {"BLOCK_N": 64, "BLOCK_P": 64, "HELD": 256, "SKIP": 1, "PROGRAMS": 264, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_N": 64, "BLOCK_P": 64, "HELD": 256, "SKIP": 1, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 0, "SKIP": 1, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 0, "SKIP": 0, "PROGRAMS": 264, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 64, "BLOCK_P": 64, "HELD": 0, "SKIP": 1, "PROGRAMS": 528, "num_warps": 4, "num_stages": 2},
+    ],
+}
+for entry in CANDIDATES["forward"]:
+    entry |= {"STEP": 64 if entry["HELD"] else 16, "BLOCK_D": 128}
+
+
+@triton.jit
+def _bits_dot(bits, x, acc):
+    """acc + bits x, bits bool (M, K), x (K, N). Products with 0 and 1 are exact on the tensor cores: float32 as three parts."""
+    if x.dtype == tl.float32:
+        weights = bits.to(tl.float32).to(tl.bfloat16)
+        high, middle, low = split(x)
+        acc = tile.dot(weights, low, acc, "ieee")
+        acc = tile.dot(weights, middle, acc, "ieee")
+        return tile.dot(weights, high, acc, "ieee")
+    else:
+        return tile.dot(bits.to(tl.float32).to(x.dtype), x, acc, "ieee")
+
+
+@triton.jit
+def _forward(
+    features,  # (B, C, P), any strides
+    kernels,  # (B, N, C), any strides; None without CONV
+    logits,  # (B, N, P), contiguous, written; None without CONV
+    words,  # (B, N, n) i32, any strides: written if CONV and given, else read
+    partial,  # (B, chunks, N, C) f32, contiguous, written; None without POOL
+    N, C, P, n, chunks, chunk,  # chunk: in tiles
+    features_b, features_c, features_p, kernels_b, kernels_n, kernels_c, words_b, words_n, words_w,  # strides
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
+    HELD: tl.constexpr, SKIP: tl.constexpr, CONV: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """CONV: logits[b, m, p] = sum over c of kernels[b, m, c] features[b, c, p]; bit p of words[b, m] = logits as stored > 0.
+    POOL: partial[b, k, m, c] = sum over the p of chunk k of bit p of words[b, m] times features[b, c, p].
+    HELD: BLOCK_C = BLOCK_D >= C, a tile of features serves both; otherwise a launch does one of them, the product in steps
+    of BLOCK_C channels. One program a (chunk and image, block of BLOCK_N kernels, block of BLOCK_D channels of the sums).
+    SKIP: a tile in which no kernel of the block has a bit is left out of the sums; without CONV its features are not read."""
+    k = tl.program_id(0) % chunks
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    m = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
+    c = tl.arange(0, BLOCK_C)
+    features += b * features_b
+    words_m = words
+    if words is not None:
+        words_m = words + b * words_b + tl.cast(m, tl.int64)[:, None] * words_n
+    sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    if CONV:
+        kernels += b * kernels_b
+        logits_m = logits + (b * N + m)[:, None] * P
+        if HELD:
+            weights = block(kernels, m, N, kernels_n, c, C, kernels_c)
+    for t in range(k * chunk, tl.minimum((k + 1) * chunk, tl.cdiv(P, BLOCK_P))):
+        p = t * BLOCK_P + tl.arange(0, BLOCK_P)
+        w = t * (BLOCK_P // 32) + tl.arange(0, BLOCK_P // 32)
+        in_words = (m < N)[:, None] & (w < n)[None, :]
+        if CONV:
+            products = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
+            if HELD:
+                x = block(features, c, C, features_c, p, P, features_p)
+                products = tile.dot(weights, x, products, PRECISION)
+            else:
+                for first in range(0, C, BLOCK_C):
+                    some = block(kernels, m, N, kernels_n, first + c, C, kernels_c)
+                    part = block(features, first + c, C, features_c, p, P, features_p)
+                    products = tile.dot(some, part, products, PRECISION)
+            stored = products.to(logits.dtype.element_ty)
+            tl.store(logits_m + p[None, :], stored, mask=(m < N)[:, None] & (p < P)[None, :])
+            if words is not None:
+                bits = (stored.to(tl.float32) > 0) & (p < P)[None, :]
+                packed = tile.pack(bits, BLOCK_N, BLOCK_P // 32)
+                tl.store(words_m + tl.cast(w, tl.int64)[None, :] * words_w, packed, mask=in_words)
+        else:
+            packed = tl.load(words_m + tl.cast(w, tl.int64)[None, :] * words_w, mask=in_words, other=0)
+        if POOL:
+            filled = 1
+            if SKIP:
+                filled = tl.max(tl.max((packed != 0).to(tl.int32), axis=1), axis=0)
+            if filled > 0:
+                if CONV:
+                    sums = _bits_dot(bits, tl.trans(x), sums)
+                else:
+                    y = block(features, d, C, features_c, p, P, features_p)
+                    sums = _bits_dot(tile.unpack(packed, BLOCK_N, BLOCK_P // 32), tl.trans(y), sums)
+    if POOL:
+        place = ((b * chunks + k) * N + m)[:, None] * C + d[None, :]
+        tl.store(partial + place, sums, mask=(m < N)[:, None] & (d < C)[None, :])
+
+
+# -- launches
+
+
+class _Pass(NamedTuple):
+    """One run of `_forward` over features (B, C, P): its tiles, from the shapes, the same for all three ops."""
+
+    features: Tensor
+    N: int
+    options: dict[str, Any]
+    cut: Chunks
+    whole: bool  #: a program holds all channels
+
+    @staticmethod
+    def over(features: Tensor, N: int) -> "_Pass":
+        x = rows(features)
+        B, C, P = x.shape
+        options: dict[str, Any] = dict(config("mask_conv.forward", x, padded(C)))
+        held, step, programs = (options.pop(name) for name in ("HELD", "STEP", "PROGRAMS"))
+        whole = padded(C) <= held
+        options["BLOCK_N"] = min(options["BLOCK_N"], padded(N))
+        options["BLOCK_C"] = padded(C) if whole else min(step, padded(C))
+        options["BLOCK_D"] = padded(C) if whole else min(options["BLOCK_D"], padded(C))
+        return _Pass(x, N, options, cut(P, options["BLOCK_P"], programs, B * tiles(N, options["BLOCK_N"])), whole)
+
+    def partial(self) -> Tensor:
+        B, C, _ = self.features.shape
+        return self.features.new_empty((B, self.cut.chunks, self.N, C), dtype=torch.float32)
+
+    def run(self, kernels: Tensor | None, logits: Tensor | None, words: Tensor | None, partial: Tensor | None) -> None:
+        x = self.features
+        B, C, P = x.shape
+        N, n = self.N, words_for(P)
+        blocks = tiles(N, self.options["BLOCK_N"])
+        # The product alone needs no blocks of the sums' channels, and is 0 where there are none.
+        deep = 1 if partial is None else max(1, tiles(C, self.options["BLOCK_D"]))
+        loops = self.cut.chunks if self.whole else self.cut.tiles
+        read, again, written = x.nbytes, max(blocks - 1, 0) * x.nbytes, 0
+        if kernels is not None:
+            read += kernels.nbytes
+            again += max(loops - 1, 0) * kernels.nbytes
+            written += B * N * P * x.element_size() + (B * N * n * 4 if words is not None else 0)
+        else:
+            # Worst case: no tile is empty.
+            read += B * N * n * 4
+            again += (deep - 1) * B * N * n * 4
+        if partial is not None:
+            written += partial.nbytes
+        flops = 2 * B * N * C * P * ((kernels is not None) + (partial is not None))
+        launch(
+            _forward,
+            (B * self.cut.chunks, blocks, deep),
+            x,
+            kernels,
+            logits,
+            words,
+            partial,
+            N,
+            C,
+            P,
+            n,
+            self.cut.chunks,
+            self.cut.chunk,
+            *x.stride(),
+            *(kernels.stride() if kernels is not None else (0, 0, 0)),
+            *(words.stride() if words is not None else (0, 0, 0)),
+            cost=Cost(read=read, again=again, written=written, flops=flops),
+            HELD=self.whole,
+            CONV=kernels is not None,
+            POOL=partial is not None,
+            PRECISION=precision(x),
+            **self.options,
+        )
+
+
+def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
+    B, N, _ = kernels.shape
+    logits = features.new_empty((B, N, *features.shape[2:]))
+    _Pass.over(features, N).run(kernels, logits, None, None)
+    return logits
+
+
+def mask_pool(features: Tensor, words: Tensor) -> Tensor:
+    B, N, _ = words.shape
+    task = _Pass.over(features, N)
+    partial = task.partial()
+    task.run(None, None, words, partial)
+    return add_chunks(partial, features.new_empty((B, N, features.shape[1])))
+
+
+def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    B, N, C = kernels.shape
+    H, W = features.shape[2:]
+    logits = features.new_empty((B, N, H, W))
+    words = features.new_empty((B, N, words_for(H * W)), dtype=torch.int32)
+    task = _Pass.over(features, N)
+    partial = task.partial()
+    if task.whole:
+        task.run(kernels, logits, words, partial)
+    else:
+        task.run(kernels, logits, words, None)
+        task.run(None, None, words, partial)
+    return logits, add_chunks(partial, features.new_empty((B, N, C))), words

@@ -1,0 +1,254 @@
+"""Triton kernels of the gradients of mask_conv, mask_pool and mask_update. Letters as in triton.py."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sprompt.masks import words_for
+from sprompt.ops import tile
+from sprompt.ops.launch import Cost, config, launch, padded, precision, tiles
+from sprompt.ops.mask_conv.triton_chunks import add_chunks, block, cut, rows, split
+
+#: Other tiles for a tuner to try.
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "grad_features": [
+        {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_P": 64, "PROGRAMS": 528, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 128, "BLOCK_C": 256, "BLOCK_P": 64, "PROGRAMS": 132, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_P": 128, "PROGRAMS": 264, "num_warps": 8, "num_stages": 2},
+        {"BLOCK_N": 32, "BLOCK_C": 64, "BLOCK_P": 64, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_N": 16, "BLOCK_C": 128, "BLOCK_P": 128, "PROGRAMS": 1056, "num_warps": 8, "num_stages": 2},
+    ],
+    "grad_kernels": [
+        {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_P": 64, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_P": 128, "PROGRAMS": 264, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_N": 128, "BLOCK_C": 256, "BLOCK_P": 64, "PROGRAMS": 264, "num_warps": 8, "num_stages": 3},
+        {"BLOCK_N": 64, "BLOCK_C": 64, "BLOCK_P": 32, "PROGRAMS": 1056, "num_warps": 4, "num_stages": 2},
+        {"BLOCK_N": 128, "BLOCK_C": 128, "BLOCK_P": 16, "PROGRAMS": 528, "num_warps": 8, "num_stages": 3},
+    ],
+}
+
+
+@triton.jit
+def _dot_bits(x, bits, acc):
+    """acc + x bits, x (M, K), bits bool (K, N). Products with 0 and 1 are exact on the tensor cores: float32 as three parts."""
+    if x.dtype == tl.float32:
+        weights = bits.to(tl.float32).to(tl.bfloat16)
+        high, middle, low = split(x)
+        acc = tile.dot(low, weights, acc, "ieee")
+        acc = tile.dot(middle, weights, acc, "ieee")
+        return tile.dot(high, weights, acc, "ieee")
+    else:
+        return tile.dot(x, bits.to(tl.float32).to(x.dtype), acc, "ieee")
+
+
+@triton.jit
+def _grad_features(
+    grad,  # (B, N, P), any strides; None without CONV
+    kernels,  # (B, N, C), any strides; None without CONV
+    grad_pooled,  # (B, N, C), any strides; None without POOL
+    words,  # (B, N, n) i32, any strides; None without POOL
+    out,  # (B, C, P), contiguous, written
+    N, C, P, n, chunks, chunk,  # chunk: in tiles
+    grad_b, grad_n, grad_p, kernels_b, kernels_n, kernels_c, pooled_b, pooled_n, pooled_c, words_b, words_n, words_w,  # strides
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    ONE: tl.constexpr, CONV: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """out[b, c, p] = sum over m of kernels[b, m, c] grad[b, m, p] (CONV) + bit p of words[b, m] times grad_pooled[b, m, c]
+    (POOL), by increasing blocks of m. ONE: N <= BLOCK_N, kernels and grad_pooled are read once a program.
+    One program a (chunk and image, block of BLOCK_C channels)."""
+    k = tl.program_id(0) % chunks
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m = tl.arange(0, BLOCK_N)
+    if CONV:
+        grad += b * grad_b
+        kernels += b * kernels_b
+        if ONE:
+            weights = block(kernels, c, C, kernels_c, m, N, kernels_n)
+    if POOL:
+        words += b * words_b
+        grad_pooled += b * pooled_b
+        if ONE:
+            pooled = block(grad_pooled, c, C, pooled_c, m, N, pooled_n)
+    for t in range(k * chunk, tl.minimum((k + 1) * chunk, tl.cdiv(P, BLOCK_P))):
+        p = t * BLOCK_P + tl.arange(0, BLOCK_P)
+        w = t * (BLOCK_P // 32) + tl.arange(0, BLOCK_P // 32)
+        sums = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+        if ONE:
+            if CONV:
+                sums = tile.dot(weights, block(grad, m, N, grad_n, p, P, grad_p), sums, PRECISION)
+            if POOL:
+                packed = block(words, m, N, words_n, w, n, words_w)
+                sums = _dot_bits(pooled, tile.unpack(packed, BLOCK_N, BLOCK_P // 32), sums)
+        else:
+            if CONV:
+                for first in range(0, N, BLOCK_N):
+                    some = block(kernels, c, C, kernels_c, first + m, N, kernels_n)
+                    sums = tile.dot(some, block(grad, first + m, N, grad_n, p, P, grad_p), sums, PRECISION)
+            if POOL:
+                for first in range(0, N, BLOCK_N):
+                    part = block(grad_pooled, c, C, pooled_c, first + m, N, pooled_n)
+                    packed = block(words, first + m, N, words_n, w, n, words_w)
+                    sums = _dot_bits(part, tile.unpack(packed, BLOCK_N, BLOCK_P // 32), sums)
+        place = (b * C + c)[:, None] * P + p[None, :]
+        tl.store(out + place, sums.to(out.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
+
+
+@triton.jit
+def _grad_kernels(
+    grad,  # (B, N, P), any strides
+    features,  # (B, C, P), any strides
+    partial,  # (B, chunks, N, C) f32, contiguous, written
+    N, C, P, chunks, chunk,  # chunk: in tiles
+    grad_b, grad_n, grad_p, features_b, features_c, features_p,  # strides
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """partial[b, k, m, c] = sum over the p of chunk k of grad[b, m, p] features[b, c, p].
+    One program a (chunk and image, block of BLOCK_N kernels, block of BLOCK_C channels)."""
+    k = tl.program_id(0) % chunks
+    b = (tl.program_id(0) // chunks).to(tl.int64)
+    m = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    grad += b * grad_b
+    features += b * features_b
+    sums = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for t in range(k * chunk, tl.minimum((k + 1) * chunk, tl.cdiv(P, BLOCK_P))):
+        p = t * BLOCK_P + tl.arange(0, BLOCK_P)
+        g = block(grad, m, N, grad_n, p, P, grad_p)
+        x = block(features, c, C, features_c, p, P, features_p)
+        sums = tile.dot(g, tl.trans(x), sums, PRECISION)
+    place = ((b * chunks + k) * N + m)[:, None] * C + c[None, :]
+    tl.store(partial + place, sums, mask=(m < N)[:, None] & (c < C)[None, :])
+
+
+# -- launches
+
+
+def _to_features(
+    out: Tensor, grad: Tensor | None, kernels: Tensor | None, grad_pooled: Tensor | None, words: Tensor | None
+) -> None:
+    """Fills out (B, C, P), from grad and kernels, from grad_pooled and words, or from both."""
+    B, C, P = out.shape
+    some = grad if grad is not None else grad_pooled
+    assert some is not None
+    N, n, size = some.shape[1], words_for(P), out.element_size()
+    options = dict(config("mask_conv.grad_features", out))
+    one = options["BLOCK_N"] >= N
+    options["BLOCK_N"] = min(options["BLOCK_N"], padded(N))
+    options["BLOCK_C"] = min(options["BLOCK_C"], padded(C))
+    blocks = tiles(C, options["BLOCK_C"])
+    pieces = cut(P, options["BLOCK_P"], options.pop("PROGRAMS"), B * blocks)
+    loops = pieces.chunks if one else pieces.tiles
+    # Bytes of what every channel block reads (pixels) and of what every chunk or tile reads (kernels).
+    pixels = (B * N * P * size if grad is not None else 0) + (B * N * n * 4 if words is not None else 0)
+    small = B * N * C * size * ((grad is not None) + (words is not None))
+    launch(
+        _grad_features,
+        (B * pieces.chunks, blocks),
+        grad,
+        kernels,
+        grad_pooled,
+        words,
+        out,
+        N,
+        C,
+        P,
+        n,
+        pieces.chunks,
+        pieces.chunk,
+        *(
+            stride
+            for x in (grad, kernels, grad_pooled, words)
+            for stride in (x.stride() if x is not None else (0, 0, 0))
+        ),
+        cost=Cost(
+            read=pixels + small,
+            again=max(blocks - 1, 0) * pixels + max(loops - 1, 0) * small,
+            written=out.nbytes,
+            flops=2 * B * N * C * P * ((grad is not None) + (words is not None)),
+        ),
+        ONE=one,
+        CONV=grad is not None,
+        POOL=words is not None,
+        PRECISION=precision(out),
+        **options,
+    )
+
+
+def _to_kernels(out: Tensor, grad: Tensor, features: Tensor) -> None:
+    """Fills out (B, N, C) with grad (B, N, P) features^T."""
+    B, N, C = out.shape
+    P = grad.shape[2]
+    options = dict(config("mask_conv.grad_kernels", out))
+    options["BLOCK_N"] = min(options["BLOCK_N"], padded(N))
+    options["BLOCK_C"] = min(options["BLOCK_C"], padded(C))
+    over_n, over_c = tiles(N, options["BLOCK_N"]), tiles(C, options["BLOCK_C"])
+    pieces = cut(P, options["BLOCK_P"], options.pop("PROGRAMS"), B * over_n * over_c)
+    partial = out.new_empty((B, pieces.chunks, N, C), dtype=torch.float32)
+    launch(
+        _grad_kernels,
+        (B * pieces.chunks, over_n, over_c),
+        grad,
+        features,
+        partial,
+        N,
+        C,
+        P,
+        pieces.chunks,
+        pieces.chunk,
+        *grad.stride(),
+        *features.stride(),
+        cost=Cost(
+            read=grad.nbytes + features.nbytes,
+            again=max(over_c - 1, 0) * grad.nbytes + max(over_n - 1, 0) * features.nbytes,
+            written=partial.nbytes,
+            flops=2 * B * N * C * P,
+        ),
+        PRECISION=precision(out),
+        **options,
+    )
+    add_chunks(partial, out)
+
+
+def mask_update_backward(
+    features: Tensor,
+    kernels: Tensor,
+    words: Tensor,
+    grad_logits: Tensor | None,
+    grad_pooled: Tensor | None,
+    to_features: bool,
+    to_kernels: bool,
+) -> tuple[Tensor, Tensor]:
+    grad_features = features.new_empty(features.shape if to_features else 0)
+    grad_kernels = kernels.new_empty(kernels.shape if to_kernels else 0)
+    grad = rows(grad_logits.to(features.dtype)) if grad_logits is not None else None
+    if to_features:
+        if grad is None and grad_pooled is None:
+            grad_features.zero_()
+        else:
+            _to_features(
+                grad_features.flatten(2),
+                grad,
+                kernels if grad is not None else None,
+                grad_pooled.to(features.dtype) if grad_pooled is not None else None,
+                words if grad_pooled is not None else None,
+            )
+    if to_kernels:
+        if grad is None:
+            grad_kernels.zero_()
+        else:
+            _to_kernels(grad_kernels, grad, rows(features))
+    return grad_features, grad_kernels
+
+
+def mask_conv_backward(
+    features: Tensor, kernels: Tensor, grad: Tensor, to_features: bool, to_kernels: bool
+) -> tuple[Tensor, Tensor]:
+    return mask_update_backward(features, kernels, None, grad, None, to_features, to_kernels)  # type: ignore[arg-type]
+
+
+def mask_pool_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
+    out = grad.new_empty((grad.shape[0], grad.shape[2], height, width))
+    _to_features(out.flatten(2), None, None, grad, words)
+    return out
