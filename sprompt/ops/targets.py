@@ -87,7 +87,9 @@ class ForTriton(NamedTuple):
     """Targets as the Triton kernels take them (sprompt/ops/tile.py, soft_target)."""
 
     tensor: Tensor  #: bool as bytes
-    strides: tuple[int, ...]  #: of the batch dimensions, a row and a pixel; of words: the batch dimensions, 0 and a word
+    strides: tuple[
+        int, ...
+    ]  #: of the batch dimensions, a row and a pixel; of words: the batch dimensions, 0 and a word
     load: int  #: bytes that one pixel loads: an element, or a word of each row that counts
     touched: int  #: bytes of the tensor that are loaded at all: of 4 rows of bits the middle two
 

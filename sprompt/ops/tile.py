@@ -67,22 +67,32 @@ def fraction(a, U: tl.constexpr):
 
 
 @triton.jit
-def soft_target(target, y, x, W, stride_y, stride_x, mask, RATIO: tl.constexpr):
-    """Pixel (y, x) of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense, bytes or floats.
-    Otherwise words of a mask RATIO times as large: its bit, or the mean of the middle 2 x 2 bits of RATIO x RATIO. Two bits of a row
-    that belong together begin at an even bit, or one after a multiple of 4: they never lie in two words."""
+def target_row(y, W, stride_y, RATIO: tl.constexpr):
+    """Where row y of a target begins (soft_target): elements into a dense one, bits into a mask of rows of RATIO * W bits."""
     if RATIO == 0:
-        at = tl.cast(y, tl.int64) * stride_y + tl.cast(x, tl.int64) * stride_x
-        value = tl.load(target + at, mask=mask, other=0)
+        return tl.cast(y, tl.int64) * stride_y
+    elif RATIO == 1:
+        return tl.cast(y, tl.int64) * W
+    else:
+        return (tl.cast(y, tl.int64) * RATIO + (RATIO // 2 - 1)) * (W * RATIO) + (RATIO // 2 - 1)
+
+
+@triton.jit
+def soft_target(target, row, x, W, stride_x, mask, RATIO: tl.constexpr):
+    """Pixel x of a row of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense, bytes or
+    floats. Otherwise words of a mask RATIO times as large: its bit, or the mean of the middle 2 x 2 bits of RATIO x RATIO. Two
+    bits of a row that belong together begin at an even bit, or one after a multiple of 4: they never lie in two words."""
+    if RATIO == 0:
+        value = tl.load(target + (row + tl.cast(x, tl.int64) * stride_x), mask=mask, other=0)
         if target.dtype.element_ty == tl.uint8:
             value = value != 0
         return value.to(tl.float32)
     elif RATIO == 1:
-        bit = tl.cast(y, tl.int64) * W + x
+        bit = row + x
         word = tl.load(target + (bit >> 5) * stride_x, mask=mask, other=0)
         return ((word >> (bit & 31).to(tl.int32)) & 1).to(tl.float32)
     else:
-        bit = (tl.cast(y, tl.int64) * RATIO + (RATIO // 2 - 1)) * (W * RATIO) + (x * RATIO + (RATIO // 2 - 1))
+        bit = row + x * RATIO
         below = bit + W * RATIO
         first = tl.load(target + (bit >> 5) * stride_x, mask=mask, other=0) >> (bit & 31).to(tl.int32)
         second = tl.load(target + (below >> 5) * stride_x, mask=mask, other=0) >> (below & 31).to(tl.int32)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sprompt.ops.launch import Cost, config, launch, tiles
 from sprompt.ops.targets import for_triton, quad_edge
-from sprompt.ops.tile import corners, fraction, soft_target
+from sprompt.ops.tile import corners, fraction, soft_target, target_row
 
 #: Other choices of tiles, for a tuner to time.
 CANDIDATES = {
@@ -23,11 +23,12 @@ CANDIDATES = {
         {"BLOCK": 128, "TILES": 8, "num_warps": 4, "num_stages": 1},
     ],
     "backward": [
-        {"BLOCK": 64, "ROWS": 5, "num_warps": 2, "num_stages": 1},
-        {"BLOCK": 64, "ROWS": 20, "num_warps": 2, "num_stages": 1},
-        {"BLOCK": 32, "ROWS": 10, "num_warps": 1, "num_stages": 1},
+        {"BLOCK": 64, "ROWS": 10, "num_warps": 2, "num_stages": 1},
+        {"BLOCK": 64, "ROWS": 5, "num_warps": 4, "num_stages": 1},
+        {"BLOCK": 64, "ROWS": 20, "num_warps": 4, "num_stages": 1},
+        {"BLOCK": 32, "ROWS": 10, "num_warps": 2, "num_stages": 1},
         {"BLOCK": 128, "ROWS": 10, "num_warps": 4, "num_stages": 1},
-        {"BLOCK": 256, "ROWS": 10, "num_warps": 4, "num_stages": 1},
+        {"BLOCK": 256, "ROWS": 10, "num_warps": 8, "num_stages": 1},
     ],
 }  # fmt: skip
 
@@ -62,11 +63,13 @@ def _mask_loss_sums(
             down = fraction(a, U)
             left, right = c00 * (1 - down) + c10 * down, c01 * (1 - down) + c11 * down
             y = (i - EDGE) * U + (U // 2 + a)
+            live = inside & (y >= 0) & (y < H)
+            row = target_row(y, W, targets_y, RATIO)
             for b in range(U):
                 along = fraction(b, U)
                 x = (j - EDGE) * U + (U // 2 + b)
-                real = inside & (y >= 0) & (y < H) & (x >= 0) & (x < W)
-                t = soft_target(targets + m * targets_m, y, x, W, targets_y, targets_x, real, RATIO)
+                real = live & (x >= 0) & (x < W)
+                t = soft_target(targets + m * targets_m, row, x, W, targets_x, real, RATIO)
                 z = left * (1 - along) + right * along
                 e = tl.exp(-tl.abs(z))
                 p = tl.where(z >= 0, 1.0, e) / (1.0 + e)
@@ -177,7 +180,7 @@ def _mask_loss_backward(
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """grad[m, i, j] = sum over the fine pixels of (weight of cell (i, j) in the pixel's logit) * (gradient of that logit).
-    One program a (mask, strip of ROWS rows of cells, block of columns), one lane a column, which goes down its two columns of quads.
+    One program a (mask, strip of ROWS rows of cells, block of columns), which goes down the two columns of quads of each column.
     A row of quads gives its upper share to the row of cells above it, which is then complete, and its lower share to the next.
     Cells at the rim have the whole of what lies outside. Every sum has one order, whatever the launch."""
     m = (tl.program_id(0) // (strips * blocks)).to(tl.int64)
@@ -196,51 +199,51 @@ def _mask_loss_backward(
         for i in range(first, tl.minimum(first + ROWS, h)):
             at = tl.cast(i, tl.int64) * logits_y + tl.cast(j, tl.int64) * logits_x
             z = tl.load(plane + at, mask=inside, other=0.0).to(tl.float32)
-            t = soft_target(target, i, j, W, targets_y, targets_x, inside, RATIO)
+            t = soft_target(target, target_row(i, W, targets_y, RATIO), j, W, targets_x, inside, RATIO)
             slope = _slope(z, t, mean, at_t, at_p)
             tl.store(out + (tl.cast(i, tl.int64) * w + j), slope.to(grad.dtype.element_ty), mask=inside)
     else:
-        at_left = tl.cast(tl.maximum(j - 1, 0), tl.int64) * logits_x
-        at_middle = tl.cast(j, tl.int64) * logits_x
-        at_right = tl.cast(tl.minimum(j + 1, w - 1), tl.int64) * logits_x
+        side = tl.arange(0, 2)[None, :]  # the quads left and right of a cell
+        at = j[:, None] - 1 + side
+        alone = tl.where(side == 0, j[:, None] == 0, j[:, None] == w - 1)
+        at_left = tl.cast(tl.maximum(at, 0), tl.int64) * logits_x
+        at_right = tl.cast(tl.minimum(at + 1, w - 1), tl.int64) * logits_x
+        mask = inside[:, None] & (side >= 0)
         above = plane + tl.cast(tl.maximum(first - 1, 0), tl.int64) * logits_y
-        left = tl.load(above + at_left, mask=inside, other=0.0).to(tl.float32)
-        middle = tl.load(above + at_middle, mask=inside, other=0.0).to(tl.float32)
-        right = tl.load(above + at_right, mask=inside, other=0.0).to(tl.float32)
-        pending = tl.zeros((BLOCK,), tl.float32)
-        for i in range(first, tl.minimum(first + ROWS, h) + 1):  # the row of quads between the rows i - 1 and i of cells
+        left = tl.load(above + at_left, mask=mask, other=0.0).to(tl.float32)
+        right = tl.load(above + at_right, mask=mask, other=0.0).to(tl.float32)
+        pending = tl.zeros((BLOCK, 2), tl.float32)
+        for i in range(
+            first, tl.minimum(first + ROWS, h) + 1
+        ):  # the row of quads between the rows i - 1 and i of cells
             row = plane + tl.cast(tl.minimum(i, h - 1), tl.int64) * logits_y
-            next_left = tl.load(row + at_left, mask=inside, other=0.0).to(tl.float32)
-            next_middle = tl.load(row + at_middle, mask=inside, other=0.0).to(tl.float32)
-            next_right = tl.load(row + at_right, mask=inside, other=0.0).to(tl.float32)
-            upper = tl.zeros((BLOCK,), tl.float32)
-            lower = tl.zeros((BLOCK,), tl.float32)
+            next_left = tl.load(row + at_left, mask=mask, other=0.0).to(tl.float32)
+            next_right = tl.load(row + at_right, mask=mask, other=0.0).to(tl.float32)
+            upper = tl.zeros((BLOCK, 2), tl.float32)
+            lower = tl.zeros((BLOCK, 2), tl.float32)
             for a in range(U):
                 y = (i - 1) * U + (U // 2 + a)
+                live = mask & (y >= 0) & (y < H)
+                begin = target_row(y, W, targets_y, RATIO)
                 down = fraction(a, U)
                 z_left = left * (1 - down) + next_left * down
-                z_middle = middle * (1 - down) + next_middle * down
                 z_right = right * (1 - down) + next_right * down
-                share = tl.zeros((BLOCK,), tl.float32)
+                share = tl.zeros((BLOCK, 2), tl.float32)
                 for b in range(U):
                     along = fraction(b, U)
-                    x = (j - 1) * U + (U // 2 + b)
-                    real = inside & (y >= 0) & (y < H) & (x >= 0)
-                    t = soft_target(target, y, x, W, targets_y, targets_x, real, RATIO)
-                    slope = _slope(z_left * (1 - along) + z_middle * along, t, mean, at_t, at_p)
-                    share += tl.where(real, slope * tl.where(j == 0, 1.0, along), 0.0)
-                    x += U
-                    real = inside & (y >= 0) & (y < H) & (x < W)
-                    t = soft_target(target, y, x, W, targets_y, targets_x, real, RATIO)
-                    slope = _slope(z_middle * (1 - along) + z_right * along, t, mean, at_t, at_p)
-                    share += tl.where(real, slope * tl.where(j == w - 1, 1.0, 1 - along), 0.0)
+                    x = at * U + (U // 2 + b)
+                    real = live & (x >= 0) & (x < W)
+                    t = soft_target(target, begin, x, W, targets_x, real, RATIO)
+                    slope = _slope(z_left * (1 - along) + z_right * along, t, mean, at_t, at_p)
+                    weight = tl.where(alone, 1.0, tl.where(side == 0, along, 1 - along))
+                    share += tl.where(real, slope * weight, 0.0)
                 upper += share * (1 - down)
                 lower += share * down
-            done = pending + tl.where(i == h, upper + lower, upper)
-            at = tl.cast(i - 1, tl.int64) * w + j
-            tl.store(out + at, done.to(grad.dtype.element_ty), mask=inside & (i > first))
+            done = tl.sum(pending + tl.where(i == h, upper + lower, upper), axis=1)
+            cell = tl.cast(i - 1, tl.int64) * w + j
+            tl.store(out + cell, done.to(grad.dtype.element_ty), mask=inside & (i > first))
             pending = tl.where(i == 0, upper + lower, lower)
-            left, middle, right = next_left, next_middle, next_right
+            left, right = next_left, next_right
 
 
 def mask_loss_backward(
@@ -255,7 +258,7 @@ def mask_loss_backward(
     if upsample == 1:
         cells, pixels = h * w, h * w
     else:  # Neighbouring strips share a row of quads and neighbouring lanes a column, which both of them read.
-        cells = (h + 2 * strips) * 3 * w
+        cells = (h + 2 * strips) * 4 * w
         pixels = (H + (strips - 1) * upsample) * (2 * W - upsample)
     numbers = 5 * 4 * M  # three sums and two gradients of losses
     read = logits.nbytes + target.touched + numbers

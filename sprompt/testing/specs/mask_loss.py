@@ -150,10 +150,10 @@ SPECS = [
 ]  # fmt: skip
 
 
-def _bench(kind: str) -> Callable[[torch.device, torch.dtype, int], Sample]:
+def _bench(kind: str, masks: int = 40) -> Callable[[torch.device, torch.dtype, int], Sample]:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-        logits = (3 * torch.randn(40, 100, 168, generator=random(seed))).to(device, dtype)
-        bits = pack_masks(blobs(40, 800, 1344, seed, device))
+        logits = (3 * torch.randn(masks, 100, 168, generator=random(seed))).to(device, dtype)
+        bits = pack_masks(blobs(masks, 800, 1344, seed, device))
         if kind == "bits 4":
             targets: BitMasks | Tensor = bits
         else:
@@ -169,6 +169,13 @@ BENCHES = [
         mask_loss, f"40 x (100x168) up 2, {name}", _bench(kind), _eager, gradients=("logits",),
         dtypes=(torch.float32, torch.bfloat16) if kind == "float" else (torch.float32,),
         flops=40 * 67200 * 45, bytes=40 * (16800 * 4 + 67200 * size), goals={"full": 4, "memory": 4},
+    )
+    for kind, name, size in (("float", "soft targets", 4.0), ("bits 1", "bits", 1 / 8), ("bits 4", "bits of 800x1344", 1.0))
+] + [
+    Bench(
+        mask_loss, f"240 x (100x168) up 2, {name}", _bench(kind, 240), _eager, gradients=("logits",), device="cuda",
+        dtypes=(torch.float32, torch.bfloat16), flops=240 * 67200 * 45, bytes=240 * (16800 * 4 + 67200 * size),
+        goals={"full": 4, "memory": 4},
     )
     for kind, name, size in (("float", "soft targets", 4.0), ("bits 1", "bits", 1 / 8), ("bits 4", "bits of 800x1344", 1.0))
 ]  # fmt: skip
