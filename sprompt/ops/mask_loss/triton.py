@@ -23,12 +23,12 @@ CANDIDATES = {
         {"BLOCK": 128, "TILES": 8, "num_warps": 4, "num_stages": 1},
     ],
     "backward": [
-        {"BLOCK": 64, "ROWS": 10, "num_warps": 2, "num_stages": 1},
-        {"BLOCK": 64, "ROWS": 5, "num_warps": 4, "num_stages": 1},
-        {"BLOCK": 64, "ROWS": 20, "num_warps": 4, "num_stages": 1},
-        {"BLOCK": 32, "ROWS": 10, "num_warps": 2, "num_stages": 1},
-        {"BLOCK": 128, "ROWS": 10, "num_warps": 4, "num_stages": 1},
-        {"BLOCK": 256, "ROWS": 10, "num_warps": 8, "num_stages": 1},
+        {"BLOCK": 64, "ROWS": 8, "num_warps": 2, "num_stages": 1},
+        {"BLOCK": 64, "ROWS": 4, "num_warps": 4, "num_stages": 1},
+        {"BLOCK": 64, "ROWS": 16, "num_warps": 4, "num_stages": 1},
+        {"BLOCK": 32, "ROWS": 8, "num_warps": 2, "num_stages": 1},
+        {"BLOCK": 128, "ROWS": 8, "num_warps": 4, "num_stages": 1},
+        {"BLOCK": 256, "ROWS": 8, "num_warps": 8, "num_stages": 1},
     ],
 }  # fmt: skip
 
@@ -196,12 +196,13 @@ def _mask_loss_backward(
     plane, target = logits + m * logits_m, targets + m * targets_m
     out = grad + m * h * w
     if U == 1:
-        for i in range(first, tl.minimum(first + ROWS, h)):
-            at = tl.cast(i, tl.int64) * logits_y + tl.cast(j, tl.int64) * logits_x
-            z = tl.load(plane + at, mask=inside, other=0.0).to(tl.float32)
-            t = soft_target(target, target_row(i, W, targets_y, RATIO), j, W, targets_x, inside, RATIO)
-            slope = _slope(z, t, mean, at_t, at_p)
-            tl.store(out + (tl.cast(i, tl.int64) * w + j), slope.to(grad.dtype.element_ty), mask=inside)
+        i = first + tl.arange(0, ROWS)[:, None]
+        real = (i < h) & inside[None, :]
+        at = tl.cast(i, tl.int64) * logits_y + tl.cast(j, tl.int64)[None, :] * logits_x
+        z = tl.load(plane + at, mask=real, other=0.0).to(tl.float32)
+        t = soft_target(target, target_row(i, W, targets_y, RATIO), j[None, :], W, targets_x, real, RATIO)
+        slope = _slope(z, t, mean, at_t, at_p)
+        tl.store(out + (tl.cast(i, tl.int64) * w + j[None, :]), slope.to(grad.dtype.element_ty), mask=real)
     else:
         side = tl.arange(0, 2)[None, :]  # the quads left and right of a cell
         at = j[:, None] - 1 + side

@@ -182,14 +182,18 @@ def _bench(kind: str, images: int = 1) -> Callable[[torch.device, torch.dtype, i
             torch.randn(images, 100, 80, generator=g).to(device, dtype),
             torch.randint(0, 80, (images, 20), generator=g),
         )
-        bits = pack_masks(blobs(images * 20, 800, 1344, seed, device).view(images, 20, 800, 1344))
+        bits = pack_masks(blobs(20, 800, 1344, seed, device))[None]  # of one image, and the others have the same
         if kind == "bits 4":
             targets: BitMasks | Tensor = bits
         elif kind == "noise":
-            targets = make_targets("float", (images, 20), 200, 336, device, dtype, seed)
+            targets = make_targets("float", (1, 20), 200, 336, device, dtype, seed)
         else:
             targets = F.interpolate(bits.to_dense(torch.float32), size=(200, 336), mode="bilinear")
             targets = pack_masks(targets) if kind == "bits 1" else targets.to(dtype)
+        if isinstance(targets, BitMasks):
+            targets = BitMasks(targets.words.repeat(images, 1, 1), targets.size)
+        else:
+            targets = targets.repeat(images, 1, 1, 1)
         return Sample("", (logits, targets, classes, labels.to(device)), {"upsample": 2})
 
     return make
