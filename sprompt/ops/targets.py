@@ -5,7 +5,7 @@ resolution, r in {1, 2, 4}: their half-pixel bilinear reduction, which is the me
 2×2 of a 4×4 block for r = 4. An op takes them as (tensor, ratio): ratio 0 is dense, otherwise the tensor is words.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,3 +81,28 @@ def upsampled(logits: Tensor, upsample: int, dtype: torch.dtype) -> Tensor:
 def unit_stride(x: Tensor) -> Tensor:
     """What the native kernels read: the last stride is 1."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+class ForTriton(NamedTuple):
+    """Targets as the Triton kernels take them (sprompt/ops/tile.py, soft_target)."""
+
+    tensor: Tensor  #: bool as bytes
+    strides: tuple[
+        int, ...
+    ]  #: of the batch dimensions, a row and a pixel; of words: the batch dimensions, 0 and a word
+    load: int  #: bytes that one pixel loads: an element, or a word of each row that counts
+    touched: int  #: bytes of the tensor that are loaded at all: of 4 rows of bits the middle two
+
+
+def for_triton(targets: Tensor, ratio: int) -> ForTriton:
+    if ratio == 0:
+        dense = targets.view(torch.uint8) if targets.dtype == torch.bool else targets
+        return ForTriton(dense, dense.stride(), dense.element_size(), dense.nbytes)
+    touched = targets.nbytes // 2 if ratio == 4 else targets.nbytes
+    return ForTriton(targets, (*targets.stride()[:-1], 0, targets.stride(-1)), 4 if ratio == 1 else 8, touched)
+
+
+def quad_edge(upsample: int) -> int:
+    """How many rows and columns of quads there are beyond those of cells: fine pixels lie between two cells, or outside the last
+    one; without upsampling each is its cell."""
+    return 1 if upsample > 1 else 0

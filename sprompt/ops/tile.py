@@ -36,3 +36,65 @@ def sigmoid(x):
     """1 / (1 + e^-x) without overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def corners(plane, i, j, h, w, stride_y, stride_x, mask, U: tl.constexpr):
+    """The four cells between which the fine pixels of quad (i, j) lie: (i - 1, j - 1), (i - 1, j), (i, j - 1), (i, j), held to the
+    map (h, w). Upsampling by 1 has no between: four times the cell (i, j), loaded once."""
+    if U == 1:
+        cell = tl.load(
+            plane + (tl.cast(i, tl.int64) * stride_y + tl.cast(j, tl.int64) * stride_x), mask=mask, other=0.0
+        ).to(tl.float32)
+        return cell, cell, cell, cell
+    else:
+        top = tl.cast(tl.maximum(i - 1, 0), tl.int64) * stride_y
+        bottom = tl.cast(tl.minimum(i, h - 1), tl.int64) * stride_y
+        left = tl.cast(tl.maximum(j - 1, 0), tl.int64) * stride_x
+        right = tl.cast(tl.minimum(j, w - 1), tl.int64) * stride_x
+        return (
+            tl.load(plane + (top + left), mask=mask, other=0.0).to(tl.float32),
+            tl.load(plane + (top + right), mask=mask, other=0.0).to(tl.float32),
+            tl.load(plane + (bottom + left), mask=mask, other=0.0).to(tl.float32),
+            tl.load(plane + (bottom + right), mask=mask, other=0.0).to(tl.float32),
+        )
+
+
+@triton.jit
+def fraction(a, U: tl.constexpr):
+    """Of fine pixel a of the U between two cells, the weight of the second cell (half-pixel centres)."""
+    return (2 * (U // 2 + a) + 1 - U) / (2 * U)
+
+
+@triton.jit
+def target_row(y, W, stride_y, RATIO: tl.constexpr):
+    """Where row y of a target begins (soft_target): elements into a dense one, bits into a mask of rows of RATIO * W bits."""
+    if RATIO == 0:
+        return tl.cast(y, tl.int64) * stride_y
+    elif RATIO == 1:
+        return tl.cast(y, tl.int64) * W
+    else:
+        return (tl.cast(y, tl.int64) * RATIO + (RATIO // 2 - 1)) * (W * RATIO) + (RATIO // 2 - 1)
+
+
+@triton.jit
+def soft_target(target, row, x, W, stride_x, mask, RATIO: tl.constexpr):
+    """Pixel x of a row of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense, bytes or
+    floats. Otherwise words of a mask RATIO times as large: its bit, or the mean of the middle 2 x 2 bits of RATIO x RATIO. Two
+    bits of a row that belong together begin at an even bit, or one after a multiple of 4: they never lie in two words."""
+    if RATIO == 0:
+        value = tl.load(target + (row + tl.cast(x, tl.int64) * stride_x), mask=mask, other=0)
+        if target.dtype.element_ty == tl.uint8:
+            value = value != 0
+        return value.to(tl.float32)
+    elif RATIO == 1:
+        bit = row + x
+        word = tl.load(target + (bit >> 5) * stride_x, mask=mask, other=0)
+        return ((word >> (bit & 31).to(tl.int32)) & 1).to(tl.float32)
+    else:
+        bit = row + x * RATIO
+        below = bit + W * RATIO
+        first = tl.load(target + (bit >> 5) * stride_x, mask=mask, other=0) >> (bit & 31).to(tl.int32)
+        second = tl.load(target + (below >> 5) * stride_x, mask=mask, other=0) >> (below & 31).to(tl.int32)
+        count = (first & 1) + ((first >> 1) & 1) + (second & 1) + ((second >> 1) & 1)
+        return count.to(tl.float32) * 0.25

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sprompt import BitMasks, native, use_backend
-from sprompt.ops import mask_loss
+from sprompt.ops import launch, mask_loss
 from sprompt.testing.spec import blobs, random
 
 
@@ -142,3 +142,44 @@ def test_chunk_borders_of_the_gradient(h: int) -> None:
     torch.testing.assert_close(
         gradient(mask_loss, logits, soft, upsample=2).double(), exact, rtol=1e-4, atol=1e-6 * float(exact.abs().max())
     )
+
+
+on_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)))
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("h", "w", "upsample"),
+    ((23, 89, 1), (32, 64, 1), (3, 683, 1), (22, 88, 2), (31, 63, 2), (2, 682, 2), (260, 260, 1)),
+)
+def test_triton_borders_of_chunks(h: int, w: int, upsample: int) -> None:
+    """Below, at and above a chunk of 2048 quads; more chunks than the second kernel takes at once."""
+    logits = 3 * torch.randn(1, h, w, generator=random(h))
+    soft = torch.rand(1, h * upsample, w * upsample, generator=random(w))
+    with use_backend("triton"):
+        found = mask_loss(logits, soft, upsample=upsample)
+    for a, e in zip(found, plain(logits.double(), soft, upsample), strict=True):
+        torch.testing.assert_close(a.double(), e, rtol=1e-6, atol=1e-6)
+
+
+@on_triton
+@pytest.mark.parametrize("upsample", (1, 2, 3))
+@pytest.mark.parametrize(("h", "w"), ((7, 63), (8, 64), (9, 65), (17, 2), (1, 129)))
+def test_triton_borders_of_the_gradient(h: int, w: int, upsample: int) -> None:
+    """Strips of 8 rows of cells, blocks of 64 columns."""
+    logits = 3 * torch.randn(1, h, w, generator=random(h))
+    soft = torch.rand(1, h * upsample, w * upsample, generator=random(w))
+    exact = gradient(plain, logits.double(), soft, upsample)
+    with use_backend("triton"):
+        found = gradient(mask_loss, logits, soft, upsample=upsample)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-6 * float(exact.abs().max()))
+
+
+@on_triton
+def test_triton_small_losses_keep_their_digits() -> None:
+    """log(1 + e^-|z|) of a sure and right logit is far below the rounding of 1."""
+    logits = torch.tensor([[[20.0, -20.0, 12.0, -9.0, 3.0, -3.0, 4.0, 80.0]]])
+    with use_backend("triton"):
+        for z in logits[0, 0]:
+            bce, _ = mask_loss(z.view(1, 1, 1), (z > 0).view(1, 1, 1))
+            torch.testing.assert_close(bce.double(), (-z.double().abs()).exp().log1p().view(1), rtol=2e-6, atol=0)

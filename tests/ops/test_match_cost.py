@@ -1,11 +1,14 @@
 """match_cost: a table by hand, NaN and padding, soft targets from bits, independence of chunks, tiles and threads."""
 
+import importlib
+
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from sprompt import BitMasks, native, use_backend
-from sprompt.ops import match_cost
+from sprompt.ops import launch, match_cost
 from sprompt.testing.spec import blobs, random
 
 SURE = 50.0  # a logit whose probability is 1, or 0 with the other sign
@@ -152,3 +155,63 @@ def test_many_targets_and_wide_maps() -> None:
     torch.testing.assert_close(
         match_cost(logits, targets, weights=(0, 0, 1), upsample=2).double(), dice, rtol=1e-5, atol=1e-6
     )
+
+
+on_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)))
+
+
+def truth(logits: Tensor, soft: Tensor, upsample: int) -> Tensor:
+    """bce and dice of weights 1 and 4, in float64."""
+    p = F.interpolate(logits.double(), scale_factor=upsample, mode="bilinear").sigmoid().flatten(2)
+    t = soft.double().flatten(2)
+    bce = -(p @ t.mT + (1 - p) @ (1 - t).mT) / p.shape[2]
+    return bce - 8 * p @ t.mT / (((p * p).sum(2) + 1e-3)[:, :, None] + ((t * t).sum(2) + 1e-3)[:, None])
+
+
+@on_triton
+@pytest.mark.parametrize(("N", "G"), ((1, 1), (16, 16), (17, 33), (3, 64), (2, 65), (130, 70)))
+def test_triton_borders_of_masks_and_targets(N: int, G: int) -> None:
+    logits, soft = 3 * torch.randn(2, N, 3, 4, generator=random(N)), torch.rand(2, G, 6, 8, generator=random(G))
+    with use_backend("triton"):
+        found = match_cost(logits, soft, upsample=2)
+    torch.testing.assert_close(found.double(), truth(logits, soft, 2), rtol=1e-5, atol=1e-6)
+
+
+@on_triton
+@pytest.mark.parametrize(
+    ("h", "w", "upsample"),
+    ((15, 17, 1), (16, 16, 1), (1, 257, 1), (15, 15, 2), (14, 16, 2), (20, 30, 2), (13, 21, 3), (65, 66, 1)),
+)
+def test_triton_borders_of_chunks(h: int, w: int, upsample: int) -> None:
+    """Below, at and above a chunk of 256 quads; more chunks than the second kernel takes at once."""
+    logits = 3 * torch.randn(1, 3, h, w, generator=random(h))
+    soft = torch.rand(1, 4, h * upsample, w * upsample, generator=random(w))
+    with use_backend("triton"):
+        found = match_cost(logits, soft, counts=torch.tensor([3]), upsample=upsample)
+    torch.testing.assert_close(found[:, :, :3].double(), truth(logits, soft[:, :3], upsample), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[:, :, 3], torch.zeros(1, 3))
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_triton_product_of_parts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """What a GPU does in place of a float32 product (the interpreter takes that, for speed): three bfloat16 parts of each side."""
+    import triton.language as tl
+
+    module = importlib.import_module("sprompt.ops.match_cost.triton")
+    monkeypatch.setattr(module, "INTERPRETED", tl.constexpr(False))
+    logits = 3 * torch.randn(1, 5, 4, 6, generator=random(14))
+    soft = torch.rand(1, 3, 8, 12, generator=random(15)).to(dtype)
+    spots = torch.zeros(1, 3, 8, 12)
+    spots[0, 0, 2, 3], spots[0, 1, 7, 11], spots[0, 2] = 1, 0.1, 1e-3
+    with use_backend("triton"):
+        for targets in (soft, spots.to(dtype)):
+            found = match_cost(logits, targets, weights=(0, 0, 4), upsample=2)
+            p = F.interpolate(logits.double(), scale_factor=2, mode="bilinear").sigmoid().flatten(2)
+            t = targets.double().flatten(2)
+            dice = -8 * p @ t.mT / (((p * p).sum(2) + 1e-3)[:, :, None] + ((t * t).sum(2) + 1e-3)[:, None])
+            torch.testing.assert_close(found.double(), dice, rtol=2e-6, atol=1e-12)
+        quarters = (soft.float() * 4).round() / 4
+        assert torch.equal(
+            match_cost(logits, quarters, upsample=2), match_cost(logits, quarters.bfloat16(), upsample=2)
+        )

@@ -67,12 +67,13 @@ def _backward(ctx: Any, grad_bce: Tensor, grad_dice: Tensor, grad_sums: Tensor) 
     return grad, None, None, None
 
 
-register_op("mask_loss", fake=_mask_loss_fake, reference=reference.mask_loss, native_kernel=_mask_loss)
+register_op("mask_loss", fake=_mask_loss_fake, reference=reference.mask_loss, native_kernel=_mask_loss, gpu="triton")
 register_op(
     "mask_loss_backward",
     fake=_mask_loss_backward_fake,
     reference=reference.mask_loss_backward,
     native_kernel=_mask_loss_backward,
+    gpu="triton",
 )
 register_gradient("mask_loss", _backward, _setup_context)
 no_double_backward("mask_loss_backward", "mask_loss")

@@ -108,4 +108,6 @@ def _match_cost_fake(
     return mask_logits.new_empty((B, N, targets.shape[1]), dtype=loss_dtype(mask_logits, class_logits))
 
 
-register_op("match_cost", fake=_match_cost_fake, reference=_match_cost_reference, native_kernel=_match_cost)
+register_op(
+    "match_cost", fake=_match_cost_fake, reference=_match_cost_reference, native_kernel=_match_cost, gpu="triton"
+)

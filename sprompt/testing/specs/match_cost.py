@@ -174,15 +174,15 @@ SPECS = [
 ]  # fmt: skip
 
 
-def _bench(kind: str) -> Callable[[torch.device, torch.dtype, int], Sample]:
+def _bench(kind: str, images: int = 1) -> Callable[[torch.device, torch.dtype, int], Sample]:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
         g = random(seed)
-        logits = (3 * torch.randn(1, 100, 100, 168, generator=g)).to(device, dtype)
+        logits = (3 * torch.randn(images, 100, 100, 168, generator=g)).to(device, dtype)
         classes, labels = (
-            torch.randn(1, 100, 80, generator=g).to(device, dtype),
-            torch.randint(0, 80, (1, 20), generator=g),
+            torch.randn(images, 100, 80, generator=g).to(device, dtype),
+            torch.randint(0, 80, (images, 20), generator=g),
         )
-        bits = pack_masks(blobs(20, 800, 1344, seed, device))[None]
+        bits = pack_masks(blobs(20, 800, 1344, seed, device))[None]  # of one image, and the others have the same
         if kind == "bits 4":
             targets: BitMasks | Tensor = bits
         elif kind == "noise":
@@ -190,6 +190,10 @@ def _bench(kind: str) -> Callable[[torch.device, torch.dtype, int], Sample]:
         else:
             targets = F.interpolate(bits.to_dense(torch.float32), size=(200, 336), mode="bilinear")
             targets = pack_masks(targets) if kind == "bits 1" else targets.to(dtype)
+        if isinstance(targets, BitMasks):
+            targets = BitMasks(targets.words.repeat(images, 1, 1), targets.size)
+        else:
+            targets = targets.repeat(images, 1, 1, 1)
         return Sample("", (logits, targets, classes, labels.to(device)), {"upsample": 2})
 
     return make
@@ -204,4 +208,11 @@ BENCHES = [
     for kind, name, size in (
         ("float", "soft targets", 4.0), ("noise", "noise as targets", 4.0), ("bits 1", "bits", 1 / 8), ("bits 4", "bits of 800x1344", 2.0),
     )
+] + [
+    Bench(
+        match_cost, f"12 images, 100 x 20 on (100x168) up 2, {name}", _bench(kind, 12), _eager,
+        vectorised=_vectorised if kind != "bits 4" else False, dtypes=(torch.float32, torch.bfloat16), device="cuda",
+        flops=12 * (2 * 100 * 20 * 67200 + 100 * 67200 * 30), bytes=12 * (100 * 16800 * 4 + 20 * 67200 * size), goals={"forward": 8, "memory": 10},
+    )
+    for kind, name, size in (("float", "soft targets", 4.0), ("bits 1", "bits", 1 / 8), ("bits 4", "bits of 800x1344", 2.0))
 ]  # fmt: skip
