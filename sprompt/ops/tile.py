@@ -36,3 +36,13 @@ def sigmoid(x):
     """1 / (1 + e^-x) without overflow."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """float32 -> TYPE, to nearest even, as the GPU rounds; the interpreter's own conversion to bfloat16 cuts off."""
+    if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.uint32, bitcast=True)
+        up = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
+        x = tl.where(x == x, up, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(TYPE)
