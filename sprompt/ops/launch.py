@@ -43,6 +43,7 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     cost: Cost
+    fp_fusion: bool = True  #: whether a product and a sum may become one rounding
 
 
 _records: list[list[Launch]] = []
@@ -90,21 +91,24 @@ def launch(
     cost: Cost,
     num_warps: int = 4,
     num_stages: int = 2,
+    fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
-    """Starts `kernel` on the current stream of the first tensor's device. Nothing runs if the grid is empty."""
+    """Starts `kernel` on the current stream of the first tensor's device. Nothing runs if the grid is empty.
+    fp_fusion=False: every product is rounded before it is added, as kernels whose bits are defined need it."""
     if 0 in grid:
         return
     for record in _records:
-        record.append(Launch(kernel, grid, args, constants, num_warps, num_stages, cost))
+        record.append(Launch(kernel, grid, args, constants, num_warps, num_stages, cost, fp_fusion))
     if not _run:
         return
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     device = next(arg.device for arg in args if isinstance(arg, Tensor))
     if device.type == "cuda" and device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+            kernel[grid](*args, **options, **constants)
     else:
-        kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+        kernel[grid](*args, **options, **constants)
 
 
 # -- configurations

@@ -98,3 +98,13 @@ def soft_target(target, row, x, W, stride_x, mask, RATIO: tl.constexpr):
         second = tl.load(target + (below >> 5) * stride_x, mask=mask, other=0) >> (below & 31).to(tl.int32)
         count = (first & 1) + ((first >> 1) & 1) + (second & 1) + ((second >> 1) & 1)
         return count.to(tl.float32) * 0.25
+
+
+@triton.jit
+def rounded(x, TYPE: tl.constexpr):
+    """float32 -> TYPE, to nearest even, as the GPU rounds; the interpreter's own conversion to bfloat16 cuts off."""
+    if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
+        bits = x.to(tl.uint32, bitcast=True)
+        up = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
+        x = tl.where(x == x, up, bits).to(tl.uint32).to(tl.float32, bitcast=True)
+    return x.to(TYPE)

@@ -128,7 +128,7 @@ def resources(launch: Launch, arch: int) -> Resources:
     types, constants, attributes = _signature(launch)
     return _compiled(
         launch.kernel, tuple(types.items()), tuple(constants.items()), tuple((k, str(v)) for k, v in attributes.items()),
-        arch, launch.num_warps, launch.num_stages,
+        arch, launch.num_warps, launch.num_stages, launch.fp_fusion,
     )  # fmt: skip
 
 
@@ -141,10 +141,11 @@ def _compiled(
     arch: int,
     num_warps: int,
     num_stages: int,
+    fp_fusion: bool,
 ) -> Resources:
     attributes = {place: [["tt.divisibility", 16]] for place, _ in aligned}
     source = ASTSource(fn=kernel, signature=dict(types), constexprs=dict(constants), attrs=attributes)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": fp_fusion}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     code, tree = made.asm["ptx"], made.asm["ttir"]
     found = [

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sprompt import native
-from sprompt.ops import checks
+from sprompt.ops import checks, launch
 from sprompt.ops.library import no_double_backward, register_gradient, register_op
 from sprompt.ops.prompts import reference
 
@@ -16,6 +16,10 @@ from sprompt.ops.prompts import reference
 def _first_why_not(*args: object) -> str:
     """float64 boxes are read as they are; only the features' dtype matters."""
     return native.why_not(*args[:1])
+
+
+def _first_why_not_triton(*args: object) -> str:
+    return launch.why_not(*args[:1])
 
 
 def _lanes(features: Tensor) -> Tensor:
@@ -211,17 +215,21 @@ def _prompt_match_gradient(ctx: Any, grad: Tensor, _: Any) -> tuple[Optional, Op
 
 register_op(
     "region_mean", fake=_region_mean_fake, reference=_region_mean_reference,
-    native_kernel=_region_mean, native_why_not=_first_why_not,
+    native_kernel=_region_mean, native_why_not=_first_why_not, gpu="triton", gpu_why_not=_first_why_not_triton,
 )  # fmt: skip
 register_op(
     "region_mean_backward", fake=_region_mean_backward_fake, reference=reference.region_mean_backward,
-    native_kernel=_region_mean_backward, native_why_not=_first_why_not,
+    native_kernel=_region_mean_backward, native_why_not=_first_why_not, gpu="triton", gpu_why_not=_first_why_not_triton,
 )  # fmt: skip
-register_op("mask_mean", fake=_mask_mean_fake, reference=reference.mask_mean, native_kernel=_mask_mean)
+register_op("mask_mean", fake=_mask_mean_fake, reference=reference.mask_mean, native_kernel=_mask_mean, gpu="triton")
 register_op(
-    "mask_mean_backward", fake=_mask_mean_backward_fake, reference=reference.mask_mean_backward, native_kernel=_mask_mean_backward
+    "mask_mean_backward", fake=_mask_mean_backward_fake, reference=reference.mask_mean_backward,
+    native_kernel=_mask_mean_backward, gpu="triton",
 )  # fmt: skip
-register_op("prompt_match", fake=_prompt_match_fake, reference=_prompt_match_reference, native_kernel=_prompt_match)
+register_op(
+    "prompt_match", fake=_prompt_match_fake, reference=_prompt_match_reference,
+    native_kernel=_prompt_match, gpu="triton",
+)  # fmt: skip
 register_op(
     "prompt_match_backward", fake=_prompt_match_backward_fake, reference=reference.prompt_match_backward,
     native_kernel=_prompt_match_backward, gpu="triton",

@@ -1,10 +1,179 @@
-"""Triton kernels of prompt_match, region_mean and mask_mean. B images, N kernels, L prompts, C channels."""
+"""Triton kernels of prompt_match; those of the means stand in triton_means.py. B images, N kernels, L prompts, C channels."""
 
+from typing import Any
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops.launch import Cost, config, launch, tiles
+from sprompt.ops import tile
+from sprompt.ops.launch import Cost, config, launch, padded, tiles
+from sprompt.ops.prompts.reference import EPSILON, SLOTS
+from sprompt.ops.prompts.triton_means import CANDIDATES as _MEANS
+from sprompt.ops.prompts.triton_means import mask_mean as mask_mean
+from sprompt.ops.prompts.triton_means import mask_mean_backward as mask_mean_backward
+from sprompt.ops.prompts.triton_means import region_mean as region_mean
+from sprompt.ops.prompts.triton_means import region_mean_backward as region_mean_backward
+
+#: Tile choices to time on a GPU, besides those of configs.json.
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    **_MEANS,
+    "match": [
+        {"BLOCK_N": 16, "BLOCK_C": c, "num_warps": w, "num_stages": s}
+        for c, w, s in ((32, 2, 2), (32, 4, 3), (64, 2, 2), (64, 8, 2), (128, 4, 2))
+    ],
+    "match_backward": [
+        {"BLOCK_L": 32, "BLOCK_C": c, "UNROLL": u, "num_warps": w, "num_stages": 1}
+        for c, u, w in ((8, 16, 1), (16, 8, 1), (16, 32, 1), (32, 16, 2), (32, 8, 4))
+    ],
+}
+
+
+@triton.jit
+def _match(
+    kernels,  # (B, N, C), any strides
+    prompts,  # (B, L, C), any strides
+    counts,  # (B,) i64, any stride, or None
+    keep,  # (B, N) b8, any strides, or None
+    order,  # (N,) i64, any stride, or None
+    out,  # (B, N, C), contiguous
+    index,  # (B, N) i64, contiguous
+    N, L, C,
+    kernel_b, kernel_n, kernel_c, prompt_b, prompt_l, prompt_c, count_b, keep_b, keep_n, order_n,  # strides
+    COSINE: tl.constexpr, SLOTS: tl.constexpr, EPSILON: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """index[b, n] = the first largest <k, p> / (max(|k|, EPSILON) max(|p|, EPSILON)) over the counts[b] real prompts, a NaN
+    counting as -inf; or, without COSINE, the prompt of slot floor(order[n] SLOTS / N); -1 without prompts and where keep is
+    false. out = kernel + prompt[index]. One program an image and BLOCK_N kernels.
+
+    Every sum over channels is a product in float32: its order is the same for every entry and does not follow the layout of
+    the loads, as that of tl.sum does; so equal prompts tie, and equal values in other strides give the same index."""
+    b = tl.program_id(0).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n_far = n.to(tl.int64)
+    count = tl.cast(L, tl.int64)
+    if counts is not None:
+        count = tl.minimum(tl.maximum(tl.load(counts + b * count_b), 0), count)
+    kernel = kernels + b * kernel_b + n_far[:, None] * kernel_n
+    prompt = prompts + b * prompt_b
+    channel = tl.arange(0, BLOCK_C)
+    chosen = tl.zeros((BLOCK_N,), tl.int64)
+    if COSINE:
+        ones = tl.full((BLOCK_C, 16), 1.0, tl.float32)  # a column would do; products are 16 wide
+        squares = tl.zeros((BLOCK_N, 16), tl.float32)
+        for c0 in range(0, C, BLOCK_C):
+            c = c0 + channel
+            inside = (n < N)[:, None] & (c < C)[None, :]
+            k = tl.load(kernel + c.to(tl.int64)[None, :] * kernel_c, mask=inside, other=0.0).to(tl.float32)
+            squares = tile.dot(k * k, ones, squares, "ieee")
+        norm_k = tl.sqrt_rn(tl.max(squares, axis=1))  # the 16 columns are equal
+        norm_k = tl.where(norm_k < EPSILON, EPSILON, norm_k)
+        best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        for l0 in range(0, L, BLOCK_L):
+            l = l0 + tl.arange(0, BLOCK_L)
+            real = l < count
+            row = prompt + l.to(tl.int64)[:, None] * prompt_l
+            product = tl.zeros((BLOCK_N, BLOCK_L), tl.float32)
+            squares = tl.zeros((BLOCK_L, 16), tl.float32)
+            for c0 in range(0, C, BLOCK_C):
+                c = c0 + channel
+                c_far = c.to(tl.int64)[None, :]
+                inside = (n < N)[:, None] & (c < C)[None, :]
+                k = tl.load(kernel + c_far * kernel_c, mask=inside, other=0.0).to(tl.float32)
+                p = tl.load(row + c_far * prompt_c, mask=real[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
+                product = tile.dot(k, tl.trans(p), product, "ieee")
+                squares = tile.dot(p * p, ones, squares, "ieee")
+            norm_p = tl.sqrt_rn(tl.max(squares, axis=1))
+            norm_p = tl.where(norm_p < EPSILON, EPSILON, norm_p)
+            similarity = tl.div_rn(product, norm_k[:, None] * norm_p[None, :])
+            similarity = tl.where((similarity == similarity) & real[None, :], similarity, float("-inf"))
+            largest = tl.max(similarity, axis=1)
+            first = tl.min(tl.where(similarity == largest[:, None], l[None, :], L), axis=1)
+            chosen = tl.where(largest > best, first.to(tl.int64), chosen)
+            best = tl.maximum(best, largest)
+    else:
+        turn = n_far
+        if order is not None:
+            turn = tl.load(order + n_far * order_n, mask=n < N, other=0)
+        slot = turn * SLOTS // N
+        length = tl.maximum(count, 1)
+        each = SLOTS // length
+        chosen = tl.where(slot < each * length, slot // tl.maximum(each, 1), slot - each * length)
+        chosen = tl.minimum(tl.maximum(chosen, 0), length - 1)  # whatever order holds
+    chosen = tl.where((count > 0) & (n < N), chosen, -1)
+    if keep is not None:
+        kept = tl.load(keep + b * keep_b + n_far * keep_n, mask=n < N, other=0)
+        chosen = tl.where(kept != 0, chosen, -1)
+    tl.store(index + b * N + n, chosen, mask=n < N)
+    row = prompt + chosen[:, None] * prompt_l
+    for c0 in range(0, C, BLOCK_C):
+        c = c0 + channel
+        c_far = c.to(tl.int64)[None, :]
+        inside = (n < N)[:, None] & (c < C)[None, :]
+        k = tl.load(kernel + c_far * kernel_c, mask=inside, other=0.0).to(tl.float32)
+        added = inside & (chosen >= 0)[:, None]
+        p = tl.load(row + c_far * prompt_c, mask=added, other=0.0).to(tl.float32)
+        sums = tile.rounded(tl.where(added, k + p, k), out.dtype.element_ty)
+        tl.store(out + (b * N + n_far)[:, None] * C + c[None, :], sums, mask=inside)
+
+
+def prompt_match(
+    kernels: Tensor, prompts: Tensor, counts: Tensor | None, keep: Tensor | None, order: Tensor | None, cosine: bool
+) -> tuple[Tensor, Tensor]:
+    B, L, C = prompts.shape
+    shared = kernels.dim() == 2
+    N = kernels.shape[-2]
+    out = prompts.new_empty((B, N, C))
+    index = prompts.new_empty((B, N), dtype=torch.int64)
+    shape = config("prompts.match", prompts, C)
+    block_l = min(padded(L), 32)
+    blocks, passes = tiles(N, shape["BLOCK_N"]), tiles(L, block_l)
+    row = C * prompts.element_size()
+    # Worst case: all prompts real, every kernel gets one, each another. A program reads its kernels for their norms, a block of
+    # prompts and the sum, and its image's prompts for the products and the sum.
+    first = (N if shared else B * N) * row + B * row * (L if cosine else min(L, N))
+    first += 8 * B * (counts is not None) + 8 * N * (order is not None) + B * N * (keep is not None)
+    loaded = B * N * row * (2 + passes if cosine else 1) + B * row * (blocks * L * cosine + N * (L > 0))
+    loaded += 8 * B * blocks * (counts is not None) + 8 * B * N * (order is not None) + B * N * (keep is not None)
+    cost = Cost(
+        read=first,
+        again=loaded - first,
+        written=out.nbytes + index.nbytes,
+        flops=2 * B * N * L * C * cosine + B * N * C,
+    )
+    launch(
+        _match,
+        (B, blocks),
+        kernels,
+        prompts,
+        counts,
+        keep,
+        order,
+        out,
+        index,
+        N,
+        L,
+        C,
+        0 if shared else kernels.stride(0),
+        *kernels.stride()[-2:],
+        *prompts.stride(),
+        *_strides(counts, 1),
+        *_strides(keep, 2),
+        *_strides(order, 1),
+        cost=cost,
+        COSINE=cosine,
+        SLOTS=SLOTS,
+        EPSILON=EPSILON,
+        BLOCK_L=block_l,
+        **shape,
+    )
+    return out, index
+
+
+def _strides(tensor: Any, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if tensor is None else tensor.stride()
 
 
 @triton.jit
@@ -14,35 +183,41 @@ def _match_backward(
     out,  # (B, L, C), contiguous
     N, L, C,
     grad_b, grad_n, grad_c, index_b, index_n,  # strides
-    BLOCK_C: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """out[b, l, c] = sum over the n with index[b, n] = l of grad[b, n, c], in float32, by increasing n.
-    One program a (prompt, image, block of channels); a row of grad is read only by the program of its prompt."""
-    l = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums = tl.zeros((BLOCK_C,), tl.float32)
-    for n in range(N):
-        mine = tl.load(index + b * index_b + tl.cast(n, tl.int64) * index_n) == l
-        row = grad + b * grad_b + tl.cast(n, tl.int64) * grad_n
-        sums += tl.load(row + tl.cast(c, tl.int64) * grad_c, mask=(c < C) & mine, other=0.0).to(tl.float32)
-    tl.store(out + (b * L + l) * C + c, sums.to(out.dtype.element_ty), mask=c < C)
+    """out[b, l, c] = sum over the n with index[b, n] = l of grad[b, n, c], in float32, by increasing n. One program an image,
+    a block of channels and BLOCK_L prompts; UNROLL rows are on their way at a time."""
+    b = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    l = tl.program_id(2) * BLOCK_L + tl.arange(0, BLOCK_L)
+    sums = tl.zeros((BLOCK_L, BLOCK_C), tl.float32)
+    column = grad + b * grad_b + c.to(tl.int64) * grad_c
+    for n0 in range(0, N, UNROLL):
+        for i in tl.static_range(UNROLL):
+            n = tl.cast(n0 + i, tl.int64)
+            mine = tl.load(index + b * index_b + n * index_n, mask=n < N, other=-1) == l
+            row = tl.load(column + n * grad_n, mask=(c < C) & (n < N), other=0.0).to(tl.float32)
+            sums += tl.where(mine[:, None], row[None, :], 0.0)
+    place = (b * L + l)[:, None] * C + c[None, :]
+    tl.store(out + place, tile.rounded(sums, out.dtype.element_ty), mask=(l < L)[:, None] & (c < C)[None, :])
 
 
 def prompt_match_backward(grad: Tensor, index: Tensor, prompts: int) -> Tensor:
     B, N, C = grad.shape
     out = grad.new_empty((B, prompts, C))
-    tile = config("prompts.match_backward", grad)
-    blocks = tiles(C, tile["BLOCK_C"])
+    shape = config("prompts.match_backward", grad)
+    blocks, passes = tiles(C, shape["BLOCK_C"]), tiles(prompts, shape["BLOCK_L"])
+    grad_bytes = B * N * C * grad.element_size()
+    index_bytes = B * N * 8
     cost = Cost(
-        read=grad.nbytes + index.nbytes,
-        again=(prompts * blocks - 1) * index.nbytes,
+        read=grad_bytes + index_bytes,
+        again=(passes - 1) * grad_bytes + (passes * blocks - 1) * index_bytes,
         written=out.nbytes,
         flops=grad.numel(),
     )
     launch(
         _match_backward,
-        (prompts, B, blocks),
+        (B, blocks, passes),
         grad,
         index,
         out,
@@ -52,6 +227,6 @@ def prompt_match_backward(grad: Tensor, index: Tensor, prompts: int) -> Tensor:
         *grad.stride(),
         *index.stride(),
         cost=cost,
-        **tile,
+        **shape,
     )
     return out

@@ -59,5 +59,8 @@ def _resize_bits_fake(words: Tensor, h: int, w: int, height: int, width: int) ->
     return words.new_empty((*words.shape[:-1], words_for(height * width)), dtype=torch.int32)
 
 
-register_op("resize_masks", fake=_resize_masks_fake, reference=reference.resize_masks, native_kernel=_resize_masks)
+register_op(
+    "resize_masks", fake=_resize_masks_fake, reference=reference.resize_masks,
+    native_kernel=_resize_masks, gpu="triton",
+)  # fmt: skip
 register_op("resize_bits", fake=_resize_bits_fake, reference=reference.resize_bits, native_kernel=_resize_bits)

@@ -1,5 +1,7 @@
 """prompt_match."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -237,16 +239,16 @@ SPECS = [PROMPT_MATCH]
 # ---- benchmarks: the method's own shape
 
 _B, _N, _L, _C = 16, 100, 20, 256
+_B_GPU = 12
 
 
-def _match_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-    kernels = torch.randn(_B, _N, _C, generator=random(seed)).to(device, dtype)
-    return Sample("", (kernels, torch.randn(_B, _L, _C, generator=random(seed + 1)).to(device, dtype)))
+def _bench(batch: int, shared: bool) -> Callable[[torch.device, torch.dtype, int], Sample]:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+        kernels = torch.randn(batch, _N, _C, generator=random(seed)).to(device, dtype)
+        prompts = torch.randn(batch, _L, _C, generator=random(seed + 1)).to(device, dtype)
+        return Sample("", (kernels[0] if shared else kernels, prompts))
 
-
-def _shared_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-    kernels, prompts = _match_bench(device, dtype, seed).args
-    return Sample("", (kernels[0], prompts))
+    return make
 
 
 def _match_eager(kernels: Tensor, prompts: Tensor) -> PromptMatch:
@@ -274,15 +276,25 @@ _numbers = _B * _C * (2 * _N + _L)
 
 BENCHES = [
     Bench(
-        prompt_match, "B 16, N 100, L 20, C 256", _match_bench, _match_eager, vectorised=_match_vectorised,
+        prompt_match, "B 16, N 100, L 20, C 256", _bench(_B, False), _match_eager, vectorised=_match_vectorised,
         library=("vectorised eager", _match_vectorised), agree=compare_match, dtypes=(torch.float32, torch.bfloat16, torch.float16),
         flops=2.0 * _B * _N * _L * _C, bytes=4.0 * _numbers, gradients=("kernels", "prompts"),
         goals={"forward": 150, "library": 4},
     ),
     Bench(
-        prompt_match, "B 16, N 100 shared, L 20, C 256", _shared_bench, _match_eager, vectorised=_match_vectorised,
+        prompt_match, "B 16, N 100 shared, L 20, C 256", _bench(_B, True), _match_eager, vectorised=_match_vectorised,
         library=("vectorised eager", _match_vectorised), agree=compare_match,
         flops=2.0 * _B * _N * _L * _C, bytes=4.0 * (_numbers - (_B - 1) * _N * _C), gradients=("kernels", "prompts"),
         goals={"forward": 150, "library": 4},
+    ),
+    *(
+        Bench(
+            prompt_match, f"B {_B_GPU}, N 100{' shared' if shared else ''}, L 20, C 256", _bench(_B_GPU, shared), _match_eager,
+            vectorised=_match_vectorised, library=("vectorised eager", _match_vectorised), agree=compare_match,
+            dtypes=(torch.float32, torch.bfloat16), device="cuda", gradients=("kernels", "prompts"),
+            flops=2.0 * _B_GPU * _N * _L * _C,
+            bytes=4.0 * _C * (_B_GPU * (_N + _L) + (1 if shared else _B_GPU) * _N),
+        )
+        for shared in (False, True)
     ),
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """region_mean, mask_mean."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -275,20 +276,23 @@ SPECS = [REGION_MEAN, MASK_MEAN]
 # ---- benchmarks: the shapes of the method on P5
 
 _B, _L, _C, _H, _W = 16, 20, 256, 25, 42
+_B_GPU = 12
+Make = Callable[[torch.device, torch.dtype, int], Sample]
 
 
-def _blob_masks(device: torch.device, seed: int) -> Tensor:
-    return (blobs(_B * _L, _H, _W, seed, device) > 0.5).reshape(_B, _L, _H, _W)
+def _bench(batch: int, height: int, width: int, boxes: bool) -> Make:
+    def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+        features = torch.randn(batch, _C, height, width, generator=random(seed)).to(device, dtype)
+        masks = (blobs(batch * _L, height, width, seed) > 0.5).reshape(batch, _L, height, width)
+        bits = pack_masks(masks)  # on the CPU, as every device sees the same boxes
+        if boxes:
+            return Sample("", (features, (bits.boxes().float() + 0.25).to(device)))
+        return Sample("", (features, BitMasks(bits.words.to(device), bits.size)))
+
+    return make
 
 
-def _region_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-    features = torch.randn(_B, _C, _H, _W, generator=random(seed)).to(device, dtype)
-    return Sample("", (features, pack_masks(_blob_masks(device, seed)).boxes().float() + 0.25))
-
-
-def _mask_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-    features = torch.randn(_B, _C, _H, _W, generator=random(seed)).to(device, dtype)
-    return Sample("", (features, pack_masks(_blob_masks(device, seed))))
+_region_bench, _mask_bench = _bench(_B, _H, _W, True), _bench(_B, _H, _W, False)
 
 
 def _region_eager(features: Tensor, boxes: Tensor) -> Tensor:
@@ -343,5 +347,16 @@ BENCHES = [
         mask_mean, "B 16, L 20, C 256, 25x42, blobs", _mask_bench, _mask_eager, vectorised=_mask_vectorised,
         library=("one product", _mask_vectorised), dtypes=_all_floats, bytes=_map_bytes, gradients=("features",),
         goals={"forward": 10, "full": 5},
+    ),
+    *(
+        Bench(
+            function, f"B {_B_GPU}, L 20, C 256, {h}x{w}{note}", _bench(_B_GPU, h, w, function is region_mean), eager,
+            vectorised=vectorised, library=("one product", vectorised), dtypes=(torch.float32, torch.bfloat16), device="cuda",
+            bytes=4.0 * _B_GPU * _C * h * w, gradients=("features",),
+        )
+        for function, eager, vectorised, note in (
+            (region_mean, _region_eager, _region_vectorised, ""), (mask_mean, _mask_eager, _mask_vectorised, ", blobs"),
+        )
+        for h, w in ((25, 42), (100, 168))
     ),
 ]  # fmt: skip

@@ -115,9 +115,12 @@ SPECS = [
 ]  # fmt: skip
 
 
-def _logits(count: int, height: int, width: int, size: tuple[int, int]) -> Make:
+def _logits(
+    count: int, height: int, width: int, size: tuple[int, int], crop: tuple[float, float] | None = None
+) -> Make:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-        return Sample("", ((8 * blobs(count, height, width, seed, device) - 4).to(dtype), size))
+        soft = (8 * blobs(count, height, width, seed) - 4).to(device, dtype)
+        return Sample("", (soft, size), {} if crop is None else {"crop": crop})
 
     return make
 
@@ -129,9 +132,15 @@ def _random(count: int, height: int, width: int, size: tuple[int, int]) -> Make:
     return make
 
 
-def _eager(soft: Tensor, size: tuple[int, int], *, threshold: float = 0.0) -> Tensor:
-    """What inference code does."""
-    return torch.nn.functional.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0] > threshold
+def _eager(
+    soft: Tensor, size: tuple[int, int], *, threshold: float = 0.0, crop: tuple[float, float] | None = None
+) -> Tensor:
+    """What inference code does; with a crop: to the padded size, then the image is cut out."""
+    height, width = size
+    if crop is not None:
+        size = (round(height * soft.shape[-2] / crop[0]), round(width * soft.shape[-1] / crop[1]))
+    pixels = torch.nn.functional.interpolate(soft[None], size, mode="bilinear", align_corners=False)[0]
+    return pixels[:, :height, :width] > threshold
 
 
 def _agree(actual: BitMasks, expected: Tensor, sample: Sample) -> None:
@@ -140,7 +149,8 @@ def _agree(actual: BitMasks, expected: Tensor, sample: Sample) -> None:
     near = (1e-4 if soft.dtype == torch.float32 else 2.0**-6) * float(soft.abs().max())
     for m in range(len(soft)):
         off = actual[m].to_dense() != expected[m]
-        assert interpolated(soft[m], size, None)[0][off].abs().sum() <= near * int(off.sum())
+        pixels = interpolated(soft[m : m + 1], size, sample.kwargs.get("crop"))[0]
+        assert pixels[off].abs().sum() <= near * int(off.sum())
         assert int(off.sum()) <= 1e-3 * off.numel(), f"{int(off.sum())} of {off.numel()} pixels of mask {m} differ"
 
 
@@ -160,5 +170,17 @@ BENCHES = [
     Bench(
         resize_masks, "50 x (800x1333 -> 200x336)", _logits(50, 800, 1333, (200, 336)), _eager, agree=_agree,
         bytes=_bytes(50, 1066400 // 2, 67200),  # of every four rows two are read
+    ),
+    Bench(
+        resize_masks, "12 x 100 x (200x336 -> 800x1333), cropped", _logits(1200, 200, 336, (800, 1333), (200.0, 333.25)), _eager,
+        agree=_agree, dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(1200, 67200, 1066400), device="cuda",
+    ),
+    Bench(
+        resize_masks, "12 x 100 x (200x336 -> 800x1333), random", _random(1200, 200, 336, (800, 1333)), _eager,
+        agree=_agree, dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(1200, 67200, 1066400), device="cuda",
+    ),
+    Bench(
+        resize_masks, "600 x (800x1333 -> 200x336)", _logits(600, 800, 1333, (200, 336)), _eager, agree=_agree,
+        dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(600, 1066400 // 2, 67200), device="cuda",
     ),
 ]  # fmt: skip

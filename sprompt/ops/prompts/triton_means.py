@@ -1,0 +1,420 @@
+"""Triton kernels of region_mean and mask_mean. B images, L boxes or masks, C channels, a map of H x W = P cells.
+
+Boxes and masks share every kernel: only how the bits of a tile come about differs. Sums over cells are products with the
+bits, whose order does not follow the layout of the loads; cells that are not finite are left out of them and added by their
+own rule, so that cells outside have no influence. Long maps are cut into chunks, added in order by a second kernel.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sprompt.ops import tile
+from sprompt.ops.launch import Cost, config, launch, tiles
+
+BLOCK_L = 32  # boxes or masks a program
+
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "mean": [
+        {"BLOCK_C": c, "BLOCK_P": p, "CHUNK": chunk, "num_warps": w, "num_stages": s}
+        for c, p, chunk, w, s in (
+            (32, 32, 512, 2, 3), (32, 64, 512, 4, 3), (64, 64, 256, 4, 2), (64, 32, 256, 4, 4), (64, 64, 512, 4, 3),
+            (128, 32, 256, 4, 3), (16, 64, 1024, 2, 3),
+        )
+    ],
+    "spread": [
+        {"BLOCK_C": c, "BLOCK_P": p, "num_warps": w, "num_stages": 2}
+        for c, p, w in ((16, 128, 2), (16, 256, 4), (32, 64, 4), (32, 128, 8), (8, 256, 4))
+    ],
+}  # fmt: skip
+
+
+@triton.jit
+def _span(low, high, size):
+    """First cell and end, i32, of float64 coordinates on an axis of `size` cells: at least one cell, inside the map if it has
+    any. NaN counts as 0."""
+    low = tl.floor(tl.where(low == low, low, 0.0))
+    high = tl.ceil(tl.where(high == high, high, 0.0))
+    first = tl.minimum(tl.maximum(low, 0.0), tl.maximum(size - 1, 0).to(tl.float64))
+    end = tl.maximum(tl.minimum(high, size.to(tl.float64)), first + 1.0)
+    return first.to(tl.int32), end.to(tl.int32)
+
+
+@triton.jit
+def _box(boxes, b, l, real, box_b, box_l, box_4, H, W):
+    """c0, r0, c1, r1 (BLOCK_L,) of boxes l of image b; those that are not real: a box of one cell."""
+    box = boxes + b * box_b + l.to(tl.int64) * box_l
+    x1 = tl.load(box, mask=real, other=0).to(tl.float64)
+    y1 = tl.load(box + box_4, mask=real, other=0).to(tl.float64)
+    x2 = tl.load(box + 2 * box_4, mask=real, other=0).to(tl.float64)
+    y2 = tl.load(box + 3 * box_4, mask=real, other=0).to(tl.float64)
+    c0, c1 = _span(x1, x2, tl.cast(W, tl.int32))
+    r0, r1 = _span(y1, y2, tl.cast(H, tl.int32))
+    return c0, r0, c1, r1
+
+
+@triton.jit
+def _real(counts, count_b, b, L):
+    """How many boxes of image b are real, i64 in [0, L]."""
+    count = tl.cast(L, tl.int64)
+    if counts is not None:
+        count = tl.minimum(tl.maximum(tl.load(counts + b * count_b), 0), count)
+    return count
+
+
+@triton.jit
+def _inside_masks(words, b, l, L, n, p0, word_b, word_l, word_n, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr):
+    """bool (BLOCK_L, BLOCK_P): whether cells p0 and on are in masks l. Padding bits of the last word are 0."""
+    w = p0 // 32 + tl.arange(0, BLOCK_P // 32)
+    place = words + b * word_b + l.to(tl.int64)[:, None] * word_l + w.to(tl.int64)[None, :] * word_n
+    held = tl.load(place, mask=(l < L)[:, None] & (w < n)[None, :], other=0)
+    return tile.unpack(held, BLOCK_L, BLOCK_P // 32)
+
+
+@triton.jit
+def _inside_boxes(c0, r0, c1, r1, real, p, P, W):
+    """bool (BLOCK_L, BLOCK_P): whether cells p are in the boxes."""
+    y = (p // W)[None, :]
+    x = (p % W)[None, :]
+    inside = (x >= c0[:, None]) & (x < c1[:, None]) & (y >= r0[:, None]) & (y < r1[:, None])
+    return inside & real[:, None] & (p < P)[None, :]
+
+
+@triton.jit
+def _mean(
+    features,  # (B, C, H, W), any strides
+    shapes,  # boxes (B, L, 4) f32/f64/i64, or words (B, L, n) i32; any strides
+    counts,  # (B,) i64, any stride, or None
+    sums,  # (B, S, L, C) f32, contiguous: one sum a chunk; with S = 1 the result, (B, L, C) of features' type
+    areas,  # (B, S, L) i32, contiguous: cells that count; not used with S = 1
+    C, H, W, L, n, S, chunk,  # chunk: cells of a chunk, a multiple of BLOCK_P
+    feature_b, feature_c, feature_y, feature_x, shape_b, shape_l, shape_n, count_b,  # strides
+    BOXES: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """sums[b, s, l, c] = sum over the cells p of chunk s in shape l of features[b, c, p]. One program an image, chunk, BLOCK_C
+    channels and BLOCK_L shapes: features (BLOCK_C, BLOCK_P) times bits (BLOCK_P, BLOCK_L).
+    ROWS: rows follow each other at feature_x * W, so a cell's offset is p * feature_x.
+    A chunk with cells that are not finite is read a second time (not in the Cost): of each tile the numbers of +inf, -inf and
+    NaN in every shape come from one more product, with 1, 128 and 16384 (BLOCK_P <= 64 of each: exact in any type)."""
+    b = (tl.program_id(0) // S).to(tl.int64)
+    s = tl.program_id(0) % S
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    l = tl.program_id(2) * BLOCK_L + tl.arange(0, BLOCK_L)
+    P = H * W
+    start = s * chunk
+    end = tl.minimum(start + chunk, P)
+    real = l < _real(counts, count_b, b, L)
+    if BOXES:
+        c0, r0, c1, r1 = _box(shapes, b, l, real, shape_b, shape_l, shape_n, H, W)
+    plane = features + b * feature_b + c.to(tl.int64)[:, None] * feature_c
+    acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
+    area = tl.zeros((BLOCK_L,), tl.int32)
+    odd = tl.zeros((BLOCK_C, BLOCK_P), tl.int32)
+    for p0 in range(start, end, BLOCK_P):
+        p = p0 + tl.arange(0, BLOCK_P)
+        if ROWS:  # noqa: SIM108
+            offset = p.to(tl.int64) * feature_x
+        else:
+            offset = (p // W).to(tl.int64) * feature_y + (p % W).to(tl.int64) * feature_x
+        if BOXES:
+            bits = _inside_boxes(c0, r0, c1, r1, real, p, P, W)
+        else:
+            bits = _inside_masks(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_L, BLOCK_P)
+        f = tl.load(plane + offset[None, :], mask=(c < C)[:, None] & (p < P)[None, :], other=0.0)
+        wide = f.to(tl.float32)
+        finite = tl.abs(wide) < float("inf")
+        odd = odd | tl.where(finite, 0, 1)
+        acc = tile.dot(
+            tl.where(finite, wide, 0.0).to(f.dtype), tl.trans(bits.to(tl.float32).to(f.dtype)), acc, PRECISION
+        )
+        area += tl.sum(bits.to(tl.int32), axis=1)
+    if tl.max(tl.max(odd, axis=1), axis=0) > 0:
+        for p0 in range(start, end, BLOCK_P):
+            p = p0 + tl.arange(0, BLOCK_P)
+            offset = (p // W).to(tl.int64) * feature_y + (p % W).to(tl.int64) * feature_x
+            if BOXES:
+                bits = _inside_boxes(c0, r0, c1, r1, real, p, P, W)
+            else:
+                bits = _inside_masks(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_L, BLOCK_P)
+            f = tl.load(plane + offset[None, :], mask=(c < C)[:, None] & (p < P)[None, :], other=0.0)
+            wide = f.to(tl.float32)
+            code = tl.where(wide == wide, 0.0, 16384.0)
+            code = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), 128.0, code))
+            hits = tile.dot(
+                code.to(f.dtype),
+                tl.trans(bits.to(tl.float32).to(f.dtype)),
+                tl.zeros((BLOCK_C, BLOCK_L), tl.float32),
+                "ieee",
+            ).to(tl.int32)
+            acc += tl.where(hits % 128 > 0, float("inf"), 0.0)
+            acc += tl.where(hits // 128 % 128 > 0, float("-inf"), 0.0)
+            acc += tl.where(hits >= 16384, float("nan"), 0.0)
+    store = (l < L)[None, :] & (c < C)[:, None]
+    place = ((b * S + s) * L + l)[None, :] * C + c[:, None]
+    if ONE:
+        mean = tl.div_rn(acc, tl.maximum(area, 1).to(tl.float32)[None, :])
+        tl.store(sums + place, tile.rounded(mean, sums.dtype.element_ty), mask=store)
+    else:
+        tl.store(sums + place, acc, mask=store)
+        tl.store(areas + (b * S + s) * L + l, area, mask=(l < L) & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def _mean_finish(
+    sums,  # (B, S, L, C) f32, contiguous
+    areas,  # (B, S, L) i32, contiguous
+    out,  # (B, L, C), contiguous
+    C, L, S,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """out[b, l] = sum of sums[b, :, l] / max(sum of areas[b, :, l], 1), both by increasing s. One program a row and BLOCK_C
+    channels."""
+    row = tl.program_id(0).to(tl.int64)
+    b = row // L
+    l = row % L
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc = tl.zeros((BLOCK_C,), tl.float32)
+    area = 0
+    for s in range(S):
+        at = (b * S + s) * L + l
+        acc += tl.load(sums + at * C + c, mask=c < C, other=0.0)
+        area += tl.load(areas + at)
+    mean = tl.div_rn(acc, tl.zeros((BLOCK_C,), tl.float32) + tl.maximum(area, 1).to(tl.float32))
+    tl.store(out + row * C + c, tile.rounded(mean, out.dtype.element_ty), mask=c < C)
+
+
+@triton.jit
+def _shares(
+    grad,  # (B, L, C), any strides
+    shapes,  # boxes (B, L, 4) or words (B, L, n), any strides
+    counts,  # (B,) i64, any stride, or None
+    out,  # (B, L, C) f32, contiguous
+    C, H, W, L, n,
+    grad_b, grad_l, grad_c, shape_b, shape_l, shape_n, count_b,  # strides
+    BOXES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    """out[b, l] = grad[b, l] / max(cells of shape l, 1). Shapes behind counts are not looked at: 0. One program a shape."""
+    row = tl.program_id(0).to(tl.int64)
+    b = row // L
+    l = row % L
+    real = l < _real(counts, count_b, b, L)
+    if BOXES:
+        c0, r0, c1, r1 = _box(shapes, b, l, real, shape_b, shape_l, shape_n, H, W)
+        area = (c1 - c0).to(tl.int64) * (r1 - r0).to(tl.int64)
+    else:
+        held = tl.zeros((BLOCK_W,), tl.int32)
+        for w0 in range(0, n, BLOCK_W):
+            w = w0 + tl.arange(0, BLOCK_W)
+            place = shapes + b * shape_b + l * shape_l + w.to(tl.int64) * shape_n
+            v = tl.load(place, mask=w < n, other=0).to(tl.uint32, bitcast=True)
+            v = v - ((v >> 1) & 0x55555555)  # set bits of pairs, of fours, of eights, of the word
+            v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+            v = (v + (v >> 4)) & 0x0F0F0F0F
+            v = v + (v >> 8)
+            held += ((v + (v >> 16)) & 63).to(tl.int32)
+        area = tl.sum(held, axis=0)
+    whole = tl.zeros((BLOCK_C,), tl.float32) + tl.maximum(area, 1).to(tl.float32)
+    for c0_ in range(0, C, BLOCK_C):
+        c = c0_ + tl.arange(0, BLOCK_C)
+        g = tl.load(grad + b * grad_b + l * grad_l + c.to(tl.int64) * grad_c, mask=(c < C) & real, other=0.0).to(
+            tl.float32
+        )
+        tl.store(out + row * C + c, tl.div_rn(g, whole), mask=c < C)
+
+
+@triton.jit
+def _spread(
+    shares,  # (B, L, C) f32, contiguous
+    shapes,  # boxes (B, L, 4) or words (B, L, n), any strides
+    counts,  # (B,) i64, any stride, or None
+    out,  # (B, C, H, W), contiguous
+    C, H, W, L, n, blocks,  # blocks: of cells
+    shape_b, shape_l, shape_n, count_b,  # strides
+    BOXES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """out[b, c, p] = sum over the shapes l that hold cell p of shares[b, l, c], by increasing l. One program an image, BLOCK_P
+    cells and BLOCK_C channels: a gather, 32 shapes at a time as the bits of one number a cell."""
+    b = (tl.program_id(0) // blocks).to(tl.int64)
+    p0 = tl.program_id(0) % blocks * BLOCK_P
+    p = p0 + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    P = H * W
+    count = _real(counts, count_b, b, L)
+    acc = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for l0 in range(0, L, BLOCK_L):
+        l = l0 + tl.arange(0, BLOCK_L)
+        real = l < count
+        if BOXES:
+            c0, r0, c1, r1 = _box(shapes, b, l, real, shape_b, shape_l, shape_n, H, W)
+            bits = _inside_boxes(c0, r0, c1, r1, real, p, P, W)
+        else:
+            bits = _inside_masks(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_L, BLOCK_P)
+        member = tl.sum(bits.to(tl.uint32) << tl.arange(0, BLOCK_L).to(tl.uint32)[:, None], axis=0)
+        for i in range(0, tl.minimum(L - l0, BLOCK_L)):
+            row = shares + (b * L + l0 + i) * C
+            share = tl.load(row + c, mask=c < C, other=0.0)
+            acc += tl.where(((member >> i) & 1)[None, :] != 0, share[:, None], 0.0)
+    store = (c < C)[:, None] & (p < P)[None, :]
+    tl.store(out + (b * C + c)[:, None] * P + p[None, :], tile.rounded(acc, out.dtype.element_ty), mask=store)
+
+
+def _cell_mean(features: Tensor, shapes: Tensor, counts: Tensor | None, boxes: bool) -> Tensor:
+    B, C, H, W = features.shape
+    L, P = shapes.shape[1], H * W
+    out = features.new_empty((B, L, C))
+    shape = dict(config("prompts.mean", features, C))
+    limit = shape.pop("CHUNK")
+    # Chunks follow from the map alone: an image's result is the same in every batch.
+    chunk = tiles(tiles(P, shape["BLOCK_P"]), max(tiles(P, limit), 1)) * shape["BLOCK_P"]
+    S = max(tiles(P, max(chunk, 1)), 1)
+    sums = out if S == 1 else features.new_empty((B, S, L, C), dtype=torch.float32)
+    areas = features.new_empty((B, S, L) if S > 1 else (0,), dtype=torch.int32)
+    blocks, passes = tiles(C, shape["BLOCK_C"]), tiles(L, BLOCK_L)
+    read = features.numel() * features.element_size()
+    held = shapes.numel() * shapes.element_size()  # every program of an image reads all of a box, a chunk of a mask
+    small = 8 * B if counts is not None else 0
+    launch(
+        _mean,
+        (B * S, blocks, passes),
+        features,
+        shapes,
+        counts,
+        sums,
+        areas,
+        C,
+        H,
+        W,
+        L,
+        shapes.shape[2],
+        S,
+        chunk,
+        *features.stride(),
+        *shapes.stride(),
+        0 if counts is None else counts.stride(0),
+        cost=Cost(
+            read=read + held + small,
+            again=(passes - 1) * read + ((S if boxes else 1) * blocks - 1) * held + (S * blocks * passes - 1) * small,
+            written=sums.nbytes + areas.nbytes,
+            flops=2 * B * C * P * L,
+        ),
+        BOXES=boxes,
+        ONE=S == 1,
+        ROWS=features.stride(2) == features.stride(3) * W,
+        BLOCK_L=BLOCK_L,
+        PRECISION="ieee",
+        **shape,
+    )
+    if S > 1:
+        width = 256
+        launch(
+            _mean_finish,
+            (B * L, tiles(C, width)),
+            sums,
+            areas,
+            out,
+            C,
+            L,
+            S,
+            cost=Cost(
+                read=sums.nbytes + areas.nbytes,
+                again=(tiles(C, width) - 1) * areas.nbytes,
+                written=out.nbytes,
+                flops=sums.numel(),
+            ),
+            BLOCK_C=width,
+            num_warps=2,
+        )
+    return out
+
+
+def _cell_mean_backward(
+    grad: Tensor, shapes: Tensor, counts: Tensor | None, height: int, width: int, boxes: bool
+) -> Tensor:
+    B, L, C = grad.shape
+    P = height * width
+    out = grad.new_empty((B, C, height, width))
+    shares = grad.new_empty((B, L, C), dtype=torch.float32)
+    held = shapes.numel() * shapes.element_size()
+    count_stride = 0 if counts is None else counts.stride(0)
+    launch(
+        _shares,
+        (B * L,),
+        grad,
+        shapes,
+        counts,
+        shares,
+        C,
+        height,
+        width,
+        L,
+        shapes.shape[2],
+        *grad.stride(),
+        *shapes.stride(),
+        count_stride,
+        cost=Cost(
+            read=grad.numel() * grad.element_size() + held + (8 * B if counts is not None else 0),
+            again=8 * B * (L - 1) if counts is not None else 0,
+            written=shares.nbytes,
+            flops=grad.numel(),
+        ),
+        BOXES=boxes,
+        BLOCK_C=256,
+        BLOCK_W=128,
+        num_warps=2,
+    )
+    shape = config("prompts.spread", grad)
+    blocks, rows = tiles(P, shape["BLOCK_P"]), tiles(C, shape["BLOCK_C"])
+    small = 8 * B if counts is not None else 0
+    launch(
+        _spread,
+        (B * blocks, rows),
+        shares,
+        shapes,
+        counts,
+        out,
+        C,
+        height,
+        width,
+        L,
+        shapes.shape[2],
+        blocks,
+        *shapes.stride(),
+        count_stride,
+        cost=Cost(
+            read=shares.nbytes + held + small,
+            again=(blocks - 1) * shares.nbytes
+            + ((blocks if boxes else 1) * rows - 1) * held
+            + (blocks * rows - 1) * small,
+            written=out.nbytes,
+            flops=2 * out.numel() * L,
+        ),
+        BOXES=boxes,
+        BLOCK_L=BLOCK_L,
+        **shape,
+    )
+    return out
+
+
+def _boxes(boxes: Tensor) -> Tensor:
+    """f32, f64 or i64, which hold every other type's values."""
+    if boxes.dtype in (torch.float32, torch.float64, torch.int64):
+        return boxes
+    return boxes.to(torch.float32 if boxes.is_floating_point() else torch.int64)
+
+
+def region_mean(features: Tensor, boxes: Tensor, counts: Tensor | None) -> Tensor:
+    return _cell_mean(features, _boxes(boxes), counts, True)
+
+
+def region_mean_backward(grad: Tensor, boxes: Tensor, counts: Tensor | None, height: int, width: int) -> Tensor:
+    return _cell_mean_backward(grad, _boxes(boxes), counts, height, width, True)
+
+
+def mask_mean(features: Tensor, words: Tensor) -> Tensor:
+    return _cell_mean(features, words, None, False)
+
+
+def mask_mean_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
+    return _cell_mean_backward(grad, words, None, height, width, False)

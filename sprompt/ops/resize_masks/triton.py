@@ -1,0 +1,229 @@
+"""Triton kernels of resize_masks. M maps of h x w cells, images of H x W pixels, 32 pixels a word in reading order."""
+
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sprompt.masks import words_for
+from sprompt.ops import tile
+from sprompt.ops.launch import Cost, config, launch, padded, tiles
+
+#: Tile choices to time on a GPU, besides those of configs.json.
+CANDIDATES: dict[str, list[dict[str, int]]] = {
+    "resize": [
+        {"ROWS": r, "WORDS": n, "num_warps": w, "num_stages": 1}
+        for r, n, w in ((8, 4, 4), (8, 8, 4), (16, 4, 4), (16, 8, 8), (32, 4, 8), (4, 8, 4))
+    ],
+}  # fmt: skip
+LARGEST = tl.constexpr(2.0**127)
+_TABLE = 256  # entries a program of _taps
+
+
+@triton.jit
+def _axis(i, size, cells, ratio):
+    """The first cell (i32) and the second cell's weight (f32) of pixels i: the place (i + 1/2) ratio - 1/2, in float64."""
+    place = (i.to(tl.float64) + 0.5) * ratio - 0.5
+    place = tl.minimum(tl.maximum(place, 0.0), (cells - 1).to(tl.float64))
+    floor = tl.floor(place)
+    return floor.to(tl.int32), (place - floor).to(tl.float32)
+
+
+@triton.jit
+def _taps(
+    cell,  # (W + H,) i32, contiguous: of columns, then of rows
+    weight,  # (W + H,) f32, contiguous
+    H, W, h, w,
+    ratio_y, ratio_x,  # float64 as the bits of an i64: extent / size
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """cell = floor(s), weight = s - floor(s) with s = clamp((i + 1/2) ratio - 1/2, 0, cells - 1), for both axes."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ratio_x = tl.cast(ratio_x, tl.int64).to(tl.float64, bitcast=True)
+    ratio_y = tl.cast(ratio_y, tl.int64).to(tl.float64, bitcast=True)
+    cell_x, weight_x = _axis(i, W, tl.cast(w, tl.int32), ratio_x)
+    cell_y, weight_y = _axis(i - W, H, tl.cast(h, tl.int32), ratio_y)
+    tl.store(cell + i, tl.where(i < W, cell_x, cell_y), mask=i < W + H)
+    tl.store(weight + i, tl.where(i < W, weight_x, weight_y), mask=i < W + H)
+
+
+@triton.jit
+def _held(x):
+    """As float32, the infinities (and what lies beyond 2^127) as +-2^127; NaN stays."""
+    x = x.to(tl.float32)
+    x = tl.where(x > LARGEST, LARGEST, x)
+    return tl.where(x < -LARGEST, -LARGEST, x)
+
+
+@triton.jit
+def _ends(cell, w1):
+    """First and second cell of pixels and their weights; a cell of weight 0 is replaced by the other."""
+    w0 = 1.0 - w1
+    first = tl.where(w0 > 0, cell, cell + 1)
+    second = tl.where(w1 > 0, cell + 1, cell)
+    return first, second, w0
+
+
+@triton.jit
+def _resize(
+    soft,  # (M, h, w), any strides
+    cell, weight,  # (W + H,) i32 and f32 of _taps
+    words,  # (M, n) i32, contiguous
+    H, W, h, w, n,
+    row_tiles, column_tiles,
+    soft_m, soft_y, soft_x,  # strides
+    threshold,  # f32
+    ROWS: tl.constexpr, WORDS: tl.constexpr,
+    WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,  # cells that the pixels of a tile can reach; 0: no look ahead
+    NARROW: tl.constexpr,  # W < 32: a word may span many rows
+    FAR: tl.constexpr,  # offsets within a map beyond 2^31
+):  # fmt: skip
+    """Bit p of words[m] = h(first(y)) w0(y) + h(second(y)) w1(y) > threshold, h(r) = soft[m, r, first(x)] w0(x) +
+    soft[m, r, second(x)] w1(x), at (y, x) = divmod(p, W). One program a map, ROWS rows and 32 WORDS columns: it writes the
+    words that start there; a row's last word runs on into the next row.
+    Where all cells that a tile can reach lie on one side of the threshold, further than the rounding of the interpolation
+    (8 units of the largest magnitude; 16 are taken), the words are written without it."""
+    tile_ = tl.program_id(0) % (row_tiles * column_tiles)
+    m = (tl.program_id(0) // (row_tiles * column_tiles)).to(tl.int64)
+    y0 = tile_ // column_tiles * ROWS
+    x0 = tile_ % column_tiles * (32 * WORDS)
+    y = y0 + tl.arange(0, ROWS)
+    row_start = y.to(tl.int64) * W  # first pixel of the row
+    word = (row_start + x0 + 31) // 32  # the first word that starts at or behind (y, x0)
+    start = (word * 32 - row_start).to(tl.int32)  # its column
+    number = tl.arange(0, WORDS)
+    column = start[:, None] + 32 * number[None, :]
+    store = (y < H)[:, None] & (column < W)
+    out = words + m * n + word[:, None] + number[None, :]
+    map_ = soft + m * soft_m
+
+    sure = 0  # 1: all bits set, -1: none
+    if WINDOW_Y > 0:  # noqa: SIM102
+        if (x0 + 32 * WORDS + 31 <= W) & (y0 + ROWS <= H):  # no word of the tile leaves its row
+            top = tl.load(cell + W + y0)
+            left = tl.load(cell + x0)
+            rows = tl.minimum(top + tl.arange(0, WINDOW_Y), h - 1)
+            columns = tl.minimum(left + tl.arange(0, WINDOW_X), w - 1)
+            place = rows.to(tl.int64)[:, None] * soft_y + columns.to(tl.int64)[None, :] * soft_x
+            window = _held(tl.load(map_ + place))
+            lowest = tl.min(tl.where(window == window, window, float("-inf")))
+            highest = tl.max(tl.where(window == window, window, float("inf")))
+            size = tl.maximum(tl.maximum(tl.abs(lowest), tl.abs(highest)), tl.abs(threshold))
+            margin = size * 9.5367431640625e-07 + 1e-30  # 2^-20
+            if lowest > threshold + margin:
+                sure = 1
+            if highest < threshold - margin:
+                sure = -1
+    if sure != 0:
+        tl.store(out, tl.zeros((ROWS, WORDS), tl.int32) + tl.where(sure > 0, -1, 0), mask=store)
+    else:
+        x = start[:, None] + tl.arange(0, 32 * WORDS)[None, :]
+        if NARROW:
+            row = y[:, None] + x // W
+            x = x % W
+            inside = row < H
+            cell_y = tl.load(cell + W + row, mask=inside, other=0)
+            weight_y = tl.load(weight + W + row, mask=inside, other=0.0)
+        else:
+            wraps = x >= W
+            x = tl.where(wraps, x - W, x)
+            inside = (x < W) & (y[:, None] + tl.where(wraps, 1, 0) < H)
+            here = tl.load(cell + W + y, mask=y < H, other=0)[:, None]
+            below = tl.load(cell + W + y + 1, mask=y + 1 < H, other=0)[:, None]
+            cell_y = tl.where(wraps, below, here)
+            here_w = tl.load(weight + W + y, mask=y < H, other=0.0)[:, None]
+            below_w = tl.load(weight + W + y + 1, mask=y + 1 < H, other=0.0)[:, None]
+            weight_y = tl.where(wraps, below_w, here_w)
+        cell_x = tl.load(cell + x, mask=inside, other=0)
+        weight_x = tl.load(weight + x, mask=inside, other=0.0)
+        x_first, x_second, x_w0 = _ends(cell_x, weight_x)
+        y_first, y_second, y_w0 = _ends(cell_y, weight_y)
+        if FAR:
+            x_first = x_first.to(tl.int64)
+            x_second = x_second.to(tl.int64)
+            y_first = y_first.to(tl.int64)
+            y_second = y_second.to(tl.int64)
+        upper = map_ + y_first * soft_y
+        lower = map_ + y_second * soft_y
+        a = _held(tl.load(upper + x_first * soft_x, mask=inside, other=0.0))
+        b = _held(tl.load(upper + x_second * soft_x, mask=inside, other=0.0))
+        top_ = a * x_w0 + b * weight_x
+        a = _held(tl.load(lower + x_first * soft_x, mask=inside, other=0.0))
+        b = _held(tl.load(lower + x_second * soft_x, mask=inside, other=0.0))
+        pixel = top_ * y_w0 + (a * x_w0 + b * weight_x) * weight_y
+        tl.store(out, tile.pack(inside & (pixel > threshold), ROWS, WORDS), mask=store)
+
+
+def _bits(number: float) -> int:
+    """A double as an integer: Triton takes floats as float32."""
+    return struct.unpack("<q", struct.pack("<d", number))[0]
+
+
+def _window(pixels: int, ratio: float) -> int:
+    """Cells that neighbouring pixels reach: their places span (pixels - 1) ratio, each reaches two cells."""
+    return padded(int((pixels - 1) * ratio) + 3, 1)
+
+
+def resize_masks(
+    soft: Tensor, height: int, width: int, threshold: float, crop_height: float | None, crop_width: float | None
+) -> Tensor:
+    *batch, h, w = soft.shape
+    n = words_for(height * width)
+    words = soft.new_empty((*batch, n), dtype=torch.int32)
+    if words.numel() == 0:
+        return words
+    maps = soft.reshape(-1, h, w)
+    M = maps.shape[0]
+    ratios = tuple((cells if crop is None else crop) / size
+                   for cells, crop, size in ((h, crop_height, height), (w, crop_width, width)))  # fmt: skip
+    cell = soft.new_empty((width + height,), dtype=torch.int32)
+    weight = soft.new_empty((width + height,), dtype=torch.float32)
+    launch(
+        _taps,
+        (tiles(width + height, _TABLE),),
+        cell,
+        weight,
+        height,
+        width,
+        h,
+        w,
+        _bits(ratios[0]),
+        _bits(ratios[1]),
+        cost=Cost(written=cell.nbytes + weight.nbytes),
+        fp_fusion=False,
+        BLOCK=_TABLE,
+    )
+    shape = config("resize_masks.resize", soft, width)
+    rows, columns = shape["ROWS"], 32 * shape["WORDS"]
+    window = _window(rows, ratios[0]), _window(columns + 31, ratios[1])
+    if window[0] * window[1] > rows * columns:
+        window = (0, 0)
+    row_tiles, column_tiles = tiles(height, rows), tiles(width, columns)
+    far = (h - 1) * maps.stride(1) + (w - 1) * maps.stride(2) >= 2**31
+    launch(
+        _resize,
+        (M * row_tiles * column_tiles,),
+        maps,
+        cell,
+        weight,
+        words,
+        height,
+        width,
+        h,
+        w,
+        n,
+        row_tiles,
+        column_tiles,
+        *maps.stride(),
+        float(threshold),
+        cost=Cost(read=maps.numel() * maps.element_size() + cell.nbytes + weight.nbytes, written=words.nbytes),
+        fp_fusion=False,
+        WINDOW_Y=window[0],
+        WINDOW_X=window[1],
+        NARROW=width < 32,
+        FAR=far,
+        **shape,
+    )
+    return words
