@@ -1,7 +1,7 @@
 // One-to-one assignment of least total cost, exact, in double precision, one image a task.
 #pragma once
 
-#include "common/views.h"
+#include "common/cuda.h"
 
 namespace sprompt {
 
@@ -14,5 +14,9 @@ namespace sprompt {
 // sprompt/ops/linear_assignment/registration.py says.
 SPROMPT_KERNEL(linear_assignment, const View& cost, const View& counts, const View& rows, const View& bad, const View& scratch,
                int threads)
+
+// CUDA: the same without `bad`. scratch (B, s) u8, contiguous, aligned to 16 bytes: what s must be, assignment_scratch in
+// sprompt/ops/linear_assignment/cuda.py says.
+SPROMPT_CUDA_KERNEL(linear_assignment, const View& cost, const View& counts, const View& rows, const View& scratch)
 
 }  // namespace sprompt

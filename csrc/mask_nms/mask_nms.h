@@ -5,7 +5,7 @@
 // conservative, so results are those of counting every pair, whatever the number of threads.
 #pragma once
 
-#include "common/views.h"
+#include "common/cuda.h"
 
 namespace sprompt {
 
@@ -25,5 +25,17 @@ SPROMPT_KERNEL(mask_nms, const View& words, const View& scores, const View& coun
 // otherwise decay[j] = min(1, min((1 - iou[i, j]) / max(1 - c[i], 1e-6))).
 SPROMPT_KERNEL(matrix_nms, const View& words, const View& scores, const View& labels, const View& counts, bool gaussian,
                double sigma, const View& out, const View& scratch, int threads)
+
+// -- CUDA: the same, with counts held to [0, N]. keep, kept, out and the scratch are contiguous. W = ceil(N / 32).
+
+// Scratch: order (B, N) i64, area (B, N) i32, removed (B, W) i32, bits (B, R, W) i32 with R a multiple of 32 up to 2048: what
+// R masks at a time would remove.
+SPROMPT_CUDA_KERNEL(mask_nms, const View& words, const View& scores, const View& counts, double threshold, const View& keep,
+                    const View& kept, const View& order, const View& area, const View& removed, const View& bits)
+
+// Scratch: order and area as above, extremes (2, B, N) i64: c and the decay, pairs (B, S, S) i16 or i32 with S a multiple of
+// 32: the counts of S masks' pairs at a time; i16 holds them if a mask has less than 2^16 pixels.
+SPROMPT_CUDA_KERNEL(matrix_nms, const View& words, const View& scores, const View& labels, const View& counts, bool gaussian,
+                    double sigma, const View& out, const View& order, const View& area, const View& extremes, const View& pairs)
 
 }  // namespace sprompt

@@ -39,7 +39,7 @@ def register_op(
     """Defines torch.ops.sprompt.<name> from its line in schemas.py. The first argument of every op is a tensor.
 
     gpu: "triton" or "cuda", the backend on a GPU: the function `name` of that module of the room, imported when it first runs.
-    gpu_why_not: in place of the backend's own.
+    gpu_why_not: what it can take, if that is not what the backend's kernels can take in general.
     """
     LIBRARY.define(f"{name}{SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
     backends.add(name, "reference", reference, _always)
@@ -47,9 +47,8 @@ def register_op(
         backends.add(name, "native", native_kernel, native_why_not)
     if gpu is not None:
         room = fake.__module__.rpartition(".")[0]  # fake kernels live in the room's registration.py
-        backends.add(
-            name, gpu, _lazy(f"{room}.{gpu}", name), gpu_why_not or {"triton": launch, "cuda": cuda}[gpu].why_not
-        )
+        why_not = gpu_why_not or {"triton": launch, "cuda": cuda}[gpu].why_not
+        backends.add(name, gpu, _lazy(f"{room}.{gpu}", name), why_not)
 
     def run(first: torch.Tensor, *rest: Any) -> Any:
         return backends.run(name, first.device.type, (first, *rest))

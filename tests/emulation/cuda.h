@@ -144,6 +144,13 @@ inline unsigned __reduce_add_sync(unsigned mask, unsigned x) {
         if (mask >> i & 1) sum += static_cast<unsigned>(seen[i]);
     return sum;
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned x) {
+    const uint64_t* seen = emulation::warp_collective("__reduce_min_sync", mask, x);
+    unsigned least = ~0u;
+    for (int i = 0; i < 32; ++i)
+        if (mask >> i & 1) least = std::min(least, static_cast<unsigned>(seen[i]));
+    return least;
+}
 
 // -- arithmetic
 
@@ -165,6 +172,8 @@ inline int __float_as_int(float x) { return emulation::from_bits<int>(emulation:
 inline float __int_as_float(int x) { return emulation::from_bits<float>(emulation::to_bits(x)); }
 inline unsigned __float_as_uint(float x) { return emulation::from_bits<unsigned>(emulation::to_bits(x)); }
 inline float __uint_as_float(unsigned x) { return emulation::from_bits<float>(emulation::to_bits(x)); }
+inline long long __double_as_longlong(double x) { return emulation::from_bits<long long>(emulation::to_bits(x)); }
+inline double __longlong_as_double(long long x) { return emulation::from_bits<double>(emulation::to_bits(x)); }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }

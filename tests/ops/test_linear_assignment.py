@@ -19,6 +19,16 @@ from sprompt.testing.specs.linear_assignment import same_totals, scipy_rows
 sides = st.integers(1, 9)
 #: The reference takes seconds for what the kernel does in milliseconds.
 SLOW = bool(sprompt.native.why_not()) or os.environ.get("SPROMPT_BACKEND") == "reference"
+#: CUDA kernels take CPU tensors (tests/emulation); as for time, see above.
+EMULATED = not SLOW and sprompt.cuda.emulated()
+#: Those that run on CPU tensors here.
+ON_CPU = ["reference", *(["native"] if not sprompt.native.why_not() else []), *(["cuda"] if EMULATED else [])]
+by_host = pytest.mark.parametrize("backend", [b for b in ON_CPU if b != "cuda"])
+
+
+def devices() -> list[str]:
+    """Where the CUDA kernel can run."""
+    return ["cpu"] * EMULATED + ["cuda"] * torch.cuda.is_available()
 
 
 def check(cost: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
@@ -29,10 +39,8 @@ def check(cost: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tenso
     return rows
 
 
-@pytest.mark.parametrize("backend", ("native", "reference"))
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_tables(backend: str) -> None:
-    if backend == "native" and sprompt.native.why_not():
-        pytest.skip(sprompt.native.why_not())
     with sprompt.use_backend(backend):
         # The greedy choice (row 0 for column 0) costs 1 + 9.
         assert linear_assignment(torch.tensor([[1.0, 2.0], [3.0, 9.0]])).tolist() == [1, 0]
@@ -81,6 +89,8 @@ def test_total_equals_scipy(drawn: tuple[np.ndarray, list[int]]) -> None:
 def test_larger(B: int, N: int, G: int) -> None:
     if SLOW:
         B, N, G = 1, -(-N // 10), -(-G // 10)
+    if EMULATED:
+        B, N, G = min(B, 2), -(-N // 4), -(-G // 4)
     g = torch.Generator().manual_seed(N + G)
     check(torch.randn(B, N, G, generator=g))
     check(torch.randint(0, 10, (B, N, G), generator=g).float())
@@ -91,7 +101,7 @@ def test_larger(B: int, N: int, G: int) -> None:
 def test_long_chains() -> None:
     """Products: every row prefers the same columns, so the first step settles little and most rows search."""
     g = torch.Generator().manual_seed(3)
-    size = 12 if SLOW else 90
+    size = 12 if SLOW else 40 if EMULATED else 90
     check(torch.rand(2, size, 1, generator=g) * torch.rand(2, 1, size - 10, generator=g))
     n = torch.arange(1.0, size)
     check((n[:, None] * n)[None])
@@ -107,7 +117,7 @@ def test_the_end_of_the_range(largest: float) -> None:
     dtype = torch.float64 if largest > 1e300 else torch.float32 if largest > 1e5 else torch.float16
     cost = (signs * scale * largest).to(dtype)
     small = (cost.double() / largest).numpy()
-    for backend in ("native", "reference") if not sprompt.native.why_not() else ("reference",):
+    for backend in ON_CPU:
         with sprompt.use_backend(backend):
             rows = linear_assignment(cost)
         for image, matched in zip(small, rows.numpy(), strict=True):
@@ -121,7 +131,7 @@ def test_sums_beyond_the_range() -> None:
     cost = torch.tensor([[end, -end, end], [-end, -end, end], [-end, end, -end], [end, end, end]], dtype=torch.float64)
     for image in (cost, cost.T, -cost):
         small = image / end
-        for backend in ("native", "reference") if not SLOW else ("reference",):
+        for backend in ON_CPU:
             with sprompt.use_backend(backend):
                 rows = linear_assignment(image)
             columns = (rows >= 0).nonzero()[:, 0]
@@ -142,17 +152,66 @@ def test_padding_is_not_read() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), -float("inf")))
-def test_bad_values_name_the_image(dtype: torch.dtype, value: float) -> None:
-    for place in ((0, 0, 0), (2, 9, 6), (1, 0, 6), (1, 9, 0), (2, 4, 3)):
-        for shape in ((3, 10, 7), (3, 10, 17)):
-            cost = torch.zeros(shape, dtype=dtype)
-            cost[place] = value
-            with pytest.raises(
-                ValueError, match=rf"finite in image {place[0]}, got {value} at row {place[1]}, column {place[2]};"
-            ):
-                linear_assignment(cost)
-    with pytest.raises(ValueError, match="image 0, got nan at row 1, column 0"):
-        linear_assignment(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]))
+@by_host
+def test_bad_values_name_the_image(backend: str, dtype: torch.dtype, value: float) -> None:
+    with sprompt.use_backend(backend):
+        for place in ((0, 0, 0), (2, 9, 6), (1, 0, 6), (1, 9, 0), (2, 4, 3)):
+            for shape in ((3, 10, 7), (3, 10, 17)):
+                cost = torch.zeros(shape, dtype=dtype)
+                cost[place] = value
+                with pytest.raises(
+                    ValueError, match=rf"finite in image {place[0]}, got {value} at row {place[1]}, column {place[2]};"
+                ):
+                    linear_assignment(cost)
+        with pytest.raises(ValueError, match="image 0, got nan at row 1, column 0"):
+            linear_assignment(torch.tensor([[0.0, 1.0], [float("nan"), 2.0]]))
+
+
+@pytest.mark.skipif(not devices(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
+def test_bad_values_mark_the_image_on_cuda(dtype: torch.dtype) -> None:
+    """Every entry in turn, so that every thread and every part of its loops has met one."""
+    for device in devices():
+        for N, G in ((7, 45), (45, 7), (13, 13)):
+            cost = torch.rand(N * G + 1, N, G, generator=torch.Generator().manual_seed(7)).to(device, dtype)
+            for value in (float("nan"), float("inf"), -float("inf")):
+                bad = cost.clone()
+                bad[:-1].flatten(1).fill_diagonal_(value)
+                with sprompt.use_backend("cuda"):
+                    rows = linear_assignment(bad)
+                assert (rows[:-1] == -2).all()
+                same_totals(rows[-1:].cpu(), scipy_rows(cost[-1:].cpu()), Sample("", (cost[-1:].cpu(),)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_bad_counts_mark_the_image_on_cuda() -> None:
+    cost = torch.rand(4, 5, 3, device="cuda")
+    rows = linear_assignment(cost, torch.tensor([-1, 4, 2, 2**40], device="cuda"))
+    assert (rows[[0, 1, 3]] == -2).all() and (rows[2, :2] >= 0).all() and rows[2, 2] == -1
+
+
+@pytest.mark.parametrize("N", (31, 32, 33, 64, 65))
+def test_sizes_around_a_warp(N: int) -> None:
+    """Random costs, many ties, and products (long chains), with persons on either side."""
+    if SLOW:
+        pytest.skip("a promise of the compiled kernels; the reference takes long")
+    g = torch.Generator().manual_seed(N)
+    for G in (N - 1, N, N + 1, 2 * N):
+        check(torch.randn(1, N, G, generator=g))
+        check(torch.randint(-1, 2, (1, N, G), generator=g).double())
+    check(torch.rand(1, N, 1, generator=g) * torch.rand(1, 1, N, generator=g))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize(("N", "G"), ((215, 190), (150, 215), (2, 6001), (6001, 2), (700, 65)))
+def test_more_than_shared_memory_holds(N: int, G: int, dtype: torch.dtype) -> None:
+    """Costs, or costs and state, that a block of threads cannot keep close."""
+    if SLOW:
+        pytest.skip("a promise of the compiled kernels; the reference takes long")
+    g = torch.Generator().manual_seed(N)
+    counts = torch.tensor([G, G - G // 4])
+    check(torch.randn(2, N, G, generator=g, dtype=dtype), counts)
+    check(torch.randn(2, G, N, generator=g, dtype=dtype).mT, counts)
 
 
 def test_bad_counts_win_over_bad_values() -> None:
@@ -164,7 +223,12 @@ def test_bad_counts_win_over_bad_values() -> None:
 
 
 def test_ties_do_not_depend_on_threads_or_layout() -> None:
-    cost = torch.randint(0, 3, (2, 7, 6) if SLOW else (40, 70, 60), generator=torch.Generator().manual_seed(6)).float()
+    cost = torch.randint(
+        0,
+        3,
+        (2, 7, 6) if SLOW else (3, 37, 34) if EMULATED else (40, 70, 60),
+        generator=torch.Generator().manual_seed(6),
+    ).float()
     before = torch.get_num_threads()
     try:
         results = []

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sprompt import native
+from sprompt import cuda, native
 from sprompt.ops import checks
 from sprompt.ops.library import register_op
 from sprompt.ops.linear_assignment import reference
@@ -60,6 +60,14 @@ def _why_not(*args: object) -> str:
     return native.why_missing if native._C is None else ""
 
 
+def _gpu_why_not(*args: object) -> str:
+    float64 = torch.float64
+    return cuda.why_not(
+        *(a.new_empty(0, dtype=torch.float32) if isinstance(a, Tensor) and a.dtype == float64 else a for a in args)
+    )
+
+
 register_op(
-    "linear_assignment", fake=_fake, reference=_reference, native_kernel=_linear_assignment, native_why_not=_why_not
-)
+    "linear_assignment", fake=_fake, reference=_reference, native_kernel=_linear_assignment, native_why_not=_why_not,
+    gpu="cuda", gpu_why_not=_gpu_why_not,
+)  # fmt: skip

@@ -75,11 +75,12 @@ def _matrix_nms_fake(
     return scores.new_empty(scores.shape)
 
 
-register_op("mask_nms", fake=_mask_nms_fake, reference=reference.mask_nms, native_kernel=_mask_nms)
+register_op("mask_nms", fake=_mask_nms_fake, reference=reference.mask_nms, native_kernel=_mask_nms, gpu="cuda")
 register_op(
     "batched_mask_nms",
     fake=_batched_mask_nms_fake,
     reference=reference.batched_mask_nms,
     native_kernel=_batched_mask_nms,
+    gpu="cuda",
 )
-register_op("matrix_nms", fake=_matrix_nms_fake, reference=reference.matrix_nms, native_kernel=_matrix_nms)
+register_op("matrix_nms", fake=_matrix_nms_fake, reference=reference.matrix_nms, native_kernel=_matrix_nms, gpu="cuda")

@@ -217,7 +217,7 @@ def _eager_greedy(masks: BitMasks | Tensor, scores: Tensor, iou_threshold: float
     return order[keep]
 
 
-def _eager_batched(masks: Tensor, scores: Tensor, iou_threshold: float = 0.5) -> tuple[Tensor, Tensor]:
+def _eager_batched(masks: BitMasks | Tensor, scores: Tensor, iou_threshold: float = 0.5) -> tuple[Tensor, Tensor]:
     keep = torch.full(scores.shape, -1, dtype=torch.int64, device=scores.device)
     counts = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     for b in range(len(scores)):
@@ -373,6 +373,10 @@ def _bench(source: Any, count: int, height: int, width: int, packed: bool = Fals
     return make
 
 
+def _eager_matrix_batch(masks: BitMasks, scores: Tensor) -> Tensor:
+    return torch.stack([_eager_matrix(masks[b], scores[b]) for b in range(len(scores))])
+
+
 def _agree_matrix(ours: Tensor, eager: Tensor, sample: Sample) -> None:
     torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
 
@@ -410,5 +414,23 @@ BENCHES = [
     Bench(
         matrix_nms, "1102 x (25x34) blobs, from bits", _bench(blobs, 1102, 25, 34, packed=True), _eager_matrix, vectorised=False,
         agree=_agree_matrix, **_pairs(1102, 25, 34), goals={"forward": 15},
+    ),
+    Bench(
+        mask_nms, "1362 x (25x42) saliency maps, from bits", _bench(saliency, 1362, 25, 42, packed=True), _eager_greedy,
+        vectorised=False, **_pairs(1362, 25, 42), goals={"forward": 5}, device="cuda",
+    ),
+    Bench(
+        mask_nms, "500 x (200x272) blobs, from bits", _bench(blobs, 500, 200, 272, packed=True), _eager_greedy, vectorised=False,
+        **_pairs(500, 200, 272), goals={"forward": 5}, device="cuda",
+    ),
+    Bench(
+        batched_mask_nms, "12 x 1362 x (25x42) saliency maps, from bits", _bench(saliency, 1362, 25, 42, packed=True, batch=12),
+        _eager_batched, vectorised=False,
+        flops=12 * 2.0 * 1362**2 * 1050, bytes=12 * 1362 * 1050 / 8, goals={"forward": 5}, device="cuda",
+    ),
+    Bench(
+        matrix_nms, "12 x 1362 x (25x42) saliency maps, from bits", _bench(saliency, 1362, 25, 42, packed=True, batch=12),
+        _eager_matrix_batch, vectorised=False, agree=_agree_matrix,
+        flops=12 * 2.0 * 1362**2 * 1050, bytes=12 * 1362 * 1050 / 8, goals={"forward": 5}, device="cuda",
     ),
 ]  # fmt: skip

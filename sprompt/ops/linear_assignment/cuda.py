@@ -1,0 +1,30 @@
+"""linear_assignment on its CUDA kernel (csrc/linear_assignment/linear_assignment_cuda.cu): one launch, a block an image."""
+
+import torch
+from torch import Tensor
+
+from sprompt import native
+from sprompt.cuda import stream
+from sprompt.ops import checks
+
+#: Bytes of shared memory that a block may use, on every architecture from sm_80 on.
+SHARED = 160 * 1024
+
+
+def assignment_scratch(N: int, G: int, bytes_per_cost: int) -> int:
+    """Bytes an image of what does not fit into shared memory: nothing, the costs, or the state as well."""
+    costs = bytes_per_cost * N * G
+    state = -(-(28 * max(N, G) + 4 * min(N, G)) // 16) * 16
+    if costs + state <= SHARED:
+        return 0
+    padded = -(-costs // 16) * 16
+    return padded if state <= SHARED else padded + state
+
+
+def linear_assignment(cost: Tensor, counts: Tensor | None) -> Tensor:
+    checks.counts_within("linear_assignment", counts, cost.shape[2])
+    B, N, G = cost.shape
+    rows = cost.new_empty((B, G), dtype=torch.int64)
+    scratch = cost.new_empty((B, assignment_scratch(N, G, max(cost.element_size(), 4))), dtype=torch.uint8)
+    native._C.cuda.linear_assignment(stream(cost), cost, counts, rows, scratch)
+    return rows
