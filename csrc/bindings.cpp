@@ -119,6 +119,13 @@ static void define_cuda(py::module_& module) {
     SPROMPT_DEF_CUDA(mask_boxes);
     SPROMPT_DEF_CUDA(mask_iou);
     SPROMPT_DEF_CUDA(window_masks);
+
+    // resize_masks
+    SPROMPT_DEF_CUDA(resize_bits);
+
+    // rle
+    SPROMPT_DEF_CUDA(rle_measure);
+    SPROMPT_DEF_CUDA(rle_write);
 }
 #endif
 

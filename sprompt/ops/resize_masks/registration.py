@@ -60,4 +60,6 @@ def _resize_bits_fake(words: Tensor, h: int, w: int, height: int, width: int) ->
 
 
 register_op("resize_masks", fake=_resize_masks_fake, reference=reference.resize_masks, native_kernel=_resize_masks)
-register_op("resize_bits", fake=_resize_bits_fake, reference=reference.resize_bits, native_kernel=_resize_bits)
+register_op(
+    "resize_bits", fake=_resize_bits_fake, reference=reference.resize_bits, native_kernel=_resize_bits, gpu="cuda"
+)

@@ -49,5 +49,6 @@ def _rle_decode_fake(characters: Tensor, offsets: Tensor, height: int, width: in
     return characters.new_empty((offsets.shape[0] - 1, words_for(height * width)), dtype=torch.int32)
 
 
-register_op("rle_encode", fake=_rle_encode_fake, reference=reference.rle_encode, native_kernel=_rle_encode)
+register_op("rle_encode", fake=_rle_encode_fake, reference=reference.rle_encode, native_kernel=_rle_encode, gpu="cuda")
+# No GPU kernel: the strings are Python objects, so the characters are always on the CPU, and so are the masks made of them.
 register_op("rle_decode", fake=_rle_decode_fake, reference=reference.rle_decode, native_kernel=_rle_decode)
