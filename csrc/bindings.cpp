@@ -119,11 +119,20 @@ static void define_cuda(py::module_& module) {
     SPROMPT_DEF_CUDA(mask_boxes);
     SPROMPT_DEF_CUDA(mask_iou);
     SPROMPT_DEF_CUDA(window_masks);
+
     // mask_nms
     SPROMPT_DEF_CUDA(mask_nms);
     SPROMPT_DEF_CUDA(matrix_nms);
+
     // linear_assignment
     SPROMPT_DEF_CUDA(linear_assignment);
+
+    // resize_masks
+    SPROMPT_DEF_CUDA(resize_bits);
+
+    // rle
+    SPROMPT_DEF_CUDA(rle_measure);
+    SPROMPT_DEF_CUDA(rle_write);
 }
 #endif
 

@@ -10,7 +10,7 @@
 // weight not set.
 #pragma once
 
-#include "common/views.h"
+#include "common/cuda.h"
 
 namespace sprompt {
 
@@ -23,5 +23,8 @@ SPROMPT_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, fl
 // The same from bits: cells of 0 and 1, threshold 1/2, the whole map. in (M, ceil(h * w / 32)) i32 -> words (M, n).
 SPROMPT_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words,
                const View& scratch, int threads)
+
+// On CUDA; both contiguous.
+SPROMPT_CUDA_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words)
 
 }  // namespace sprompt

@@ -5,7 +5,7 @@
 // L masks of height x width = P <= 2^31 - 1 pixels, n = ceil(P / 32) words each.
 #pragma once
 
-#include "common/views.h"
+#include "common/cuda.h"
 
 namespace sprompt {
 
@@ -55,5 +55,19 @@ SPROMPT_KERNEL(rle_join, const View& buffer, const View& starts, const View& off
 // has a fault mean nothing.
 SPROMPT_KERNEL(rle_decode, const View& bytes, const View& offsets, int64_t height, int64_t width, const View& words,
                const View& faults, int threads)
+
+// -- CUDA: measuring, then writing. Between the two the caller sums lengths and allocates the characters, of which only the
+// device knows the number. All tensors are contiguous. strips = ceil(width / 32) and groups = ceil(height / 1024), or 1 and 0
+// if there are no pixels. There is no rle_decode: its strings come from Python objects, and its masks stay on the CPU.
+
+// lengths (L) i64 <- words (L, n). used (L, strips, groups) i32: zeros. contexts (L, strips + 1, 4) i32 and starts (L, strips)
+// i64: scratch. The three are what rle_write needs.
+SPROMPT_CUDA_KERNEL(rle_measure, const View& words, int64_t height, int64_t width, const View& used, const View& contexts,
+                    const View& starts, const View& lengths)
+
+// characters (S) u8 <- words (L, n), offsets (L + 1) i64: the sums of lengths, S = offsets[L]. Nothing is written outside of
+// characters, even if words are not those that were measured.
+SPROMPT_CUDA_KERNEL(rle_write, const View& words, int64_t height, int64_t width, const View& used, const View& contexts,
+                    const View& starts, const View& offsets, const View& characters)
 
 }  // namespace sprompt

@@ -221,6 +221,48 @@ def test_resize_of_bits(h: int, w: int, H: int, W: int, seed: int, density: floa
     assert not off.any() or (pixels[off] - 0.5).abs().max() < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("h", "w", "H", "W"),
+    [
+        (20, 33, 80, 133), (3, 2, 5, 7), (1, 1, 3, 100), (6, 40, 12, 320), (64, 600, 20, 100), (9, 1333, 5, 33),
+        (8, 2100, 3, 64), (40, 30, 20, 15), (7, 64, 7, 65), (33, 31, 33, 31), (2, 500, 200, 3),
+    ],
+)  # fmt: skip
+def test_resize_of_bits_of_few_kinds(h: int, w: int, H: int, W: int) -> None:
+    """Masks that are nearly all of one kind, so that most words need no interpolation and some need it for one cell; in sizes
+    that share a word between rows, end within one, and have less, or far more, cells than pixels under a word."""
+    g = torch.Generator().manual_seed(h * w)
+    dense = torch.cat([blobs(3, h, w, 1) > 0.5, torch.zeros(1, h, w).bool(), torch.ones(1, h, w).bool()])
+    for place in torch.randint(h * w, (6,), generator=g).tolist():
+        one = torch.zeros(1, h, w, dtype=torch.bool)
+        one.view(-1)[place] = True
+        dense = torch.cat([dense, one, ~one])
+    dense = torch.cat([dense, torch.rand(2, h, w, generator=g) < 0.5])
+    resized = pack_masks(dense).resize((H, W))
+    with sprompt.use_backend("reference"):
+        assert torch.equal(resized.words, pack_masks(dense).resize((H, W)).words)
+    pixels = F.interpolate(dense[None].double(), (H, W), mode="bilinear", align_corners=False)[0]
+    off = resized.to_dense() != (pixels > 0.5)
+    assert not off.any() or (pixels[off] - 0.5).abs().max() < 1e-6
+    if H in (h, 2 * h, 4 * h, h // 2) and W in (
+        w,
+        2 * w,
+        4 * w,
+        8 * w,
+        w // 2,
+    ):  # weights without rounding, ties among them
+        assert not off.any()
+
+
+def test_resize_of_bits_many_masks_in_a_word_each() -> None:
+    """A warp then has words of 32 masks, a block of 256."""
+    dense = torch.rand(700, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
+    got = pack_masks(dense).resize((5, 6))
+    assert got.words.shape == (700, 1)
+    with sprompt.use_backend("reference"):
+        assert torch.equal(got.words, pack_masks(dense).resize((5, 6)).words)
+
+
 def test_resize_of_bits_shapes() -> None:
     masks = pack_masks(torch.rand(2, 3, 9, 14) > 0.5)
     assert masks.resize((9, 14)).words.equal(masks.words)

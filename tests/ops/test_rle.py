@@ -4,6 +4,7 @@ import itertools
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco
 
 import sprompt
-from sprompt import BitMasks, backends, native
+from sprompt import BitMasks, backends, cuda, native
 from sprompt.ops import pack_masks, rle_decode, rle_encode
+from sprompt.ops.library import FAKES
+from sprompt.ops.rle import _in_one_copy
 from sprompt.ops.rle.faults import MOST_CHARACTERS, MOST_PIXELS
 from sprompt.testing.spec import blobs, random
 from sprompt.testing.specs.rle import MALFORMED, coco_encode
@@ -272,6 +275,107 @@ def test_any_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(rles == results[0][0] and torch.equal(words, results[0][1]) for rles, words in results)
+
+
+def from_changes(places: list[int], height: int, width: int) -> torch.Tensor:
+    """The mask whose runs, column by column, begin at `places`."""
+    flips = torch.zeros(height * width, dtype=torch.int64)
+    flips[torch.tensor(places, dtype=torch.int64)] = 1
+    return (flips.cumsum(0) % 2 == 1).reshape(width, height).T
+
+
+def test_few_changes_far_apart() -> None:
+    """What is written of a run depends on the three changes before it, wherever they are: in the same 32 columns, or many
+    hundreds before; in the same column, or a thousand rows above."""
+    g = random(5)
+    for height, width in ((3, 2090), (1090, 70), (2080, 5), (40, 1100)):
+        masks = [
+            from_changes(torch.randint(height * width, (k,), generator=g).sort()[0].tolist(), height, width)
+            for k in (0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 9)
+        ]
+        columns = torch.arange(0, width, 33)[:12].tolist()  # one change each in columns that share no 32
+        masks += [from_changes([x * height + height // 2 for x in columns[:k]], height, width) for k in range(1, 8)]
+        check_bytes_of_pycocotools(torch.stack(masks))
+
+
+@pytest.mark.parametrize("height", (31, 32, 33, 1023, 1024, 1025, 1056, 1057))
+def test_rows_around_tiles(height: int) -> None:
+    """Changes in the first and last rows of 32 and of 1024, and between the last row and the first of the next column."""
+    masks = torch.zeros(8, height, 35, dtype=torch.bool)
+    masks[0, -1] = True
+    masks[1, 0] = True
+    masks[2, -1, ::2] = True
+    masks[3, :1024:31, 3] = True
+    masks[4, 31::32] = True
+    masks[5, 1023:, 31:33] = True
+    masks[6] = torch.rand(height, 35, generator=random(height)) < 0.01
+    masks[7, :, 34] = True
+    check_bytes_of_pycocotools(masks)
+
+
+def test_numbers_of_every_length() -> None:
+    """Numbers on both sides of 2^4, 2^9, 2^14, 2^19, positive and negative."""
+    height, width = 1 << 10, 1 << 11
+    masks = []
+    for power in (4, 9, 14, 19):
+        for off in (-1, 0, 1):
+            v = (1 << power) + off
+            masks.append(from_changes([v], height, width))  # v
+            masks.append(from_changes([1, 2, 5, 6 + v], height, width))  # v, as the difference to 1
+            masks.append(from_changes([1, 2 + v, 5 + v, 6 + v], height, width))  # -v, as the difference to 1 + v
+    masks = torch.stack(masks)
+    if backends.available("rle_encode", "cpu").get("cuda") == "":  # emulated, which is slow
+        masks = masks[::4]
+    assert rle_encode(masks) == coco_encode(masks)
+
+
+def test_in_one_copy() -> None:
+    offsets = torch.tensor([0, 3, 3, 1 << 40])
+    for text in (b"", b"abcde"):
+        characters = torch.tensor(list(text), dtype=torch.uint8)
+        got = _in_one_copy(characters, offsets)
+        assert torch.equal(got[0], characters) and torch.equal(got[1], offsets)
+        assert got[1].data_ptr() % 8 == 0
+
+
+def test_fake_outside_of_tracing() -> None:
+    characters, offsets = FAKES["rle_encode"](torch.zeros(3, 1, dtype=torch.int32), 4, 5)
+    assert characters.shape == (0,) and offsets.shape == (4,)
+
+
+@pytest.mark.skipif(cuda.why_not(torch.empty(0)) != "", reason="a build that emulates the CUDA kernels has them")
+def test_words_that_change_between_measuring_and_writing() -> None:
+    """Nothing is written in front of the characters or behind them."""
+    masks = special(70, 100)
+    height, width = 70, 100
+    before, after = pack_masks(masks).words, pack_masks(masks.flip(0)).words
+    used = torch.zeros(len(masks), 4, 1, dtype=torch.int32)
+    contexts = torch.empty(len(masks), 5, 4, dtype=torch.int32)
+    starts = torch.empty(len(masks), 4, dtype=torch.int64)
+    offsets = torch.zeros(len(masks) + 1, dtype=torch.int64)
+    kernels, at = native._C.cuda, (0, 0)
+    kernels.rle_measure(at, before, height, width, used, contexts, starts, offsets[1:])
+    offsets.cumsum_(0)
+    size = int(offsets[-1])
+    for words in (before, after, torch.full_like(before, 0x55555555)):
+        memory = torch.zeros(size + 200, dtype=torch.uint8)
+        kernels.rle_write(at, words, height, width, used, contexts, starts, offsets, memory[100 : 100 + size])
+        assert not memory[:100].any() and not memory[100 + size :].any()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_waits_for_the_device_twice() -> None:
+    bits = pack_masks(special(70, 100).cuda())
+    expected = rle_encode(bits)  # also loads the kernels
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            got = rle_encode(bits)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert got == expected == rle_encode(bits.to("cpu"))
+    assert sum("synchronizing" in str(w.message) for w in caught) <= 2
 
 
 @st.composite

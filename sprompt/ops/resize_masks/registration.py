@@ -63,4 +63,6 @@ register_op(
     "resize_masks", fake=_resize_masks_fake, reference=reference.resize_masks,
     native_kernel=_resize_masks, gpu="triton",
 )  # fmt: skip
-register_op("resize_bits", fake=_resize_bits_fake, reference=reference.resize_bits, native_kernel=_resize_bits)
+register_op(
+    "resize_bits", fake=_resize_bits_fake, reference=reference.resize_bits, native_kernel=_resize_bits, gpu="cuda"
+)

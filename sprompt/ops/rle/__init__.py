@@ -26,8 +26,9 @@ def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
 
     Returns: one `{"size": [H, W], "counts": bytes}` a mask, in the order of the flattened leading dimensions (a single mask
     gives a list of one). A mask without pixels has counts `b"0"`.
-    Exact, deterministic, not differentiable. Python objects come out, so it waits for the device and torch.compile breaks the
-    graph here; inside a graph call `torch.ops.sprompt.rle_encode(words, H, W)`, which gives all characters and their offsets.
+    Exact, deterministic, not differentiable. Python objects come out, so torch.compile breaks the graph here, and it waits for
+    the device twice: for the number of characters, and for them. Inside a graph call `torch.ops.sprompt.rle_encode(words, H, W)`,
+    which gives all characters and their offsets on the device, and waits once.
 
     >>> rle_encode(torch.tensor([[[0, 1], [1, 1]], [[1, 0], [0, 0]]]))
     [{'size': [2, 2], 'counts': b'13'}, {'size': [2, 2], 'counts': b'013'}]
@@ -39,8 +40,16 @@ def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
             "rle_encode", "masks", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits"
         )
     characters, offsets = torch.ops.sprompt.rle_encode(bits.words, height, width)
-    text = memoryview(characters.cpu().numpy())
+    if characters.device.type != "cpu":
+        characters, offsets = _in_one_copy(characters, offsets)
+    text = memoryview(characters.numpy())
     return [{"size": [height, width], "counts": bytes(text[a:b])} for a, b in pairwise(offsets.tolist())]
+
+
+def _in_one_copy(characters: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both on the CPU: every copy waits for the device."""
+    both = torch.cat((offsets.view(torch.uint8), characters)).cpu()
+    return both[8 * len(offsets) :], both[: 8 * len(offsets)].view(torch.int64)
 
 
 def rle_decode(rles: Sequence[Mapping[str, Any]], size: Size | None = None) -> BitMasks:
@@ -51,7 +60,7 @@ def rle_decode(rles: Sequence[Mapping[str, Any]], size: Size | None = None) -> B
             uncompressed list of runs.
         size: (H, W) that every entry must have; None takes the size of the first. An empty list needs it.
 
-    Returns: BitMasks (L,) on the CPU.
+    Returns: BitMasks (L,) on the CPU, where the strings are; there is no GPU kernel.
     An entry that is not such a mapping, has another size, holds a character that RLE does not have, breaks off, has a number of
     more than 12 characters or a negative run, or whose runs do not sum to exactly H·W, raises ValueError with its index. So does
     a mask of more than 2³¹ − 1 pixels (268 MB of bits), or a list of more than 2³⁵ pixels (4 GiB of bits) in all: a few

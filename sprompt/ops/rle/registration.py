@@ -30,7 +30,9 @@ def _rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]
 
 
 def _rle_encode_fake(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    size = torch.library.get_ctx().new_dynamic_size()
+    context = torch.library.get_ctx()
+    # Without a context nothing is traced: sprompt.testing.compiled runs fakes on tensors.
+    size = 0 if context is None else context.new_dynamic_size()
     offsets = words.new_empty(words.shape[:-1].numel() + 1, dtype=torch.int64)
     return words.new_empty(size, dtype=torch.uint8), offsets
 
@@ -49,5 +51,6 @@ def _rle_decode_fake(characters: Tensor, offsets: Tensor, height: int, width: in
     return characters.new_empty((offsets.shape[0] - 1, words_for(height * width)), dtype=torch.int32)
 
 
-register_op("rle_encode", fake=_rle_encode_fake, reference=reference.rle_encode, native_kernel=_rle_encode)
+register_op("rle_encode", fake=_rle_encode_fake, reference=reference.rle_encode, native_kernel=_rle_encode, gpu="cuda")
+# No GPU kernel: the strings are Python objects, so rle_decode has the characters, and makes the masks, on the CPU.
 register_op("rle_decode", fake=_rle_decode_fake, reference=reference.rle_decode, native_kernel=_rle_decode)

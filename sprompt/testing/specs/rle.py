@@ -181,6 +181,17 @@ def _bits_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
     return Sample("", (pack_masks(_blob_bench(device, dtype, seed).args[0]),))
 
 
+def _batch_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    """The same 100 masks for each of 12 images."""
+    return Sample("", (BitMasks(_bits_bench(device, dtype, seed).args[0].words.repeat(12, 1), (800, 1333)),))
+
+
+def _noise_batch_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample(
+        "", (BitMasks(pack_masks(_noise_bench(device, dtype, seed).args[0]).words.repeat(12, 1), (800, 1333)),)
+    )
+
+
 def _decode_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
     return Sample("", (rle_encode(_blob_bench(device, dtype, seed).args[0]),))
 
@@ -211,7 +222,7 @@ def _coco_only() -> Any:
         key = (masks.words if isinstance(masks, BitMasks) else masks).data_ptr()
         if key not in cache:
             cache.clear()
-            cache[key] = np.asfortranarray(_dense(masks).permute(1, 2, 0).numpy().view(np.uint8))
+            cache[key] = np.asfortranarray(_dense(masks).permute(1, 2, 0).cpu().numpy().view(np.uint8))
         return coco.encode(cache[key])
 
     return encode
@@ -229,6 +240,11 @@ def _eager_resize_and_encode(logits: Tensor, size: tuple[int, int]) -> Rles:
 
 def _resize_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
     return Sample("", ((8 * (blobs(100, 200, 336, seed, device) - 0.5)).to(dtype), (800, 1333)))
+
+
+def _resize_batch_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    logits, size = _resize_bench(device, dtype, seed).args
+    return Sample("", (logits.repeat(12, 1, 1), size))
 
 
 def _nearly_the_same(ours: Rles, theirs: Rles, sample: Sample) -> None:
@@ -262,5 +278,17 @@ BENCHES = [
     Bench(
         resize_and_encode, "100 x (200x336 -> 800x1333)", _resize_bench, _eager_resize_and_encode, vectorised=False,
         agree=_nearly_the_same, flops=100 * _P * 6, bytes=100 * 200 * 336 * 4, goals={"forward": 8, "memory": 20},
+    ),
+    Bench(
+        rle_encode, "12 x 100 x (800x1333), from bits", _batch_bench, coco_encode, vectorised=False, agree=same_rles, device="cuda",
+        library=("pycocotools, from its own layout", _coco_only()), bytes=1200 * _P / 8,
+    ),
+    Bench(
+        rle_encode, "12 x 10 x (800x1333) of noise, from bits", _noise_batch_bench, coco_encode, vectorised=False, agree=same_rles,
+        device="cuda", library=("pycocotools, from its own layout", _coco_only()), bytes=120 * _P * (1 / 8 + 1 / 2),
+    ),
+    Bench(
+        resize_and_encode, "12 x 100 x (200x336 -> 800x1333)", _resize_batch_bench, _eager_resize_and_encode, vectorised=False,
+        agree=_nearly_the_same, device="cuda", flops=1200 * _P * 6, bytes=1200 * 200 * 336 * 4,
     ),
 ]  # fmt: skip
