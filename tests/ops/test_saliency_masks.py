@@ -359,6 +359,8 @@ def test_triton_soft_maps_of_addresses_that_are_none() -> None:
         grid = torch.ops.sprompt.saliency_soft(
             features, valid, 3, 4, True, torch.tensor([[[0, 2, 3], [0, 3, 0], [0, 0, 4]]])
         )
+        outside = torch.ops.sprompt.saliency_soft(features, None, 0, 0, False, torch.tensor([none[:7]]))
+    assert not outside.any()
     assert not soft[0, len(real) :].any() and not grid[0, 1:].any() and grid[0, 0].max() == 1
     vectors, addresses = true_seeds(features[0].double(), valid[0].numpy(), "pyramid")
     chosen = np.stack([vectors[addresses.index(tuple(a))] for a in real])  # type: ignore[arg-type]
