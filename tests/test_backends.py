@@ -35,6 +35,17 @@ def test_forced_backend_that_cannot_run_raises() -> None:
     assert ran, "the choice is automatic again"
 
 
+def test_a_backend_forced_for_some_ops_leaves_the_others_alone() -> None:
+    with sprompt.use_backend("reference", ["mask_area"]), sprompt.trace_backends() as ran:
+        mask_area(MASKS)
+        with sprompt.use_backend("reference"):
+            mask_area(MASKS)
+        with sprompt.use_backend("triton", []):
+            mask_area(MASKS)
+    automatic = "reference" if native._C is None else "native"
+    assert [name for _, name in ran] == [automatic, "reference", "reference", "reference", automatic, automatic]
+
+
 @pytest.mark.skipif(native._C is None, reason="the compiled kernels are not built")
 def test_forced_native_refuses_float64() -> None:
     from sprompt.ops import mask_loss

@@ -155,9 +155,9 @@ def _cut(
             norm = tl.sqrt_rn(tl.where(square > 0, square, 0.0) * 0.0625)
             seed_norm = tl.where(norm < 1e-12, 1e-12, norm)
         if valid is not None:
-            for i in tl.static_range(SIDE * SIDE):
-                inside = tl.load(valid + base + corner + (i // SIDE) * width + i % SIDE, mask=real, other=0)
-                good = good & (inside != 0)
+            for i in range(SIDE * SIDE):
+                at = valid + base + corner + (i // SIDE) * width + i % SIDE
+                good = good & (tl.load(at, mask=real, other=0) != 0)
     right = tl.cast(line, tl.int64)
     down = right * width
     low, extent, is_map = _range(rows, right, down, real, norms, valid, P, line, seed_norm, COUNT, ROWS, CHUNK)
@@ -287,7 +287,7 @@ def _launch_write(
 ) -> None:  # fmt: skip
     B, rows, line = products.shape
     count, P = rows // pooled, maps.shape[2] * maps.shape[3]
-    tile_ = config("saliency_masks.cut", products)
+    tile_ = config("saliency_masks.write", products)
     programs = tiles(count, tile_["ROWS"])
     norm_bytes, norm_again = _lines(norms, programs, 4 * line)
     valid_bytes, valid_again = _lines(valid, programs, P)
