@@ -332,3 +332,12 @@ def test_triton_pools_float32_exactly() -> None:
         back = torch.ops.sprompt.mask_pool_backward(pooled, words, 1, 96)
     assert torch.equal(pooled[0], features[0, :, 0].T)
     assert torch.equal(back, features)
+
+
+@by_triton
+def test_triton_takes_the_threshold_on_the_rounded_logit() -> None:
+    """1e-8 is above 0 in float32, and 0 in float16."""
+    tiny = torch.full((1, 1, 1, 40), 1e-4, dtype=torch.float16)
+    with sprompt.use_backend("triton"):
+        logits, pooled, words = torch.ops.sprompt.mask_update(tiny, tiny[:, :, 0, :1])
+    assert not logits.any() and not words.any() and not pooled.any()
