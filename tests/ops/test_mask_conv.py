@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sprompt
 from sprompt import BitMasks
-from sprompt.ops import mask_conv, mask_pool, mask_update, pack_masks
+from sprompt.ops import launch, mask_conv, mask_pool, mask_update, pack_masks
 from sprompt.testing.spec import blobs, random
 
 NAN, INF = float("nan"), float("inf")
@@ -241,3 +241,103 @@ def test_docstrings() -> None:
     for function in (mask_conv, mask_pool, mask_update):
         for test in finder.find(function, globs={"torch": torch, function.__name__: function}):
             assert doctest.DocTestRunner().run(test).failed == 0 and test.examples
+
+
+# -- Triton: tiles of 64 pixels (128 in steps), blocks of up to 128 kernels, half types hold up to 256 channels
+
+by_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)) or "it runs")
+
+
+def triton_equals_float64(sizes: tuple[int, ...], dtype: torch.dtype, dense: float = 0.3) -> None:
+    """Whole numbers: all ops and gradients of the Triton backend equal a float64 product to the bit."""
+    B, N, C, H, W = sizes
+    x, k = whole((B, C, H, W), 1, dtype), whole((B, N, C), 2, dtype)
+    dl, dp = whole((B, N, H, W), 3, dtype), whole((B, N, C), 4, dtype)
+    masks = torch.rand(B, N, H, W, generator=random(5)) < dense
+    words = pack_masks(masks).words
+    ops = torch.ops.sprompt
+    with sprompt.use_backend("triton"):
+        logits, pooled, bits = ops.mask_update(x, k)
+        of_words = ops.mask_pool(x, words)
+        to_features, to_kernels = ops.mask_update_backward(x, k, bits, dl, dp, True, True)
+        from_words = ops.mask_pool_backward(dp, words, H, W)
+        assert torch.equal(ops.mask_conv(x, k), logits) and torch.equal(ops.mask_pool(x, bits), pooled)
+    x, k, dl, dp = (t.double() for t in (x, k, dl, dp))
+    exact = torch.einsum("bnc,bchw->bnhw", k, x)
+    held = (exact > 0).double()
+    assert torch.equal(logits, exact.to(dtype))
+    assert torch.equal(bits, pack_masks(exact, 0.0).words)
+    assert torch.equal(pooled, torch.einsum("bnhw,bchw->bnc", held, x).to(dtype))
+    assert torch.equal(of_words, torch.einsum("bnhw,bchw->bnc", masks.double(), x).to(dtype))
+    expected = torch.einsum("bnc,bnhw->bchw", k, dl) + torch.einsum("bnc,bnhw->bchw", dp, held)
+    assert torch.equal(to_features, expected.to(dtype))
+    assert torch.equal(to_kernels, torch.einsum("bnhw,bchw->bnc", dl, x).to(dtype))
+    assert torch.equal(from_words, torch.einsum("bnc,bnhw->bchw", dp, masks.double()).to(dtype))
+
+
+@by_triton
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        (1, 1, 1, 1, 63), (1, 16, 16, 1, 64), (1, 17, 17, 5, 13), (1, 3, 127, 1, 129), (1, 3, 129, 1, 31), (1, 3, 257, 3, 11),
+        (1, 129, 33, 1, 65),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_triton_at_the_edges_of_tiles(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    triton_equals_float64(sizes, dtype)
+
+
+@by_triton
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_triton_with_several_tiles_a_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three programs an image, the last chunk shorter, the last tile cut off."""
+    pick = launch._pick
+    monkeypatch.setattr(
+        launch, "_pick", lambda *args: {**pick(*args), **({"PROGRAMS": 3} if "PROGRAMS" in pick(*args) else {})}
+    )
+    triton_equals_float64((1, 5, 20, 10, 50), dtype, 0.01)
+
+
+@by_triton
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_triton_update_is_conv_and_pool_to_the_bit(dtype: torch.dtype) -> None:
+    """Also where rounding decides, and where whole tiles have no bit or features that are not finite."""
+    features, kernels = torch.randn(2, 70, 19, 31, generator=random(0)), torch.randn(2, 17, 70, generator=random(1))
+    features[:, :, :5] *= 1e-25
+    kernels[:, 3] *= 1e-22
+    features[1, :, 8:] = 0.0
+    features[0, 5, 12, 3], features[1, 7, 15, 4] = INF, NAN
+    features, kernels = features.to(dtype), kernels.to(dtype)
+    with sprompt.use_backend("triton"):
+        logits, pooled, words = torch.ops.sprompt.mask_update(features, kernels)
+        assert torch.equal(logits.nan_to_num(7.0), torch.ops.sprompt.mask_conv(features, kernels).nan_to_num(7.0))
+        again = torch.ops.sprompt.mask_pool(features, words)
+    assert torch.equal(words, pack_masks(logits, 0.0).words)
+    assert torch.equal(again.nan_to_num(7.0), pooled.nan_to_num(7.0))
+    # The NaN stands alone in tiles without a bit: never pooled.
+    assert pooled[1].isfinite().all()
+
+
+@by_triton
+def test_triton_pools_float32_exactly() -> None:
+    """Every bit of a float32 arrives: one pixel a mask, of any size that its parts can hold."""
+    features = torch.randn(1, 20, 1, 96, generator=random(0)) * 10.0 ** torch.arange(-28, 36).repeat(2)[:96]
+    features[0, 0, 0, :3] = torch.tensor([3.4028235e38, -3.4028235e38, 1.1754944e-38 * 2**20])
+    masks = torch.eye(96, dtype=torch.bool).reshape(1, 96, 1, 96)
+    words = pack_masks(masks).words
+    with sprompt.use_backend("triton"):
+        pooled = torch.ops.sprompt.mask_pool(features, words)
+        back = torch.ops.sprompt.mask_pool_backward(pooled, words, 1, 96)
+    assert torch.equal(pooled[0], features[0, :, 0].T)
+    assert torch.equal(back, features)
+
+
+@by_triton
+def test_triton_takes_the_threshold_on_the_rounded_logit() -> None:
+    """1e-8 is above 0 in float32, and 0 in float16."""
+    tiny = torch.full((1, 1, 1, 40), 1e-4, dtype=torch.float16)
+    with sprompt.use_backend("triton"):
+        logits, pooled, words = torch.ops.sprompt.mask_update(tiny, tiny[:, :, 0, :1])
+    assert not logits.any() and not words.any() and not pooled.any()
