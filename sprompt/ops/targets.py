@@ -103,6 +103,6 @@ def for_triton(targets: Tensor, ratio: int) -> ForTriton:
 
 
 def quad_edge(upsample: int) -> int:
-    """How many rows and columns of quads there are beyond those of cells: fine pixels lie between two cells, or outside the last
-    one; without upsampling each is its cell."""
+    """How many rows and columns of quads there are beyond those of cells: fine pixels lie between two cells, or
+    outside the last one; without upsampling each is its cell."""
     return 1 if upsample > 1 else 0

@@ -40,8 +40,8 @@ def sigmoid(x):
 
 @triton.jit
 def corners(plane, i, j, h, w, stride_y, stride_x, mask, U: tl.constexpr):
-    """The four cells between which the fine pixels of quad (i, j) lie: (i - 1, j - 1), (i - 1, j), (i, j - 1), (i, j), held to the
-    map (h, w). Upsampling by 1 has no between: four times the cell (i, j), loaded once."""
+    """The four cells between which the fine pixels of quad (i, j) lie: (i - 1, j - 1), (i - 1, j), (i, j - 1), (i, j),
+    held to the map (h, w). Upsampling by 1 has no between: four times the cell (i, j), loaded once."""
     if U == 1:
         cell = tl.load(
             plane + (tl.cast(i, tl.int64) * stride_y + tl.cast(j, tl.int64) * stride_x), mask=mask, other=0.0
@@ -68,7 +68,8 @@ def fraction(a, U: tl.constexpr):
 
 @triton.jit
 def target_row(y, W, stride_y, RATIO: tl.constexpr):
-    """Where row y of a target begins (soft_target): elements into a dense one, bits into a mask of rows of RATIO * W bits."""
+    """Where row y of a target begins (soft_target): elements into a dense one, bits into a mask of rows of RATIO * W
+    bits."""
     if RATIO == 0:
         return tl.cast(y, tl.int64) * stride_y
     elif RATIO == 1:
@@ -79,9 +80,10 @@ def target_row(y, W, stride_y, RATIO: tl.constexpr):
 
 @triton.jit
 def soft_target(target, row, x, W, stride_x, mask, RATIO: tl.constexpr):
-    """Pixel x of a row of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense, bytes or
-    floats. Otherwise words of a mask RATIO times as large: its bit, or the mean of the middle 2 x 2 bits of RATIO x RATIO. Two
-    bits of a row that belong together begin at an even bit, or one after a multiple of 4: they never lie in two words."""
+    """Pixel x of a row of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense,
+    bytes or floats. Otherwise words of a mask RATIO times as large: its bit, or the mean of the middle 2 x 2 bits of
+    RATIO x RATIO. Two bits of a row that belong together begin at an even bit, or one after a multiple of 4: they
+    never lie in two words."""
     if RATIO == 0:
         value = tl.load(target + (row + tl.cast(x, tl.int64) * stride_x), mask=mask, other=0)
         if target.dtype.element_ty == tl.uint8:

@@ -195,7 +195,8 @@ def test_triton_borders_of_chunks(h: int, w: int, upsample: int) -> None:
 @on_triton
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_triton_product_of_parts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """What a GPU does in place of a float32 product (the interpreter takes that, for speed): three bfloat16 parts of each side."""
+    """What a GPU does in place of a float32 product (the interpreter takes that, for speed): three bfloat16 parts of
+    each side."""
     import triton.language as tl
 
     module = importlib.import_module("sprompt.ops.match_cost.triton")

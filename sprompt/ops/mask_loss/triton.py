@@ -1,8 +1,8 @@
 """Triton kernels of mask_loss and mask_loss_backward. M masks, logits h x w, the loss H = u h by W = u w (u: upsample).
 
-The fine pixels are visited by quads: quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1, j, so that
-four loads give u^2 logits. There are h + 1 rows of quads, the first and the last with fewer pixels; u = 1: the cells themselves.
-"""
+The fine pixels are visited by quads: quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1,
+j, so that four loads give u^2 logits. There are h + 1 rows of quads, the first and the last with fewer pixels; u = 1:
+the cells themselves."""
 
 import torch
 import triton
@@ -43,8 +43,8 @@ def _mask_loss_sums(
     RATIO: tl.constexpr, U: tl.constexpr,
     BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """partial[m, c] = sums over the pixels of chunk c of max(z, 0) - z t + log(1 + e^-|z|), p t, p^2 and t^2, p = sigmoid(z).
-    One program a (mask, chunk of TILES x BLOCK quads)."""
+    """partial[m, c] = sums over the pixels of chunk c of max(z, 0) - z t + log(1 + e^-|z|), p t, p^2 and t^2, p =
+    sigmoid(z). One program a (mask, chunk of TILES x BLOCK quads)."""
     EDGE: tl.constexpr = 1 if U > 1 else 0
     m = (tl.program_id(0) // chunks).to(tl.int64)
     c = tl.program_id(0) % chunks
@@ -179,10 +179,11 @@ def _mask_loss_backward(
     RATIO: tl.constexpr, U: tl.constexpr,
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """grad[m, i, j] = sum over the fine pixels of (weight of cell (i, j) in the pixel's logit) * (gradient of that logit).
-    One program a (mask, strip of ROWS rows of cells, block of columns), which goes down the two columns of quads of each column.
-    A row of quads gives its upper share to the row of cells above it, which is then complete, and its lower share to the next.
-    Cells at the rim have the whole of what lies outside. Every sum has one order, whatever the launch."""
+    """grad[m, i, j] = sum over the fine pixels of (weight of cell (i, j) in the pixel's logit) * (gradient of that
+    logit). One program a (mask, strip of ROWS rows of cells, block of columns), which goes down the two columns of
+    quads of each column. A row of quads gives its upper share to the row of cells above it, which is then complete,
+    and its lower share to the next. Cells at the rim have the whole of what lies outside. Every sum has one order,
+    whatever the launch."""
     m = (tl.program_id(0) // (strips * blocks)).to(tl.int64)
     first = tl.program_id(0) // blocks % strips * ROWS
     j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

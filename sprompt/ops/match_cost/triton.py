@@ -1,8 +1,9 @@
-"""Triton kernels of match_cost. B images, N masks (n), G targets (g), logits h x w, the loss H = u h by W = u w (u: upsample).
+"""Triton kernels of match_cost. B images, N masks (n), G targets (g), logits h x w, the loss H = u h by W = u w (u:
+upsample).
 
-The fine pixels are visited by quads: quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1, j, so that
-four loads give u^2 logits. There are h + 1 rows of quads, the first and the last with fewer pixels; u = 1: the cells themselves.
-"""
+The fine pixels are visited by quads: quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1,
+j, so that four loads give u^2 logits. There are h + 1 rows of quads, the first and the last with fewer pixels; u = 1:
+the cells themselves."""
 
 import torch
 import triton
@@ -38,9 +39,10 @@ def _three(x):
 
 @triton.jit
 def _product(p, t, EXACT: tl.constexpr):
-    """float32 p (N, Q) times t^T (Q, G) on the tensor cores, from the bfloat16 parts p0 + p1 + p2 = p and t0 + t1 + t2 = t. Left out
-    of a product are p1 t2, p2 t1 and p2 t2, together below 2^-23 of it. EXACT: t = t0; the others would add zeros, so that
-    equal targets of any type give equal bits. Small parts first; the tensor cores see few terms before a sum is rounded."""
+    """float32 p (N, Q) times t^T (Q, G) on the tensor cores, from the bfloat16 parts p0 + p1 + p2 = p and t0 + t1 + t2
+    = t. Left out of a product are p1 t2, p2 t1 and p2 t2, together below 2^-23 of it. EXACT: t = t0; the others would
+    add zeros, so that equal targets of any type give equal bits. Small parts first; the tensor cores see few terms
+    before a sum is rounded."""
     p0, p1, p2 = _three(p)
     sums = tl.zeros((p.shape[0], t.shape[0]), tl.float32)
     if EXACT:
@@ -69,8 +71,8 @@ def _match_sums(
     RATIO: tl.constexpr, U: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_Q: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The sums over one chunk of TILES x BLOCK_Q quads, p = sigmoid(z). One program an (image, chunk, block of targets, block of
-    masks); logits are upsampled once for a block of targets. EXACT: bfloat16 holds every target."""
+    """The sums over one chunk of TILES x BLOCK_Q quads, p = sigmoid(z). One program an (image, chunk, block of
+    targets, block of masks); logits are upsampled once for a block of targets. EXACT: bfloat16 holds every target."""
     EDGE: tl.constexpr = 1 if U > 1 else 0
     block_n = tl.program_id(0) % blocks_n
     block_g = tl.program_id(0) // blocks_n % blocks_g
