@@ -155,9 +155,9 @@ def config(name: str, like: Tensor, size: int = 0) -> dict[str, int]:
     an entry leaves out holds for all. `python -m benchmarks.tune` times candidates on a GPU and writes the file."""
     looked_up.add(name)
     if name in trial:
-        return trial[name]
+        return dict(trial[name])
     arch = _arch if _arch is not None else _architecture(like.device)
-    return _pick(name, arch, like.element_size() * 8, size)
+    return dict(_pick(name, arch, like.element_size() * 8, size))
 
 
 def precision(like: Tensor) -> str:

@@ -21,7 +21,7 @@ IMAGES = 65535
 
 #: Other tiles worth timing on a GPU.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    "saliency_masks.gram": [
+    "gram": [
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
@@ -30,21 +30,21 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
         {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
     ],
-    "saliency_masks.product": [
+    "product": [
         {"BLOCK_M": 32, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
         {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4},
         {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
     ],
-    "saliency_masks.cut": [
+    "cut": [
         {"ROWS": 2, "CHUNK": 512, "num_warps": 4, "num_stages": 2},
         {"ROWS": 4, "CHUNK": 128, "num_warps": 4, "num_stages": 2},
         {"ROWS": 4, "CHUNK": 256, "num_warps": 4, "num_stages": 2},
         {"ROWS": 8, "CHUNK": 128, "num_warps": 4, "num_stages": 2},
         {"ROWS": 16, "CHUNK": 128, "num_warps": 8, "num_stages": 2},
     ],
-    "saliency_masks.pack": [
+    "pack": [
         {"BLOCK_D": 16, "BLOCK_P": 128, "num_warps": 4, "num_stages": 2},
         {"BLOCK_D": 32, "BLOCK_P": 128, "num_warps": 4, "num_stages": 2},
         {"BLOCK_D": 8, "BLOCK_P": 512, "num_warps": 4, "num_stages": 2},
