@@ -31,6 +31,15 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 
 @triton.jit
+def _products(a, b, acc):
+    """acc (I, J) + a (I, K) times b (J, K) transposed, every entry summed in one order: by increasing k on a GPU. The
+    interpreter's products are those of the machine's BLAS, whose order depends on the place; its sums do not."""
+    if tile.INTERPRETED:
+        return acc + tl.sum(a[:, None, :] * b[None, :, :], axis=2)
+    return tile.dot(a, tl.trans(b), acc, "ieee")
+
+
+@triton.jit
 def _match(
     kernels,  # (B, N, C), any strides
     prompts,  # (B, L, C), any strides
@@ -61,13 +70,13 @@ def _match(
     channel = tl.arange(0, BLOCK_C)
     chosen = tl.zeros((BLOCK_N,), tl.int64)
     if COSINE:
-        ones = tl.full((BLOCK_C, 16), 1.0, tl.float32)  # a column would do; products are 16 wide
+        ones = tl.full((16, BLOCK_C), 1.0, tl.float32)  # a column would do; products are 16 wide
         squares = tl.zeros((BLOCK_N, 16), tl.float32)
         for c0 in range(0, C, BLOCK_C):
             c = c0 + channel
             inside = (n < N)[:, None] & (c < C)[None, :]
             k = tl.load(kernel + c.to(tl.int64)[None, :] * kernel_c, mask=inside, other=0.0).to(tl.float32)
-            squares = tile.dot(k * k, ones, squares, "ieee")
+            squares = _products(k * k, ones, squares)
         norm_k = tl.sqrt_rn(tl.max(squares, axis=1))  # the 16 columns are equal
         norm_k = tl.where(norm_k < EPSILON, EPSILON, norm_k)
         best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
@@ -76,16 +85,16 @@ def _match(
             real = l < count
             row = prompt + l.to(tl.int64)[:, None] * prompt_l
             product = tl.zeros((BLOCK_N, BLOCK_L), tl.float32)
-            squares = tl.zeros((BLOCK_L, 16), tl.float32)
+            lengths = tl.zeros((BLOCK_L, 16), tl.float32)
             for c0 in range(0, C, BLOCK_C):
                 c = c0 + channel
                 c_far = c.to(tl.int64)[None, :]
                 inside = (n < N)[:, None] & (c < C)[None, :]
                 k = tl.load(kernel + c_far * kernel_c, mask=inside, other=0.0).to(tl.float32)
                 p = tl.load(row + c_far * prompt_c, mask=real[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-                product = tile.dot(k, tl.trans(p), product, "ieee")
-                squares = tile.dot(p * p, ones, squares, "ieee")
-            norm_p = tl.sqrt_rn(tl.max(squares, axis=1))
+                product = _products(k, p, product)
+                lengths = _products(p * p, ones, lengths)
+            norm_p = tl.sqrt_rn(tl.max(lengths, axis=1))
             norm_p = tl.where(norm_p < EPSILON, EPSILON, norm_p)
             similarity = tl.div_rn(product, norm_k[:, None] * norm_p[None, :])
             similarity = tl.where((similarity == similarity) & real[None, :], similarity, float("-inf"))

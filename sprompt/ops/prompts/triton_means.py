@@ -64,12 +64,22 @@ def _real(counts, count_b, b, L):
 
 
 @triton.jit
-def _inside_masks(words, b, l, L, n, p0, word_b, word_l, word_n, BLOCK_L: tl.constexpr, BLOCK_P: tl.constexpr):
-    """bool (BLOCK_L, BLOCK_P): whether cells p0 and on are in masks l. Padding bits of the last word are 0."""
+def _words(words, b, l, L, n, p0, word_b, word_l, word_n, BLOCK_P: tl.constexpr):
+    """i32 (BLOCK_L, BLOCK_P / 32): the bits of cells p0 and on in masks l. Padding bits of a mask's last word are 0."""
     w = p0 // 32 + tl.arange(0, BLOCK_P // 32)
     place = words + b * word_b + l.to(tl.int64)[:, None] * word_l + w.to(tl.int64)[None, :] * word_n
-    held = tl.load(place, mask=(l < L)[:, None] & (w < n)[None, :], other=0)
-    return tile.unpack(held, BLOCK_L, BLOCK_P // 32)
+    return tl.load(place, mask=(l < L)[:, None] & (w < n)[None, :], other=0)
+
+
+@triton.jit
+def _ones(words):
+    """How many bits are set in each, i32."""
+    v = words.to(tl.uint32, bitcast=True)
+    v = v - ((v >> 1) & 0x55555555)  # of pairs, of fours, of eights, of the word
+    v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
+    v = (v + (v >> 4)) & 0x0F0F0F0F
+    v = v + (v >> 8)
+    return ((v + (v >> 16)) & 63).to(tl.int32)
 
 
 @triton.jit
@@ -108,9 +118,9 @@ def _mean(
     real = l < _real(counts, count_b, b, L)
     if BOXES:
         c0, r0, c1, r1 = _box(shapes, b, l, real, shape_b, shape_l, shape_n, H, W)
+    held_ones = tl.zeros((BLOCK_L, BLOCK_P // 32), tl.int32)
     plane = features + b * feature_b + c.to(tl.int64)[:, None] * feature_c
     acc = tl.zeros((BLOCK_C, BLOCK_L), tl.float32)
-    area = tl.zeros((BLOCK_L,), tl.int32)
     odd = tl.zeros((BLOCK_C, BLOCK_P), tl.int32)
     for p0 in range(start, end, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
@@ -121,7 +131,9 @@ def _mean(
         if BOXES:
             bits = _inside_boxes(c0, r0, c1, r1, real, p, P, W)
         else:
-            bits = _inside_masks(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_L, BLOCK_P)
+            held = _words(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_P)
+            held_ones += _ones(held)
+            bits = tile.unpack(held, BLOCK_L, BLOCK_P // 32)
         f = tl.load(plane + offset[None, :], mask=(c < C)[:, None] & (p < P)[None, :], other=0.0)
         wide = f.to(tl.float32)
         finite = tl.abs(wide) < float("inf")
@@ -129,7 +141,6 @@ def _mean(
         acc = tile.dot(
             tl.where(finite, wide, 0.0).to(f.dtype), tl.trans(bits.to(tl.float32).to(f.dtype)), acc, PRECISION
         )
-        area += tl.sum(bits.to(tl.int32), axis=1)
     if tl.max(tl.max(odd, axis=1), axis=0) > 0:
         for p0 in range(start, end, BLOCK_P):
             p = p0 + tl.arange(0, BLOCK_P)
@@ -137,7 +148,8 @@ def _mean(
             if BOXES:
                 bits = _inside_boxes(c0, r0, c1, r1, real, p, P, W)
             else:
-                bits = _inside_masks(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_L, BLOCK_P)
+                held = _words(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_P)
+                bits = tile.unpack(held, BLOCK_L, BLOCK_P // 32)
             f = tl.load(plane + offset[None, :], mask=(c < C)[:, None] & (p < P)[None, :], other=0.0)
             wide = f.to(tl.float32)
             code = tl.where(wide == wide, 0.0, 16384.0)
@@ -151,6 +163,10 @@ def _mean(
             acc += tl.where(hits % 128 > 0, float("inf"), 0.0)
             acc += tl.where(hits // 128 % 128 > 0, float("-inf"), 0.0)
             acc += tl.where(hits >= 16384, float("nan"), 0.0)
+    if BOXES:  # noqa: SIM108  # known at once: the first chunk says it
+        area = tl.where(real & (s == 0), (c1 - c0) * (r1 - r0), 0)
+    else:
+        area = tl.sum(held_ones, axis=1)
     store = (l < L)[None, :] & (c < C)[:, None]
     place = ((b * S + s) * L + l)[None, :] * C + c[:, None]
     if ONE:
@@ -191,6 +207,7 @@ def _shares(
     shapes,  # boxes (B, L, 4) or words (B, L, n), any strides
     counts,  # (B,) i64, any stride, or None
     out,  # (B, L, C) f32, contiguous
+    spans,  # (B, L, 4) i32, contiguous: c0, r0, c1, r1 of boxes, all 0 behind counts; not used for masks
     C, H, W, L, n,
     grad_b, grad_l, grad_c, shape_b, shape_l, shape_n, count_b,  # strides
     BOXES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -202,18 +219,17 @@ def _shares(
     real = l < _real(counts, count_b, b, L)
     if BOXES:
         c0, r0, c1, r1 = _box(shapes, b, l, real, shape_b, shape_l, shape_n, H, W)
-        area = (c1 - c0).to(tl.int64) * (r1 - r0).to(tl.int64)
+        area = (c1 - c0) * (r1 - r0)
+        tl.store(spans + row * 4, tl.where(real, c0, 0))
+        tl.store(spans + row * 4 + 1, tl.where(real, r0, 0))
+        tl.store(spans + row * 4 + 2, tl.where(real, c1, 0))
+        tl.store(spans + row * 4 + 3, tl.where(real, r1, 0))
     else:
         held = tl.zeros((BLOCK_W,), tl.int32)
         for w0 in range(0, n, BLOCK_W):
             w = w0 + tl.arange(0, BLOCK_W)
             place = shapes + b * shape_b + l * shape_l + w.to(tl.int64) * shape_n
-            v = tl.load(place, mask=w < n, other=0).to(tl.uint32, bitcast=True)
-            v = v - ((v >> 1) & 0x55555555)  # set bits of pairs, of fours, of eights, of the word
-            v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
-            v = (v + (v >> 4)) & 0x0F0F0F0F
-            v = v + (v >> 8)
-            held += ((v + (v >> 16)) & 63).to(tl.int32)
+            held += _ones(tl.load(place, mask=w < n, other=0))
         area = tl.sum(held, axis=0)
     whole = tl.zeros((BLOCK_C,), tl.float32) + tl.maximum(area, 1).to(tl.float32)
     for c0_ in range(0, C, BLOCK_C):
@@ -227,37 +243,40 @@ def _shares(
 @triton.jit
 def _spread(
     shares,  # (B, L, C) f32, contiguous
-    shapes,  # boxes (B, L, 4) or words (B, L, n), any strides
-    counts,  # (B,) i64, any stride, or None
+    shapes,  # spans of boxes (B, L, 4) i32, contiguous, or words (B, L, n) i32, any strides
     out,  # (B, C, H, W), contiguous
     C, H, W, L, n, blocks,  # blocks: of cells
-    shape_b, shape_l, shape_n, count_b,  # strides
+    shape_b, shape_l, shape_n,  # strides
     BOXES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """out[b, c, p] = sum over the shapes l that hold cell p of shares[b, l, c], by increasing l. One program an image, BLOCK_P
-    cells and BLOCK_C channels: a gather, 32 shapes at a time as the bits of one number a cell."""
+    cells and BLOCK_C channels: a gather. Of masks, BLOCK_L at a time are turned into the bits of one number a cell."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
     p0 = tl.program_id(0) % blocks * BLOCK_P
     p = p0 + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     P = H * W
-    count = _real(counts, count_b, b, L)
+    y = p // W
+    x = p % W
     acc = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for l0 in range(0, L, BLOCK_L):
-        l = l0 + tl.arange(0, BLOCK_L)
-        real = l < count
-        if BOXES:
-            c0, r0, c1, r1 = _box(shapes, b, l, real, shape_b, shape_l, shape_n, H, W)
-            bits = _inside_boxes(c0, r0, c1, r1, real, p, P, W)
-        else:
-            bits = _inside_masks(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_L, BLOCK_P)
-        member = tl.sum(bits.to(tl.uint32) << tl.arange(0, BLOCK_L).to(tl.uint32)[:, None], axis=0)
+        if not BOXES:
+            held = _words(shapes, b, l0 + tl.arange(0, BLOCK_L), L, n, p0, shape_b, shape_l, shape_n, BLOCK_P)
+            bits = tile.unpack(held, BLOCK_L, BLOCK_P // 32).to(tl.uint32)
+            member = tl.sum(bits << tl.arange(0, BLOCK_L).to(tl.uint32)[:, None], axis=0)
         for i in range(0, tl.minimum(L - l0, BLOCK_L)):
-            row = shares + (b * L + l0 + i) * C
-            share = tl.load(row + c, mask=c < C, other=0.0)
-            acc += tl.where(((member >> i) & 1)[None, :] != 0, share[:, None], 0.0)
+            row = b * L + l0 + i
+            if BOXES:
+                span = shapes + row * 4
+                inside = (x >= tl.load(span)) & (y >= tl.load(span + 1))
+                inside = inside & (x < tl.load(span + 2)) & (y < tl.load(span + 3))
+            else:
+                inside = ((member >> i) & 1) != 0
+            share = tl.load(shares + row * C + c, mask=c < C, other=0.0)
+            acc += tl.where(inside[None, :], share[:, None], 0.0)
     store = (c < C)[:, None] & (p < P)[None, :]
-    tl.store(out + (b * C + c)[:, None] * P + p[None, :], tile.rounded(acc, out.dtype.element_ty), mask=store)
+    place = (b * C + c)[:, None] * P + p[None, :]
+    tl.store(out + place, tile.rounded(acc, out.dtype.element_ty), mask=store)
 
 
 def _cell_mean(features: Tensor, shapes: Tensor, counts: Tensor | None, boxes: bool) -> Tensor:
@@ -336,8 +355,8 @@ def _cell_mean_backward(
     P = height * width
     out = grad.new_empty((B, C, height, width))
     shares = grad.new_empty((B, L, C), dtype=torch.float32)
+    spans = grad.new_empty((B, L, 4) if boxes else (0,), dtype=torch.int32)
     held = shapes.numel() * shapes.element_size()
-    count_stride = 0 if counts is None else counts.stride(0)
     launch(
         _shares,
         (B * L,),
@@ -345,6 +364,7 @@ def _cell_mean_backward(
         shapes,
         counts,
         shares,
+        spans,
         C,
         height,
         width,
@@ -352,11 +372,11 @@ def _cell_mean_backward(
         shapes.shape[2],
         *grad.stride(),
         *shapes.stride(),
-        count_stride,
+        0 if counts is None else counts.stride(0),
         cost=Cost(
             read=grad.numel() * grad.element_size() + held + (8 * B if counts is not None else 0),
             again=8 * B * (L - 1) if counts is not None else 0,
-            written=shares.nbytes,
+            written=shares.nbytes + spans.nbytes,
             flops=grad.numel(),
         ),
         BOXES=boxes,
@@ -366,13 +386,13 @@ def _cell_mean_backward(
     )
     shape = config("prompts.spread", grad)
     blocks, rows = tiles(P, shape["BLOCK_P"]), tiles(C, shape["BLOCK_C"])
-    small = 8 * B if counts is not None else 0
+    if boxes:
+        shapes, held = spans, spans.nbytes
     launch(
         _spread,
         (B * blocks, rows),
         shares,
         shapes,
-        counts,
         out,
         C,
         height,
@@ -381,12 +401,9 @@ def _cell_mean_backward(
         shapes.shape[2],
         blocks,
         *shapes.stride(),
-        count_stride,
         cost=Cost(
-            read=shares.nbytes + held + small,
-            again=(blocks - 1) * shares.nbytes
-            + ((blocks if boxes else 1) * rows - 1) * held
-            + (blocks * rows - 1) * small,
+            read=shares.nbytes + held,
+            again=(blocks - 1) * shares.nbytes + ((blocks if boxes else 1) * rows - 1) * held,
             written=out.nbytes,
             flops=2 * out.numel() * L,
         ),
