@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).parents[1]))  # benchmarks; at the end, so that whichever sprompt is installed is tested
+sys.path.append(
+    str(Path(__file__).parents[1])
+)  # benchmarks; at the end, so that whichever sprompt is installed is tested
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -13,7 +13,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ from sprompt import backends
 from sprompt.ops.launch import Launch, recording
 from sprompt.ops.library import FAKES
 from sprompt.testing.compare import tensors
-from sprompt.testing.spec import Bench
+from sprompt.testing.spec import Bench, Sample
 from sprompt.testing.specs import BENCHES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +35,7 @@ MARKERS = ("<!-- kernels -->", "<!-- /kernels -->")
 ARCHITECTURES = (80, 90, 100)
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
-    torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
+    torch.float64: "fp64", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
 
 
@@ -80,9 +79,18 @@ class _LaunchOnly(TorchDispatchMode):
         return outputs
 
 
-def runs_of(bench: Bench, dtype: torch.dtype, arch: int) -> list[OpRun]:
+def rows() -> list[Bench]:
+    """The benchmark rows for a GPU whose function's room has Triton kernels."""
+    rooms = {path.parent.name for path in (ROOT / "sprompt" / "ops").glob("*/triton.py")}
+    return [
+        bench
+        for bench in BENCHES
+        if bench.device == "cuda" and bench.function.__module__.removeprefix("sprompt.ops.") in rooms
+    ]
+
+
+def runs_of(bench: Bench, sample: Sample, arch: int) -> list[OpRun]:
     """Every Triton op of the row, forward and (if it has gradients) backward, with its launches."""
-    sample = bench.make(torch.device("cpu"), dtype, 0)
     bound = sample.bound(bench.function)
     leaves = [bound[name].requires_grad_() for name in bench.gradients]
     with _LaunchOnly(arch) as mode:
@@ -220,60 +228,55 @@ def _readable(symbol: str) -> str:
 # -- tables
 
 
-def triton_rows() -> Iterator[tuple[Bench, torch.dtype, int, OpRun, Launch]]:
-    """Every launch of every row for a GPU, on every architecture."""
-    for bench in BENCHES:
-        if bench.device != "cuda":
-            continue
-        for dtype in bench.dtypes:
-            for arch in ARCHITECTURES:
-                for run in runs_of(bench, dtype, arch):
-                    for launch in run.launches:
-                        yield bench, dtype, arch, run, launch
-
-
 def markdown() -> str:
-    """Both tables."""
-    lines = [
+    """The tables: resources of the Triton kernels, bytes and operations of their ops, resources of the CUDA C++ kernels."""
+    kernels = [
         "| kernel | dtype | sm | registers | spilled | shared | tensor cores | warps | tiles |", "|" + "---|" * 9,
     ]  # fmt: skip
-    seen = set()
-    for _, dtype, arch, _, launch in triton_rows():
-        used = resources(launch, arch)
-        tiles = ", ".join(f"{k} {v}" for k, v in launch.constants.items() if isinstance(v, int) and k.isupper())
-        kernel = f"{launch.kernel.fn.__module__.split('.')[2]}.{launch.kernel.__name__.lstrip('_')}"
-        line = (
-            f"| {kernel} | {str(dtype).removeprefix('torch.')} | {arch} | {used.registers} | {used.spilled} | {used.shared} "
-            f"| {used.tensor_cores} | {launch.num_warps} | {tiles} |"
-        )
-        if line not in seen:
-            seen.add(line)
-            lines.append(line)
-    lines += ["", "| op | at | dtype | least MB | moved MB | moved/least | read again MB | GFLOP |", "|" + "---|" * 8]
-    for bench in BENCHES:
-        if bench.device != "cuda":
-            continue
+    ops = ["| op | at | dtype | least MB | moved MB | moved/least | read again MB | GFLOP |", "|" + "---|" * 8]
+    for bench in rows():
         for dtype in bench.dtypes:
-            for run in runs_of(bench, dtype, 90):
-                costs = [launch.cost for launch in run.launches]
-                moved = sum(c.read + c.written for c in costs)
-                lines.append(
-                    f"| {run.op} | {bench.shape} | {str(dtype).removeprefix('torch.')} | {run.least / 1e6:.2f} | {moved / 1e6:.2f} "
-                    f"| {moved / max(run.least, 1):.2f} | {sum(c.again for c in costs) / 1e6:.2f} "
-                    f"| {sum(c.flops for c in costs) / 1e9:.2f} |"
-                )
-    lines += [
-        "",
-        "| kernel (CUDA C++) | " + " | ".join(f"sm_{a}: registers, spilled, shared" for a in ARCHITECTURES) + " |",
-    ]
+            name, sample = str(dtype).removeprefix("torch."), bench.make(torch.device("cpu"), dtype, 0)
+            for arch in ARCHITECTURES:
+                for run in runs_of(bench, sample, arch):
+                    kernels += [_kernel_line(launch, name, arch) for launch in run.launches]
+                    if arch == 90:
+                        ops.append(_op_line(bench, run, name))
+    return "\n".join([*dict.fromkeys(kernels), "", *ops, "", *_cuda_lines()])
+
+
+def _kernel_line(launch: Launch, dtype: str, arch: int) -> str:
+    used = resources(launch, arch)
+    sizes = ", ".join(
+        f"{k} {v}"
+        for k, v in launch.constants.items()
+        if isinstance(v, int) and not isinstance(v, bool) and k.isupper()
+    )
+    kernel = f"{launch.kernel.fn.__module__.split('.')[2]}.{launch.kernel.__name__.lstrip('_')}"
+    return (
+        f"| {kernel} | {dtype} | {arch} | {used.registers} | {used.spilled} | {used.shared} "
+        f"| {used.tensor_cores} | {launch.num_warps} | {sizes} |"
+    )
+
+
+def _op_line(bench: Bench, run: OpRun, dtype: str) -> str:
+    costs = [launch.cost for launch in run.launches]
+    moved = sum(c.read + c.written for c in costs)
+    return (
+        f"| {run.op} | {bench.shape} | {dtype} | {run.least / 1e6:.2f} | {moved / 1e6:.2f} | {moved / max(run.least, 1):.2f} "
+        f"| {sum(c.again for c in costs) / 1e6:.2f} | {sum(c.flops for c in costs) / 1e9:.2f} |"
+    )
+
+
+def _cuda_lines() -> list[str]:
+    lines = ["| kernel (CUDA C++) | " + " | ".join(f"sm_{a}: registers, spilled, shared" for a in ARCHITECTURES) + " |"]
     lines.append("|" + "---|" * (1 + len(ARCHITECTURES)))
     for source in cuda_sources() if nvcc() else ():
         found = cuda_resources(source)
         for kernel in dict.fromkeys(name for name, _ in found):
-            used_by = [found[kernel, arch] for arch in ARCHITECTURES]
-            cells = " | ".join(f"{u.registers}, {u.spilled}, {u.shared}" for u in used_by)
-            lines.append(f"| {source.parent.name}.{kernel} | {cells} |")
-    return "\n".join(lines)
+            cells = [f"{u.registers}, {u.spilled}, {u.shared}" for u in (found[kernel, arch] for arch in ARCHITECTURES)]
+            lines.append(f"| {source.parent.name}.{kernel} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def main() -> None:
