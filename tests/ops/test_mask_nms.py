@@ -301,12 +301,13 @@ def test_greedy_chains() -> None:
 
 
 def test_greedy_whole_panels_apart() -> None:
-    """Only the first mask of all has copies, more than two thousand places later: what is removed reaches the last panel."""
-    n = 2300 if emulated() or native_runs() else 300
+    """Of masks that stay, copies come more than two thousand places later, and more than a thousand in the largest panel."""
+    n = 3300 if emulated() or native_runs() else 300
     words = torch.zeros(n, 2, dtype=torch.int32)
     words[:, 0] = 1 << torch.arange(n, dtype=torch.int32) % 29
     words[n - 40 :, 0], words[n - 40 :, 1] = 0, 1 + torch.arange(40, dtype=torch.int32) % 3
     words[0] = torch.tensor([0, 1])
+    words[[n * 7 // 12, n * 10 // 11, n * 30 // 31]] = torch.tensor([0, 8], dtype=torch.int32)
     masks, scores = BitMasks(words, (1, 64)), -torch.arange(n).float()
     kept = mask_nms(masks, scores, 0.4)
     assert kept.tolist() == quick_greedy(masks, scores, 0.4)
