@@ -28,11 +28,17 @@ __global__ void __launch_bounds__(threads)
     if (begin > 0 && kept[image] >= limit) return;
     const int64_t first_row = begin + tile_row * side, first_column = begin + tile_column * side;
     const int lane = static_cast<int>(threadIdx.x) % warp, own = static_cast<int>(threadIdx.x) / warp;
+    const uint32_t gone_rows = begin > 0 ? removed[image * W + first_row / 32] : 0;
+    const uint32_t gone_columns = begin > 0 ? removed[image * W + first_column / 32] : 0;
+    uint32_t* const own_bits = bits + (image * R + first_row - begin + threadIdx.x) * W + first_column / 32;
+    const bool has_bits = threadIdx.x < side && first_row + threadIdx.x < end;
+    if (gone_rows == whole_warp || gone_columns == whole_warp) {  // no pair is left
+        if (has_bits) *own_bits = 0;
+        return;
+    }
     find_masks(m, image, first_row, first_column, source, area);
     if (threadIdx.x < side) removes[threadIdx.x] = 0;
     if (threadIdx.x == 0) *found = 0;
-    const uint32_t gone_rows = begin > 0 ? removed[image * W + first_row / 32] : 0;
-    const uint32_t gone_columns = begin > 0 ? removed[image * W + first_column / 32] : 0;
     __syncthreads();
 #pragma unroll
     for (int q = 0; q < each; ++q) {
@@ -79,8 +85,7 @@ __global__ void __launch_bounds__(threads)
         }
         __syncthreads();
     }
-    if (threadIdx.x < side && first_row + threadIdx.x < end)
-        bits[(image * R + first_row - begin + threadIdx.x) * W + first_column / 32] = removes[threadIdx.x];
+    if (has_bits) *own_bits = removes[threadIdx.x];
 }
 
 // Visits places [begin, end) of an image, 32 at a time, a warp a mask; keeps what is left of them, up to `limit` in all.

@@ -22,6 +22,10 @@ def native_runs() -> bool:
     return ran[-1] == ("mask_nms", "native")
 
 
+def emulated() -> bool:
+    return native._C is not None and sprompt.cuda.emulated()
+
+
 def runs(width: int, *spans: tuple[int, int]) -> Tensor:
     """One-row masks with pixels [first, end) set: what boxes with one side are to torchvision."""
     x = torch.arange(width)
@@ -153,13 +157,15 @@ def test_large_masks(shape: tuple[int, int, int], source: str) -> None:
     """Wide bins (counted until certain), units of more than one pixel, several blocks, thresholds that are true ratios."""
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(3))
     masks = {"blobs": blobs(*shape, seed=1), "saliency": saliency(*shape, seed=2), "noise": noise}[source]
+    if emulated():
+        masks = masks[:70, :130]
     masks[:, 0, 0] = 1  # none is empty
     bits = pack_masks(masks)
-    scores = torch.rand(shape[0], generator=torch.Generator().manual_seed(4))
+    scores = torch.rand(len(masks), generator=torch.Generator().manual_seed(4))
     pixels = bits.to_dense(torch.float64).flatten(1)[:7]
     common = pixels @ pixels.T
     ratios = (common / (pixels.sum(1)[:, None] + pixels.sum(1) - common))[0, 1:].tolist()
-    with sprompt.use_backend("native") if native._C else contextlib.nullcontext():
+    with sprompt.use_backend("native") if native._C and not emulated() else contextlib.nullcontext():
         for number, threshold in enumerate((0.0, 0.05, 0.5, 0.9, *ratios)):
             kernel = ("gaussian", "linear")[number % 2]
             kept, decayed = truth(bits, scores, threshold, kernel)
@@ -245,3 +251,118 @@ def test_counts_out_of_range(name: str) -> None:
     for bad in ([4, 0], [0, -1]):
         with pytest.raises(ValueError, match=rf"{name}: counts must lie between 0 and 3, got {bad[0] or bad[1]}"):
             function(masks, scores, counts=torch.tensor(bad))
+
+
+def small_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Panels of 128 masks for the CUDA kernels, so that few masks already make several."""
+    from sprompt.ops.mask_nms import cuda
+
+    monkeypatch.setattr(cuda, "MOST", 1)
+
+
+def one_word(n: int, seed: int, bits: int = 12) -> BitMasks:
+    """n masks of up to `bits` pixels: duplicates, empty and disjoint ones among them."""
+    return pack_masks(torch.rand(n, 1, bits, generator=torch.Generator().manual_seed(seed)) < 0.35)
+
+
+def quick_greedy(masks: BitMasks, scores: Tensor, threshold: float) -> list[int]:
+    """From the whole pair matrix in float64, in the order of a stable sort."""
+    order = scores.argsort(descending=True, stable=True)
+    pixels = masks.to_dense(torch.float64).flatten(1)[order]
+    common, area = pixels @ pixels.T, pixels.sum(1)
+    over = common / (area[:, None] + area - common).clamp(min=1) > threshold
+    keep = area > 0
+    for i in range(len(order)):
+        keep[i + 1 :] &= ~(keep[i] & over[i, i + 1 :])
+    return order[keep].tolist()
+
+
+@pytest.mark.parametrize("n", (31, 32, 33, 127, 128, 129, 383, 385))
+@pytest.mark.parametrize("threshold", (0.0, 0.3, 0.5, 1.0))
+def test_greedy_over_groups_and_panels(n: int, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Around 32 masks, which are settled at once, and around panels: some where all stay, some where few do."""
+    small_scratch(monkeypatch)
+    masks, scores = one_word(n, n), torch.randint(9, (n,), generator=torch.Generator().manual_seed(n)).float()
+    assert mask_nms(masks, scores, threshold).tolist() == quick_greedy(masks, scores, threshold)
+    single = BitMasks(
+        (1 << torch.arange(n, dtype=torch.int32) % 31)[:, None], (1, 31)
+    )  # 31 masks stay, their copies go
+    assert mask_nms(single, scores, threshold).tolist() == quick_greedy(single, scores, threshold)
+
+
+def test_greedy_chains() -> None:
+    """Each mask overlaps only the next one: every other stays, and each decision needs the one before."""
+    n = 300
+    masks = runs(2 * n + 2, *((2 * i, 2 * i + 4) for i in range(n)))  # IoU 1/3 with the next
+    scores = torch.arange(n, 0, -1).float()
+    assert mask_nms(masks, scores, 0.3).tolist() == list(range(0, n, 2))
+    assert mask_nms(masks, -scores, 0.3).tolist() == list(range(n - 1, -1, -2))
+    assert mask_nms(masks, scores, 0.34).tolist() == list(range(n))
+
+
+def test_greedy_whole_panels_apart() -> None:
+    """Of masks that stay, copies come more than two thousand places later, and more than a thousand in the largest panel."""
+    n = 3300 if emulated() or native_runs() else 300
+    words = torch.zeros(n, 2, dtype=torch.int32)
+    words[:, 0] = 1 << torch.arange(n, dtype=torch.int32) % 29
+    words[n - 40 :, 0], words[n - 40 :, 1] = 0, 1 + torch.arange(40, dtype=torch.int32) % 3
+    words[0] = torch.tensor([0, 1])
+    words[[n * 7 // 12, n * 10 // 11, n * 30 // 31]] = torch.tensor([0, 8], dtype=torch.int32)
+    masks, scores = BitMasks(words, (1, 64)), -torch.arange(n).float()
+    kept = mask_nms(masks, scores, 0.4)
+    assert kept.tolist() == quick_greedy(masks, scores, 0.4)
+    keep, counts = batched_mask_nms(masks[None], scores[None], 0.4, None, 7)
+    assert keep[0].tolist() == kept[:7].tolist() and counts.tolist() == [7]
+
+
+@pytest.mark.parametrize("limit", (1, 31, 32, 33, 129, 200))
+def test_greedy_limits_end_inside_a_group(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_scratch(monkeypatch)
+    words = torch.zeros(2, 170, 6, dtype=torch.int32)
+    words[:, torch.arange(170), torch.arange(170) // 31] = (
+        1 << torch.arange(170, dtype=torch.int32) % 31
+    )  # all disjoint
+    words[1, 3::2] = words[1, 1]  # copies
+    scores = torch.rand(2, 170, generator=torch.Generator().manual_seed(0))
+    masks = BitMasks(words, (12, 16))
+    keep, counts = batched_mask_nms(masks, scores, 0.5, torch.tensor([170, 150]), limit)
+    for image, real in enumerate((170, 150)):
+        kept = quick_greedy(masks[image][:real], scores[image, :real], 0.5)[:limit]
+        assert keep[image].tolist() == kept + [-1] * (limit - len(kept)) and counts[image] == len(kept)
+
+
+@pytest.mark.parametrize("kernel", ("gaussian", "linear"))
+@pytest.mark.parametrize("n", (33, 128, 129, 290))
+def test_matrix_over_panels(n: int, kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    small_scratch(monkeypatch)
+    g = torch.Generator().manual_seed(n)
+    masks, scores = torch.rand(2, n, 5, 9, generator=g) < 0.4, torch.rand(2, n, generator=g)
+    masks[:, ::9] = masks[:, 4:5]  # copies: c of 1
+    labels, counts = torch.randint(3, (2, n), generator=g), torch.tensor([n, n - 17])
+    for options in ({}, {"labels": labels}, {"labels": labels, "counts": counts}):
+        actual = matrix_nms(masks, scores, kernel=kernel, **options)
+        for image in range(2):
+            real = n if image == 0 or "counts" not in options else n - 17
+            label = labels[image, :real] if labels is options.get("labels") else torch.zeros(real)
+            order = scores[image, :real].argsort(descending=True)
+            pixels = masks[image, :real].flatten(1).double()[order]
+            common, area = pixels @ pixels.T, pixels.sum(1)
+            pairs = (label[order][:, None] == label[order]).triu(1)
+            iou = torch.where(pairs, common / (area[:, None] + area - common).clamp(min=1), 0)
+            c = iou.amax(0)[:, None]
+            ratio = torch.exp(-2 * (iou**2 - c**2)) if kernel == "gaussian" else (1 - iou) / (1 - c).clamp(min=1e-6)
+            decay = torch.where(pairs, ratio, 1).amin(0).clamp(max=1)
+            expected = torch.zeros(n, dtype=torch.float64)
+            expected[order] = scores[image, :real][order].double() * decay
+            torch.testing.assert_close(actual[image], expected.float(), rtol=1e-6, atol=1e-7)
+
+
+def test_counts_of_more_than_16_bits() -> None:
+    """Masks of 2^16 pixels and more: a full one has more than 16 bits count."""
+    masks = torch.ones(5, 256, 257, dtype=torch.bool)
+    masks[1, 100:], masks[2, :, 128:], masks[4] = False, False, False
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])
+    assert mask_nms(masks, scores, 0.45).tolist() == [0, 1]
+    for kernel in ("gaussian", "linear"):
+        expected = _matrix_oracle(masks, scores, kernel=kernel)
+        torch.testing.assert_close(matrix_nms(masks, scores, kernel=kernel), expected, rtol=1e-6, atol=1e-7)

@@ -98,7 +98,8 @@ def matrix_nms(
 
     Returns: decayed scores of the shape and dtype of `scores`, in the caller's order; 0 where padded. Computed in float64
     from exact counts (float32 exponential), rounded once; the same on every number of threads. Neither a pair matrix nor a
-    dense mask is held. Not differentiable. Autocast changes nothing.
+    dense mask is held; on a GPU, integer counts of the pairs of as many masks at a time as about 64 MB hold. Not
+    differentiable. Autocast changes nothing.
 
     >>> masks = torch.tensor([[[1, 1]], [[1, 1]], [[1, 0]]])
     >>> matrix_nms(masks, torch.tensor([0.8, 1.0, 0.5]), kernel="linear").tolist()
