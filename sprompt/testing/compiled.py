@@ -27,12 +27,14 @@ from sprompt import backends
 from sprompt.ops.launch import Launch, recording
 from sprompt.ops.library import FAKES
 from sprompt.testing.compare import tensors
-from sprompt.testing.spec import Bench, Sample
+from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES
 
 ROOT = Path(__file__).resolve().parents[2]
 MARKERS = ("<!-- kernels -->", "<!-- /kernels -->")
 ARCHITECTURES = (80, 90, 100)
+#: Of an H200: bytes a second of a copy (read and written), operations a second of half types on tensor cores and of float32.
+COPY, TENSOR, PLAIN = 4.3e12, 790e12, 60e12
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
     torch.float64: "fp64", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
@@ -228,12 +230,27 @@ def _readable(symbol: str) -> str:
 # -- tables
 
 
+def floor_share(bench: Bench, run: OpRun, dtype: torch.dtype, arch: int = 90) -> float:
+    """floor/ours, as far as bytes and operations decide, at an H200's rates: the floor is what the op needs at least, ours is
+    every launch at full bandwidth or full arithmetic rate, one after the other. A real GPU can only do worse than `ours`."""
+    used = [resources(one, arch) for one in run.launches]
+    least_rate = TENSOR if dtype in HALVES and any(u.half_products for u in used) else PLAIN
+    # Of a backward, whose least is not written down anywhere, its own operations.
+    flops = bench.flops if run.op == bench.function.__name__ else sum(one.cost.flops for one in run.launches)
+    floor = max(run.least / COPY, flops / least_rate)
+    ours = 0.0
+    for one, u in zip(run.launches, used, strict=True):
+        rate = TENSOR if u.tensor_cores else PLAIN
+        ours += max((one.cost.read + one.cost.written) / COPY, one.cost.flops / rate)
+    return floor / ours
+
+
 def markdown() -> str:
     """The tables: resources of the Triton kernels, bytes and operations of their ops, resources of the CUDA C++ kernels."""
     kernels = [
         "| kernel | dtype | sm | registers | spilled | shared | tensor cores | warps | tiles |", "|" + "---|" * 9,
     ]  # fmt: skip
-    ops = ["| op | at | dtype | least MB | moved MB | moved/least | read again MB | GFLOP |", "|" + "---|" * 8]
+    ops = ["| op | at | dtype | least MB | moved MB | read again MB | GFLOP | floor/ours at best |", "|" + "---|" * 8]
     for bench in rows():
         for dtype in bench.dtypes:
             name, sample = str(dtype).removeprefix("torch."), bench.make(torch.device("cpu"), dtype, 0)
@@ -241,7 +258,7 @@ def markdown() -> str:
                 for run in runs_of(bench, sample, arch):
                     kernels += [_kernel_line(launch, name, arch) for launch in run.launches]
                     if arch == 90:
-                        ops.append(_op_line(bench, run, name))
+                        ops.append(_op_line(bench, run, dtype))
     return "\n".join([*dict.fromkeys(kernels), "", *ops, "", *_cuda_lines()])
 
 
@@ -259,12 +276,12 @@ def _kernel_line(launch: Launch, dtype: str, arch: int) -> str:
     )
 
 
-def _op_line(bench: Bench, run: OpRun, dtype: str) -> str:
+def _op_line(bench: Bench, run: OpRun, dtype: torch.dtype) -> str:
     costs = [launch.cost for launch in run.launches]
-    moved = sum(c.read + c.written for c in costs)
     return (
-        f"| {run.op} | {bench.shape} | {dtype} | {run.least / 1e6:.2f} | {moved / 1e6:.2f} | {moved / max(run.least, 1):.2f} "
-        f"| {sum(c.again for c in costs) / 1e6:.2f} | {sum(c.flops for c in costs) / 1e9:.2f} |"
+        f"| {run.op} | {bench.shape} | {str(dtype).removeprefix('torch.')} | {run.least / 1e6:.2f} "
+        f"| {sum(c.read + c.written for c in costs) / 1e6:.2f} | {sum(c.again for c in costs) / 1e6:.2f} "
+        f"| {sum(c.flops for c in costs) / 1e9:.2f} | {floor_share(bench, run, dtype):.2f} |"
     )
 
 
@@ -276,7 +293,7 @@ def _cuda_lines() -> list[str]:
         for kernel in dict.fromkeys(name for name, _ in found):
             cells = [f"{u.registers}, {u.spilled}, {u.shared}" for u in (found[kernel, arch] for arch in ARCHITECTURES)]
             lines.append(f"| {source.parent.name}.{kernel} | " + " | ".join(cells) + " |")
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def main() -> None:
