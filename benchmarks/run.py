@@ -160,6 +160,9 @@ def row(
     except AssertionError as failure:
         line["error"] = f"outputs disagree with {rival}: {failure}"
         return line
+    except ModuleNotFoundError as missing:
+        line["error"] = f"{rival} needs {missing.name}, which is not installed"
+        return line
     if compiled:
         torch._dynamo.reset()
         source = bench.vectorised if callable(bench.vectorised) else bench.eager

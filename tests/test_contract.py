@@ -92,7 +92,10 @@ def dtypes(spec: OpSpec) -> tuple[torch.dtype, ...]:
 def truth(spec: OpSpec, sample: Sample) -> Any:
     exact = as_dtype(sample, F64)
     if spec.oracle is not None:
-        return spec.oracle(*exact.args, **exact.kwargs)
+        try:
+            return spec.oracle(*exact.args, **exact.kwargs)
+        except ModuleNotFoundError as missing:
+            pytest.skip(f"the truth comes from {missing.name}, which is not installed")
     with sprompt.use_backend("reference"):
         return call(spec, exact)
 
@@ -247,6 +250,8 @@ def test_far_apart(spec: OpSpec, device: torch.device, backend: str) -> None:
 
     with forced(backend), told(spec, sample):
         assert_same_bits(call(spec, sample.map(far)), call(spec, sample))
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # other processes test on the same GPU
 
 
 def can_be_far(sample: Sample) -> bool:
@@ -259,6 +264,7 @@ def can_be_far(sample: Sample) -> bool:
 @by_spec
 @on_devices
 def test_opcheck(spec: OpSpec, device: torch.device) -> None:
+    pytest.importorskip("expecttest", reason="torch.library.opcheck needs expecttest")
     checked = set()
     for number, sample in enumerate(spec.samples(device, dtypes(spec)[0], 5)):
         changed, _ = with_gradients(spec, sample)

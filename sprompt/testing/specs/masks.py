@@ -102,11 +102,11 @@ def _eager_iou(a: BitMasks, b: BitMasks) -> Tensor:
 
 
 def _pycocotools_iou() -> Callable[[BitMasks, BitMasks], Tensor]:
-    from pycocotools import mask as coco
-
     cache: dict[int, object] = {}
 
     def iou(a: BitMasks, b: BitMasks) -> Tensor:
+        from pycocotools import mask as coco
+
         for m in (a, b):  # the RLEs are the library's own input: made once, not timed
             if id(m) not in cache:
                 cache[id(m)] = coco.encode(m.to_dense(torch.uint8).permute(1, 2, 0).numpy().copy(order="F"))
