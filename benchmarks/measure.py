@@ -40,16 +40,19 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Times the calls in turn, A B C A B C …, so that a slow moment of the machine meets all of them.
 
-    Two warm-up calls each; then at least 5 rounds, and more until `seconds` are over. A call shorter than 0.3 ms is
-    repeated within its turn.
+    Two warm-up calls each; then at least 5 rounds (2 of rounds that take a second), and more until `seconds` are over. A call
+    shorter than 0.3 ms is repeated within its turn.
     """
-    repeats = {}
+    repeats, round_ms = {}, 0.0
     for name, call in calls.items():
         call()
-        repeats[name] = max(1, min(200, int(0.3 / max(once(call, device), 1e-4))))
+        milliseconds = once(call, device)
+        repeats[name] = max(1, min(200, int(0.3 / max(milliseconds, 1e-4))))
+        round_ms += milliseconds
+    least = 5 if round_ms < 1000 else 2
     times: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
-    while len(next(iter(times.values()))) < 5 or (
+    while len(next(iter(times.values()))) < least or (
         time.perf_counter() < end and len(next(iter(times.values()))) < rounds
     ):
         for name, call in calls.items():

@@ -107,7 +107,7 @@ if (out / "tests.xml").exists():
     counts = {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
 report |= {"command": "make gpu", "tests": counts, "compute_sanitizer": sanitizer, "status": status}
 file.write_text(json.dumps(report, indent=1) + "\n")
-wrong = [row for row in report["rows"] if row.get("error")]
+wrong = [row for row in report["rows"] if row.get("error") and not row["error"].endswith("is not installed")]
 print(f"tests: {counts or 'none finished'}; compute-sanitizer: {sanitizer}; {len(report['rows'])} rows, {len(wrong)} of them wrong")
 sys.exit(status or bool(wrong))
 PYTHON
