@@ -213,12 +213,12 @@ def _same_pixels(ours: BitMasks, theirs: Tensor, sample: Sample) -> None:
 
 def _coco_only() -> Any:
     """pycocotools.encode alone: the bytes are given in its own order (Fortran), made once and not timed."""
-    import numpy as np
-    from pycocotools import mask as coco
-
     cache: dict[int, Any] = {}
 
     def encode(masks: BitMasks | Tensor) -> Rles:
+        import numpy as np
+        from pycocotools import mask as coco
+
         key = (masks.words if isinstance(masks, BitMasks) else masks).data_ptr()
         if key not in cache:
             cache.clear()
