@@ -19,6 +19,10 @@ if os.environ.get("SPROMPT_EMULATE_CUDA", "0") != "0":  # for tests: what a GPU 
     ORDER["cpu"] = ("cuda", "triton", "native", "reference")
 
 
+#: Ops without work for a GPU: RLE strings come from files and are parsed where they are.
+HOST_ONLY = ("rle_decode",)
+
+
 class Backend(NamedTuple):
     name: str
     run: Callable[..., Any]
