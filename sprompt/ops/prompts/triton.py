@@ -34,7 +34,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 def _folded(x, HALVINGS: tl.constexpr):
     """Sum over the last axis, 2^HALVINGS long: neighbours, then neighbours of those. tl.sum's order would follow the layout."""
     for _ in tl.static_range(HALVINGS):
-        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))
+        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005
         x = even + odd
     return tl.reshape(x, x.shape[:-1])
 
@@ -58,7 +58,8 @@ def _match(
     false. out = kernel + prompt[index]. One program an image and BLOCK_N kernels.
 
     Every sum over channels, products and squares, has one order, whatever the place and the strides: lane j of LANES =
-    2^HALVINGS adds up channels j, j + LANES, ..., each product rounded (fp_fusion=False), then lanes are folded. So equal prompts tie."""
+    2^HALVINGS adds up channels j, j + LANES, ..., each product rounded (fp_fusion=False), then lanes are folded.
+    So equal prompts tie."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_far = n.to(tl.int64)
