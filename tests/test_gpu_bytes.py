@@ -20,7 +20,7 @@ if not launch.interpreted():
 
 #: Ops whose loads depend on the data (empty tiles and boxes are skipped): their Cost is what they load at most.
 DATA_DEPENDENT = {"mask_pool", "mask_pool_backward", "mask_update", "mask_update_backward", "mask_mean", "mask_mean_backward",
-    "region_mean", "region_mean_backward", "prompt_match", "prompt_match_backward"}  # fmt: skip
+    "region_mean", "region_mean_backward", "prompt_match", "prompt_match_backward", "resize_masks"}  # fmt: skip
 
 
 class Seen:

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 import sprompt
-from sprompt.ops import PromptMatch, mask_boxes, mask_mean, pack_masks, prompt_match, region_mean
+from sprompt import backends
+from sprompt.ops import PromptMatch, launch, mask_boxes, mask_mean, pack_masks, prompt_match, region_mean
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs import prompt_match as match_spec
 from sprompt.testing.specs import prompts as spec
 
-BACKENDS = [os.environ["SPROMPT_BACKEND"]] if os.environ.get("SPROMPT_BACKEND") else ["native", "reference"]
+ON_TRITON = not launch.why_not(torch.empty(0))  # TRITON_INTERPRET=1
+BACKENDS = ["native", "reference", *["triton"] * ON_TRITON]
+if os.environ.get("SPROMPT_BACKEND"):
+    BACKENDS = [os.environ["SPROMPT_BACKEND"]]
 NAN = math.nan
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request):
-    with sprompt.use_backend(request.param):
+    with sprompt.use_backend(request.param, [op for op in backends.ops() if request.param in backends.registered(op)]):
         yield request.param
 
 
@@ -126,10 +130,11 @@ def test_masks_of_boxes_give_the_means_of_boxes():
         assert torch.equal(mask_mean(features, masks), region_mean(features, boxes))
 
 
-def test_short_stretches_anywhere_in_a_row():
+def test_short_stretches_anywhere_in_a_row(backend):
     """Masks are read 64 cells at a time: no cell is lost, or counted twice, where one reading ends."""
+    step = 5 if backend == "triton" else 1
     features = torch.randn(1, 8, 2, 150, requires_grad=True)
-    boxes = torch.tensor([[[start, 0, start + length, 2] for start in range(130) for length in (1, 9, 18)]])
+    boxes = torch.tensor([[[start, 0, start + length, 2] for start in range(0, 130, step) for length in (1, 9, 18)]])
     cell = torch.arange(150)
     masks = (cell >= boxes[..., :1]) & (cell < boxes[..., 2:3])
     masks = masks[:, :, None].expand(-1, -1, 2, -1)
@@ -155,7 +160,9 @@ def test_gradient_of_mask_mean_by_hand():
     assert features.grad.tolist() == [[[[3.0, 2.0, 1.0], [2.0, 2.0, 0.0]]]]
 
 
-@hypothesis.settings(deadline=None, max_examples=25, suppress_health_check=list(hypothesis.HealthCheck))
+@hypothesis.settings(
+    deadline=None, max_examples=10 if ON_TRITON else 25, suppress_health_check=list(hypothesis.HealthCheck)
+)
 @hypothesis.given(
     st.integers(1, 3), st.integers(1, 19), st.integers(1, 9), st.integers(1, 75), st.floats(0, 1), st.integers(0, 2**31)
 )
@@ -218,10 +225,13 @@ def test_by_hand():
 
 @pytest.mark.parametrize("length", (1, 2, 3, 20, 41, 257, 600))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-def test_equal_prompts_tie(length: int, dtype: torch.dtype):
+def test_equal_prompts_tie(length: int, dtype: torch.dtype, backend: str):
     """Wherever they stand; scaling by a power of two does not change the cosine either."""
-    for channels in (5, 32, 77, 256):
-        kernels = torch.randn(1, 37, channels).to(dtype)
+    slow = backend == "triton"  # the interpreter
+    if slow and dtype != (torch.bfloat16 if length == 20 else torch.float32):
+        pytest.skip("the kernel computes in float32 whatever comes in")
+    for channels in (77,) if slow else (5, 32, 77, 256):
+        kernels = torch.randn(1, 9 if slow else 37, channels).to(dtype)
         prompt = torch.randn(1, 1, channels).to(dtype)
         scale = torch.tensor([1.0, 2.0, 4.0])[torch.arange(length) % 3, None].to(dtype)
         assert (prompt_match(kernels, prompt * scale).index == 0).all()
@@ -305,11 +315,11 @@ def test_random_is_one_permutation_of_sequential():
 
 
 def test_dropout():
-    kernels, prompts = torch.randn(8, 100, 6), torch.randn(8, 7, 6)
+    kernels, prompts = torch.randn(4, 50, 6), torch.randn(4, 7, 6)
     plain = prompt_match(kernels, prompts)
     out = prompt_match(kernels, prompts, dropout=0.1, generator=torch.Generator().manual_seed(1))
-    keep = torch.rand(8, 100, generator=torch.Generator().manual_seed(1)) >= 0.1
-    assert 40 < (~keep).sum() < 120
+    keep = torch.rand(4, 50, generator=torch.Generator().manual_seed(1)) >= 0.1
+    assert 8 < (~keep).sum() < 40
     assert torch.equal(out.index, torch.where(keep, plain.index, -1))
     assert torch.equal(out.kernels, torch.where(keep[..., None], plain.kernels, kernels))
     torch.manual_seed(3)
@@ -356,7 +366,9 @@ def test_no_gradient_where_nothing_was_added():
 # ---- all
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+def test_any_number_of_threads_gives_the_same_bits(backend):
+    if backend == "triton":
+        pytest.skip("its programs share nothing")
     features, boxes = torch.randn(3, 37, 25, 42, requires_grad=True), spec.random_boxes(3, 7, 25, 42, 0)
     masks = pack_masks(torch.rand(3, 7, 25, 42) < 0.2)
     kernels, prompts = torch.randn(3, 70, 129, requires_grad=True), torch.randn(3, 11, 129, requires_grad=True)

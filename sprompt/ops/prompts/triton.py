@@ -20,8 +20,8 @@ from sprompt.ops.prompts.triton_means import region_mean_backward as region_mean
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     **_MEANS,
     "match": [
-        {"BLOCK_N": 16, "BLOCK_C": c, "num_warps": w, "num_stages": s}
-        for c, w, s in ((32, 2, 2), (32, 4, 3), (64, 2, 2), (64, 8, 2), (128, 4, 2))
+        {"BLOCK_N": n, "BLOCK_C": 256, "HALVINGS": j, "num_warps": w, "num_stages": s}
+        for n, j, w, s in ((4, 4, 4, 2), (4, 3, 2, 2), (2, 4, 2, 2), (4, 5, 4, 2), (8, 3, 4, 2), (2, 5, 4, 3))
     ],
     "match_backward": [
         {"BLOCK_L": 32, "BLOCK_C": c, "UNROLL": u, "num_warps": w, "num_stages": 1}
@@ -31,12 +31,12 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 
 @triton.jit
-def _products(a, b, acc):
-    """acc (I, J) + a (I, K) times b (J, K) transposed, every entry summed in one order: by increasing k on a GPU. The
-    interpreter's products are those of the machine's BLAS, whose order depends on the place; its sums do not."""
-    if tile.INTERPRETED:
-        return acc + tl.sum(a[:, None, :] * b[None, :, :], axis=2)
-    return tile.dot(a, tl.trans(b), acc, "ieee")
+def _folded(x, HALVINGS: tl.constexpr):
+    """Sum over the last axis, 2^HALVINGS long: neighbours, then neighbours of those. tl.sum's order would follow the layout."""
+    for _ in tl.static_range(HALVINGS):
+        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005
+        x = even + odd
+    return tl.reshape(x, x.shape[:-1])
 
 
 @triton.jit
@@ -51,14 +51,15 @@ def _match(
     N, L, C,
     kernel_b, kernel_n, kernel_c, prompt_b, prompt_l, prompt_c, count_b, keep_b, keep_n, order_n,  # strides
     COSINE: tl.constexpr, SLOTS: tl.constexpr, EPSILON: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
     """index[b, n] = the first largest <k, p> / (max(|k|, EPSILON) max(|p|, EPSILON)) over the counts[b] real prompts, a NaN
     counting as -inf; or, without COSINE, the prompt of slot floor(order[n] SLOTS / N); -1 without prompts and where keep is
     false. out = kernel + prompt[index]. One program an image and BLOCK_N kernels.
 
-    Every sum over channels is a product in float32: its order is the same for every entry and does not follow the layout of
-    the loads, as that of tl.sum does; so equal prompts tie, and equal values in other strides give the same index."""
+    Every sum over channels, products and squares, has one order, whatever the place and the strides: lane j of LANES =
+    2^HALVINGS adds up channels j, j + LANES, ..., each product rounded (fp_fusion=False), then lanes are folded.
+    So equal prompts tie."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_far = n.to(tl.int64)
@@ -67,35 +68,32 @@ def _match(
         count = tl.minimum(tl.maximum(tl.load(counts + b * count_b), 0), count)
     kernel = kernels + b * kernel_b + n_far[:, None] * kernel_n
     prompt = prompts + b * prompt_b
-    channel = tl.arange(0, BLOCK_C)
     chosen = tl.zeros((BLOCK_N,), tl.int64)
     if COSINE:
-        ones = tl.full((16, BLOCK_C), 1.0, tl.float32)  # a column would do; products are 16 wide
-        squares = tl.zeros((BLOCK_N, 16), tl.float32)
-        for c0 in range(0, C, BLOCK_C):
-            c = c0 + channel
-            inside = (n < N)[:, None] & (c < C)[None, :]
-            k = tl.load(kernel + c.to(tl.int64)[None, :] * kernel_c, mask=inside, other=0.0).to(tl.float32)
-            squares = _products(k * k, ones, squares)
-        norm_k = tl.sqrt_rn(tl.max(squares, axis=1))  # the 16 columns are equal
-        norm_k = tl.where(norm_k < EPSILON, EPSILON, norm_k)
         best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        LANES: tl.constexpr = 1 << HALVINGS
+        lane = tl.arange(0, LANES)
         for l0 in range(0, L, BLOCK_L):
             l = l0 + tl.arange(0, BLOCK_L)
             real = l < count
             row = prompt + l.to(tl.int64)[:, None] * prompt_l
-            product = tl.zeros((BLOCK_N, BLOCK_L), tl.float32)
-            lengths = tl.zeros((BLOCK_L, 16), tl.float32)
-            for c0 in range(0, C, BLOCK_C):
-                c = c0 + channel
+            products = tl.zeros((BLOCK_N, BLOCK_L, LANES), tl.float32)
+            squares_k = tl.zeros((BLOCK_N, LANES), tl.float32)
+            squares_p = tl.zeros((BLOCK_L, LANES), tl.float32)
+            for c0 in range(0, C, LANES):
+                c = c0 + lane
                 c_far = c.to(tl.int64)[None, :]
                 inside = (n < N)[:, None] & (c < C)[None, :]
                 k = tl.load(kernel + c_far * kernel_c, mask=inside, other=0.0).to(tl.float32)
                 p = tl.load(row + c_far * prompt_c, mask=real[:, None] & (c < C)[None, :], other=0.0).to(tl.float32)
-                product = _products(k, p, product)
-                lengths = _products(p * p, ones, lengths)
-            norm_p = tl.sqrt_rn(tl.max(lengths, axis=1))
+                products += k[:, None, :] * p[None, :, :]
+                squares_k += k * k
+                squares_p += p * p
+            norm_k = tl.sqrt_rn(_folded(squares_k, HALVINGS))
+            norm_k = tl.where(norm_k < EPSILON, EPSILON, norm_k)
+            norm_p = tl.sqrt_rn(_folded(squares_p, HALVINGS))
             norm_p = tl.where(norm_p < EPSILON, EPSILON, norm_p)
+            product = _folded(products, HALVINGS)
             similarity = tl.div_rn(product, norm_k[:, None] * norm_p[None, :])
             similarity = tl.where((similarity == similarity) & real[None, :], similarity, float("-inf"))
             largest = tl.max(similarity, axis=1)
@@ -118,7 +116,7 @@ def _match(
     tl.store(index + b * N + n, chosen, mask=n < N)
     row = prompt + chosen[:, None] * prompt_l
     for c0 in range(0, C, BLOCK_C):
-        c = c0 + channel
+        c = c0 + tl.arange(0, BLOCK_C)
         c_far = c.to(tl.int64)[None, :]
         inside = (n < N)[:, None] & (c < C)[None, :]
         k = tl.load(kernel + c_far * kernel_c, mask=inside, other=0.0).to(tl.float32)
@@ -137,20 +135,20 @@ def prompt_match(
     out = prompts.new_empty((B, N, C))
     index = prompts.new_empty((B, N), dtype=torch.int64)
     shape = config("prompts.match", prompts, C)
-    block_l = min(padded(L), 32)
+    block_l = min(padded(L), 128)
     blocks, passes = tiles(N, shape["BLOCK_N"]), tiles(L, block_l)
     row = C * prompts.element_size()
-    # Worst case: all prompts real, every kernel gets one, each another. A program reads its kernels for their norms, a block of
-    # prompts and the sum, and its image's prompts for the products and the sum.
+    # Worst case: all prompts real, every kernel gets one, each another. A program reads its kernels for a block of prompts
+    # and for the sum, and its image's prompts for the products and the sum.
     first = (N if shared else B * N) * row + B * row * (L if cosine else min(L, N))
     first += 8 * B * (counts is not None) + 8 * N * (order is not None) + B * N * (keep is not None)
-    loaded = B * N * row * (2 + passes if cosine else 1) + B * row * (blocks * L * cosine + N * (L > 0))
+    loaded = B * N * row * (1 + passes * cosine) + B * row * (blocks * L * cosine + N * (L > 0))
     loaded += 8 * B * blocks * (counts is not None) + 8 * B * N * (order is not None) + B * N * (keep is not None)
     cost = Cost(
         read=first,
         again=loaded - first,
         written=out.nbytes + index.nbytes,
-        flops=2 * B * N * L * C * cosine + B * N * C,
+        flops=2 * B * C * (N * L + N * passes + L * blocks) * cosine + B * N * C,
     )
     launch(
         _match,
@@ -172,6 +170,7 @@ def prompt_match(
         *_strides(keep, 2),
         *_strides(order, 1),
         cost=cost,
+        fp_fusion=False,
         COSINE=cosine,
         SLOTS=SLOTS,
         EPSILON=EPSILON,

@@ -119,17 +119,19 @@ def _resize(
     if sure != 0:
         tl.store(out, tl.zeros((ROWS, WORDS), tl.int32) + tl.where(sure > 0, -1, 0), mask=store)
     else:
-        x = start[:, None] + tl.arange(0, 32 * WORDS)[None, :]
+        lane = tl.arange(0, 32 * WORDS)
+        x = start[:, None] + lane[None, :]
+        needed = (y < H)[:, None] & (start[:, None] + (lane - lane % 32)[None, :] < W)  # in a word of the tile
         if NARROW:
             row = y[:, None] + x // W
             x = x % W
-            inside = row < H
+            inside = needed & (row < H)
             cell_y = tl.load(cell + W + row, mask=inside, other=0)
             weight_y = tl.load(weight + W + row, mask=inside, other=0.0)
         else:
             wraps = x >= W
             x = tl.where(wraps, x - W, x)
-            inside = (x < W) & (y[:, None] + tl.where(wraps, 1, 0) < H)
+            inside = needed & (y[:, None] + tl.where(wraps, 1, 0) < H)
             here = tl.load(cell + W + y, mask=y < H, other=0)[:, None]
             below = tl.load(cell + W + y + 1, mask=y + 1 < H, other=0)[:, None]
             cell_y = tl.where(wraps, below, here)
@@ -191,16 +193,24 @@ def resize_masks(
         w,
         _bits(ratios[0]),
         _bits(ratios[1]),
-        cost=Cost(written=cell.nbytes + weight.nbytes),
+        cost=Cost(written=cell.nbytes + weight.nbytes, flops=5 * (width + height)),
         fp_fusion=False,
         BLOCK=_TABLE,
     )
     shape = config("resize_masks.resize", soft, width)
+    item = soft.element_size()
     rows, columns = shape["ROWS"], 32 * shape["WORDS"]
     window = _window(rows, ratios[0]), _window(columns + 31, ratios[1])
     if window[0] * window[1] > rows * columns:
         window = (0, 0)
     row_tiles, column_tiles = tiles(height, rows), tiles(width, columns)
+    # At most: as if no tile were known by its window. Every pixel reads four cells and its column's taps, every row of a tile
+    # its own taps and those of the row below (narrow images: every pixel), every tile that looks ahead its window.
+    ahead = (height // rows) * max((width - columns - 31) // columns + 1, 0) if window[0] else 0
+    taps = 16 * height * width if width < 32 else 8 * height * width + column_tiles * 8 * (2 * height - 1)
+    loaded = M * (4 * item * height * width + taps + ahead * (8 + window[0] * window[1] * item))
+    # The first time: the rows that pixels lie between, whole.
+    read = min(M * min(h, 2 * height) * w * item + cell.nbytes + weight.nbytes, loaded)
     far = (h - 1) * maps.stride(1) + (w - 1) * maps.stride(2) >= 2**31
     launch(
         _resize,
@@ -218,7 +228,7 @@ def resize_masks(
         column_tiles,
         *maps.stride(),
         float(threshold),
-        cost=Cost(read=maps.numel() * maps.element_size() + cell.nbytes + weight.nbytes, written=words.nbytes),
+        cost=Cost(read=read, again=loaded - read, written=words.nbytes, flops=9 * M * height * width),
         fp_fusion=False,
         WINDOW_Y=window[0],
         WINDOW_X=window[1],
