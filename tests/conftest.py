@@ -1,6 +1,7 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,3 +16,35 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def _patch_once_a_launch() -> None:
+    """Triton's interpreter makes `triton.language` its own anew for every call of a jitted function by another, which takes a
+    millisecond; once a launch is enough, and the tests several times as fast."""
+    import inspect
+
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    language = sys.modules["triton.language"]
+    patched: set[tuple[int, ...]] = set()
+    patch, execute = interpreter._patch_lang, interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        patched.clear()
+        return execute(self, *args, **kwargs)
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        modules = [v for v in self.fn.__globals__.values() if inspect.ismodule(v) and v in (language, core)]
+        key = tuple(sorted(map(id, modules)))
+        if key not in patched:
+            patched.add(key)
+            patch(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_once_a_launch()

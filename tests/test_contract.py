@@ -75,6 +75,11 @@ def forced(backend: str) -> contextlib.AbstractContextManager[None]:
     return sprompt.use_backend(backend, having(backend))
 
 
+def fewer(samples: list[Sample], device: torch.device, backend: str) -> list[Sample]:
+    """Triton's interpreter takes seconds a sample: of what does not depend on the sizes it sees every third."""
+    return samples[::3] if (device.type, backend) == ("cpu", "triton") else samples
+
+
 def skip_if_absent(spec: OpSpec, device: torch.device, backend: str) -> None:
     absent = [op for op in spec.ops if op not in having(backend)]
     if absent:
@@ -163,7 +168,7 @@ def expanded(t: Tensor) -> Tensor:
 def test_any_layout(spec: OpSpec, device: torch.device, backend: str, layout: Callable[[Tensor], Tensor]) -> None:
     skip_if_absent(spec, device, backend)
     with forced(backend):
-        for sample in spec.samples(device, dtypes(spec)[0], 1):
+        for sample in fewer(spec.samples(device, dtypes(spec)[0], 1), device, backend):
             strided = sample.map(layout)
             plain = strided.map(lambda t: t.clone(memory_format=torch.contiguous_format))
             with told(spec, sample):
@@ -176,7 +181,7 @@ def test_expanded_gradient(spec: OpSpec, device: torch.device, backend: str) -> 
     """What .sum().backward() hands in: one number, expanded with strides of 0."""
     skip_if_absent(spec, device, backend)
     with forced(backend):
-        for sample in spec.samples(device, F32, 2):
+        for sample in fewer(spec.samples(device, F32, 2), device, backend):
             results = []
             for make in (
                 lambda o: torch.ones((), device=device).expand(o.shape),
@@ -199,7 +204,7 @@ def test_expanded_gradient(spec: OpSpec, device: torch.device, backend: str) -> 
 def test_inputs_untouched_outputs_written(spec: OpSpec, device: torch.device, backend: str) -> None:
     skip_if_absent(spec, device, backend)
     with forced(backend):
-        for sample in spec.samples(device, dtypes(spec)[0], 3):
+        for sample in fewer(spec.samples(device, dtypes(spec)[0], 3), device, backend):
             kept = copy.deepcopy(sample)
             plain = call(spec, sample)
             plain_gradients = gradients(spec, sample)
@@ -346,7 +351,7 @@ def test_deterministic(spec: OpSpec, device: torch.device, backend: str) -> None
     skip_if_absent(spec, device, backend)
     before = torch.get_num_threads()
     with forced(backend):
-        for sample in spec.samples(device, dtypes(spec)[0], 11):
+        for sample in fewer(spec.samples(device, dtypes(spec)[0], 11), device, backend):
             first = call(spec, sample), gradients(spec, sample)
             try:
                 for threads in (1, 2, 3, 7) if backend == "native" else (before,):
