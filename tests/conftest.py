@@ -21,7 +21,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def _patch_once_a_launch() -> None:
     """Triton's interpreter makes `triton.language` its own anew for every call of a jitted function by another, which takes a
     millisecond; once a launch is enough, and the tests several times as fast."""
-    import functools
     import inspect
 
     from triton.language import core
@@ -43,7 +42,6 @@ def _patch_once_a_launch() -> None:
             patch(self.fn)
         return self.rewrite()(*args, **kwargs)
 
-    interpreter._get_np_dtype = functools.lru_cache(None)(interpreter._get_np_dtype)  # it makes a table every time
     interpreter.GridExecutor.__call__ = launch
     interpreter.InterpretedFunction.__call__ = call
 
