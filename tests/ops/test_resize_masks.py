@@ -241,6 +241,8 @@ def test_resize_of_bits_of_few_kinds(h: int, w: int, H: int, W: int) -> None:
     resized = pack_masks(dense).resize((H, W))
     with sprompt.use_backend("reference"):
         assert torch.equal(resized.words, pack_masks(dense).resize((H, W)).words)
+    if torch.cuda.is_available():
+        assert torch.equal(resized.words, pack_masks(dense.cuda()).resize((H, W)).words.cpu())
     pixels = F.interpolate(dense[None].double(), (H, W), mode="bilinear", align_corners=False)[0]
     off = resized.to_dense() != (pixels > 0.5)
     assert not off.any() or (pixels[off] - 0.5).abs().max() < 1e-6
