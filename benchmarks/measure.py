@@ -64,10 +64,10 @@ def interleaved(
 PAST_L2 = 400_000_000
 
 
-def copies(sample: Sample) -> list[Sample]:
+def copies(sample: Sample, most: int = 16) -> list[Sample]:
     """The sample, and copies of it in other memory: used in turn, they keep a GPU's L2 cache from holding the inputs."""
     size = sum(t.nbytes for t in tensors((sample.args, sample.kwargs)))
-    count = max(1, min(16, PAST_L2 // max(size, 1)))
+    count = max(1, min(16, most, PAST_L2 // max(size, 1)))
     return [sample, *(sample.map(torch.clone) for _ in range(count - 1))]
 
 
@@ -78,7 +78,17 @@ def replay(calls: list[Call]) -> Call | None:
     with torch.cuda.stream(side):
         for call in calls:
             call()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        # A capture that fails half-way leaves torch unable to begin another: what would fail is found before.
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for call in calls:
+                call()
+        except RuntimeError:
+            return None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure, table
-from sprompt import env
+from sprompt import backends, env
 from sprompt.testing.compare import assert_close, tensors
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES, SPECS
@@ -75,7 +75,14 @@ def main() -> int:
                 continue
             show(title)
             compiled = not options.no_compile and mode != "memory" and bench.vectorised is not False
-            result["rows"].append(row(bench, dtype, mode, device, options.seconds, compiled))
+            try:
+                line = row(bench, dtype, mode, device, options.seconds, compiled)
+            except Exception as failure:  # one row that fails must not cost the others
+                line = empty_row(bench, dtype, mode) | {
+                    "error": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+                }
+            result["rows"].append(line)
+            write(options.json, result)
         # The machine is shared: the better of two measurements, before and after, is what it can do.
         ceilings.update({name: max(rate, ceilings[name]) for name, rate in measure.ceilings(device).items()})
         for line in result["rows"]:
@@ -86,9 +93,7 @@ def main() -> int:
     table.show(result)
     for title in result["left_out"]:
         print(f"left out, the budget was over: {title}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write(options.json, result)
     if options.markdown:
         if not options.markdown.exists():
             options.markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -113,11 +118,30 @@ def jobs(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench,
     return found if device.type == "cpu" else sorted(found, key=lambda job: first.index(job[2]))
 
 
+def write(file: Path | None, result: dict[str, Any]) -> None:
+    """After every row, so that a run that is cut off keeps what it has."""
+    if file:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def empty_row(bench: Bench, dtype: torch.dtype, mode: str) -> dict[str, Any]:
+    name = str(dtype).removeprefix("torch.")
+    return {
+        "op": bench.function.__name__, "shape": bench.shape, "dtype": name, "mode": mode, "error": "",
+        "flops": bench.flops, "bytes": bench.bytes,
+        "goal": bench.goals.get(f"{mode} {name}", bench.goals.get(mode) if dtype not in HALVES else None),
+        "library_goal": bench.goals.get("library") if mode == "forward" else None,
+    }  # fmt: skip
+
+
 def commit() -> str:
     """The commit that is measured, marked if files differ from it; empty outside a repository."""
     asked = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
-    done = subprocess.run(asked, capture_output=True, text=True)
-    return done.stdout.strip()
+    try:
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git
+        return ""
 
 
 def row(
@@ -129,13 +153,7 @@ def row(
     compiled: bool,
 ) -> dict[str, Any]:
     """One line of the table: times in ms, peaks in bytes; `error` says why there are none."""
-    name = str(dtype).removeprefix("torch.")
-    line: dict[str, Any] = {
-        "op": bench.function.__name__, "shape": bench.shape, "dtype": name, "mode": mode, "error": "",
-        "flops": bench.flops, "bytes": bench.bytes,
-        "goal": bench.goals.get(f"{mode} {name}", bench.goals.get(mode) if dtype not in HALVES else None),
-        "library_goal": bench.goals.get("library") if mode == "forward" else None,
-    }  # fmt: skip
+    line = empty_row(bench, dtype, mode)
     sample = bench.make(device, dtype, 0)
     if device.type == "cuda":
         line["goal"] = GPU_GOAL if mode == "forward" else None
@@ -208,13 +226,25 @@ def on_gpu(
 ) -> tuple[dict[str, Callable[[], Any]], int, str]:
     """Calls over several copies of the sample, how many copies, and how they are launched: by replaying a graph, which
     leaves out what Python costs, if all rivals can be captured; else one by one."""
-    samples = measure.copies(sample)
+    slowest = max(
+        measure.once(timed(bench, function, sample, mode), sample_device(sample)) for function in rivals.values()
+    )
+    samples = measure.copies(sample, most=max(1, int(50 / slowest)))
     calls = {rival: [timed(bench, function, s, mode) for s in samples] for rival, function in rivals.items()}
-    replays = {rival: measure.replay(each) for rival, each in calls.items()}
-    if all(replays.values()):
-        return replays, len(samples), "graph"  # type: ignore[return-value]
+    replays: dict[str, Callable[[], Any]] = {}
+    for rival, each in calls.items():
+        replay = measure.replay(each)
+        if replay is None:
+            break
+        replays[rival] = replay
+    if len(replays) == len(calls):
+        return replays, len(samples), "graph"
     in_turn = {rival: (lambda each=each: [call() for call in each]) for rival, each in calls.items()}  # type: ignore[misc]
     return in_turn, len(samples), "calls"
+
+
+def sample_device(sample: Sample) -> torch.device:
+    return tensors((sample.args, sample.kwargs))[0].device
 
 
 def least_bytes(sample: Sample, output: Any) -> int:
@@ -281,6 +311,8 @@ def empty_calls(device: torch.device) -> list[dict[str, Any]]:
     """Microseconds of a call with the least work that an op can have: what dispatch, checks and allocation cost."""
     lines = []
     for spec in SPECS:
+        if device.type == "cuda" and spec.ops[0] in backends.HOST_ONLY:
+            continue
         samples = spec.samples(device, spec.dtypes[0] if spec.dtypes else torch.float32, 0)
         smallest = min(samples, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
         call = lambda: spec.function(*smallest.args, **smallest.kwargs)  # noqa: B023, E731

@@ -69,8 +69,15 @@ def test_graph_capture(spec: OpSpec) -> None:
         expected = step(spec, other)
         static = sample.map(torch.clone)
         warm_up = torch.cuda.Stream()
+        warm_up.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(warm_up):
             step(spec, static)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error")  # a capture that fails half-way would fail all later ones
+            try:
+                step(spec, static)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -49,8 +49,16 @@ void launch(const Stream& stream, void (*kernel)(Parameters...), int64_t blocks,
     if (before != stream.device) check(cudaSetDevice(stream.device));
     cudaError_t status = cudaSuccess;
     if (shared > 32 * 1024) {  // beyond 48 KB with the static arrays, a kernel must ask for it
-        status = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                      static_cast<int>(shared));
+        // Always all that a block may have: threads that launch at the same time ask for the same.
+        const void* code = reinterpret_cast<const void*>(kernel);
+        cudaFuncAttributes of_kernel;
+        int most = 0;
+        status = cudaFuncGetAttributes(&of_kernel, code);
+        if (status == cudaSuccess)
+            status = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, stream.device);
+        if (status == cudaSuccess)
+            status = cudaFuncSetAttribute(code, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          most - static_cast<int>(of_kernel.sharedSizeBytes));
     }
     if (status == cudaSuccess) {
         kernel<<<static_cast<unsigned>(blocks), threads, shared, static_cast<cudaStream_t>(stream.handle)>>>(

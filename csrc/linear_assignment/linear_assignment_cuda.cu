@@ -14,7 +14,7 @@ namespace cuda {
 namespace {
 
 constexpr int most_threads = 512;
-constexpr int64_t most_shared = 160 * 1024;  // bytes, on every architecture from sm_80 on
+constexpr int64_t most_shared = 96 * 1024;  // bytes, on every architecture from sm_80 on
 
 __device__ inline float stored(float x) { return x; }
 __device__ inline float stored(bf16 x) { return to_float(x); }

@@ -7,8 +7,8 @@ from sprompt import native
 from sprompt.cuda import stream
 from sprompt.ops import checks
 
-#: Bytes of shared memory that a block may use, on every architecture from sm_80 on.
-SHARED = 160 * 1024
+#: Bytes of shared memory that a block may use on every architecture from sm_80 on: sm_86 and sm_89 have 99 KB.
+SHARED = 96 * 1024
 
 
 def assignment_scratch(N: int, G: int, bytes_per_cost: int) -> int:

@@ -1,5 +1,6 @@
 """rle_encode, rle_decode, and resize_masks followed by rle_encode."""
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -61,9 +62,14 @@ def coco_decode(rles: Rles, size: tuple[int, int] | None = None) -> BitMasks:
     return pack_masks(torch.from_numpy(coco.decode(rles)).permute(2, 0, 1))
 
 
+def _encoded(masks: Tensor) -> Rles:
+    """By pycocotools; where it is not installed, as on some GPU machines, by our own kernel."""
+    return coco_encode(masks) if importlib.util.find_spec("pycocotools") else rle_encode(masks)
+
+
 def _decode_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    samples = [Sample(f"{h}x{w}", (coco_encode(_masks(h, w, seed, torch.device("cpu"))),)) for h, w in SIZES]
-    rles = coco_encode(_masks(20, 45, seed, torch.device("cpu")))
+    samples = [Sample(f"{h}x{w}", (_encoded(_masks(h, w, seed, torch.device("cpu"))),)) for h, w in SIZES]
+    rles = _encoded(_masks(20, 45, seed, torch.device("cpu")))
     text = [{**r, "counts": r["counts"].decode()} for r in rles]
     return [
         *samples,

@@ -277,7 +277,7 @@ def _eager_image(x: Tensor, most: int) -> tuple[Tensor, ...]:
         grid = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
         h, w = grid.shape[-2:]
         queries.append(grid[0].reshape(depth, -1).T)
-        y, z = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        y, z = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
         addresses.append(torch.stack((torch.full_like(y, number), y, z), -1).reshape(-1, 3))
     similarity = F.normalize(torch.cat(queries), dim=1) @ keys
     low, high = similarity.min(1, keepdim=True)[0], similarity.max(1, keepdim=True)[0]
@@ -308,7 +308,7 @@ def _eager_matrix_nms(masks: Tensor, areas: Tensor, scores: Tensor) -> Tensor:
 def _join(images: list[tuple[Tensor, ...]]) -> SaliencyMasks:
     masks, scores, places = (torch.stack(parts) for parts in zip(*images, strict=True))
     bits = BitMasks.from_dense(masks)
-    counts = torch.tensor([scores.shape[1]] * len(images))
+    counts = torch.full((len(images),), scores.shape[1], device=scores.device)
     return SaliencyMasks(bits, scores, None, places, bits.boxes(), counts)
 
 
