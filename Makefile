@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # tools of the environment first: cmake, ninja and clang-format of constraints.txt
 export PATH := $(abspath $(BIN)):$(PATH)
 
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 CHECKED = sprompt tests benchmarks examples setup.py
 NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 

@@ -1,6 +1,8 @@
 """Launching Triton kernels: the choice of configurations, recording, and what the tuner writes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,17 @@ def test_without_a_gpu_the_kernels_say_what_they_need() -> None:
     if launch.triton is None or launch.interpreted() or torch.cuda.is_available():
         pytest.skip("needs Triton, no interpreter and no GPU")
     assert launch.why_not(torch.empty(1)).startswith("the Triton kernels need a CUDA device")
+
+
+def test_tf32_follows_either_of_the_switches_of_torch() -> None:
+    code = (
+        "import torch; from sprompt.ops.launch import precision; matmul = torch.backends.cuda.matmul\n"
+        "found = [precision(torch.zeros(1))]\n"
+        "matmul.allow_tf32 = True; found.append(precision(torch.zeros(1))); found.append(precision(torch.zeros(1).half()))\n"
+        "matmul.allow_tf32 = False; found.append(precision(torch.zeros(1)))\n"
+        "if hasattr(matmul, 'fp32_precision'): matmul.fp32_precision = 'tf32'\n"
+        "else: matmul.allow_tf32 = True\n"
+        "print(*found, precision(torch.zeros(1)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee", "ieee", "tf32"]

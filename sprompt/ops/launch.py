@@ -118,8 +118,12 @@ def launch(
 def _architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_ARCH
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    gpu = torch.cuda.get_device_properties(device)
+    if (
+        gpu.shared_memory_per_block_optin < 227 * 1024
+    ):  # what the entries of sm_90 and later use; those of sm_80 keep to 99 KB
+        return 80
+    return 10 * gpu.major + gpu.minor
 
 
 @functools.lru_cache(None)
@@ -162,7 +166,14 @@ def config(name: str, like: Tensor, size: int = 0) -> dict[str, int]:
 
 def precision(like: Tensor) -> str:
     """How float32 products are formed: exactly, unless torch's own switch for matrix products allows tf32."""
-    return "tf32" if like.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if like.dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    try:  # from torch 2.9 on; reading allow_tf32 raises there once this one was set
+        allowed = matmul.fp32_precision == "tf32"
+    except (AttributeError, AssertionError):
+        allowed = matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
 
 
 def tiles(size: int, block: int) -> int:
