@@ -119,9 +119,8 @@ def _architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_ARCH
     gpu = torch.cuda.get_device_properties(device)
-    if (
-        gpu.shared_memory_per_block_optin < 227 * 1024
-    ):  # what the entries of sm_90 and later use; those of sm_80 keep to 99 KB
+    shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if shared < 227 * 1024:  # what the entries of sm_90 and later use; those of sm_80 keep to 99 KB
         return 80
     return 10 * gpu.major + gpu.minor
 
