@@ -25,6 +25,7 @@ ROWS = [
 GOAL = 0.6
 #: Ops below it, and why.
 BELOW = {
+    "mask_update sm_100": "Triton does not yet lower the fused kernel there: the features are read twice",
     "saliency_bits": "half types: maps of 25x42 are copied once to aligned rows, and the Gram matrix is written and read",
     "saliency_soft": "the same copy, for 20 maps an image",
     "saliency_maps": "the same copy; products are written and read again by the second pass",
@@ -47,7 +48,8 @@ def test_triton_kernels(bench: Bench, dtype: torch.dtype) -> None:
                 assert used.shared <= SHARED[arch], told
                 assert not used.half_products or used.tensor_cores in TENSOR_CORES[arch], told
             share = compiled.floor_share(bench, run, dtype, arch)
-            assert share >= GOAL or run.op in BELOW, f"{run.op} on sm_{arch}: floor/ours is at best {share:.2f}"
+            known = {run.op, f"{run.op} sm_{arch}"} & set(BELOW)
+            assert share >= GOAL or known, f"{run.op} on sm_{arch}: floor/ours is at best {share:.2f}"
 
 
 def test_every_triton_kernel_is_in_the_table() -> None:

@@ -170,11 +170,13 @@ BENCHES = [
     ),
     Bench(
         resize_masks, "12 x 100 x (200x336 -> 800x1333), cropped", _logits(1200, 200, 336, (800, 1333), (200.0, 333.25)), _eager,
-        agree=_agree, dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(1200, 67200, 1066400), device="cuda",
+        agree=_agree, dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(1200, 67200, 1066400),
+        flops=9.0 * 1200 * 1066400, device="cuda",  # three blends a pixel
     ),
     Bench(
         resize_masks, "12 x 100 x (200x336 -> 800x1333), random", _random(1200, 200, 336, (800, 1333)), _eager,
-        agree=_agree, dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(1200, 67200, 1066400), device="cuda",
+        agree=_agree, dtypes=(torch.float32, torch.bfloat16), bytes=_bytes(1200, 67200, 1066400),
+        flops=9.0 * 1200 * 1066400, device="cuda",  # three blends a pixel
     ),
     Bench(
         resize_masks, "120 x (800x1333 -> 200x336)", _logits(120, 800, 1333, (200, 336)), _eager, agree=_agree,

@@ -266,15 +266,16 @@ def _maps_oracle(features: Tensor, seeds: Tensor, *, similarity: str = "cosine",
 
 def _eager(features: Tensor, **options: Any) -> SaliencyMasks:
     """One image after the other; cosine, pyramid, matrix NMS."""
-    return _join([_eager_image(x[None], options.get("max_masks", 20)) for x in features])
+    return _join([_eager_image(x[None], options.get("max_masks", 20), options.get("seeds")) for x in features])
 
 
-def _eager_image(x: Tensor, most: int) -> tuple[Tensor, ...]:
+def _eager_image(x: Tensor, most: int, windows: tuple[int, int] | None) -> tuple[Tensor, ...]:
     _, depth, height, width = x.shape
     keys = F.normalize(x[0].reshape(depth, -1), dim=0)
     queries, addresses = [], []
-    for number, scale in enumerate((1, 0.5, 0.25)):
-        grid = x if scale == 1 else F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=False)
+    scales = (1, 0.5, 0.25)
+    grids = [F.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False) if s < 1 else x for s in scales]
+    for number, grid in enumerate(grids if windows is None else [F.adaptive_avg_pool2d(x, windows)]):
         h, w = grid.shape[-2:]
         queries.append(grid[0].reshape(depth, -1).T)
         y, z = torch.meshgrid(torch.arange(h, device=x.device), torch.arange(w, device=x.device), indexing="ij")
@@ -455,6 +456,12 @@ BENCHES = [
     )
     for kind, noise, options in (
         ("regions", 0.5, {}), ("noise", 3.0, {}), ("regions, soft maps", 0.5, {"return_soft": True}),
+    )
+] + [
+    Bench(
+        saliency_masks, "12 x D 2048, 25x42, windows of a 10x10 grid", _bench(25, 42, 0.5, 12, seeds=(10, 10)), _eager,
+        vectorised=False, agree=_agree, dtypes=(torch.float32, torch.bfloat16), device="cuda",
+        flops=12 * 2.0 * 100 * 1050 * 2048, bytes=12 * 2048.0 * 1050 * 4,
     )
 ] + [
     Bench(
