@@ -4,7 +4,7 @@
 >>> from sprompt import BitMasks                        # what the ops take and give
 """
 
-from sprompt import native as _native  # first: SPROMPT_CPU is refused when the package is imported
+from sprompt import native as _native  # noqa: F401  (SPROMPT_CPU is refused when the package is imported)
 from sprompt.backends import trace_backends, use_backend
 from sprompt.masks import BitMasks
 

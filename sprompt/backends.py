@@ -143,5 +143,6 @@ def _warn_if_missing(op: str, device: str, args: tuple[Any, ...]) -> None:
         missing = backend.why_not() if backend is not None else ""
         if missing:
             _warned = True
-            warnings.warn(f"sprompt runs the slow reference of {op} on {device}: {missing}", stacklevel=3)
+            where = "the CPU" if device == "cpu" else f"{device}, of {op}"
+            warnings.warn(f"sprompt runs its slow reference on {where}: {missing}", stacklevel=3)
             return
