@@ -14,7 +14,7 @@ threads=$((cores / workers))
 export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 export MKL_NUM_THREADS=$OMP_NUM_THREADS
 # Compilation, export and opcheck concern the registration, which no instruction set changes: the first run has them.
-kernels=(tests/ops tests/test_contract.py -k "not compiled and not export and not opcheck")
+kernels=(tests/ops tests/test_contract.py -k "not compiled and not export and not opcheck and not cpu-cuda")
 
 suite() { # suite TITLE pytest-arguments...
     echo
