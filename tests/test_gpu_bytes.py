@@ -20,7 +20,12 @@ if not launch.interpreted():
 
 #: Ops whose loads depend on the data (empty tiles and boxes are skipped): their Cost is what they load at most.
 DATA_DEPENDENT = {"mask_pool", "mask_pool_backward", "mask_update", "mask_update_backward", "mask_mean", "mask_mean_backward",
-    "region_mean", "region_mean_backward", "prompt_match", "prompt_match_backward", "resize_masks"}  # fmt: skip
+    "region_mean", "region_mean_backward", "prompt_match", "prompt_match_backward", "match_cost", "resize_masks",
+    "saliency_bits", "saliency_soft"}  # fmt: skip
+
+
+#: Ops that store words twice if the data ask for it: maps that turn out too small are emptied.
+WRITTEN_TWICE = {"saliency_bits"}
 
 
 class Seen:
@@ -68,7 +73,8 @@ def test_cost_is_what_is_loaded_and_stored(spec: OpSpec, seen: Seen) -> None:
             costs = [one.cost for one in launches]
             read, written = sum(c.read + c.again for c in costs), sum(c.written for c in costs)
             with told(spec, sample, name):
-                assert seen.written == written, f"stores {seen.written} bytes, Cost says {written}"
+                stored = seen.written <= written if name in WRITTEN_TWICE else seen.written == written
+                assert stored, f"stores {seen.written} bytes, Cost says {written}"
                 if name in DATA_DEPENDENT:
                     assert seen.read <= read, f"loads {seen.read} bytes, Cost says at most {read}"
                 else:

@@ -97,7 +97,7 @@ def _forward(
                     some = block(kernels, m, N, kernels_n, first + c, C, kernels_c)
                     part = block(features, first + c, C, features_c, p, P, features_p)
                     products = tile.dot(some, part, products, PRECISION)
-            stored = products.to(logits.dtype.element_ty)
+            stored = tile.rounded(products, logits.dtype.element_ty)
             tl.store(logits_m + p[None, :], stored, mask=(m < N)[:, None] & (p < P)[None, :])
             if words is not None:
                 bits = (stored.to(tl.float32) > 0) & (p < P)[None, :]

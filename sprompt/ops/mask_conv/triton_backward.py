@@ -92,7 +92,7 @@ def _grad_features(
                     packed = block(words, first + m, N, words_n, w, n, words_w)
                     sums = _dot_bits(part, tile.unpack(packed, BLOCK_N, BLOCK_P // 32), sums)
         place = (b * C + c)[:, None] * P + p[None, :]
-        tl.store(out + place, sums.to(out.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
+        tl.store(out + place, tile.rounded(sums, out.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sprompt.ops import tile
 from sprompt.ops.launch import Cost, config, launch, tiles
 
 
@@ -40,7 +41,7 @@ def _add_chunks(
     sums = tl.zeros((BLOCK,), tl.float32)
     for k in range(chunks):
         sums += tl.load(partial + (b * chunks + k) * M + i, mask=i < M, other=0.0)
-    tl.store(out + b * M + i, sums.to(out.dtype.element_ty), mask=i < M)
+    tl.store(out + b * M + i, tile.rounded(sums, out.dtype.element_ty), mask=i < M)
 
 
 # -- launches

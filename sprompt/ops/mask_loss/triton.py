@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sprompt.ops.launch import Cost, config, launch, tiles
 from sprompt.ops.targets import for_triton, quad_edge
-from sprompt.ops.tile import corners, fraction, soft_target, target_row
+from sprompt.ops.tile import corners, fraction, rounded, soft_target, target_row
 
 #: Other choices of tiles, for a tuner to time.
 CANDIDATES = {
@@ -203,7 +203,7 @@ def _mask_loss_backward(
         z = tl.load(plane + at, mask=real, other=0.0).to(tl.float32)
         t = soft_target(target, target_row(i, W, targets_y, RATIO), j[None, :], W, targets_x, real, RATIO)
         slope = _slope(z, t, mean, at_t, at_p)
-        tl.store(out + (tl.cast(i, tl.int64) * w + j[None, :]), slope.to(grad.dtype.element_ty), mask=real)
+        tl.store(out + (tl.cast(i, tl.int64) * w + j[None, :]), rounded(slope, grad.dtype.element_ty), mask=real)
     else:
         side = tl.arange(0, 2)[None, :]  # the quads left and right of a cell
         at = j[:, None] - 1 + side
@@ -243,7 +243,7 @@ def _mask_loss_backward(
                 lower += share * down
             done = tl.sum(pending + tl.where(i == h, upper + lower, upper), axis=1)
             cell = tl.cast(i - 1, tl.int64) * w + j
-            tl.store(out + cell, done.to(grad.dtype.element_ty), mask=inside & (i > first))
+            tl.store(out + cell, rounded(done, grad.dtype.element_ty), mask=inside & (i > first))
             pending = tl.where(i == 0, upper + lower, lower)
             left, right = next_left, next_right
 

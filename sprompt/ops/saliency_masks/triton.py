@@ -229,7 +229,7 @@ def _write(
         c = start + tl.arange(0, CHUNK)
         y, inside = _values(rows, right, 2 * right, c, real, norms, valid, P, line, COUNT)
         t = tl.where(inside & good[:, None], tl.div_rn(y - lows, extents), 0.0)
-        tl.store(maps + c[None, :], t.to(maps.dtype.element_ty), mask=real[:, None] & (c < P)[None, :])
+        tl.store(maps + c[None, :], tile.rounded(t, maps.dtype.element_ty), mask=real[:, None] & (c < P)[None, :])
 
 
 # ---- launches
