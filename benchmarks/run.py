@@ -19,7 +19,7 @@ import torch
 
 from benchmarks import measure, table
 from sprompt import backends, env
-from sprompt.testing.compare import assert_close, tensors
+from sprompt.testing.compare import assert_close, held_bytes, tensors
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES, SPECS
 
@@ -157,7 +157,7 @@ def row(
     sample = bench.make(device, dtype, 0)
     if device.type == "cuda":
         line["goal"] = GPU_GOAL if mode == "forward" else None
-        line["bytes"] = least_bytes(sample, bench.function(*sample.args, **sample.kwargs))
+        line["bytes"] = held_bytes((sample.args, sample.kwargs, bench.function(*sample.args, **sample.kwargs)))
     rivals: dict[str, Callable[..., Any]] = {"ours": bench.function, "eager": bench.eager}
     if bench.library is not None and mode in ("forward", "memory"):
         line["library"] = bench.library[0]
@@ -245,12 +245,6 @@ def on_gpu(
 
 def sample_device(sample: Sample) -> torch.device:
     return tensors((sample.args, sample.kwargs))[0].device
-
-
-def least_bytes(sample: Sample, output: Any) -> int:
-    """Every input read once and every output written once; an expanded tensor counts as what it holds."""
-    held = [min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors((sample.args, sample.kwargs, output))]
-    return sum(held)
 
 
 def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:

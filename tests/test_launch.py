@@ -1,5 +1,6 @@
 """Launching Triton kernels: the choice of configurations, recording, and what the tuner writes."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -50,6 +51,14 @@ def test_every_room_has_an_entry_for_every_kernel_and_architecture() -> None:
                     with launch.recording(run=False, arch=arch):
                         found = launch.config(f"{room}.{kernel}", torch.empty(0, dtype=dtype), 1 << 40)
                     assert found and not {"arch", "bits", "upto"} & set(found), (room, kernel)
+
+
+def test_candidates_name_kernels_that_have_a_configuration() -> None:
+    if launch.triton is None:
+        pytest.skip("triton is not installed")
+    for room in tune.rooms():
+        candidates = importlib.import_module(f"sprompt.ops.{room}.triton").CANDIDATES
+        assert candidates and set(candidates) <= set(launch.entries(room)), room
 
 
 def test_a_recorded_launch_does_not_run() -> None:

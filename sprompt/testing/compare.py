@@ -12,6 +12,11 @@ def tensors(output: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
+def held_bytes(output: Any) -> int:
+    """What its tensors hold, each read or written once; an expanded tensor counts as the memory behind it."""
+    return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors(output))
+
+
 def error(actual: Tensor, expected: Tensor) -> tuple[float, float]:
     """Largest absolute difference, and largest expected magnitude; NaN and infinity must stand in the same places."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"

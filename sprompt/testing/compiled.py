@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from sprompt import backends
 from sprompt.ops.launch import Launch, recording
 from sprompt.ops.library import FAKES
-from sprompt.testing.compare import tensors
+from sprompt.testing.compare import held_bytes
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES
 
@@ -76,8 +76,7 @@ class _LaunchOnly(TorchDispatchMode):
             return torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, FAKES[name](*args))
         with recording(run=False, arch=self.arch) as launches:
             outputs = torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, kernels["triton"].run(*args))
-        held = [min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors((args, outputs))]
-        self.runs.append(OpRun(name, sum(held), launches))
+        self.runs.append(OpRun(name, held_bytes((args, outputs)), launches))
         return outputs
 
 

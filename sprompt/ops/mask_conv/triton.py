@@ -15,6 +15,7 @@ from torch import Tensor
 from sprompt.masks import words_for
 from sprompt.ops import tile
 from sprompt.ops.launch import Cost, config, launch, padded, precision, tiles
+from sprompt.ops.mask_conv.triton_backward import CANDIDATES as BACKWARD_CANDIDATES
 from sprompt.ops.mask_conv.triton_backward import mask_conv_backward as mask_conv_backward
 from sprompt.ops.mask_conv.triton_backward import mask_pool_backward as mask_pool_backward
 from sprompt.ops.mask_conv.triton_backward import mask_update_backward as mask_update_backward
@@ -36,6 +37,7 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 }
 for entry in CANDIDATES["forward"]:
     entry |= {"STEP": 64 if entry["HELD"] else 16, "BLOCK_D": 128}
+CANDIDATES |= BACKWARD_CANDIDATES
 
 
 @triton.jit

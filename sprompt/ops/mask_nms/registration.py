@@ -16,7 +16,7 @@ def _rows(words: Tensor) -> Tensor:
 def _scratch(words: Tensor) -> Tensor:
     """What nms_scratch_per_mask in csrc/mask_nms/mask_nms.h asks for."""
     batch, masks, _ = words.shape
-    return words.new_empty(batch * (masks + 32) * native._C.nms_scratch_per_mask, dtype=torch.uint8)  # type: ignore[union-attr]
+    return words.new_empty(batch * (masks + 32) * native._C.nms_scratch_per_mask, dtype=torch.uint8)
 
 
 def _greedy(
@@ -24,9 +24,7 @@ def _greedy(
 ) -> tuple[Tensor, Tensor]:
     keep = words.new_empty((words.shape[0], max_output), dtype=torch.int64)
     kept = words.new_empty(words.shape[0], dtype=torch.int64)
-    native._C.mask_nms(  # type: ignore[union-attr]
-        _rows(words), scores, counts, iou_threshold, keep, kept, _scratch(words), native.threads()
-    )
+    native._C.mask_nms(_rows(words), scores, counts, iou_threshold, keep, kept, _scratch(words), native.threads())
     return keep, kept
 
 
@@ -63,7 +61,7 @@ def _matrix_nms(
         ]
     reference.check_values("matrix_nms", words, counts)
     out = scores.new_empty(scores.shape)
-    native._C.matrix_nms(  # type: ignore[union-attr]
+    native._C.matrix_nms(
         _rows(words), scores, labels, counts, kernel == "gaussian", sigma, out, _scratch(words), native.threads()
     )
     return out

@@ -76,7 +76,7 @@ def _saliency_bits(
         return words, areas.zero_(), scores.zero_()
     seeds = words.shape[1] if grid_height > 0 else 0
     rows = _block_rows(features, seeds) if grid_height > 0 else _pyramid_rows(height, width)
-    native._C.saliency_bits(  # type: ignore[union-attr]
+    native._C.saliency_bits(
         _flat(features), _pixels(valid), height, width, grid_height, grid_width, cosine, threshold, min_area,
         *_scratch(features, seeds, rows), words, areas, scores, native.threads(),
     )  # fmt: skip
@@ -106,7 +106,7 @@ def _saliency_soft(
         return maps
     columns = addresses.shape[1] * (1 if grid_height > 0 else 4)
     rows = _block_rows(features, columns) if grid_height > 0 else _line(columns)
-    native._C.saliency_soft(  # type: ignore[union-attr]
+    native._C.saliency_soft(
         _flat(features), _pixels(valid), features.shape[2], features.shape[3], grid_height, grid_width, cosine,
         addresses.contiguous(), *_scratch(features, columns, rows), maps.flatten(2), native.threads(),
     )  # fmt: skip
@@ -124,7 +124,7 @@ def _saliency_maps(features: Tensor, seeds: Tensor, valid: Tensor | None, cosine
     if maps.numel() == 0:
         return maps
     vectors = seeds if seeds.stride(-1) == 1 else seeds.contiguous()
-    native._C.saliency_maps(  # type: ignore[union-attr]
+    native._C.saliency_maps(
         _flat(features), _pixels(valid), vectors, cosine,
         *_scratch(features, seeds.shape[1], _block_rows(features, seeds.shape[1])), maps.flatten(2), native.threads(),
     )  # fmt: skip
