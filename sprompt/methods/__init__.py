@@ -1,0 +1,1 @@
+"""Training procedures: they combine models, data and ops."""
