@@ -1,0 +1,84 @@
+"""Files written whole or not at all, and files read within bounds."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from sprompt.data.errors import DataError
+
+MAX_JSON = 4 << 30  # bytes; the largest COCO file (unlabelled proposals included) has about 1 GB
+
+
+def atomic_write(path: Path | str, data: bytes | str, *, sync: bool = False) -> None:
+    """Writes `path` so that it holds either what it held before or all of `data`, whenever the process dies.
+
+    `sync` waits until the data are on the disk, so that this holds for a power cut as well. Folders on the way are made.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = data.encode() if isinstance(data, str) else data
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(raw)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+    if sync:
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path | str) -> None:
+    """Waits until the names in a folder are on the disk; nothing where the system cannot open folders."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def read_bytes(path: Path | str, max_bytes: int) -> bytes:
+    """The whole file, of at most `max_bytes`; raises DataError for one that is missing, unreadable or larger."""
+    try:
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file; check the path") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from None
+    if len(data) > max_bytes:
+        raise DataError(f"{path}: must have at most {max_bytes} bytes, got more; is it the right file?")
+    return data
+
+
+def read_json(path: Path | str, max_bytes: int = MAX_JSON) -> Any:
+    """What a JSON file of at most `max_bytes` holds; raises DataError, with the place, where it is not JSON."""
+    try:
+        return json.loads(read_bytes(path, max_bytes))
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{path}: must be JSON, got {error.msg} at line {error.lineno}, column {error.colno}; is the file whole?"
+        ) from None
+    except UnicodeDecodeError:
+        raise DataError(f"{path}: must be JSON in UTF-8, got other bytes; is it the right file?") from None
+    except RecursionError:
+        raise DataError(f"{path}: must be JSON of sensible depth, got endless nesting; is it the right file?") from None
+
+
+def _umask() -> int:
+    """The process's mask of permissions; it can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
