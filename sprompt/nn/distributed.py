@@ -1,0 +1,27 @@
+"""Processes that train together. Without an initialised process group there is one."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    return dist.get_rank() if _together() else 0
+
+
+def world() -> int:
+    return dist.get_world_size() if _together() else 1
+
+
+def all_sum(tensor: Tensor) -> Tensor:
+    """The sum of every process's tensor, without gradient. Every process must call it, with the same shape and dtype."""
+    total = tensor.detach()
+    if world() > 1:
+        total = total.clone()
+        dist.all_reduce(total)
+    return total
