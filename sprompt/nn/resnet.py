@@ -1,0 +1,147 @@
+"""ResNet-18, 34, 50 and 101 without the classifier: an image to its maps of strides 4, 8, 16 and 32."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from torch import Tensor, nn
+from torch.nn.functional import relu
+
+STRIDES = (4, 8, 16, 32)
+
+
+class BasicBlock(nn.Module):
+    """Two 3×3 convolutions around a shortcut."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = _conv(inputs, planes, 3, stride)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv(planes, planes, 3)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.downsample = _shortcut(inputs, planes, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = relu(self.bn1(self.conv1(x)))
+        return relu(self.bn2(self.conv2(x)) + shortcut)
+
+
+class Bottleneck(nn.Module):
+    """1×1, 3×3 and 1×1 convolutions around a shortcut; the 3×3 one takes the stride."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, planes: int, stride: int) -> None:
+        super().__init__()
+        outputs = planes * self.expansion
+        self.conv1 = _conv(inputs, planes, 1)
+        self.bn1 = nn.BatchNorm2d(planes)
+        self.conv2 = _conv(planes, planes, 3, stride)
+        self.bn2 = nn.BatchNorm2d(planes)
+        self.conv3 = _conv(planes, outputs, 1)
+        self.bn3 = nn.BatchNorm2d(outputs)
+        self.downsample = _shortcut(inputs, outputs, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = relu(self.bn1(self.conv1(x)))
+        x = relu(self.bn2(self.conv2(x)))
+        return relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+Block = type[BasicBlock] | type[Bottleneck]
+
+#: depth -> the block and how many of them each layer has
+DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
+
+
+class ResNet(nn.Module):
+    """Images (B, 3, H, W), normalised -> [C2, C3, C4, C5], each after its ReLU. Tensors have torchvision's names.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        width: channels of the stem; every other width is a multiple of it. 64 is the normal network.
+        frozen_stages: -1 trains all, 0 freezes the stem, 1 the stem and layer1, ... 4 everything.
+        train_batchnorm: False keeps batch norm at its running statistics, also after `.train()`. True lets the layers that are
+            not frozen follow the mode, for training from scratch.
+    """
+
+    strides = STRIDES
+
+    def __init__(
+        self, depth: int = 50, *, width: int = 64, frozen_stages: int = 1, train_batchnorm: bool = False
+    ) -> None:
+        super().__init__()
+        if depth not in DEPTHS:
+            raise ValueError(f"ResNet: depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
+        if width < 1:
+            raise ValueError(f"ResNet: width must be at least 1, got {width}; 64 is the normal network")
+        if not -1 <= frozen_stages <= 4:
+            raise ValueError(f"ResNet: frozen_stages must be from -1 (none) to 4 (all), got {frozen_stages}")
+        self.depth, self.width = depth, width
+        self.frozen_stages, self.train_batchnorm = frozen_stages, train_batchnorm
+        block, counts = DEPTHS[depth]
+        self.channels = [width * scale * block.expansion for scale in (1, 2, 4, 8)]
+
+        self.conv1 = _conv(3, width, 7, stride=2)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        inputs = width
+        for layer, (count, outputs) in enumerate(zip(counts, self.channels, strict=True), start=1):
+            planes = outputs // block.expansion
+            blocks = [block(inputs, planes, stride=1 if layer == 1 else 2)]
+            blocks += [block(outputs, planes, stride=1) for _ in range(count - 1)]
+            setattr(self, f"layer{layer}", nn.Sequential(*blocks))
+            inputs = outputs
+
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        for module in self._frozen():
+            module.requires_grad_(False)
+        self.train(self.training)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        x = self.maxpool(relu(self.bn1(self.conv1(images))))
+        maps = []
+        for layer in self._layers():
+            x = layer(x)
+            maps.append(x)
+        return maps
+
+    def train(self, mode: bool = True) -> ResNet:
+        super().train(mode)
+        for module in self._frozen():
+            module.eval()
+        if not self.train_batchnorm:
+            for module in self.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+        return self
+
+    def _layers(self) -> list[nn.Module]:
+        return [cast(nn.Module, getattr(self, f"layer{number}")) for number in (1, 2, 3, 4)]
+
+    def _frozen(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.conv1, self.bn1, *self._layers()[: self.frozen_stages]]
+
+
+def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+
+
+def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
+    """A 1×1 projection where the shape changes, otherwise nothing."""
+    if inputs == outputs and stride == 1:
+        return None
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
