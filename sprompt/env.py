@@ -1,4 +1,4 @@
-"""`python -m sprompt.env` prints what a bug report needs: versions, build, CPU, GPUs, switches, and what serves which op.
+"""`sprompt env` (or `python -m sprompt.env`) prints what a bug report needs: versions, build, CPU, GPUs, switches, backends of ops.
 
 `--markdown` prints the support matrix instead; `--readme README.md` writes the generated tables into that file.
 """
@@ -184,11 +184,11 @@ def write_readme(path: Path) -> None:
     path.write_text(text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m sprompt.env", description=__doc__)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="sprompt env", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="print the support matrix and the switches as Markdown")
     parser.add_argument("--readme", type=Path, help="write these tables into a README, between their marks")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.readme:
         write_readme(args.readme)
     elif args.markdown:
