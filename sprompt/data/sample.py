@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,6 @@ class Batch:
         return len(self.image_ids)
 
     def to(self, device: torch.device | str) -> Batch:
-        moved = {
-            name: value if value is None else value.to(device, non_blocking=True)
-            for name in ("images", "masks", "labels", "counts", "seeds")
-            for value in [getattr(self, name)]
-        }
+        names = ("images", "masks", "labels", "counts", "seeds")
+        moved: dict[str, Any] = {n: v.to(device, non_blocking=True) for n in names if (v := getattr(self, n)) is not None}
         return replace(self, **moved)
