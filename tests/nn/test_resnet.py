@@ -1,0 +1,158 @@
+"""ResNet against hand-written tables of torchvision's networks and a small functional implementation."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sprompt.nn.resnet import ResNet
+
+COUNTS = {18: 11_176_512, 34: 21_284_672, 50: 23_508_032, 101: 42_500_160}  # torchvision's, without fc
+BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+
+
+def expected(depth: int, width: int = 64) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the network by name, from the description in the paper (He et al., Table 1)."""
+
+    def conv(name: str, outputs: int, inputs: int, size: int) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs, size, size)
+
+    def norm(name: str, channels: int) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"{name}.{part}"] = (channels,)
+        shapes[f"{name}.num_batches_tracked"] = ()
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    conv("conv1", width, 3, 7)
+    norm("bn1", width)
+    inputs = width
+    for layer, count in enumerate(BLOCKS[depth]):
+        planes = width * 2**layer
+        for i in range(count):
+            name = f"layer{layer + 1}.{i}"
+            if depth >= 50:
+                sizes, outputs = ((planes, inputs, 1), (planes, planes, 3), (4 * planes, planes, 1)), 4 * planes
+            else:
+                sizes, outputs = ((planes, inputs, 3), (planes, planes, 3)), planes
+            for number, (to, of, size) in enumerate(sizes, start=1):
+                conv(f"{name}.conv{number}", to, of, size)
+                norm(f"{name}.bn{number}", to)
+            if i == 0 and inputs != outputs:
+                conv(f"{name}.downsample.0", outputs, inputs, 1)
+                norm(f"{name}.downsample.1", outputs)
+            inputs = outputs
+    return shapes
+
+
+def functional(t: dict[str, Tensor], images: Tensor, depth: int) -> list[Tensor]:
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, variance, weight, bias = (
+            t[f"{name}.{part}"][:, None, None] for part in ("running_mean", "running_var", "weight", "bias")
+        )
+        return (x - mean) / (variance + 1e-5).sqrt() * weight + bias
+
+    def conv(x: Tensor, name: str, stride: int) -> Tensor:
+        weight = t[f"{name}.weight"]
+        return F.conv2d(x, weight, stride=stride, padding=(weight.shape[-1] - 1) // 2)
+
+    x = norm(conv(images, "conv1", 2), "bn1").clamp(min=0)
+    x = F.pad(x, (1, 1, 1, 1), value=-torch.inf).unfold(2, 3, 2).unfold(3, 3, 2).amax((4, 5))
+    maps = []
+    for layer, count in enumerate(BLOCKS[depth], start=1):
+        for i in range(count):
+            name, stride = f"layer{layer}.{i}", 2 if layer > 1 and i == 0 else 1
+            strides = (1, stride, 1) if depth >= 50 else (stride, 1)
+            y = x
+            for number, s in enumerate(strides, start=1):
+                y = norm(conv(y, f"{name}.conv{number}", s), f"{name}.bn{number}")
+                y = y.clamp(min=0) if number < len(strides) else y
+            if f"{name}.downsample.0.weight" in t:
+                x = norm(conv(x, f"{name}.downsample.0", stride), f"{name}.downsample.1")
+            x = (x + y).clamp(min=0)
+        maps.append(x)
+    return maps
+
+
+def randomised(depth: int, **options: object) -> ResNet:
+    """A double network with statistics and weights that are not the neutral ones."""
+    torch.manual_seed(0)
+    network = ResNet(depth, **options).double()
+    for name, tensor in network.state_dict().items():
+        if "bn" in name or "downsample.1" in name:
+            if "tracked" not in name:
+                tensor.uniform_(0.5, 1.5)
+            if name.endswith((".bias", "mean")):
+                tensor.sub_(1)
+    return network
+
+
+@pytest.mark.parametrize("depth", COUNTS)
+def test_has_torchvisions_tensors(depth):
+    with torch.device("meta"):
+        network = ResNet(depth)
+    assert {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()} == expected(depth)
+    assert sum(parameter.numel() for parameter in network.parameters()) == COUNTS[depth]
+
+
+def test_names_of_resnet_50_written_out():
+    with torch.device("meta"):
+        shapes = {name: tuple(tensor.shape) for name, tensor in ResNet(50).state_dict().items()}
+    assert len(shapes) == 318
+    assert shapes["conv1.weight"] == (64, 3, 7, 7)
+    assert shapes["layer1.0.downsample.0.weight"] == (256, 64, 1, 1)
+    assert shapes["layer1.0.downsample.1.running_var"] == (256,)
+    assert shapes["layer2.0.conv2.weight"] == (128, 128, 3, 3)
+    assert shapes["layer3.5.bn3.num_batches_tracked"] == ()
+    assert shapes["layer4.2.conv1.weight"] == (512, 2048, 1, 1)
+
+
+@pytest.mark.parametrize(("depth", "width"), [(18, 8), (34, 4), (50, 4), (101, 4)])
+def test_values(depth, width):
+    network = randomised(depth, width=width)
+    assert {name: tuple(t.shape) for name, t in network.state_dict().items()} == expected(depth, width)
+    images = torch.randn(2, 3, 64, 96, dtype=torch.double)
+    with torch.no_grad():
+        maps = network(images)
+        for got, want in zip(maps, functional(network.state_dict(), images, depth), strict=True):
+            torch.testing.assert_close(got, want)
+    assert (
+        [m.shape[1] for m in maps] == network.channels == [width * s * (4 if depth >= 50 else 1) for s in (1, 2, 4, 8)]
+    )
+    assert [m.shape[2:] for m in maps] == [(64 // s, 96 // s) for s in network.strides]
+    channels_last = network.to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        again = channels_last(images.contiguous(memory_format=torch.channels_last))
+    assert again[-1].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(again, maps, check_stride=False)
+
+
+@pytest.mark.parametrize("stages", [-1, 0, 1, 2, 3, 4])
+def test_frozen_stages(stages):
+    network = ResNet(18, width=4, frozen_stages=stages, train_batchnorm=True).train()
+    order = ["conv1", "layer1", "layer2", "layer3", "layer4"]
+    for name, parameter in network.named_parameters():
+        place = order.index(name.split(".")[0].replace("bn1", "conv1"))
+        assert parameter.requires_grad == (place > stages), name
+    for name, module in network.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            place = order.index(name.split(".")[0].replace("bn1", "conv1"))
+            assert module.training == (place > stages), name
+
+
+def test_batchnorm_is_frozen_unless_asked():
+    images = torch.randn(2, 3, 32, 32)
+    for trained in (False, True):
+        network = ResNet(18, width=4, frozen_stages=-1, train_batchnorm=trained)
+        assert any(m.training for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)) == trained
+        before = network.bn1.running_mean.clone()
+        network.train()(images)
+        assert torch.equal(network.bn1.running_mean, before) != trained
+        before = network.bn1.running_mean.clone()
+        network.eval()(images)
+        assert torch.equal(network.bn1.running_mean, before)
+
+
+@pytest.mark.parametrize("options", [{"depth": 20}, {"width": 0}, {"frozen_stages": 5}, {"frozen_stages": -2}])
+def test_bad_arguments(options):
+    with pytest.raises(ValueError, match=rf"ResNet: {next(iter(options))} must"):
+        ResNet(**options)
