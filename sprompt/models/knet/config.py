@@ -1,0 +1,71 @@
+"""What a K-Net is made of and trained with."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+#: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
+_WHOLE = {
+    "backbone_width": (1, 1024),
+    "channels": (2, 8192),
+    "kernels": (1, 100_000),
+    "num_classes": (1, 1_000_000),
+    "stages": (1, 64),
+    "heads": (1, 1024),
+    "feedforward": (1, 65536),
+    "frozen_stages": (-1, 4),
+}
+_DEPTHS = (18, 34, 50, 101)
+
+
+@dataclass(frozen=True)
+class KNetConfig:
+    """The defaults are K-Net with ResNet-50, FPN and three update stages for COCO."""
+
+    depth: int = 50
+    """Of the ResNet: 18, 34, 50 or 101."""
+    backbone_width: int = 64
+    """Channels of the ResNet's stem; 64 is the normal network."""
+    frozen_stages: int = 1
+    """How far the ResNet is frozen: -1 nothing, 0 the stem, 1 the stem and layer1, ... 4 everything."""
+    channels: int = 256
+    """Width of the pyramid, the mask features and the kernels; even, and a multiple of the heads."""
+    kernels: int = 100
+    """How many masks an image can have."""
+    num_classes: int = 80
+    stages: int = 3
+    """Kernel update heads, one after the other."""
+    heads: int = 8
+    """Of the attention between kernels."""
+    feedforward: int = 2048
+    fold: bool = True
+    """Whether the stages' feature transforms, which are affine, act on kernels and pooled sums instead of on the features. The
+    results are the same to rounding."""
+
+    loss_class: float = 2.0
+    loss_mask: float = 1.0
+    loss_dice: float = 4.0
+    loss_seg: float = 1.0
+    cost_class: float = 2.0
+    cost_mask: float = 1.0
+    cost_dice: float = 4.0
+
+    def __post_init__(self) -> None:
+        if self.depth not in _DEPTHS:
+            raise ValueError(f"KNetConfig: depth must be one of {', '.join(map(str, _DEPTHS))}, got {self.depth!r}")
+        for name, (low, high) in _WHOLE.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"KNetConfig: {name} must be a whole number from {low} to {high}, got {value!r}")
+        if self.channels % 2 or self.channels % self.heads:
+            raise ValueError(
+                f"KNetConfig: channels must be even and a multiple of heads = {self.heads}, got {self.channels}"
+            )
+        if not isinstance(self.fold, bool):
+            raise ValueError(f"KNetConfig: fold must be True or False, got {self.fold!r}")
+        for field in fields(self):
+            if field.name.startswith(("loss_", "cost_")):
+                value = getattr(self, field.name)
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                    raise ValueError(f"KNetConfig: {field.name} must be a number of at least 0, got {value!r}")

@@ -1,0 +1,71 @@
+"""From logits to the masks of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sprompt.masks import BitMasks, Size
+from sprompt.models.protocol import Prediction
+from sprompt.nn.conv import full_precision
+from sprompt.ops import resize_masks
+
+
+@torch.no_grad()
+def predictions(
+    mask_logits: Tensor,
+    class_logits: Tensor,
+    input_size: Size,
+    sizes: Sequence[Size],
+    original_sizes: Sequence[Size],
+    threshold: float,
+    max_per_image: int,
+) -> list[Prediction]:
+    """The best max_per_image pairs of a kernel and a class of every image, with the kernel's mask at the picture's own size.
+
+    Scores are the class probabilities; equal ones keep the order of kernel, then class. Logits are upsampled twofold, to stride 4,
+    and their probabilities resampled once, from there straight to the picture: the extent that padding added is cut off in
+    fractions of a cell. (The literal chain resamples twice, to the padded input and then to the picture; masks differ in single
+    pixels of their outlines.) Images are done one after the other, so the peak of memory is that of one.
+
+    Args:
+        mask_logits: (B, N, h, w), stride 8. class_logits: (B, N, K).
+        input_size: (8h, 8w), the size that images were padded to.
+        sizes: of every image before padding. original_sizes: of every picture.
+    """
+    batch, classes = len(mask_logits), class_logits.shape[2]
+    if tuple(input_size) != (8 * mask_logits.shape[2], 8 * mask_logits.shape[3]):
+        expected = (8 * mask_logits.shape[2], 8 * mask_logits.shape[3])
+        raise ValueError(
+            f"KNet.predictions: input_size must be {expected}, the size of the images, got {tuple(input_size)}"
+        )
+    if not len(sizes) == len(original_sizes) == batch:
+        raise ValueError(
+            f"KNet.predictions: sizes and original_sizes must have one entry an image, {batch}, got {len(sizes)} and "
+            f"{len(original_sizes)}"
+        )
+    scores, order = full_precision(class_logits).sigmoid().flatten(1).sort(dim=1, descending=True, stable=True)
+    results = []
+    for image in range(batch):
+        best = order[image, :max_per_image]
+        kernels, place = torch.unique(
+            best // classes, return_inverse=True
+        )  # a kernel may be there with several classes
+        masks = _masks(mask_logits[image, kernels], sizes[image], original_sizes[image], threshold)
+        results.append(Prediction(masks[place], scores[image, :max_per_image].float(), best % classes))
+    return results
+
+
+def _masks(logits: Tensor, size: Size, original_size: Size, threshold: float) -> BitMasks:
+    """(n, h, w) of stride 8 -> masks of the picture."""
+    if len(logits) == 0:
+        return BitMasks(
+            logits.new_zeros((0, (original_size[0] * original_size[1] + 31) // 32), dtype=torch.int32), original_size
+        )
+    soft = F.interpolate(full_precision(logits)[None], scale_factor=2, mode="bilinear", align_corners=False)[
+        0
+    ].sigmoid_()
+    return resize_masks(soft, original_size, threshold=threshold, crop=(size[0] / 4, size[1] / 4))

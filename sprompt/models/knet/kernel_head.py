@@ -1,0 +1,44 @@
+"""The kernel head: mask features, the learned kernels, and dense class logits on the side."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sprompt.nn.conv import ConvGN
+from sprompt.nn.semantic_fpn import SemanticFPN
+
+#: Bias of a classifier at the start: every class has probability 0.01.
+RARE = -math.log(99)
+
+
+class KernelHead(nn.Module):
+    """Pyramid maps -> (loc, sem), the features that the kernels act on and those that tell classes apart, both of stride 8."""
+
+    def __init__(self, channels: int, kernels: int, num_classes: int) -> None:
+        super().__init__()
+        self.localization_fpn = SemanticFPN(channels)
+        self.init_kernels = nn.Conv2d(channels, kernels, 1, bias=False)
+        self.loc_convs = nn.ModuleList([ConvGN(channels, channels)])
+        self.seg_convs = nn.ModuleList([ConvGN(channels, channels)])
+        for module in (*self.loc_convs.modules(), *self.seg_convs.modules()):
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+        nn.init.normal_(self.init_kernels.weight, std=1.0)
+        self.reset_classifier(num_classes)
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.conv_seg = nn.Conv2d(self.init_kernels.in_channels, num_classes, 1).to(self.init_kernels.weight)
+        nn.init.normal_(self.conv_seg.weight, std=0.01)
+        assert self.conv_seg.bias is not None
+        nn.init.constant_(self.conv_seg.bias, RARE)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        loc, sem = self.localization_fpn(maps)
+        return self.loc_convs[0](loc), self.seg_convs[0](sem)
+
+    def kernels(self, batch: int) -> Tensor:
+        """The learned kernels K⁰ for every image, (B, N, C)."""
+        return self.init_kernels.weight.flatten(1).expand(batch, -1, -1)

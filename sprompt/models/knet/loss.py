@@ -1,0 +1,89 @@
+"""The training objective of K-Net."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks
+from sprompt.models.knet.config import KNetConfig
+from sprompt.models.knet.matching import assignments, dense_labels, kernel_labels
+from sprompt.models.knet.outputs import Outputs
+from sprompt.models.protocol import Losses, Matched
+from sprompt.nn.distributed import all_sum, world
+from sprompt.nn.losses import dense_focal_sum, focal_sum
+from sprompt.ops import mask_loss
+
+
+def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, config: KNetConfig) -> Losses:
+    """Terms of the kernel head (bce, dice, seg) and of every stage (class, bce, dice), in float32 under autocast too.
+
+    Masks are compared at stride 4: logits upsampled twofold, targets reduced fourfold and soft; neither is ever stored. All terms
+    but seg are divided by the number of positives, Σ min(N, counts), and seg by the number of foreground pixels, each the mean
+    over the processes' batches and at least 1 in all: W processes have the losses and gradients of one with the whole batch.
+    Without positives every term is finite and still leads back to every parameter. On a GPU nothing waits for the device.
+    """
+    _check(outputs, masks, labels, counts)
+    kernels, background = outputs.masks[0].shape[1], config.num_classes
+    with torch.autocast(outputs.seg.device.type, enabled=False):
+        rows = assignments(outputs, masks, labels, counts, config)
+        truth = [kernel_labels(r, labels, kernels, background) for r in rows]
+        pixels = dense_labels(masks, rows[0], truth[0], background)
+        sizes = torch.stack([counts.clamp(max=kernels).sum(), (pixels < background).sum()])
+        positives, foreground = (all_sum(sizes).clamp(min=1) / world()).unbind()
+
+        bce, dice = _mask_sums(outputs.masks[0], masks, rows[0])
+        terms = {
+            "head/bce": config.loss_mask * bce / positives,
+            "head/dice": config.loss_dice * dice / positives,
+            "head/seg": config.loss_seg * dense_focal_sum(outputs.seg, pixels) / foreground,
+        }
+        classes = torch.arange(background, device=labels.device)
+        for s, logits in enumerate(outputs.classes):
+            bce, dice = _mask_sums(outputs.masks[s + 1], masks, rows[s])
+            focal = focal_sum(logits, truth[s][:, :, None] == classes)
+            terms[f"stage{s}/class"] = config.loss_class * focal / positives
+            terms[f"stage{s}/bce"] = config.loss_mask * bce / positives
+            terms[f"stage{s}/dice"] = config.loss_dice * dice / positives
+    return Losses(terms, [Matched(k, r) for k, r in zip(outputs.kernels, rows, strict=True)])
+
+
+def _mask_sums(logits: Tensor, masks: BitMasks, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice of the matched pairs, summed; 0 with a way back to the logits where there are none."""
+    real = rows >= 0
+    batch, kernels = logits.shape[:2]
+    places = rows.clamp(min=0) + kernels * torch.arange(batch, device=rows.device)[:, None]
+    if logits.device.type == "cpu":
+        places, masks, real = places[real], masks[real], real[real]
+    else:  # selecting would wait for the device: what is not real is computed as well, and not counted
+        places, masks, real = places.flatten(), masks.reshape(-1), real.flatten()
+    bce, dice = mask_loss(logits.flatten(0, 1).index_select(0, places), masks, upsample=2)
+    return torch.where(real, bce, 0).sum(), torch.where(real, dice, 0).sum()
+
+
+def _check(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) -> None:
+    batch, classes, height, width = outputs.seg.shape
+    size = (8 * height, 8 * width)
+    if len(masks.shape) != 2 or masks.shape[0] != batch or masks.size != size or size[0] % 32 or size[1] % 32:
+        raise ValueError(
+            f"KNet.losses: masks must have shape ({batch}, G) and the size of the images, {size}, multiples of 32, got "
+            f"{tuple(masks.shape)} and {masks.size}; pad masks as the images are"
+        )
+    if labels.shape != masks.shape or labels.dtype != torch.int64:
+        raise ValueError(
+            f"KNet.losses: labels must be int64 of shape {tuple(masks.shape)}, got {labels.dtype} of {tuple(labels.shape)}; "
+            "give every mask a class"
+        )
+    if counts.shape != (batch,) or counts.dtype != torch.int64:
+        raise ValueError(
+            f"KNet.losses: counts must be int64 of shape ({batch},), got {counts.dtype} of {tuple(counts.shape)}; "
+            "say how many masks of each image are real"
+        )
+    if labels.device.type == "cpu":  # on a GPU looking would wait for the device
+        real = labels[torch.arange(labels.shape[1]) < counts[:, None]]
+        if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < classes:
+            wrong = real[(real < 0) | (real >= classes)][0]
+            raise ValueError(
+                f"KNet.losses: labels must lie between 0 and {classes - 1}, got {int(wrong)}; was the model made for these "
+                "classes? (reset_classifier)"
+            )

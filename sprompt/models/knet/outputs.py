@@ -1,0 +1,16 @@
+"""What the decoder hands to the losses and to inference."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Outputs(NamedTuple):
+    """A batch decoded; maps have stride 8."""
+
+    masks: list[Tensor]  # (B, N, h, w) logits: of the kernel head, then of every stage
+    classes: list[Tensor]  # (B, N, K) logits of every stage
+    kernels: list[Tensor]  # (B, N, C) output kernels of every stage
+    seg: Tensor  # (B, K, h, w) dense class logits of the kernel head

@@ -1,0 +1,39 @@
+"""Convolutions with what follows them, and the precision that normalisation asks for."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def full_precision(x: Tensor) -> Tensor:
+    """float32 for half types, others as they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class Conv(nn.Module):
+    """A convolution that keeps the size, with bias and nothing behind it."""
+
+    def __init__(self, inputs: int, outputs: int, size: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class ConvGN(nn.Module):
+    """Convolution without bias, group norm, ReLU. The norm is computed in float32 under autocast too."""
+
+    def __init__(self, inputs: int, outputs: int, size: int = 1, stride: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+        self.gn = nn.GroupNorm(math.gcd(32, outputs), outputs)  # 32 groups at every usual width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.relu(self.gn(full_precision(x)), inplace=True).to(x.dtype)

@@ -1,0 +1,67 @@
+"""Semantic FPN: four pyramid maps become two of stride 8, one to find things in and one to tell what they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sprompt.nn.conv import ConvGN, full_precision
+
+#: 3×3 convolutions of each level on its way to stride 8; level l has l - 1 twofold upsamplings, each behind one of them.
+_CONVS = (1, 1, 2, 3)
+
+
+def sine_positions(channels: int, height: int, width: int, like: Tensor) -> Tensor:
+    """Sine positional encoding (channels, height, width), like a tensor: the first half of the channels tells y, the second x.
+
+    Position i of n is (i + 1) / (n + 1e-6) · 2π. Channel k of a half of F is the sine (even k) or cosine (odd k) of position
+    / 10000^(2⌊k/2⌋ / F).
+    """
+    half = channels // 2
+    k = torch.arange(half, device=like.device)
+    periods = 10000 ** (2 * torch.div(k, 2, rounding_mode="floor").to(like.dtype) / half)
+
+    def encoding(n: int) -> Tensor:  # (half, n)
+        positions = torch.arange(1, n + 1, device=like.device, dtype=like.dtype) / (n + 1e-6) * (2 * math.pi)
+        angles = positions / periods[:, None]
+        return torch.where(k[:, None] % 2 == 0, angles.sin(), angles.cos())
+
+    rows, columns = encoding(height), encoding(width)
+    return torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1)])
+
+
+class SemanticFPN(nn.Module):
+    """Maps P2 to P5 (strides 4 to 32) of one width -> (localisation, semantics), both of stride 8 and that width.
+
+    P5 gets a positional encoding. Each level goes through 3×3 convolutions, to stride 8: P2 by a strided one, P4 and P5 by
+    bilinear upsampling between theirs. Two 1×1 convolutions read the sum.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.convs_all_levels = nn.ModuleList()
+        for level, count in enumerate(_CONVS):
+            path = nn.Sequential()
+            for j in range(count):
+                path.add_module(f"conv{j}", ConvGN(channels, channels, 3, stride=2 if level == 0 else 1))
+                if j < level - 1:
+                    path.add_module(f"upsample{j}", nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+            self.convs_all_levels.append(path)
+        self.conv_pred = ConvGN(channels, channels)
+        self.aux_convs = nn.ModuleList([ConvGN(channels, channels)])
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.normal_(module.weight, std=0.01)
+
+    def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        coarsest = full_precision(maps[-1])
+        positions = sine_positions(self.channels, coarsest.shape[-2], coarsest.shape[-1], coarsest)
+        inputs = [*maps[:-1], coarsest + positions]
+        total = self.convs_all_levels[0](inputs[0])
+        for path, x in zip(self.convs_all_levels[1:], inputs[1:], strict=True):
+            total = total + path(x)
+        return self.conv_pred(total), self.aux_convs[0](total)
