@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import tempfile
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +21,13 @@ def atomic_write(path: Path | str, data: bytes | str, *, sync: bool = False) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    raw = data.encode() if isinstance(data, str) else data
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(raw)
+        with open(temporary, "xb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -75,10 +73,3 @@ def read_json(path: Path | str, max_bytes: int = MAX_JSON) -> Any:
         raise DataError(f"{path}: must be JSON in UTF-8, got other bytes; is it the right file?") from None
     except RecursionError:
         raise DataError(f"{path}: must be JSON of sensible depth, got endless nesting; is it the right file?") from None
-
-
-def _umask() -> int:
-    """The process's mask of permissions; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,107 @@
+"""Made-up scenes: the same everywhere, masks that say what is seen, and files that pycocotools reads."""
+
+from __future__ import annotations
+
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+
+from sprompt.data.errors import DataError
+from sprompt.data.synthetic import CLASSES, SHAPES, scene, write_scenes
+
+_SIDE = 2 * 0.32 * np.tan(np.pi / 5)  # of the star's pentagon; on each stands a tip of height side / 2 · tan 72°
+STAR = 5 * _SIDE * 0.32 / 2 + 5 * _SIDE**2 * np.tan(2 * np.pi / 5) / 4
+
+
+def test_a_scene_is_the_same_on_every_machine() -> None:
+    a = scene(3, 7, (96, 128))
+    content = a.image.numpy().tobytes() + a.masks.numpy().tobytes() + bytes(a.labels.tolist())
+    assert zlib.crc32(content) == 3184578734
+    torch.rand(3)  # no global state has a part in it
+    b = scene(3, 7, (96, 128))
+    assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+    assert not torch.equal(scene(3, 8, (96, 128)).image, a.image)
+    assert not torch.equal(scene(4, 7, (96, 128)).image, a.image)
+
+
+def test_masks_are_what_is_seen() -> None:
+    classes = set()
+    counts = set()
+    for index in range(40):
+        image, masks, labels = scene(0, index, (80, 100))
+        assert image.shape == (3, 80, 100) and image.dtype == torch.uint8
+        assert masks.shape == (len(labels), 80, 100) and masks.dtype == torch.bool
+        assert masks.sum(0).max() <= 1, "what is in front hides what is behind"
+        assert (masks.flatten(1).sum(1) >= 12).all()
+        classes |= set(labels.tolist())
+        counts.add(len(labels))
+    assert classes == set(range(len(CLASSES))) and counts <= set(range(1, 7)) and {2, 6} <= counts
+
+
+def test_objects_differ_from_the_ground() -> None:
+    """Else nothing could be learned: the mean colours of an object and of the ground are apart."""
+    apart = []
+    for index in range(20):
+        image, masks, _ = scene(1, index)
+        ground = image[:, ~masks.any(0)].double().mean(1)
+        apart += [float((image[:, m].double().mean(1) - ground).abs().sum()) for m in masks]
+    assert np.median(apart) > 150 and np.percentile(apart, 5) > 60
+
+
+@pytest.mark.parametrize(
+    ("shape", "share"),  # of the square of side 2, by geometry
+    [
+        ("disc", np.pi * 0.9 / 4),
+        ("square", 1.4**2 / 4),
+        ("triangle", 3 * np.sqrt(3) / 4 / 4),
+        ("star", STAR / 4),
+        ("cross", (4 * 0.6 * 0.92 - 0.36) / 4),
+        ("ring", np.pi * 0.65 / 4),
+    ],
+)
+def test_areas_of_shapes(shape: str, share: float) -> None:
+    grid = (np.arange(1000) + 0.5) / 500 - 1
+    u, v = np.meshgrid(grid, grid)
+    assert abs(SHAPES[shape](u, v).mean() - share) < 0.004
+
+
+def test_files(tmp_path: Path) -> None:
+    write_scenes(tmp_path, 3, seed=5, size=(48, 64))
+    coco = COCO(str(tmp_path / "instances.json"))
+    assert sorted(p.name for p in (tmp_path / "images").iterdir()) == ["000000.png", "000001.png", "000002.png"]
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == CLASSES
+    for index in range(3):
+        image, masks, labels = scene(5, index, (48, 64))
+        record = coco.loadImgs([index])[0]
+        stored = np.asarray(Image.open(tmp_path / "images" / record["file_name"]))
+        assert (stored == image.permute(1, 2, 0).numpy()).all() and (record["height"], record["width"]) == (48, 64)
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=[index]))
+        assert [a["category_id"] - 1 for a in annotations] == labels.tolist()
+        for mask, a in zip(masks.numpy(), annotations, strict=True):
+            assert (coco.annToMask(a) == mask).all() and a["area"] == mask.sum() and a["iscrowd"] == 0
+            ys, xs = np.nonzero(mask)
+            assert a["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+
+
+def test_what_is_there_is_kept(tmp_path: Path) -> None:
+    write_scenes(tmp_path, 2, size=(48, 48))
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")}
+    write_scenes(tmp_path, 2, size=(48, 48))
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.*")} == before
+    (tmp_path / "images" / "000001.png").unlink()
+    write_scenes(tmp_path, 2, size=(48, 48))  # as after a kill
+    assert len(list((tmp_path / "images").iterdir())) == 2
+    with pytest.raises(DataError, match=r"000000\.png: is another picture"):
+        write_scenes(tmp_path, 2, seed=1, size=(48, 48))
+    with pytest.raises(DataError, match=r"instances\.json: holds other labels"):
+        write_scenes(tmp_path, 1, size=(48, 48))
+
+
+def test_too_small() -> None:
+    with pytest.raises(ValueError, match="at least 32"):
+        scene(0, 0, (16, 64))
