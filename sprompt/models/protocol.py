@@ -1,9 +1,9 @@
 """What a training method asks of a query-based model. A model that has these methods works with every method as it is.
 
-    features = model.encode(images)
-    outputs = model.decode(features, prompter)      # prompter sees the queries at each of the model's sites, and may add to them
-    losses = model.losses(outputs, masks, labels, counts)
-    losses.terms, losses.matched                    # weighted terms, and which query every target was matched to, stage by stage
+features = model.encode(images)
+outputs = model.decode(features, prompter)      # prompter sees the queries at each of the model's sites, and may add to them
+losses = model.losses(outputs, masks, labels, counts)
+losses.terms, losses.matched                    # weighted terms, and which query every target was matched to, stage by stage
 """
 
 from __future__ import annotations

@@ -32,7 +32,8 @@ def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, co
         sizes = torch.stack([counts.clamp(max=kernels).sum(), (pixels < background).sum()])
         positives, foreground = (all_sum(sizes).clamp(min=1) / world()).unbind()
 
-        bce, dice = _mask_sums(outputs.masks[0], masks, rows[0])
+        select = outputs.seg.device.type == "cpu"
+        bce, dice = mask_sums(outputs.masks[0], masks, rows[0], select)
         terms = {
             "head/bce": config.loss_mask * bce / positives,
             "head/dice": config.loss_dice * dice / positives,
@@ -40,7 +41,7 @@ def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, co
         }
         classes = torch.arange(background, device=labels.device)
         for s, logits in enumerate(outputs.classes):
-            bce, dice = _mask_sums(outputs.masks[s + 1], masks, rows[s])
+            bce, dice = mask_sums(outputs.masks[s + 1], masks, rows[s], select)
             focal = focal_sum(logits, truth[s][:, :, None] == classes)
             terms[f"stage{s}/class"] = config.loss_class * focal / positives
             terms[f"stage{s}/bce"] = config.loss_mask * bce / positives
@@ -48,14 +49,18 @@ def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, co
     return Losses(terms, [Matched(k, r) for k, r in zip(outputs.kernels, rows, strict=True)])
 
 
-def _mask_sums(logits: Tensor, masks: BitMasks, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice of the matched pairs, summed; 0 with a way back to the logits where there are none."""
+def mask_sums(logits: Tensor, masks: BitMasks, rows: Tensor, select: bool) -> tuple[Tensor, Tensor]:
+    """Cross-entropy and dice of the matched pairs, summed; 0 with a way back to the logits where there are none.
+
+    `select` computes matched pairs only, and must know how many there are, for which a GPU would have to be waited for. Otherwise
+    all B·G pairs are computed, and those without a kernel not counted.
+    """
     real = rows >= 0
     batch, kernels = logits.shape[:2]
     places = rows.clamp(min=0) + kernels * torch.arange(batch, device=rows.device)[:, None]
-    if logits.device.type == "cpu":
+    if select:
         places, masks, real = places[real], masks[real], real[real]
-    else:  # selecting would wait for the device: what is not real is computed as well, and not counted
+    else:
         places, masks, real = places.flatten(), masks.reshape(-1), real.flatten()
     bce, dice = mask_loss(logits.flatten(0, 1).index_select(0, places), masks, upsample=2)
     return torch.where(real, bce, 0).sum(), torch.where(real, dice, 0).sum()

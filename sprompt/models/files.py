@@ -1,0 +1,100 @@
+"""Models in files: safetensors that say what they hold, so that a file is enough to have the model back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sprompt.models.fit import check_fit
+from sprompt.models.knet import KNet, KNetConfig
+from sprompt.nn.files import read_metadata, read_tensors, write_tensors
+
+_FORMAT = 1
+#: name -> the model and its config, which is all that its constructor takes. A model's config is its `config`.
+_MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {"knet": (KNet, KNetConfig)}
+
+
+def save_model(
+    path: Path | str, model: nn.Module, classes: Sequence[str], extra: Mapping[str, Any] | None = None
+) -> None:
+    """Writes a model with the names of its classes, whole or not at all. `extra`: anything JSON can hold, given back by load_model."""
+    name = next((name for name, (kind, _) in _MODELS.items() if type(model) is kind), None)
+    if name is None:
+        raise TypeError(f"save_model: model must be one of {_known()}, got {type(model).__name__}")
+    config: Any = model.config
+    if len(classes) != config.num_classes:
+        raise ValueError(
+            f"save_model: classes must have {config.num_classes} names, one an output of the model, got {len(classes)}; "
+            "reset_classifier makes the model fit other classes"
+        )
+    about = {
+        "format": _FORMAT,
+        "model": name,
+        "config": asdict(config),
+        "classes": list(classes),
+        "extra": dict(extra or {}),
+    }
+    write_tensors(path, model.state_dict(), {"sprompt": json.dumps(about)})
+
+
+def read_info(path: Path | str) -> dict[str, Any]:
+    """What a model's file says: {"format", "model", "config", "classes", "extra"}, checked; the tensors are not read."""
+    try:
+        about = json.loads(read_metadata(path).get("sprompt", "null"))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path}: must say in JSON which model it holds, got {error}; write it again") from None
+    if not isinstance(about, dict) or "model" not in about:
+        raise ValueError(
+            f"{path}: must be a model saved by this library, got tensors that do not say what they belong to; official K-Net "
+            "files are imported, backbones are loaded into a model"
+        )
+    if about.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path}: format must be {_FORMAT}, got {about.get('format')!r}; is this version too old for it?"
+        )
+    if about["model"] not in _MODELS:
+        raise ValueError(f"{path}: the model must be one of {_known()}, got {about['model']!r}")
+    classes, config = about.get("classes"), _config(path, about)
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"{path}: classes must be a list of names, got {classes!r:.80}; write it again")
+    if len(classes) != config.num_classes:
+        raise ValueError(
+            f"{path}: must name as many classes as the model has, {config.num_classes}, got {len(classes)}; write it again"
+        )
+    if not isinstance(about.setdefault("extra", {}), dict):
+        raise ValueError(f"{path}: extra must be an object, got {about['extra']!r:.80}; write it again")
+    return about
+
+
+def load_model(path: Path | str) -> tuple[Any, dict[str, Any]]:
+    """The model of a file, on the CPU and in eval mode, and what `read_info` says. Nothing in the file is ever executed."""
+    info = read_info(path)
+    kind, _ = _MODELS[info["model"]]
+    tensors, _ = read_tensors(path)
+    with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+        model = kind(_config(path, info))
+    check_fit(path, tensors, model.state_dict())
+    model.load_state_dict(tensors, assign=True)
+    return model.eval(), info
+
+
+def _config(path: Path | str, about: Mapping[str, Any]) -> Any:
+    _, kind = _MODELS[about["model"]]
+    values, known = about.get("config"), {field.name for field in fields(kind)}
+    if not isinstance(values, dict) or values.keys() != known:
+        got = sorted(values.keys() ^ known)[:5] if isinstance(values, dict) else type(values).__name__
+        raise ValueError(f"{path}: config must have the fields of {kind.__name__}, got a difference in {got}")
+    try:
+        return kind(**values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _known() -> str:
+    return ", ".join(_MODELS)

@@ -1,0 +1,67 @@
+"""Official K-Net checkpoints, in and out. Their tensors have the names that ours have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprompt.models.fit import check_fit
+from sprompt.models.knet.model import KNet
+from sprompt.nn.files import read_tensors, replacing, write_tensors
+
+#: Parts of Saliency Prompt's release that are needed in pre-training only.
+_PRETRAINING = {"patch2query", "gen_gt_kernel"}
+
+
+def import_checkpoint(model: KNet, path: Path | str) -> str:
+    """Copies an official checkpoint (.pth with or without "state_dict", or safetensors) into a model, and says what was done.
+
+    Strict: every tensor must be there, with its shape, and no other. Except: the classifiers start anew where the file has
+    another number of classes; what only pre-training needs is left out; batch norm's step counters may be missing. Raises ValueError
+    where the file does not fit, and then the model is as it was.
+    """
+    held, _ = read_tensors(path)
+    wanted = model.state_dict()
+    left_out = sorted(name for name in held if _PRETRAINING & set(name.split(".")))
+    tensors = {
+        name: tensor.to(torch.float32) if tensor.is_floating_point() else tensor for name, tensor in held.items()
+    }
+    for name in left_out:
+        del tensors[name]
+    counters = {name: tensor for name, tensor in wanted.items() if name.endswith(".num_batches_tracked")}
+    tensors = {**counters, **tensors}
+    said = f"{path}: {len(held) - len(left_out)} tensors of K-Net"
+
+    classifiers = [name for name in wanted if {"conv_seg", "fc_cls"} & set(name.split("."))]
+    in_file = {len(tensors[name]) for name in classifiers if name in tensors and tensors[name].dim() > 0}
+    other = len(in_file) == 1 and in_file != {model.num_classes}
+    if other:
+        for name in classifiers:
+            if name in tensors and tensors[name].shape[1:] == wanted[name].shape[1:]:
+                tensors[name] = wanted[name]
+    check_fit(path, tensors, wanted)
+    if other:
+        model.reset_classifier(model.num_classes)
+        tensors = {name: tensor for name, tensor in tensors.items() if name not in classifiers}
+        said += f"; classifiers start anew, as the file has {in_file.pop()} classes and the model {model.num_classes}"
+    model.load_state_dict(tensors, strict=False)
+    if left_out:
+        said += f"; left out what only pre-training needs: {', '.join(left_out)}"
+    return said
+
+
+def export_checkpoint(model: KNet, path: Path | str, classes: Sequence[str] | None = None) -> None:
+    """Writes a model in the official form: .pth with "meta" and "state_dict", or its bare tensors as safetensors."""
+    tensors: Mapping[str, Tensor] = model.state_dict()
+    if Path(path).suffix == ".safetensors":
+        write_tensors(path, tensors)
+        return
+    if classes is not None and len(classes) != model.num_classes:
+        raise ValueError(f"export_checkpoint: classes must have {model.num_classes} names, got {len(classes)}")
+    meta: dict[str, Any] = {} if classes is None else {"CLASSES": tuple(classes)}
+    with replacing(path) as temporary:
+        torch.save({"meta": meta, "state_dict": {name: tensor.cpu() for name, tensor in tensors.items()}}, temporary)

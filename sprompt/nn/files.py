@@ -1,0 +1,110 @@
+"""Files of tensors: read within bounds and without running anything in them, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+_MAX_HEADER = 16 << 20  # bytes of names and shapes in a safetensors file; a network of 1000 tensors has 0.1 MB
+
+_CONVERT = (
+    "if you trust where it comes from, convert it once:\n"
+    "    import torch; from safetensors.torch import save_file; held = torch.load({path!r}, 'cpu', weights_only=False)\n"
+    "    save_file({{k: v.contiguous().clone() for k, v in held.get('state_dict', held).items()}}, {target!r})\n"
+    "and give the new file instead"
+)
+
+
+def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file by name, on the CPU, and the metadata of a safetensors file (of others: none).
+
+    Reads safetensors and what torch.save wrote: a dict of tensors, bare or under "state_dict". Raises ValueError, with what to
+    do, for all else.
+    """
+    path = _existing(path)
+    if path.suffix == ".safetensors":
+        metadata = read_metadata(path)
+        try:
+            with safe_open(path, "pt") as file:
+                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, not a dict
+        except (SafetensorError, OSError) as error:
+            raise ValueError(
+                f"{path}: must be a whole safetensors file, got {error}; fetch or write it again"
+            ) from None
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        first = str(error).strip().splitlines()[0][:200]
+        convert = _CONVERT.format(path=str(path), target=str(path.with_suffix(".safetensors")))
+        raise ValueError(
+            f"{path}: must hold tensors and plain values, got objects that only running code from the file can make; {convert}\n"
+            f"(torch says: {first})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path}: must be a whole file of torch.save, got {first}; fetch or write it again") from None
+    if isinstance(held, Mapping) and isinstance(held.get("state_dict"), Mapping):
+        held = held["state_dict"]
+    if not isinstance(held, Mapping) or not any(isinstance(value, Tensor) for value in held.values()):
+        raise ValueError(f"{path}: must hold tensors by name, got {type(held).__name__} without any; save a state_dict")
+    return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}, {}
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What a safetensors file says about itself; its tensors are not read."""
+    path = _existing(path)
+    with open(path, "rb") as raw:
+        length = int.from_bytes(raw.read(8), "little")
+    if not 2 <= length <= min(_MAX_HEADER, path.stat().st_size - 8):
+        raise ValueError(
+            f"{path}: must be a whole safetensors file, got a header of {length} bytes in a file of {path.stat().st_size}; "
+            "fetch or write it again"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: must be a whole safetensors file, got {error}; fetch or write it again") from None
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes safetensors."""
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    with replacing(path) as temporary:
+        save_file(held, temporary, metadata=dict(metadata or {}))
+
+
+@contextlib.contextmanager
+def replacing(path: Path | str) -> Iterator[Path]:
+    """A temporary file that takes the place of `path` at the end of the block, when it is on the disk; or never, after an error."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _existing(path: Path | str) -> Path:
+    path = Path(path)
+    if not path.is_file():
+        got = "a folder" if path.is_dir() else "nothing there"
+        raise ValueError(f"{path}: must be a file of weights, got {got}; check the path")
+    return path
