@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sprompt.masks import BitMasks, Size
 
@@ -53,6 +53,7 @@ class QueryModel(Protocol):
     sites: Sequence[str]  # where queries can be prompted, in the order of the forward pass, e.g. ("kernel", "proposal")
     channels: int  # width of the queries and of `Features.maps`
     num_classes: int
+    backbone: nn.Module  # the first part of `encode`; `backbone.channels` are the widths of `Features.backbone`
 
     def encode(self, images: Tensor) -> Features:
         """Backbone and neck of images (B, 3, H, W), normalised, H and W multiples of 32."""
