@@ -1,0 +1,176 @@
+"""A COCO file, checked: what its pictures, categories and annotations are, and what of them is left out.
+
+Refused, by DataError: what is not COCO; ids that occur twice; categories that are not declared; run lengths of another size
+than their picture. Left out, and said in `problems`: annotations of pictures that are not in the file, without a mask, or with
+one that has no pixel. Crowd regions are no instances: they stay in the ground truth, and no sample has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any
+
+from sprompt.data.errors import DataError
+from sprompt.data.pictures import MAX_PIXELS
+from sprompt.data.segmentation import decode, is_segmentation
+from sprompt.masks import Size
+
+_TINY = 16  # pixels: annotations that state less are looked at at once, since their masks may well be empty
+
+
+@dataclass(frozen=True)
+class Picture:
+    id: int
+    file_name: str  # below the folder of the pictures
+    size: Size
+
+
+@dataclass(frozen=True)
+class CocoFile:
+    source: str  # the file, for messages
+    pictures: list[Picture]  # in the order of the file
+    annotations: dict[int, list[dict[str, Any]]]  # of each picture's id, in the order of the file; as they are there
+    no_instance: frozenset[int]  # ids of annotations that no sample has: crowds and empty masks
+    categories: list[tuple[int, str]]  # by ascending id
+    info: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+
+
+def parse(data: Any, source: str) -> CocoFile:
+    """The content of a COCO file."""
+    if not isinstance(data, dict) or not isinstance(data.get("images"), list):
+        raise DataError(
+            f"{source}: must be a COCO file, an object with images, annotations and categories, "
+            f"got {_kind(data)}; is it the right file?"
+        )
+    for key in ("annotations", "categories"):
+        if not isinstance(data.get(key, []), list):
+            raise DataError(f"{source}: {key} must be a list, got {_kind(data[key])}; is it a COCO file?")
+    pictures = [_picture(record, position, source) for position, record in enumerate(data["images"])]
+    _refuse_twice(source, "pictures", (p.id for p in pictures))
+    categories = sorted(_category(c, i, source) for i, c in enumerate(data.get("categories", [])))
+    _refuse_twice(source, "categories", (c[0] for c in categories))
+    info = data.get("info")
+    return _with_annotations(data.get("annotations", []), pictures, categories, info, source)
+
+
+def named(ids: Sequence[Any], most: int = 5) -> str:
+    """The first few of a list, and how many more there are."""
+    rest = len(ids) - most
+    return ", ".join(str(i) for i in ids[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _with_annotations(
+    records: list[Any], pictures: list[Picture], categories: list[tuple[int, str]], info: Any, source: str
+) -> CocoFile:
+    by_id = {p.id: p for p in pictures}
+    known = {c[0] for c in categories}
+    annotations: dict[int, list[dict[str, Any]]] = {p.id: [] for p in pictures}
+    ids: list[int] = []
+    homeless, maskless, crowds, empty, strange, misfits = [], [], [], [], [], []
+    for position, record in enumerate(records):
+        if not isinstance(record, dict):
+            raise DataError(f"{source}: annotation at place {position} must be an object, got {_kind(record)}")
+        own = _whole(record, "id", f"annotation at place {position}", source)
+        what = f"annotation {own}"
+        ids.append(own)
+        picture = by_id.get(_whole(record, "image_id", what, source))
+        category = _whole(record, "category_id", what, source)
+        crowd = record.get("iscrowd", 0)
+        if crowd not in (0, 1):
+            raise DataError(f"{source}: {what}: iscrowd must be 0 or 1, got {crowd!r:.40}")
+        segmentation = record.get("segmentation")
+        if picture is None:
+            homeless.append(own)
+            continue
+        if category not in known:
+            strange.append(own)
+        if not is_segmentation(segmentation):
+            maskless.append(own)
+            continue
+        if isinstance(segmentation, dict) and not _has_size(segmentation, picture.size):
+            misfits.append(own)
+            continue
+        annotations[picture.id].append(record)
+        if crowd:
+            crowds.append(own)
+        elif _is_empty(record, picture, source):
+            empty.append(own)
+    _refuse_twice(source, "annotations", ids)
+    if strange:
+        raise DataError(
+            f"{source}: categories of annotations must be in the list of categories, got others in annotations "
+            f"{named(strange)}; complete the list"
+        )
+    if misfits:
+        raise DataError(
+            f"{source}: run lengths must have the size [height, width] of their picture, got others in annotations "
+            f"{named(misfits)}; were pictures or labels resized?"
+        )
+    left_out = [
+        (homeless, "of pictures that are not in the file"), (maskless, "without a mask"),
+        (crowds, "of crowds"), (empty, "whose mask has no pixel"),
+    ]  # fmt: skip
+    problems = [f"{source}: {len(a)} annotations {why} are left out: {named(a)}" for a, why in left_out if a]
+    info = info if isinstance(info, dict) else {}
+    return CocoFile(source, pictures, annotations, frozenset(crowds + empty), categories, info, problems)
+
+
+def _picture(record: Any, position: int, source: str) -> Picture:
+    if not isinstance(record, dict):
+        raise DataError(f"{source}: picture at place {position} must be an object, got {_kind(record)}")
+    own = _whole(record, "id", f"picture at place {position}", source)
+    height, width = (_whole(record, key, f"picture {own}", source) for key in ("height", "width"))
+    if height < 1 or width < 1 or height * width > MAX_PIXELS:
+        raise DataError(
+            f"{source}: picture {own} must have between 1 and {MAX_PIXELS} pixels, got {height}x{width}; correct it"
+        )
+    name = record.get("file_name")
+    if not isinstance(name, str) or not name:
+        raise DataError(f"{source}: picture {own} must have a file_name, got {name!r:.40}; correct it")
+    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
+        raise DataError(
+            f"{source}: picture {own} must lie below the folder of the pictures, got {name!r:.80}; write the path from there"
+        )
+    return Picture(own, name, (height, width))
+
+
+def _category(record: Any, position: int, source: str) -> tuple[int, str]:
+    if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+        raise DataError(f"{source}: category at place {position} must have an id and a name, got {record!r:.60}")
+    return _whole(record, "id", f"category at place {position}", source), record["name"]
+
+
+def _whole(record: dict[str, Any], key: str, what: str, source: str) -> int:
+    value = record.get(key)
+    if isinstance(value, bool) or not isinstance(value, int):
+        got = f"{value!r:.40}" if key in record else "none"
+        raise DataError(f"{source}: {what} must have a whole number as {key}, got {got}; correct it")
+    return value
+
+
+def _refuse_twice(source: str, what: str, ids: Iterable[int]) -> None:
+    seen: set[int] = set()
+    twice = sorted({i for i in ids if i in seen or seen.add(i)})  # type: ignore[func-returns-value]
+    if twice:
+        raise DataError(f"{source}: ids of {what} must be unique, got twice {named(twice)}; number them anew")
+
+
+def _has_size(segmentation: dict[str, Any], size: Size) -> bool:
+    stated = segmentation["size"]
+    return isinstance(stated, (list, tuple)) and tuple(stated) == size
+
+
+def _is_empty(record: dict[str, Any], picture: Picture, source: str) -> bool:
+    area = record.get("area")
+    if isinstance(area, (int, float)) and area >= _TINY:
+        return False
+    name = f"{source}: annotation {record['id']}"
+    return not bool(decode([record["segmentation"]], picture.size, lambda _: name).area())
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", type(None): "nothing", bool: "true or false"}
+    return names.get(type(value), "a number")

@@ -1,0 +1,230 @@
+"""Pictures with masks from a COCO file, proposals included."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from sprompt.data.annotations import CocoFile, Picture, named, parse
+from sprompt.data.errors import DataError
+from sprompt.data.files import read_json
+from sprompt.data.pictures import read_picture
+from sprompt.data.sample import Sample
+from sprompt.data.seeds import SeedGrid
+from sprompt.data.segmentation import decode
+
+
+class CocoDataset(Dataset[Sample]):
+    """The pictures of a COCO file as samples: `dataset[i]` reads the i-th. A class is the place of its category by ascending id.
+
+    Args:
+        images: folder that the file names of the pictures are relative to.
+        annotations: the COCO file; a proposal file too, whose samples then have seeds.
+        class_agnostic: one class, "object", for all masks.
+        keep_empty: keep pictures without masks, as an evaluation must.
+        categories: names of the categories that count; None means all. Annotations of others are left out.
+
+    What the file may hold, and what is left out or refused, see `sprompt.data.annotations`. Pictures that are not there are
+    refused here, those that are broken or have another size than the file says when they are read: DataError names them.
+    """
+
+    def __init__(
+        self,
+        images: Path | str,
+        annotations: Path | str,
+        *,
+        class_agnostic: bool = False,
+        keep_empty: bool = False,
+        categories: Sequence[str] | None = None,
+    ) -> None:
+        file = parse(read_json(annotations), str(annotations))
+        self._start(Path(images), file, class_agnostic, keep_empty, categories)
+
+    @classmethod
+    def from_dict(
+        cls,
+        images: Path | str,
+        data: dict[str, Any],
+        source: str,
+        *,
+        class_agnostic: bool = False,
+        keep_empty: bool = False,
+        categories: Sequence[str] | None = None,
+    ) -> CocoDataset:
+        """The same from the content of such a file; `source` is what messages call it."""
+        dataset = cls.__new__(cls)
+        dataset._start(Path(images), parse(data, source), class_agnostic, keep_empty, categories)
+        return dataset
+
+    def _start(
+        self, folder: Path, file: CocoFile, class_agnostic: bool, keep_empty: bool, categories: Sequence[str] | None
+    ) -> None:
+        counted = _counted(file, categories)
+        self._folder = folder
+        self._file = file
+        self._keep_empty = keep_empty
+        self._class_agnostic = class_agnostic
+        self.classes: list[str] = ["object"] if class_agnostic else [name for _, name in counted]
+        self.category_ids: list[int] = [1] if class_agnostic else [own for own, _ in counted]
+        self._class_of = {own: 0 if class_agnostic else place for place, (own, _) in enumerate(counted)}
+        self._seeds = SeedGrid.parse(file.info["proposals"], file.source) if "proposals" in file.info else None
+        self.problems: list[str] = list(file.problems)
+        self.positions: list[int] = []  # of the dataset's pictures in the file's images
+        self._choose(range(len(file.pictures)))
+        if not self.positions:
+            why = "pictures" if keep_empty or not file.pictures else "a picture with a mask of these categories"
+            raise DataError(f"{file.source}: must have {why}, got none; is it the right file?")
+        _refuse_missing(folder, [file.pictures[p].file_name for p in self.positions], file.source)
+
+    def _choose(self, positions: Iterable[int]) -> None:
+        chosen = list(positions)
+        self.positions = [p for p in chosen if self._keep_empty or self._instances(self._file.pictures[p])]
+        kept = set(self.positions)
+        empty = [self._file.pictures[p].file_name for p in chosen if p not in kept]
+        if empty:
+            self.problems.append(
+                f"{self._file.source}: {len(empty)} pictures without masks are left out: {named(empty)}"
+            )
+
+    # -- what it is
+    @property
+    def source(self) -> str:
+        return self._file.source
+
+    @property
+    def total(self) -> int:
+        """Pictures of the file, those left out included."""
+        return len(self._file.pictures)
+
+    @property
+    def image_ids(self) -> list[int]:
+        return [self._file.pictures[p].id for p in self.positions]
+
+    @property
+    def has_seeds(self) -> bool:
+        return self._seeds is not None
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> Sample:
+        picture = self._file.pictures[self.positions[index]]
+        path = self._folder / picture.file_name
+        image = read_picture(path)
+        if tuple(image.shape[1:]) != picture.size:
+            (h, w), (height, width) = image.shape[1:], picture.size
+            raise DataError(
+                f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w}; was it resized or turned?"
+            )
+        instances = self._instances(picture)
+        name = f"{self.source}: annotation "
+        masks = decode([a["segmentation"] for a in instances], picture.size, lambda i: f"{name}{instances[i]['id']}")
+        labels = torch.tensor([self._class_of[a["category_id"]] for a in instances], dtype=torch.int64)
+        seeds = None
+        if self._seeds is not None:
+            where = f"{self.source}: picture {picture.id}"
+            seeds = self._seeds.points([a.get("seed") for a in instances], picture.size, where)
+        sample = Sample(image, masks, labels, picture.id, str(path), picture.size, seeds)
+        seen = masks.area() > 0
+        return sample if bool(seen.all()) else sample.kept(seen)
+
+    # -- parts of it
+    def subset(self, indices: Iterable[int]) -> CocoDataset:
+        """The pictures at these places of the dataset, in their order."""
+        return self.at_positions([self.positions[i] for i in indices])
+
+    def at_positions(self, positions: Iterable[int]) -> CocoDataset:
+        """The pictures at these places of the file's images, in their order; without masks they are left out as ever."""
+        part = type(self).__new__(type(self))
+        part.__dict__.update(self.__dict__)
+        part.problems = list(self._file.problems)
+        part._choose(positions)
+        return part
+
+    # -- for evaluation
+    def ground_truth(self) -> dict[str, Any]:
+        """The COCO content that an evaluation compares with: the dataset's pictures, and their annotations, crowds included.
+
+        Categories are those of `category_ids`. Annotations are numbered from 1, since pycocotools takes a match with number 0
+        for none; area and bbox are the file's, or the mask's where it has none.
+        """
+        pictures = [self._file.pictures[p] for p in self.positions]
+        annotations: list[dict[str, Any]] = []
+        for picture in pictures:
+            for a in self._file.annotations[picture.id]:
+                if a["category_id"] in self._class_of:
+                    annotations.append(self._judged(a, picture, len(annotations) + 1))
+        return {
+            "info": {"description": self.source},
+            "images": [
+                {"id": p.id, "file_name": p.file_name, "height": p.size[0], "width": p.size[1]} for p in pictures
+            ],
+            "annotations": annotations,
+            "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.classes, strict=True)],
+        }
+
+    def _judged(self, annotation: dict[str, Any], picture: Picture, number: int) -> dict[str, Any]:
+        """An annotation of the ground truth."""
+        segmentation = annotation["segmentation"]
+        if isinstance(segmentation, list):
+            segmentation = [part for part in segmentation if isinstance(part, list) and len(part) >= 6]
+        area, box = annotation.get("area"), annotation.get("bbox")
+        if not isinstance(area, (int, float)) or not (isinstance(box, list) and len(box) == 4):
+            mask = decode([segmentation], picture.size, lambda _: f"{self.source}: annotation {annotation['id']}")
+            ((x1, y1, x2, y2),) = mask.boxes().tolist()
+            area, box = int(mask.area()), [x1, y1, x2 - x1, y2 - y1]
+        return {
+            "id": number, "image_id": picture.id, "category_id": self.category_ids[self._class_of[annotation["category_id"]]],
+            "iscrowd": int(annotation.get("iscrowd", 0)), "area": area, "bbox": box, "segmentation": segmentation,
+        }  # fmt: skip
+
+    def _instances(self, picture: Picture) -> list[dict[str, Any]]:
+        """Annotations of a picture that its sample has."""
+        no_instance = self._file.no_instance
+        return [
+            a
+            for a in self._file.annotations[picture.id]
+            if a["category_id"] in self._class_of and a["id"] not in no_instance
+        ]
+
+
+def _counted(file: CocoFile, names: Sequence[str] | None) -> list[tuple[int, str]]:
+    """The categories of these names, by ascending id."""
+    if names is None:
+        return file.categories
+    there = [name for _, name in file.categories]
+    unknown = [name for name in names if name not in there]
+    if unknown or not names:
+        raise DataError(
+            f"{file.source}: categories must be some of {named(there, 20)}, got {named(unknown) or 'none'}; correct the names"
+        )
+    return [c for c in file.categories if c[1] in names]
+
+
+def _refuse_missing(folder: Path, names: list[str], source: str) -> None:
+    """Every folder is listed once, which is much faster than to ask for every file."""
+    by_parent: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        parent, _, base = name.rpartition("/")
+        by_parent[parent].append(base)
+    missing = []
+    for parent, bases in by_parent.items():
+        try:
+            there = set(os.listdir(folder / parent))
+        except OSError as error:
+            raise DataError(
+                f"{folder / parent}: must be the folder of the pictures in {source}, but cannot be listed "
+                f"({error.strerror}); check the path"
+            ) from None
+        missing += [f"{parent}/{base}" if parent else base for base in bases if base not in there]
+    if missing:
+        raise DataError(
+            f"{folder}: must have the pictures of {source}, but {len(missing)} of {len(names)} are missing: "
+            f"{named(missing)}; check the folder"
+        )

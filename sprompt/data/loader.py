@@ -1,0 +1,154 @@
+"""Batches of a dataset, the same ones whatever the number of processes and wherever an epoch is taken up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from sprompt.data.errors import DataError
+
+P = TypeVar("P")
+B = TypeVar("B")
+
+Place = tuple[int, int]  # epoch, index of the dataset
+
+
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator that these numbers (at least 0) determine: a seed, then epoch, step, index or what else tells draws apart."""
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
+    return torch.Generator().manual_seed(int(state) >> 1)
+
+
+class Batches(Generic[P, B]):
+    """Global batches of `batch_size` items of a dataset, of which this process gets its share.
+
+    Args:
+        dataset: has a length; its items go to
+        prepare: (item, generator) -> prepared item. The generator depends on (seed, epoch, index) only. Up to `batch_size / world`
+            of them go to
+        collate: list of prepared items -> what a step takes. The list may be empty, see below.
+        batch_size: items of all processes together, a multiple of `world`.
+        shuffle: each epoch has its own order, from (seed, epoch), and its last batch is filled up from the order's start.
+            Otherwise items come in the order of the dataset, each once; the last batch may be short, for the last processes empty.
+        rank, world: this process takes the rank-th of `world` equal parts of each batch.
+        workers: processes that read ahead; 0 reads in this one. They stay from epoch to epoch, so that one epoch is
+            iterated at a time.
+
+    A DataError in a worker is raised here with its own message.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        prepare: Callable[[Any, torch.Generator], P],
+        collate: Callable[[list[P]], B],
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
+        if len(dataset) < 1:
+            raise ValueError("Batches: dataset must have items, got none; check what was selected")
+        if world < 1 or not 0 <= rank < world:
+            raise ValueError(f"Batches: rank must be at least 0 and below world, got rank {rank} of {world}")
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(
+                f"Batches: batch_size must be a multiple of the {world} processes, got {batch_size}; it counts all of them"
+            )
+        if seed < 0 or workers < 0:
+            raise ValueError(f"Batches: seed and workers must be at least 0, got {seed} and {workers}")
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.rank = rank
+        self.world = world
+        self._schedule = _Schedule()
+        self._loader: DataLoader[Any] = DataLoader(
+            _Prepared(dataset, prepare, seed),
+            batch_sampler=self._schedule,
+            collate_fn=_Collated(collate),
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=False,
+        )
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return -(-len(self.dataset) // self.batch_size)
+
+    def indices(self, epoch: int) -> list[list[int]]:
+        """What each global batch of an epoch holds, as indices of the dataset."""
+        number = len(self.dataset)
+        order = (
+            torch.randperm(number, generator=seeded(self.seed, epoch)).tolist() if self.shuffle else list(range(number))
+        )
+        ends = range(0, self.steps * self.batch_size, self.batch_size)
+        if self.shuffle:
+            return [[order[i % number] for i in range(a, a + self.batch_size)] for a in ends]
+        return [order[a : a + self.batch_size] for a in ends]
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[B]:
+        """This process's part of the batches of an epoch, from `start_step` on."""
+        if epoch < 0 or not 0 <= start_step <= self.steps:
+            raise ValueError(
+                f"Batches.epoch: epoch must be at least 0 and start_step at most {self.steps}, got {epoch} and {start_step}"
+            )
+        own = self.batch_size // self.world
+        part = slice(self.rank * own, (self.rank + 1) * own)
+        self._schedule.batches = [[(epoch, i) for i in batch[part]] for batch in self.indices(epoch)[start_step:]]
+        for batch in self._loader:
+            if isinstance(batch, _Failure):
+                raise DataError(batch.message)
+            yield batch
+
+
+class _Failure:
+    """A DataError on its way from a worker; DataLoader would wrap its message in a traceback."""
+
+    def __init__(self, message: str) -> None:
+        self.message = message
+
+
+class _Schedule:
+    """The batches that the loader goes through next."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[Place]] = []
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Prepared(Dataset[Any]):
+    def __init__(self, dataset: Any, prepare: Callable[[Any, torch.Generator], Any], seed: int) -> None:
+        self.dataset = dataset
+        self.prepare = prepare
+        self.seed = seed
+
+    def __getitem__(self, place: Place) -> Any:
+        epoch, index = place
+        try:
+            return self.prepare(self.dataset[index], seeded(self.seed, epoch, index))
+        except DataError as error:
+            return _Failure(str(error))
+
+
+class _Collated:
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: Sequence[Any]) -> Any:
+        failures = [item for item in items if isinstance(item, _Failure)]
+        return failures[0] if failures else self.collate(list(items))

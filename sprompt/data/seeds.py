@@ -1,0 +1,69 @@
+"""Where the seed of a proposal lay: from its address in a grid of features to a point of the picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sprompt.data.errors import DataError
+from sprompt.data.transforms import resized_size
+from sprompt.masks import Size
+
+
+@dataclass(frozen=True)
+class SeedGrid:
+    """The grid of a proposal file, from `info.proposals`. The picture was seen at `resized_size(size, short, long)`, padded on
+    the right and below to multiples of 32, and features lay every `stride` pixels of that view.
+
+    An address [scale, row, col] names a cell of the grid that is 2^scale times coarser than the features ("pyramid"), or of the
+    whole padded view cut into h' × w' equal cells (grid = (h', w')).
+    """
+
+    short: int
+    long: int
+    stride: int
+    grid: Size | None  # None: the pyramid
+
+    @staticmethod
+    def parse(info: Any, source: str) -> SeedGrid:
+        """From the `info.proposals` of a file."""
+        if not isinstance(info, dict) or info.get("version") != 1:
+            version = info.get("version") if isinstance(info, dict) else info
+            raise DataError(f"{source}: info.proposals must be of version 1, got {version!r:.40}; make the file anew")
+        short, long, stride = (info.get(key) for key in ("short", "long", "stride"))
+        seeds = info.get("seeds")
+        numbers = (short, long, stride, *(seeds if isinstance(seeds, list) else ()))
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 20 for n in numbers) or (
+            seeds != "pyramid" and not (isinstance(seeds, list) and len(seeds) == 2)
+        ):
+            raise DataError(
+                f"{source}: info.proposals must have short, long, stride, and seeds 'pyramid' or [h, w], got "
+                f"{short!r:.20}, {long!r:.20}, {stride!r:.20}, {seeds!r:.40}; make the file anew"
+            )
+        grid = None if seeds == "pyramid" else (seeds[0], seeds[1])
+        return SeedGrid(short, long, stride, grid)  # type: ignore[arg-type]
+
+    def points(self, addresses: list[Any], size: Size, name: str) -> Tensor:
+        """(G, 3) float32: x, y in pixels of the picture of this size, scale. `name` is what DataError calls a bad one."""
+        view = resized_size(size, self.short, self.long)
+        padded = [-(-side // 32) * 32 for side in view]
+        points = []
+        for address in addresses:
+            if not (isinstance(address, list) and len(address) == 3 and all(type(a) is int for a in address)):
+                raise DataError(f"{name}: seed must be [scale, row, col], got {address!r:.40}; make the file anew")
+            scale, row, col = address
+            if self.grid is None:
+                cell = [float(self.stride * 2**scale)] * 2 if 0 <= scale < 8 else [float("inf")] * 2
+            else:
+                cell = [padded[0] / self.grid[0], padded[1] / self.grid[1]]
+            y, x = (row + 0.5) * cell[0], (col + 0.5) * cell[1]  # in the view
+            if not (0 < x < padded[1] and 0 < y < padded[0]):
+                raise DataError(
+                    f"{name}: seed must lie in the view of {view[0]}x{view[1]} pixels, got {address}; was the file made "
+                    "for other pictures?"
+                )
+            points.append((x * size[1] / view[1], y * size[0] / view[0], float(scale)))
+        return torch.tensor(points, dtype=torch.float32).reshape(-1, 3)

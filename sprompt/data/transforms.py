@@ -1,0 +1,201 @@
+"""What happens to a sample before a network sees it: flip, rotation, resize, crop; then samples become a batch.
+
+Pixels are cells: pixel i covers i to i + 1, so a point p of w pixels lies at p · w′ / w of w′, and at w − p in the mirror.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sprompt.data.sample import Batch, Sample
+from sprompt.masks import BitMasks, Size
+
+MEAN = (123.675, 116.28, 103.53)  # of RGB, and
+STD = (58.395, 57.12, 57.375)  # those of ImageNet
+
+
+def resized_size(size: Size, short: int, long: int) -> Size:
+    """(h, w) with its shorter side `short`, but its longer at most `long`; the ratio is kept up to rounding.
+
+    >>> resized_size((480, 640), 800, 1333), resized_size((100, 1000), 800, 1333)
+    ((800, 1067), (133, 1333))
+    """
+    scale = min(short / min(size), long / max(size))
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
+
+
+@dataclass(frozen=True)
+class Augment:
+    """Resize, then at random flip, rotate and crop; masks that lost all their pixels go, with label and seed.
+
+    Pictures are resized bilinearly with antialias, masks as `BitMasks.resize`. A rotation is about the centre, on the same
+    canvas; corners take the mean colour and no mask. A seed may come to lie outside of a crop while its mask does not.
+
+    Args:
+        short: length of the shorter side; (low, high) for a uniform choice, both ends included.
+        long: what the longer side may have at most.
+        flip: chance of a mirrored picture.
+        rotate_probability, rotate_degrees: chance of a rotation, by a uniform angle of at most so many degrees either way.
+        crop: (h, w) of a window at a random place; a side that is shorter stays as it is.
+    """
+
+    short: int | tuple[int, int]
+    long: int
+    flip: float = 0.5
+    rotate_probability: float = 0.0
+    rotate_degrees: float = 0.0
+    crop: Size | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.shorts
+        if not 0 < low <= high or self.long < 1:
+            raise ValueError(
+                f"Augment: short must be at least 1, as low <= high, and long too, got {self.short} and {self.long}"
+            )
+        for name in ("flip", "rotate_probability"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"Augment: {name} must be a chance between 0 and 1, got {getattr(self, name)}")
+        if not 0 <= self.rotate_degrees <= 180:
+            raise ValueError(f"Augment: rotate_degrees must be between 0 and 180, got {self.rotate_degrees}")
+        if self.crop is not None and min(self.crop) < 1:
+            raise ValueError(f"Augment: crop must be at least 1 on each side, got {self.crop}")
+
+    @property
+    def shorts(self) -> tuple[int, int]:
+        return self.short if isinstance(self.short, tuple) else (self.short, self.short)
+
+    def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
+        # all numbers are drawn whatever is done with them, so that one option does not move the others
+        draws = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
+        low, high = self.shorts
+        short = low + int(draws[0] * (high - low + 1))
+        sample = resize(sample, resized_size(_size(sample), short, self.long))
+        if draws[1] < self.flip:
+            sample = flip(sample)
+        if draws[2] < self.rotate_probability:
+            sample = rotate(sample, (2 * draws[3] - 1) * self.rotate_degrees)
+        if self.crop is not None:
+            (h, w), (height, width) = self.crop, _size(sample)
+            h, w = min(h, height), min(w, width)
+            sample = crop(sample, int(draws[4] * (height - h + 1)), int(draws[5] * (width - w + 1)), h, w)
+        seen = sample.masks.area() > 0
+        return sample if bool(seen.all()) else sample.kept(seen)
+
+
+# -- one step each; empty masks stay
+def resize(sample: Sample, size: Size) -> Sample:
+    old = _size(sample)
+    if size == old:
+        return sample
+    image = F.interpolate(sample.image[None], size=size, mode="bilinear", antialias=True)[0]
+    matrix = ((size[1] / old[1], 0.0, 0.0), (0.0, size[0] / old[0], 0.0))
+    return replace(sample, image=image, masks=sample.masks.resize(size), seeds=_moved(sample.seeds, matrix))
+
+
+def flip(sample: Sample) -> Sample:
+    """Mirrored left to right."""
+    matrix = ((-1.0, 0.0, float(_size(sample)[1])), (0.0, 1.0, 0.0))
+    return replace(sample, image=sample.image.flip(2), masks=sample.masks.flip(), seeds=_moved(sample.seeds, matrix))
+
+
+def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample:
+    """The window at (top, left)."""
+    image = sample.image[:, top : top + height, left : left + width].contiguous()
+    matrix = ((1.0, 0.0, -float(left)), (0.0, 1.0, -float(top)))
+    masks = sample.masks.crop(top, left, height, width)
+    return replace(sample, image=image, masks=masks, seeds=_moved(sample.seeds, matrix))
+
+
+def rotate(sample: Sample, degrees: float) -> Sample:
+    """Counter-clockwise about the centre, bilinearly; masks where more than half of a pixel's weight is set."""
+    height, width = _size(sample)
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    # from a pixel of the result to the picture, in coordinates of -1 to 1 on each side
+    back = torch.tensor([[cos, -sin * height / width, 0.0], [sin * width / height, cos, 0.0]], dtype=torch.float64)
+    grid = F.affine_grid(back[None], [1, 1, height, width], align_corners=False).float()
+    mean = torch.tensor(MEAN)[:, None, None]
+    image = F.grid_sample((sample.image - mean)[None], grid, align_corners=False)[0] + mean  # outside is 0: the mean
+    masks = [
+        BitMasks.from_dense(
+            F.grid_sample(sample.masks[i : i + 8].to_dense(torch.float32)[None], grid, align_corners=False)[0]
+        )
+        for i in range(0, len(sample.masks), 8)  # in parts: as floats they are 32 times as large
+    ]
+    cx, cy = width / 2, height / 2
+    matrix = ((cos, sin, cx - cos * cx - sin * cy), (-sin, cos, cy + sin * cx - cos * cy))
+    return replace(
+        sample,
+        image=image.add(0.5).clamp(0, 255).to(torch.uint8),
+        masks=BitMasks.cat(masks) if masks else sample.masks,
+        seeds=_moved(sample.seeds, matrix),
+    )
+
+
+def collate(
+    samples: Sequence[Sample], divisor: int = 32, pad_to: Size | None = None, max_masks: int | None = None
+) -> Batch:
+    """Normalises pictures by MEAN and STD, and pads them with 0 on the right and below to multiples of `divisor`, then to the
+    largest of the batch; no samples give a batch of none.
+
+    Args:
+        pad_to: (H, W) instead, which no picture may exceed: batches of one shape.
+        max_masks: G instead of the most masks of a sample. Of a sample with more, the first are taken.
+    """
+    sizes = [_size(s) for s in samples]
+    if pad_to is None:
+        height, width = (max((-(-s[i] // divisor) * divisor for s in sizes), default=divisor) for i in (0, 1))
+    else:
+        height, width = pad_to
+        for sample, (h, w) in zip(samples, sizes, strict=True):
+            if h > height or w > width:
+                raise ValueError(
+                    f"collate: pictures must fit into pad_to={pad_to}, got {h}x{w} from {sample.name}; enlarge pad_to"
+                )
+    counts = [len(s.masks) if max_masks is None else min(len(s.masks), max_masks) for s in samples]
+    most = max(counts, default=0) if max_masks is None else max_masks
+    with_seeds = {s.seeds is not None for s in samples}
+    if len(with_seeds) > 1:
+        raise ValueError("collate: either all samples must have seeds or none, got both; take them from one dataset")
+    images = torch.zeros(len(samples), 3, height, width)
+    words = torch.zeros(len(samples), most, (height * width + 31) // 32, dtype=torch.int32)
+    labels = torch.zeros(len(samples), most, dtype=torch.int64)
+    seeds = torch.zeros(len(samples), most, 3) if with_seeds == {True} else None
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    for b, (sample, (h, w), count) in enumerate(zip(samples, sizes, counts, strict=True)):
+        images[b, :, :h, :w] = (sample.image - mean) / std
+        words[b, :count] = sample.masks[:count].pad(0, width - w, 0, height - h).words
+        labels[b, :count] = sample.labels[:count]
+        if seeds is not None and sample.seeds is not None:
+            seeds[b, :count] = sample.seeds[:count]
+    return Batch(
+        images=images,
+        masks=BitMasks(words, (height, width)),
+        labels=labels,
+        counts=torch.tensor(counts, dtype=torch.int64),
+        sizes=sizes,
+        image_ids=[s.image_id for s in samples],
+        names=[s.name for s in samples],
+        original_sizes=[s.size for s in samples],
+        seeds=seeds,
+    )
+
+
+def _size(sample: Sample) -> Size:
+    return sample.image.shape[1], sample.image.shape[2]
+
+
+def _moved(
+    seeds: Tensor | None, matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
+) -> Tensor | None:
+    """x, y by the affine matrix; the scale stays."""
+    if seeds is None:
+        return None
+    m = torch.tensor(matrix, dtype=torch.float64)
+    points = seeds[:, :2].double() @ m[:, :2].T + m[:, 2]
+    return torch.cat((points.float(), seeds[:, 2:]), 1)
