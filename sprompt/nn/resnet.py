@@ -84,10 +84,7 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: depth must be one of {', '.join(map(str, DEPTHS))}, got {depth}")
         if width < 1:
             raise ValueError(f"ResNet: width must be at least 1, got {width}; 64 is the normal network")
-        if not -1 <= frozen_stages <= 4:
-            raise ValueError(f"ResNet: frozen_stages must be from -1 (none) to 4 (all), got {frozen_stages}")
-        self.depth, self.width = depth, width
-        self.frozen_stages, self.train_batchnorm = frozen_stages, train_batchnorm
+        self.depth, self.width, self.train_batchnorm = depth, width, train_batchnorm
         block, counts = DEPTHS[depth]
         self.channels = [width * scale * block.expansion for scale in (1, 2, 4, 8)]
 
@@ -105,6 +102,14 @@ class ResNet(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.freeze(frozen_stages)
+
+    def freeze(self, stages: int) -> None:
+        """Freezes so many stages, as `frozen_stages` says, and lets all others train."""
+        if not -1 <= stages <= 4:
+            raise ValueError(f"ResNet: frozen_stages must be from -1 (none) to 4 (all), got {stages}")
+        self.frozen_stages = stages
+        self.requires_grad_(True)
         for module in self._frozen():
             module.requires_grad_(False)
         self.train(self.training)

@@ -63,6 +63,11 @@ class KNet(nn.Module):
         for stage in self.stages:
             stage.reset_classifier(num_classes)
 
+    def freeze_backbone(self, stages: int) -> None:
+        """Freezes so many stages of the ResNet (KNetConfig.frozen_stages) and lets the others train; make the optimiser after it."""
+        self.config = replace(self.config, frozen_stages=stages)
+        self.backbone.freeze(stages)
+
     @property
     def stages(self) -> list[UpdateHead]:
         return list(self.roi_head.mask_head)  # type: ignore[arg-type]
