@@ -1,0 +1,79 @@
+"""Cityscapes: instances of its eight classes of things, as a COCO dataset."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from sprompt.data.coco import CocoDataset
+from sprompt.data.errors import DataError
+from sprompt.data.pictures import picture_size
+
+CLASSES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
+_PICTURE, _LABELS = "_leftImg8bit.png", "_gtFine_instanceIds.png"
+
+
+def read_cityscapes(root: Path | str, split: str, *, keep_empty: bool = False) -> CocoDataset:
+    """Pictures ROOT/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with the labels in ROOT/gtFine. Ids are places by name, from 1.
+
+    A pixel of *_gtFine_instanceIds.png of 1000 or more is class · 1000 + number of an instance; one of the class alone belongs to
+    a group that was not taken apart, which becomes a crowd annotation. All labels are read at once, on all cores.
+    """
+    pictures = Path(root) / "leftImg8bit" / split
+    names = sorted(p.relative_to(pictures).as_posix() for p in pictures.glob(f"*/*{_PICTURE}"))
+    if not names:
+        raise DataError(f"{pictures}: must have pictures CITY/*{_PICTURE}, got none; check the path and the split")
+    labels = [Path(root) / "gtFine" / split / (name.removesuffix(_PICTURE) + _LABELS) for name in names]
+    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter
+        read = list(pool.map(_instances, labels, [pictures / name for name in names]))
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for name, (height, width, found) in zip(names, read, strict=True):
+        images.append({"id": len(images) + 1, "file_name": name, "height": height, "width": width})
+        for one in found:
+            annotations.append({"id": len(annotations) + 1, "image_id": len(images), **one})
+    categories = [{"id": own, "name": name} for own, name in CLASSES.items()]
+    data = {"images": images, "annotations": annotations, "categories": categories}
+    return CocoDataset.from_dict(pictures, data, str(Path(root) / "gtFine" / split), keep_empty=keep_empty)
+
+
+def _instances(path: Path, picture: Path) -> tuple[int, int, list[dict[str, Any]]]:
+    """Height, width, and annotations without ids, by ascending value of their pixels."""
+    height, width = picture_size(path)
+    if picture_size(picture) != (height, width):
+        raise DataError(f"{path}: must have the size of {picture}, got {height}x{width}; are they of one download?")
+    try:
+        with Image.open(path) as image:
+            values = np.array(image)
+    except Exception as error:
+        raise DataError(f"{path}: is a broken picture ({str(error)[:80]}); replace it") from None
+    if values.ndim != 2:
+        raise DataError(f"{path}: must have one number a pixel, got {values.shape[2]}; is it an instanceIds picture?")
+    pixels = values.astype(np.int64).ravel(order="F")  # column by column, as run lengths go
+    kinds = np.where(pixels >= 1000, pixels // 1000, pixels)
+    things = np.flatnonzero(np.isin(kinds, list(CLASSES)))
+    things = things[np.argsort(pixels[things], kind="stable")]
+    owners, starts = np.unique(pixels[things], return_index=True)
+    found = []
+    for owner, places in zip(owners.tolist(), np.split(things, starts[1:]), strict=True):
+        rle = coco_mask.frPyObjects(_runs(places, height, width), height, width)
+        found.append(
+            {"category_id": owner // 1000 if owner >= 1000 else owner, "iscrowd": int(owner < 1000), "area": len(places),
+             "bbox": coco_mask.toBbox(rle).tolist(), "segmentation": rle}
+        )  # fmt: skip
+    return height, width, found
+
+
+def _runs(places: np.ndarray, height: int, width: int) -> dict[str, Any]:
+    """Uncompressed run lengths of sorted places, of which there is at least one."""
+    breaks = np.flatnonzero(np.diff(places) > 1)
+    begins = places[np.concatenate(([0], breaks + 1))]
+    ends = places[np.concatenate((breaks, [len(places) - 1]))] + 1
+    edges = np.stack((begins, ends), 1).ravel()
+    counts = np.diff(edges, prepend=0, append=height * width)
+    return {"size": [height, width], "counts": counts.tolist()}
