@@ -214,7 +214,7 @@ def test_without_targets(masks_an_image: int) -> None:
     losses = model.losses(model(images), masks, torch.zeros(2, masks_an_image, dtype=torch.int64), counts)
     total = sum(losses.terms.values())
     assert isinstance(total, Tensor) and torch.isfinite(total)
-    assert all(float(losses.terms[name]) == 0 for name in losses.terms if name.endswith(("bce", "dice")))
+    assert all(losses.terms[name].item() == 0 for name in losses.terms if name.endswith(("bce", "dice")))
     assert all((m.rows == -1).all() for m in losses.matched)
     total.backward()
     missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
@@ -316,7 +316,7 @@ def test_tiny_trains() -> None:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        history.append(float(loss))
+        history.append(loss.item())
     assert history[-1] < 0.8 * history[0]
 
 

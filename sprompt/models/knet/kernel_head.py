@@ -30,7 +30,8 @@ class KernelHead(nn.Module):
         self.reset_classifier(num_classes)
 
     def reset_classifier(self, num_classes: int) -> None:
-        self.conv_seg = nn.Conv2d(self.init_kernels.in_channels, num_classes, 1).to(self.init_kernels.weight)
+        like = self.init_kernels.weight
+        self.conv_seg = nn.Conv2d(like.shape[1], num_classes, 1, device=like.device, dtype=like.dtype)
         nn.init.normal_(self.conv_seg.weight, std=0.01)
         assert self.conv_seg.bias is not None
         nn.init.constant_(self.conv_seg.bias, RARE)

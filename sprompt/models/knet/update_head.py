@@ -71,7 +71,8 @@ class UpdateHead(nn.Module):
         nn.init.constant_(self.fc_cls.bias, RARE)
 
     def reset_classifier(self, num_classes: int) -> None:
-        self.fc_cls = nn.Linear(self.fc_mask.in_features, num_classes).to(self.fc_mask.weight)
+        like = self.fc_mask.weight
+        self.fc_cls = nn.Linear(like.shape[1], num_classes, device=like.device, dtype=like.dtype)
         nn.init.xavier_uniform_(self.fc_cls.weight)
         nn.init.constant_(self.fc_cls.bias, RARE)
 
