@@ -1,0 +1,22 @@
+"""Saliency Prompt: masks that a frozen backbone finds in pictures, as labels and as prompts of a model's queries."""
+
+from sprompt.methods.saliency_prompt.config import ProposalConfig, SaliencyPromptConfig
+from sprompt.methods.saliency_prompt.generate import Generated, generate
+from sprompt.methods.saliency_prompt.injection import Injection
+from sprompt.methods.saliency_prompt.pretrain import Pretraining
+from sprompt.methods.saliency_prompt.prompts import Prompts, read_prompts
+from sprompt.methods.saliency_prompt.proposals import Proposals, propose, view
+
+__all__ = [
+    "Generated",
+    "Injection",
+    "Pretraining",
+    "Prompts",
+    "ProposalConfig",
+    "Proposals",
+    "SaliencyPromptConfig",
+    "generate",
+    "propose",
+    "read_prompts",
+    "view",
+]

@@ -1,0 +1,249 @@
+"""Proposals of a folder of pictures, once and for all: in units that any number of processes share, and that survive a kill."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from sprompt.data.errors import DataError
+from sprompt.data.files import atomic_write, read_json
+from sprompt.data.folder import PictureFolder
+from sprompt.data.sample import Batch, Sample
+from sprompt.data.transforms import collate
+from sprompt.methods.saliency_prompt.config import ProposalConfig
+from sprompt.methods.saliency_prompt.proposals import padded_size, propose, view, view_size
+from sprompt.methods.saliency_prompt.records import annotation_records, image_record, merge, merge_vectors
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What one call of `generate` did."""
+
+    out: Path | None  # the file, once all units of all processes are there
+    pictures: int  # worked on by this call
+    skipped: list[
+        dict[str, str]
+    ]  # file_name and reason of broken pictures in the units of this process, earlier calls included
+
+
+def generate(
+    pictures: PictureFolder,
+    backbone: nn.Module,
+    config: ProposalConfig,
+    out: Path,
+    *,
+    unit: int = 16,
+    batch: int = 4,
+    index: int = 0,
+    of: int = 1,
+    device: torch.device | str = "cpu",
+    vectors: bool = False,
+    progress: Progress | None = None,
+) -> Generated:
+    """Writes the proposal file of a folder of pictures.
+
+    Pictures are cut into units of `unit`, in their order; unit u is work of the process `index` with u % of == index. A finished
+    unit is one file in the folder OUT.parts, so that a call after a kill goes on where the last one was. The last process to finish
+    (or a later call) puts the units together to OUT and removes the folder. Within a unit, pictures whose views have one padded
+    size go through the backbone together, up to `batch` at a time: what is computed together does not depend on `of`, and neither
+    does a byte of the file.
+
+    Pictures that cannot be read are left out, and listed in `info.skipped` with the reason. Pictures without proposals are in the
+    file without annotations.
+
+    Args:
+        backbone: images -> maps C2, C3, C4, C5. It is moved to `device`, and set to eval mode.
+        vectors: whether to write the seeds' feature vectors too, to OUT with the suffix .vectors.safetensors.
+        progress: called with the number of pictures done and of all, of this process, as units finish.
+
+    Raises DataError where OUT, or units in OUT.parts, were made from other pictures, another backbone or other settings.
+    """
+    if unit < 1 or batch < 1 or of < 1 or not 0 <= index < of:
+        raise ValueError(
+            f"generate: unit, batch and of must be at least 1, and index lie in [0, of), got {unit=}, {batch=}, {of=}, {index=}"
+        )
+    out = Path(out)
+    info = json.loads(json.dumps(_info(pictures, backbone, config, unit, batch, vectors)))  # as it will be read again
+    folder = out.with_name(out.name + ".parts")
+    units = [range(start, min(start + unit, len(pictures))) for start in range(0, len(pictures), unit)]
+    if out.exists():
+        skipped = _skipped_in(out, info)
+        shutil.rmtree(folder, ignore_errors=True)  # a kill may have come before the last call could
+        return Generated(out, 0, skipped)
+    _check_parts(folder, info)
+    mine = range(index, len(units), of)
+    todo = [u for u in mine if not _part(folder, u).exists()]
+    total = sum(len(units[u]) for u in mine)
+    done = total - sum(len(units[u]) for u in todo)
+    backbone = backbone.to(device).eval()
+    skipped = [entry for u in mine if u not in set(todo) for entry in read_json(_part(folder, u))["skipped"]]
+    worked = 0
+    for u, (batches, broken) in _ahead(todo, lambda u: _load(pictures, units[u], config, batch)):
+        _finish(folder, u, batches, broken, pictures, backbone, config, torch.device(device), vectors)
+        skipped += broken
+        worked += len(units[u])
+        if progress is not None:
+            progress(done + worked, total)
+    return Generated(_merged(folder, len(units), out, info, vectors), worked, skipped)
+
+
+def fingerprint(backbone: nn.Module) -> str:
+    """Of a network's tensors, by name and value."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(backbone.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+# -- one unit
+Loaded = tuple[list[Batch], list[dict[str, str]]]
+
+
+def _load(pictures: PictureFolder, places: Sequence[int], config: ProposalConfig, most: int) -> Loaded:
+    """The batches of a unit, and its broken pictures."""
+    groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
+    skipped = []
+    for place in places:
+        try:
+            sample = pictures[place]
+        except DataError as error:
+            reason = str(error).removeprefix(f"{pictures.path}/")
+            skipped.append({"file_name": _file_name(pictures, place), "reason": reason})
+            continue
+        groups[padded_size(view_size(sample.size, config))].append(view(sample, config))
+    batches = [
+        collate(samples[start : start + most]) for samples in groups.values() for start in range(0, len(samples), most)
+    ]
+    return batches, skipped
+
+
+def _ahead(units: Sequence[int], load: Callable[[int], Loaded]) -> Iterator[tuple[int, Loaded]]:
+    """Units with what they hold; the next one is read while one is worked on."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(load, units[0]) if units else None
+        for place, number in enumerate(units):
+            assert coming is not None
+            loaded = coming.result()
+            coming = reader.submit(load, units[place + 1]) if place + 1 < len(units) else None
+            yield number, loaded
+
+
+def _finish(
+    folder: Path, number: int, batches: list[Batch], skipped: list[dict[str, str]], pictures: PictureFolder,
+    backbone: nn.Module, config: ProposalConfig, device: torch.device, vectors: bool,
+) -> None:  # fmt: skip
+    """Writes the file of a unit, its pictures by their order."""
+    found = {}
+    for batch in batches:
+        proposals = propose(backbone, batch.to(device), config, vectors=vectors)
+        for image_id, size, own in zip(batch.image_ids, batch.original_sizes, proposals, strict=True):
+            found[image_id] = (size, own)
+    order = sorted(found)
+    images = [image_record(i, pictures.file_names[i], found[i][0]) for i in order]
+    annotations = [record for i in order for record in annotation_records(i, found[i][1])]
+    if vectors:
+        rows = [found[i][1].vectors for i in order]
+        stacked = torch.cat([r for r in rows if r is not None]) if rows else torch.zeros(0, 0)
+        # before the unit's own file, which says that the unit is finished
+        atomic_write(_vector_part(folder, number), save({"vectors": stacked.half().contiguous()}), sync=True)
+    text = json.dumps({"images": images, "annotations": annotations, "skipped": skipped})
+    atomic_write(_part(folder, number), text, sync=True)
+
+
+# -- all units
+def _info(
+    pictures: PictureFolder, backbone: nn.Module, config: ProposalConfig, unit: int, batch: int, vectors: bool
+) -> dict[str, Any]:
+    """What the file says of itself, and units must have in common to be parts of it."""
+    names = "\n".join(f"{i} {pictures.file_names[i]}" for i in pictures.image_ids)
+    return {
+        "description": "Saliency mask proposals",
+        "proposals": config.record() | {"backbone": fingerprint(backbone)},
+        "pictures": {"count": len(pictures), "names": _digest(names.encode(errors="surrogateescape"))},
+        "work": {"unit": unit, "batch": batch, "vectors": vectors},
+    }
+
+
+def _check_parts(folder: Path, info: dict[str, Any]) -> None:
+    path = folder / "info.json"
+    if not path.exists():
+        atomic_write(path, json.dumps(info, indent=1) + "\n", sync=True)
+    there = read_json(path, 1 << 20)
+    if there != info:
+        raise DataError(
+            f"{folder}: must hold parts of the same work, got other {_differing(there, info)}; "
+            "remove the folder to start anew, or give another output file"
+        )
+
+
+def _skipped_in(out: Path, info: dict[str, Any]) -> list[dict[str, str]]:
+    """`info.skipped` of a finished file, if the rest is as wanted. Only the first line is read: `merge` writes the info there."""
+    with open(out, "rb") as file:
+        line = file.readline(1 << 28)
+    try:
+        there = json.loads(line.rstrip().removesuffix(b",") + b"}")["info"]
+    except (ValueError, KeyError, TypeError):
+        there = {}
+    if not isinstance(there, dict) or {**there, "skipped": 0} != {**info, "skipped": 0}:
+        raise DataError(
+            f"{out}: is there already, with other {_differing(there, info)}; remove it, or give another output file"
+        )
+    return there["skipped"]
+
+
+def _differing(there: Any, wanted: dict[str, Any]) -> str:
+    """Names of the settings that are not as wanted."""
+    there = there if isinstance(there, dict) else {}
+    names = []
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            inner = _differing(there.get(name), value) if isinstance(value, dict) else ""
+            names.append(f"{name} ({inner})" if inner else name)
+    return ", ".join(names)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _merged(folder: Path, number: int, out: Path, info: dict[str, Any], vectors: bool) -> Path | None:
+    """OUT, written if all units are there. Another process may do the same at the same time: with the same bytes."""
+    parts = [_part(folder, u) for u in range(number)]
+    if not out.exists():
+        if not all(part.exists() for part in parts):
+            return out if out.exists() else None
+        try:
+            if vectors:
+                merge_vectors([_vector_part(folder, u) for u in range(number)], out.with_suffix(".vectors.safetensors"))
+            merge(parts, out, info)
+        except (DataError, FileNotFoundError):
+            if not out.exists():  # otherwise another process was faster and has removed the parts
+                raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return out
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"unit-{number:06d}.json"
+
+
+def _vector_part(folder: Path, number: int) -> Path:
+    return folder / f"unit-{number:06d}.safetensors"
+
+
+def _file_name(pictures: PictureFolder, place: int) -> str:
+    return pictures.file_names[pictures.image_ids[place]]

@@ -1,0 +1,104 @@
+"""Pre-training: a model learns proposals as labels, prompted by them, its kernels drawn to their seeds."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from sprompt.data.sample import Batch
+from sprompt.methods.saliency_prompt.config import STRIDES, ProposalConfig, SaliencyPromptConfig
+from sprompt.methods.saliency_prompt.injection import Injection, check_site
+from sprompt.methods.saliency_prompt.prompts import read_prompts
+from sprompt.methods.saliency_prompt.supervision import Projection, kernel_loss, seed_vectors, target_cosine
+from sprompt.methods.supervised import checked_model, summed
+from sprompt.models.protocol import Losses, QueryModel
+
+
+class Pretraining(nn.Module):
+    """The task of a model and a proposal file.
+
+    The loss is that of the model against the proposals, one class, plus kernel supervision. In training mode queries are prompted;
+    in eval mode they are not. Keep `model`; the projection of the seeds goes with the task.
+
+    Args:
+        model: an nn.Module that is a `QueryModel` of one class.
+        config: how it is taught.
+        proposals: the settings that the proposal file was made with, `ProposalConfig.from_record` of its `info.proposals`.
+        seed: of all that is drawn, together with the step and the picture.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SaliencyPromptConfig | None = None,
+        *,
+        proposals: ProposalConfig | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.model = checked_model(model)
+        self.config = config = config or SaliencyPromptConfig()
+        self.proposals = proposals or ProposalConfig()
+        self.seed = seed
+        network = self._network
+        if network.num_classes != 1:
+            raise ValueError(
+                f"model: must have 1 class, as proposals have, got {network.num_classes}; set num_classes 1"
+            )
+        check_site(config.site, network.sites)
+        if config.freeze_backbone:
+            network.backbone.requires_grad_(False)
+        self.projection: Projection | None = None
+        if config.kernel_weight > 0:
+            width = cast(Any, network.backbone).channels[self._level]
+            self.projection = Projection(width, network.channels, config.projection, seed)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Pretraining:
+        super().train(mode)
+        if self.config.freeze_backbone:
+            self._network.backbone.eval()
+        return self
+
+    def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss, and its terms and monitors for the log."""
+        model = self._network
+        features = model.encode(batch.images)
+        injection = self.injection(features.maps, batch, step) if self.training else None
+        outputs = model.decode(features, injection)
+        found: Losses = model.losses(outputs, batch.masks, torch.zeros_like(batch.labels), batch.counts)
+        terms, monitors = dict(found.terms), injection.monitors() if injection else {}
+        if self.projection is not None:
+            terms["kernel"], monitors["monitor/target_cosine"] = self._supervision(features.backbone, batch, found)
+        return summed(terms.values()), {name: term.detach() for name, term in terms.items()} | monitors
+
+    def injection(self, maps: list[Tensor], batch: Batch, step: int) -> Injection | None:
+        """The prompter of a batch; None where prompts are off."""
+        if self.config.assign == "none":
+            return None
+        prompts = read_prompts(maps, batch.masks, batch.counts, self.config)
+        return Injection(prompts, self.config, batch.image_ids, seed=self.seed, step=step)
+
+    def _supervision(self, backbone: list[Tensor], batch: Batch, found: Losses) -> tuple[Tensor, Tensor]:
+        """The weighted loss of the kernels, and how alike its targets are."""
+        assert self.projection is not None
+        level = backbone[self._level]
+        if self.training:
+            self.projection.fit(level)
+        targets = self.projection(seed_vectors(level, batch, self.proposals))
+        loss = kernel_loss(
+            targets, found.matched, batch.counts,
+            reduction=self.config.reduction, release_pairing=self.config.release_pairing,
+        )  # fmt: skip
+        return self.config.kernel_weight * loss, target_cosine(targets, batch.counts)
+
+    @property
+    def _network(self) -> QueryModel:
+        return cast(QueryModel, self.model)
+
+    @property
+    def _level(self) -> int:
+        """Place of the map that seeds are read from among the backbone's."""
+        return list(STRIDES).index(self.proposals.level)

@@ -1,0 +1,84 @@
+"""Prompts: what the model's own map holds under each proposal."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sprompt.masks import BitMasks
+from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
+from sprompt.ops import mask_mean, region_mean
+
+FINEST = 56.0  # pixels: boxes of up to twice this side are read from P2 where the level is "auto"
+
+
+class Prompts(NamedTuple):
+    vectors: Tensor  # (B, L, C), without gradient; zeros for empty masks
+    counts: Tensor  # (B,) int64, how many are real
+
+
+@torch.no_grad()
+def read_prompts(maps: list[Tensor], masks: BitMasks, counts: Tensor, config: SaliencyPromptConfig) -> Prompts:
+    """One prompt a mask: the mean of a pyramid map over the cells of its box, or of the mask.
+
+    A box (x1, y1, x2, y2) in pixels covers the columns ⌊x1/s⌋ to max(⌈x2/s⌉, ⌊x1/s⌋ + 1) of a map of stride s, and rows likewise.
+
+    Args:
+        maps: (B, C, h, w) each, P2 first, of the images that the masks lie on.
+        masks: (B, L), of the size of the padded images.
+        counts: (B,), how many masks of each image are real.
+    """
+    boxes = masks.boxes()
+    if config.level == "auto":
+        vectors = _by_size(maps, masks, boxes, counts, config)
+    else:
+        vectors = _from_map(_level(maps, config.level), masks, boxes, counts, config)
+    there = boxes[..., 2:3] > boxes[..., 0:1]
+    return Prompts(torch.where(there, vectors, 0), counts)
+
+
+def _level(maps: list[Tensor], level: str) -> Tensor:
+    if level == "coarsest":
+        return maps[-1]
+    number = int(level[1:]) - 2
+    if number >= len(maps):
+        raise ValueError(
+            f'level: must be one of P2 to P{len(maps) + 1}, the maps of this model, got {level}; take "coarsest"'
+        )
+    return maps[number]
+
+
+def _by_size(
+    maps: list[Tensor], masks: BitMasks, boxes: Tensor, counts: Tensor, config: SaliencyPromptConfig
+) -> Tensor:
+    """From P(2 + k), k = ⌊log₂(√area / 56)⌋ held to the levels there are."""
+    sides = (boxes[..., 2:] - boxes[..., :2]).float()
+    level = (sides.prod(-1).clamp(min=1).sqrt() / FINEST).log2().floor().clamp(0, len(maps) - 1)
+    vectors = _from_map(maps[0], masks, boxes, counts, config)
+    for number, x in enumerate(maps[1:], start=1):
+        vectors = torch.where((level == number)[..., None], _from_map(x, masks, boxes, counts, config), vectors)
+    return vectors
+
+
+def _from_map(x: Tensor, masks: BitMasks, boxes: Tensor, counts: Tensor, config: SaliencyPromptConfig) -> Tensor:
+    cells = (x.shape[2], x.shape[3])
+    stride = [pixels / n for pixels, n in zip(masks.size, cells, strict=True)]  # rows, columns
+    scale = boxes.new_tensor([stride[1], stride[0]] * 2, dtype=torch.float32)
+    means = region_mean(x, boxes / scale, counts)
+    if config.pooling == "box":
+        return means
+    inside = bits_at_centres(masks, cells)
+    return torch.where(inside.flatten(2).any(2, keepdim=True), mask_mean(x, inside), means)
+
+
+def bits_at_centres(masks: BitMasks, cells: tuple[int, int]) -> Tensor:
+    """Whether the pixel at the centre of each cell of a coarser map is set, bool (..., h, w). No mask becomes dense."""
+    rows, columns = (
+        ((torch.arange(n, device=masks.device) + 0.5) * (pixels / n)).floor().long()
+        for pixels, n in zip(masks.size, cells, strict=True)
+    )
+    pixel = rows[:, None] * masks.size[1] + columns
+    words = masks.words[..., pixel.flatten() // 32].unflatten(-1, cells)
+    return (words >> (pixel % 32).int()) & 1 != 0

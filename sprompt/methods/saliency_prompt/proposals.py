@@ -1,0 +1,147 @@
+"""Saliency mask proposals of pictures, from the maps of a frozen backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sprompt.data.sample import Batch, Sample
+from sprompt.data.transforms import resize, resized_size
+from sprompt.masks import BitMasks, Size
+from sprompt.methods.saliency_prompt.config import STRIDES, ProposalConfig
+from sprompt.methods.saliency_prompt.seeds import pooled_at, windows_at
+from sprompt.ops import resize_masks, saliency_masks
+
+DIVISOR = 32  # sides of what the backbone sees are multiples of it
+
+
+class Proposals(NamedTuple):
+    """The L proposals of one picture, by decreasing score."""
+
+    masks: BitMasks  # (L,) of the picture's own size
+    scores: Tensor  # (L,) float32
+    seeds: Tensor  # (L, 3) int64: scale, row, column in the map of the view
+    vectors: Tensor | None = None  # (L, D) the seeds' feature vectors
+
+
+def view_size(size: Size, config: ProposalConfig) -> Size:
+    """What a picture of this size is resized to."""
+    return resized_size(size, config.short, config.long) if config.keep_ratio else (config.short, config.long)
+
+
+def view(sample: Sample, config: ProposalConfig) -> Sample:
+    """The picture as the backbone sees it, before it is normalised and padded by `collate`."""
+    return resize(sample, view_size(sample.size, config))
+
+
+def padded_size(size: Size) -> Size:
+    height, width = size
+    return -(-height // DIVISOR) * DIVISOR, -(-width // DIVISOR) * DIVISOR
+
+
+def valid_cells(sizes: Sequence[Size], cells: Size, stride: int) -> Tensor:
+    """(B, H, W) bool: the cells of a map whose centre lies in the image before padding, of size sizes[b]."""
+    heights, widths = torch.tensor(sizes).unbind(1)
+    rows = (torch.arange(cells[0]) + 0.5) * stride < heights[:, None]
+    columns = (torch.arange(cells[1]) + 0.5) * stride < widths[:, None]
+    return rows[:, :, None] & columns[:, None, :]
+
+
+@torch.no_grad()
+def propose(backbone: nn.Module, batch: Batch, config: ProposalConfig, *, vectors: bool = False) -> list[Proposals]:
+    """Proposals of every picture of a batch, on the CPU.
+
+    Args:
+        backbone: images -> maps C2, C3, C4, C5; in eval mode.
+        batch: `collate([view(sample, config), ...])`.
+        vectors: whether to return the seeds' feature vectors as well.
+    """
+    with exact_products(batch.images.device):
+        maps = backbone(batch.images)[list(STRIDES).index(config.level)].float()
+        valid = valid_cells(batch.sizes, (maps.shape[2], maps.shape[3]), config.stride).to(maps.device)
+        found = saliency_masks(
+            maps,
+            seeds=config.seeds,
+            similarity=config.similarity,
+            threshold=config.threshold,
+            min_area=config.min_area,
+            nms=config.nms,
+            iou_threshold=config.iou_threshold,
+            sigma=config.sigma,
+            max_masks=config.max_masks,
+            valid=valid,
+            return_soft=True,
+        )
+    assert found.soft is not None
+    return [
+        _of_picture(
+            found.soft[number, :count], found.scores[number, :count], found.seeds[number, :count],
+            maps[number], valid[number], batch.sizes[number], batch.original_sizes[number], config, vectors,
+        )
+        for number, count in enumerate(found.counts.tolist())
+    ]  # fmt: skip
+
+
+def _of_picture(
+    soft: Tensor, scores: Tensor, seeds: Tensor, features: Tensor, valid: Tensor, size: Size, original: Size,
+    config: ProposalConfig, vectors: bool,
+) -> Proposals:  # fmt: skip
+    """The masks at the picture's own size that pass the filters. What padding added is cut off before the resize."""
+    below = float(
+        np.nextafter(np.float32(config.threshold), np.float32(0))
+    )  # resize_masks compares with >, masks with >=
+    crop = tuple(side / config.stride for side in size)
+    masks = resize_masks(soft, original, threshold=below, crop=(crop[0], crop[1]))
+    keep = image_level(masks, scores, config)
+    read = seed_vectors(features, valid, seeds[keep], config).cpu() if vectors else None
+    return Proposals(masks[keep].to("cpu"), scores[keep].cpu(), seeds[keep].cpu(), read)
+
+
+def image_level(masks: BitMasks, scores: Tensor, config: ProposalConfig) -> Tensor:
+    """Places (int64) of the masks that stay: not empty, not hugging the top, not as wide as the picture, of a high score."""
+    height, width = masks.size
+    boxes = masks.boxes()
+    found = masks.area() > 0
+    good = found & (boxes[:, 2] - boxes[:, 0] < config.max_width * width) & (scores >= config.min_score)
+    for place in good.nonzero().flatten().tolist():  # one mask is dense at a time
+        rows = masks[place].to_dense().any(1).nonzero().flatten()
+        good[place] = rows.double().mean() > config.centre * height
+    if config.keep_best and not good.any():
+        return found.nonzero().flatten()[:1]  # the best score comes first
+    return good.nonzero().flatten()
+
+
+def seed_vectors(features: Tensor, valid: Tensor, seeds: Tensor, config: ProposalConfig) -> Tensor:
+    """Feature vectors (L, D) of seeds at addresses (L, 3) of a map (D, H, W) with valid cells (H, W)."""
+    if config.seeds == "pyramid":
+        points = (seeds[:, [2, 1]] + 0.5) * 2.0 ** seeds[:, :1]
+        return pooled_at(features[None], points[None], seeds[None, :, 0])[0]
+    points = seeds[:, [2, 1]] + 0.5
+    height, width = config.seeds
+    scale = features.new_tensor([features.shape[2] / width, features.shape[1] / height])
+    extent = torch.tensor([features.shape[1:]], device=features.device)
+    return windows_at(features[None], points[None] * scale, config.seeds, extent, valid[None])[0]
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """float32 all through: thresholds turn over with tf32 and bfloat16."""
+    switches: list[Any] = [getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul]
+    name: str = "fp32_precision"
+    exact: Any = "ieee"
+    if not all(hasattr(switch, name) for switch in switches):  # before torch 2.9
+        switches, name, exact = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False
+    before = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, exact)
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            setattr(switch, name, value)
