@@ -1,0 +1,219 @@
+"""Weights of a ResNet in files: other projects' checkpoints are recognised by the names in them, ours say what they are."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from sprompt.nn.resnet import DEPTHS, BasicBlock, ResNet
+
+#: Where a file may hold the backbone; the first prefix with a stem behind it counts. A full DenseCL checkpoint has it twice.
+PREFIXES = ("", "backbone.", "module.backbone.", "module.encoder_q.", "module.")
+_OWN = re.compile(r"(conv1|bn1|layer\d+)\.")
+
+
+def load_backbone(resnet: ResNet, path: Path | str) -> str:
+    """Copies the backbone of a checkpoint into `resnet`, and says in a sentence what was loaded and what was left out.
+
+    Known are the files of torchvision, MoCo v2, DenseCL (whole or extracted), SwAV, K-Net and of this library, as .pth or
+    safetensors. Raises ValueError where a tensor is missing, has another shape, is not finite, or belongs to a larger network;
+    then `resnet` is as it was. Nothing in the file is ever executed.
+    """
+    return _load(resnet, path, *_read(Path(path)))
+
+
+def _load(resnet: ResNet, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+    prefix = _prefix(tensors, path)
+    held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    held = {name: tensor for name, tensor in held.items() if _OWN.match(name)}
+    wanted = resnet.state_dict()
+    _check_fit(path, held, wanted, resnet)
+    for name, tensor in held.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(
+                f"{path}: tensors must be finite, got NaN or infinity in {prefix}{name}; the file is damaged"
+            )
+    resnet.load_state_dict({**wanted, **held})
+
+    rest = [name for name in tensors if not (name.startswith(prefix) and name.removeprefix(prefix) in held)]
+    sentence = f"{path}: {len(held)} tensors of a ResNet-{resnet.depth}"
+    if resnet.width != 64:
+        sentence += f" of width {resnet.width}"
+    sentence += f" from {_format(tensors, prefix, about)}"
+    return sentence + (f"; left out: {_summary(rest)}" if rest else "")
+
+
+def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> ResNet:
+    """The ResNet that a file holds, in eval mode: depth and width come from the tensors. Reads what `load_backbone` reads."""
+    tensors, about = _read(Path(path))
+    prefix = _prefix(tensors, path)
+    depth, width = _architecture(
+        {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    )
+    if depth is None or width is None:
+        known = ", ".join(map(str, DEPTHS))
+        raise ValueError(f"{path}: must hold a ResNet of depth {known}, got blocks or widths of another network")
+    resnet = ResNet(depth, width=width, frozen_stages=frozen_stages)
+    _load(resnet, path, tensors, about)
+    return resnet.eval()
+
+
+def save_backbone(path: Path | str, resnet: ResNet, dtype: torch.dtype = torch.float32) -> None:
+    """Writes a ResNet as safetensors with its depth and width, whole or not at all; float16 takes half the space."""
+    tensors = {}
+    for name, tensor in resnet.state_dict().items():
+        if tensor.is_floating_point():
+            tensor = tensor.detach().to("cpu", dtype).contiguous()
+            if not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"save_backbone: tensors must be finite in {dtype}, got NaN or infinity in {name}")
+            tensors[name] = tensor
+    about = json.dumps({"backbone": {"depth": resnet.depth, "width": resnet.width}})
+    _write(Path(path), save(tensors, metadata={"sprompt": about}))
+
+
+def _write(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A file's tensors by name, and what it says about itself."""
+    if not path.is_file():
+        raise ValueError(f"{path}: must be a file of weights, got {'a folder' if path.is_dir() else 'nothing there'}")
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
+            about = json.loads(metadata.get("sprompt", "{}"))
+        except (SafetensorError, ValueError) as error:
+            raise ValueError(
+                f"{path}: must be a whole safetensors file, got {error}; fetch or write it again"
+            ) from None
+        return tensors, about if isinstance(about, dict) else {}
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path}: must hold tensors and plain values only, got what can only be read by running code from the file; "
+            "if you trust it, convert it once: import torch; from safetensors.torch import save_file; "
+            "held = torch.load(PATH, map_location='cpu', weights_only=False); "
+            "save_file({k: v.contiguous().clone() for k, v in held['state_dict'].items()}, 'weights.safetensors') "
+            f"(torch says: {str(error).strip().splitlines()[0][:200]})"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise ValueError(f"{path}: must be a whole checkpoint of torch, got {first}; fetch or write it again") from None
+    about = {}
+    for key in ("state_dict", "model"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            about = {name: value for name, value in held.items() if isinstance(value, str)}
+            held = held[key]
+            break
+    if not isinstance(held, Mapping):
+        raise ValueError(f"{path}: must hold tensors by name, got a {type(held).__name__}; save a state_dict")
+    return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}, about
+
+
+def _prefix(tensors: Mapping[str, Tensor], path: Path | str) -> str:
+    for prefix in PREFIXES:
+        if f"{prefix}conv1.weight" in tensors and f"{prefix}layer1.0.conv1.weight" in tensors:
+            return prefix
+    names = ", ".join(list(tensors)[:5]) or "no tensors at all"
+    raise ValueError(
+        f"{path}: must hold a ResNet (conv1.weight, layer1.0.conv1.weight, ... , bare or behind "
+        f"{', '.join(PREFIXES[1:])}), got {names}{', ...' if len(tensors) > 5 else ''}"
+    )
+
+
+def _format(tensors: Mapping[str, Tensor], prefix: str, about: Mapping[str, Any]) -> str:
+    """What the file is, in words."""
+    first = {name.split(".")[0] for name in tensors}
+    if "backbone" in about:
+        return "a backbone of this library"
+    if about.get("model") == "knet":
+        return "a K-Net of this library"
+    if prefix == "module.encoder_q.":
+        return "a MoCo v2 checkpoint"
+    if any(name.startswith(("module.projection_head", "module.prototypes")) for name in tensors):
+        return "a SwAV checkpoint"
+    if about.get("author") == "DenseCL" or {"queue2", "encoder_q"} & first:
+        return "a DenseCL checkpoint" + ("" if prefix else ", extracted")
+    if {"rpn_head", "roi_head"} <= first:
+        return "a K-Net checkpoint"
+    if prefix == "" and "fc" in first:
+        return "a torchvision checkpoint"
+    return f"a checkpoint with names behind {prefix!r}" if prefix else "a checkpoint with torchvision's names"
+
+
+def _check_fit(path: Path | str, held: Mapping[str, Tensor], wanted: Mapping[str, Tensor], resnet: ResNet) -> None:
+    """Every wanted tensor is there in its shape, and no more: a larger network would fit with a part of itself."""
+    missing = [name for name in wanted if name not in held and not name.endswith("num_batches_tracked")]
+    extra = [name for name in held if name not in wanted]
+    both = [name for name in wanted if name in held]
+    shapes = [name for name in both if held[name].shape != wanted[name].shape]
+    if not missing and not extra and not shapes:
+        return
+    faults = []
+    if missing:
+        faults.append(f"{len(missing)} tensors missing ({_some(missing)})")
+    if extra:
+        faults.append(f"{len(extra)} too many ({_some(extra)})")
+    if shapes:
+        name = shapes[0]
+        got, must = (tuple(tensors[name].shape) for tensors in (held, wanted))
+        faults.append(f"{len(shapes)} of another shape ({name} is {got}, must be {must})")
+    depth, width = _architecture(held)
+    advice = "is it the right file?"
+    if depth is not None and width is not None and (depth, width) != (resnet.depth, resnet.width):
+        advice = f"the file holds a ResNet-{depth} of width {width}: pass depth={depth}, width={width}"
+        if width == resnet.width:
+            advice = f"the file holds a ResNet-{depth}: pass depth={depth}"
+        elif depth == resnet.depth:
+            advice = f"the file holds a ResNet-{depth} of width {width}: pass width={width}"
+    raise ValueError(
+        f"{path}: must hold the tensors of a ResNet-{resnet.depth} of width {resnet.width}, got {'; '.join(faults)}; {advice}"
+    )
+
+
+def _architecture(held: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
+    """Depth and width of the network that tensors belong to, None where they fit no known one."""
+    blocks = {match.groups() for name in held if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
+    counts = tuple(Counter(layer for layer, _ in blocks)[str(layer)] for layer in (1, 2, 3, 4))
+    basic = "layer1.0.conv3.weight" not in held
+    stem = held.get("conv1.weight")
+    width = int(stem.shape[0]) if stem is not None and stem.ndim == 4 and 0 < stem.shape[0] <= 1024 else None
+    for depth, (block, wanted) in DEPTHS.items():
+        if wanted == counts and (block is BasicBlock) == basic:
+            return depth, width
+    return None, width
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _summary(names: list[str]) -> str:
+    """Tensors counted by what they belong to: "module.encoder_k (320), module.queue"."""
+    groups = Counter(".".join(name.split(".")[: 2 if name.startswith("module.") else 1]) for name in names)
+    return ", ".join(group if count == 1 else f"{group} ({count})" for group, count in groups.items())

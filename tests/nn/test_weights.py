@@ -1,0 +1,220 @@
+"""Checkpoints of other projects, laid out as those projects write them, and files of our own."""
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sprompt.nn.resnet import ResNet
+from sprompt.nn.weights import load_backbone, open_backbone, save_backbone
+
+
+def network(depth: int = 18, width: int = 4, seed: int = 1) -> ResNet:
+    """A ResNet no two tensors of which are alike."""
+    generator = torch.Generator().manual_seed(seed)
+    made = ResNet(depth, width=width)
+    for tensor in made.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
+        else:
+            tensor.fill_(7)
+    return made
+
+
+def same(a: ResNet, b: ResNet, *, counters: bool = True) -> bool:
+    names = [name for name in a.state_dict() if counters or not name.endswith("tracked")]
+    return all(torch.equal(a.state_dict()[name], b.state_dict()[name]) for name in names)
+
+
+def behind(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: tensor for name, tensor in tensors.items()}
+
+
+def foreign(kind: str, right: ResNet) -> object:
+    """What torch.load gives for the checkpoint of a project; tensors that are not `right`'s hold other values."""
+    good, other = right.state_dict(), network(right.depth, right.width, seed=2).state_dict()
+    odd = torch.full((2, 2), 9.0)
+    if kind == "torchvision":
+        return {**{k: v for k, v in good.items() if not k.endswith("tracked")}, "fc.weight": odd, "fc.bias": odd[0]}
+    if kind == "MoCo v2":
+        fc = {"fc.0.weight": odd, "fc.0.bias": odd[0], "fc.2.weight": odd, "fc.2.bias": odd[0]}
+        q, k = behind("module.encoder_q.", {**good, **fc}), behind("module.encoder_k.", {**other, **fc})
+        state = {**q, **k, "module.queue": odd, "module.queue_ptr": odd[0, :1]}
+        return {"epoch": 200, "arch": "resnet50", "state_dict": state, "optimizer": {"state": {}, "param_groups": []}}
+    if kind == "DenseCL, whole":
+        neck = {"neck.mlp.0.weight": odd, "neck.mlp2.0.weight": odd}
+        q, k = behind("encoder_q.0.", good), behind("encoder_k.0.", other)
+        state = {"queue": odd, "queue2": odd, **behind("backbone.", good), **q, **k, **neck}
+        return {"meta": {"epoch": 200, "time": "now"}, "state_dict": state}
+    if kind == "DenseCL, extracted":
+        return {"state_dict": dict(good), "author": "DenseCL"}
+    if kind == "SwAV":
+        heads = {"module.projection_head.0.weight": odd, "module.prototypes.weight": odd}
+        return {**behind("module.", good), **heads}
+    if kind == "K-Net":
+        heads = {
+            "neck.lateral_convs.0.conv.weight": odd,
+            "rpn_head.init_kernels.weight": odd,
+            "roi_head.mask_head.0.x": odd,
+        }
+        return {"meta": {"mmdet_version": "2.14"}, "state_dict": {**behind("backbone.", good), **heads}}
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "says", "left_out"),
+    [
+        ("torchvision", "a torchvision checkpoint", "fc (2)"),
+        (
+            "MoCo v2",
+            "a MoCo v2 checkpoint",
+            "module.encoder_q (4), module.encoder_k (124), module.queue, module.queue_ptr",
+        ),
+        ("DenseCL, whole", "a DenseCL checkpoint;", "queue, queue2, encoder_q (120), encoder_k (120), neck (2)"),
+        ("DenseCL, extracted", "a DenseCL checkpoint, extracted", None),
+        ("SwAV", "a SwAV checkpoint", "module.projection_head, module.prototypes"),
+        ("K-Net", "a K-Net checkpoint", "neck, rpn_head, roi_head"),
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pth", ".pth.tar", ".safetensors"])
+def test_foreign_checkpoints(kind, says, left_out, suffix, tmp_path):
+    right, path = network(), tmp_path / f"file{suffix}"
+    held = foreign(kind, right)
+    if suffix == ".safetensors":
+        save_file({k: v.clone() for k, v in held.get("state_dict", held).items()}, path)
+    else:
+        torch.save(held, path)
+    loaded = ResNet(18, width=4)
+    sentence = load_backbone(loaded, path)
+    assert same(loaded, right, counters=kind != "torchvision")
+    if suffix != ".safetensors" or kind != "DenseCL, extracted":  # there only the author's name tells
+        assert says in sentence
+    count = 100 if kind == "torchvision" else 120
+    assert f"{path}: {count} tensors of a ResNet-18 of width 4 from" in sentence
+    if suffix != ".safetensors":  # these are in the order of the file
+        assert sentence.endswith(f"; left out: {left_out}") if left_out else "left out" not in sentence
+    assert same(open_backbone(path), right, counters=kind != "torchvision")
+
+
+@pytest.mark.parametrize(("depth", "width"), [(18, 8), (34, 4), (50, 4), (101, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_own_files(depth, width, dtype, tmp_path):
+    right, path = network(depth, width), tmp_path / "new" / "backbone.safetensors"
+    save_backbone(path, right, dtype)
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["sprompt"]) == {"backbone": {"depth": depth, "width": width}}
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118, not a dict
+    opened = open_backbone(path)
+    assert (opened.depth, opened.width, opened.training) == (depth, width, False)
+    assert not any(parameter.requires_grad for parameter in opened.parameters())
+    assert opened.conv1.weight.dtype == torch.float32
+    rounded = {name: t.to(dtype).to(t.dtype) if t.is_floating_point() else t for name, t in right.state_dict().items()}
+    right.load_state_dict(rounded)
+    assert same(opened, right, counters=False)
+    assert "from a backbone of this library" in load_backbone(ResNet(depth, width=width), path)
+    assert os.listdir(path.parent) == ["backbone.safetensors"]
+
+
+def test_half_precision_must_hold_the_values(tmp_path):
+    right = network()
+    right.bn1.running_var[0] = 1e6
+    with pytest.raises(ValueError, match=r"finite in torch.float16, got NaN or infinity in bn1.running_var"):
+        save_backbone(tmp_path / "x.safetensors", right, torch.float16)
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("held", "asked", "message"),
+    [
+        ((18, 4), (50, 4), r"the file holds a ResNet-18: pass depth=18"),
+        ((50, 4), (18, 4), r"the file holds a ResNet-50: pass depth=50"),
+        ((101, 2), (50, 2), r"255 too many \(layer3.6.conv1.weight, .*the file holds a ResNet-101: pass depth=101"),
+        ((50, 2), (101, 2), r"255 tensors missing \(layer3.6.conv1.weight.*: pass depth=50"),
+        ((18, 8), (18, 4), r"conv1.weight is \(8, 3, 7, 7\), must be \(4, 3, 7, 7\).*of width 8: pass width=8"),
+        ((34, 8), (18, 4), r"a ResNet-34 of width 8: pass depth=34, width=8"),
+    ],
+)
+def test_another_network_is_refused_with_advice(held, asked, message, tmp_path):
+    path = tmp_path / "x.pth"
+    state = network(*held).state_dict()
+    torch.save({name: t for name, t in state.items() if not name.endswith("tracked")}, path)
+    target = network(*asked, seed=3)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_backbone(target, path)
+    assert str(raised.value).startswith(str(path))
+    assert same(target, network(*asked, seed=3))
+
+
+class Unknown:
+    """What a checkpoint with objects of other classes holds."""
+
+    def __reduce__(self):
+        return os.mkdir, ("made-by-the-file",)
+
+
+def spoiled(kind: str, path) -> None:
+    state = dict(network().state_dict())
+    if kind == "other names":
+        torch.save({f"blocks.{i}.weight": torch.zeros(1) for i in range(9)}, path)
+    elif kind == "no tensors":
+        torch.save({"state_dict": {}}, path)
+    elif kind == "a list":
+        torch.save([torch.zeros(1)], path)
+    elif kind == "a tensor missing":
+        torch.save({name: t for name, t in state.items() if name != "layer2.1.bn2.running_var"}, path)
+    elif kind == "NaN":
+        torch.save({**state, "layer2.1.bn2.running_var": torch.full((8,), torch.nan)}, path)
+    elif kind == "code":
+        torch.save({"state_dict": state, "meta": Unknown()}, path)
+    elif kind == "a plain pickle":
+        path.write_bytes(pickle.dumps({"model": Unknown()}))
+    elif kind == "cut off":
+        torch.save(state, path)
+        path.write_bytes(path.read_bytes()[:5000])
+    elif kind == "empty":
+        path.write_bytes(b"")
+    elif kind == "a folder":
+        path.mkdir()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("other names", r"must hold a ResNet .* got blocks.0.weight, .*blocks.4.weight, \.\.\."),
+        ("no tensors", r"got no tensors at all"),
+        ("a list", r"must hold tensors by name, got a list"),
+        ("a tensor missing", r"1 tensors missing \(layer2.1.bn2.running_var\)"),
+        ("NaN", r"must be finite, got NaN or infinity in layer2.1.bn2.running_var"),
+        ("code", r"only be read by running code from the file; if you trust it, convert it once"),
+        ("a plain pickle", r"only be read by running code"),
+        ("cut off", r"must be a whole checkpoint"),
+        ("empty", r"must be a whole checkpoint"),
+        ("nothing", r"got nothing there"),
+        ("a folder", r"got a folder"),
+    ],
+)
+def test_files_that_fit_nowhere(kind, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "x.pth"
+    spoiled(kind, path)
+    target = network(seed=3)
+    for call in (lambda: load_backbone(target, path), lambda: open_backbone(path)):
+        with pytest.raises(ValueError, match=message) as raised:
+            call()
+        assert str(raised.value).startswith(str(path))
+    assert same(target, network(seed=3))
+    assert not (tmp_path / "made-by-the-file").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut off", "not safetensors"])
+def test_damaged_safetensors(damage, tmp_path):
+    path = tmp_path / "x.safetensors"
+    save_backbone(path, network())
+    path.write_bytes(path.read_bytes()[:9000] if damage == "cut off" else b"hello, this is text")
+    with pytest.raises(ValueError, match=r"x.safetensors: must be a whole safetensors file"):
+        load_backbone(network(), path)
