@@ -54,10 +54,10 @@ class Augment:
 
     def __post_init__(self) -> None:
         low, high = self.shorts
-        if not 0 < low <= high or self.long < 1:
-            raise ValueError(
-                f"Augment: short must be at least 1, as low <= high, and long too, got {self.short} and {self.long}"
-            )
+        if not 0 < low <= high:
+            raise ValueError(f"Augment: short must be at least 1, and low <= high, got {self.short}")
+        if self.long < 1:
+            raise ValueError(f"Augment: long must be at least 1, got {self.long}")
         for name in ("flip", "rotate_probability"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"Augment: {name} must be a chance between 0 and 1, got {getattr(self, name)}")
