@@ -32,7 +32,7 @@ def pooled_at(features: Tensor, points: Tensor, scales: Tensor) -> Tensor:
     places = y[..., :, None] * width + x[..., None, :]  # (B, G, 2, 2)
     batch, number = scales.shape
     index = places.reshape(batch, 1, -1).expand(-1, features.shape[1], -1)
-    return features.flatten(2).gather(2, index).reshape(batch, -1, number, 4).mean(3).mT
+    return features.flatten(2).gather(2, index).reshape(batch, features.shape[1], number, 4).mean(3).mT
 
 
 def windows_at(features: Tensor, points: Tensor, grid: tuple[int, int], extent: Tensor, valid: Tensor) -> Tensor:
