@@ -1,0 +1,137 @@
+"""Checkpoints: folders that are whole or absent, and read only when they are whole.
+
+checkpoints/step-00000500/task.safetensors         the task's state_dict
+                          optimiser.safetensors    the optimiser's state, by parameter
+                          state.json               step, configuration, versions, size and checksum of the two
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import warnings
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sprompt.data.files import atomic_write, read_json, sync_folder
+
+FORMAT = 1
+MAX_STATE = 64 << 20  # bytes of state.json
+_NAME = re.compile(r"step-(\d{8,})")
+
+
+class CheckpointError(RuntimeError):
+    """There are checkpoints, and none can be used."""
+
+
+class Saved(NamedTuple):
+    path: Path
+    step: int
+    task: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of a run, of which the newest `keep` are kept."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, the newest first."""
+        names = os.listdir(self.folder) if self.folder.is_dir() else []
+        return sorted((int(match[1]) for name in names if (match := _NAME.fullmatch(name))), reverse=True)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int, task: dict[str, Tensor], optimiser: dict[str, Tensor], state: dict[str, Any]) -> Path:
+        """Writes a checkpoint. It appears under its name when all of it is on the disk; then older ones go."""
+        final = self.path(step)
+        temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = {}
+        for name, tensors in (("task", task), ("optimiser", optimiser)):
+            path = temporary / f"{name}.safetensors"
+            safetensors.torch.save_file(_storable(tensors), path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            files[path.name] = _fingerprint(path)
+        record = {"format": FORMAT, "step": step, **state, "files": files}
+        atomic_write(temporary / "state.json", json.dumps(record, indent=1), sync=True)
+        for newer in self.steps():
+            if newer >= step:  # damaged, or the run would have gone on from it
+                shutil.rmtree(self.path(newer))
+        os.rename(temporary, final)
+        sync_folder(self.folder)
+        for old in self.steps()[self.keep :]:
+            shutil.rmtree(self.path(old), ignore_errors=True)
+        return final
+
+    def clean(self) -> None:
+        """Removes what a killed process has left half written."""
+        for path in self.folder.glob(".step-*.tmp"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def latest(self) -> Saved | None:
+        """The newest checkpoint that is whole; None if there is none at all. One that is damaged is warned of, with the reason."""
+        steps = self.steps()
+        for step in steps:
+            path = self.path(step)
+            try:
+                return self._read(path, step)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else error
+                warnings.warn(f"{path}: is damaged ({reason}); trying the one before", RuntimeWarning, stacklevel=2)
+        if steps:
+            raise CheckpointError(
+                f"{self.folder}: must hold a checkpoint that is whole, got {len(steps)} damaged; move the folder away to start anew"
+            )
+        return None
+
+    def _read(self, path: Path, step: int) -> Saved:
+        state = read_json(path / "state.json", MAX_STATE)
+        if state["format"] != FORMAT:
+            raise ValueError(f"format must be {FORMAT}, got {state['format']!r}")
+        if state["step"] != step:
+            raise ValueError(f"its step must be that of its name, got {state['step']!r}")
+        tensors = []
+        for name in ("task", "optimiser"):
+            file = path / f"{name}.safetensors"
+            if _fingerprint(file) != state["files"][file.name]:
+                raise ValueError(f"size or checksum of {file.name} must be as recorded, got others")
+            tensors.append(safetensors.torch.load_file(file))
+        return Saved(path, step, tensors[0], tensors[1], state)
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU, no two of which share memory."""
+    stored: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != tensor.numel() * tensor.element_size():
+            tensor = tensor.clone()
+        seen.add(tensor.untyped_storage().data_ptr())
+        stored[name] = tensor
+    return stored
+
+
+def _fingerprint(path: Path) -> dict[str, int]:
+    """Size and CRC-32 of a file, read in pieces."""
+    size = checksum = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            size += len(piece)
+            checksum = zlib.crc32(piece, checksum)
+    return {"bytes": size, "crc32": checksum}

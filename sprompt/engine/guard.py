@@ -1,0 +1,104 @@
+"""Steps that must not be taken, and when to stop: losses that are not finite, and signals."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says at which step and on which pictures."""
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop, by SIGINT or SIGTERM, and has left a checkpoint. Exits with the usual status of the signal."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(128 + number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class _Step(NamedTuple):
+    step: int
+    wrong: Tensor  # (), of all processes
+    local_wrong: Tensor  # (), the loss of this process
+    names: list[str]  # the pictures of this process
+
+
+class Guard:
+    """Finds losses and gradients that are not finite, without waiting for the device at every step.
+
+    `add` gives what the optimiser's `found_inf` takes: 1 where the update must not happen, so that no such step ever reaches the
+    weights. `check` waits, and raises TrainingError with the pictures of the first such step since the last check. All processes
+    call both at the same steps.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[_Step] = []
+
+    def add(self, step: int, loss: Tensor, local_loss: Tensor, norm: Tensor, names: list[str]) -> Tensor:
+        """`loss` is the mean over processes, `norm` that of the gradient, which all processes share."""
+        wrong = ~(loss.isfinite() & norm.isfinite())
+        self.steps.append(_Step(step, wrong, ~local_loss.isfinite(), names))
+        return wrong.float()
+
+    def check(self) -> None:
+        steps, self.steps = self.steps, []
+        wrong = torch.stack([s.wrong for s in steps]).tolist() if steps else []
+        if not any(wrong):
+            return
+        first = steps[wrong.index(True)]
+        reports = gather_object([(bool(first.local_wrong), first.names)])
+        if any(local for local, _ in reports):
+            what, names = "the loss", [name for local, names in reports if local for name in names]
+        else:
+            what, names = "the gradient", [name for _, names in reports for name in names]
+        raise TrainingError(
+            f"step {first.step}: {what} must be finite, got NaN or infinity, on {listed(names)}; the weights are those before "
+            "this step; look at these pictures and their masks, or lower the learning rate"
+        )
+
+
+def listed(names: list[str], most: int = 16) -> str:
+    """The pictures' names, of very many the first."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+class Signals:
+    """While it is entered, SIGINT and SIGTERM are noted in `number`, so that a step can be finished. A second SIGINT, a second
+    or more after the first, is not waited for."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Signals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            print("stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+        elif number == signal.SIGINT and time.monotonic() - self._since > 1:
+            raise KeyboardInterrupt

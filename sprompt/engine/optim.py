@@ -1,0 +1,80 @@
+"""Optimisers and the course of the learning rate."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+
+from torch import Tensor, nn, optim
+
+from sprompt.engine.config import TrainConfig
+
+MOMENTUM = 0.9
+
+
+def make_optimiser(task: nn.Module, config: TrainConfig) -> optim.Optimizer:
+    """The optimiser of the parameters that are trained: a group for the backbone, a group for the others.
+
+    Both are fused: an update skips itself, on the device, where the tensor `found_inf` of the optimiser holds 1.
+    """
+    groups: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in task.named_parameters():
+        if parameter.requires_grad:
+            factor = config.backbone_lr_factor if in_backbone(name) else 1.0
+            groups.setdefault(factor, []).append(parameter)
+    if not groups:
+        raise ValueError("train: the task must have a parameter to train, got none that requires a gradient")
+    listed = [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
+    lr, decay = config.learning_rate, config.weight_decay
+    if config.optimiser == "sgd":
+        return optim.SGD(listed, lr=lr, momentum=MOMENTUM, weight_decay=decay, fused=True)
+    return optim.AdamW(listed, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
+
+
+def in_backbone(name: str) -> bool:
+    """Whether a parameter of this name belongs to a module named backbone."""
+    return "backbone" in name.split(".")[:-1]
+
+
+def factor_at(config: TrainConfig, step: int, epoch_steps: int) -> float:
+    """What the learning rate is multiplied by in a step (from 0), of epochs of `epoch_steps` steps."""
+    if config.schedule == "cosine":
+        factor = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / (config.epochs * epoch_steps)))
+    else:
+        factor = config.drop_factor ** bisect_right(sorted(config.drops), step // epoch_steps)
+    if step < config.warmup_steps:
+        factor *= config.warmup_factor + (1 - config.warmup_factor) * step / config.warmup_steps
+    return factor
+
+
+def set_rate(optimiser: optim.Optimizer, rate: float) -> None:
+    """Gives every group its part of the learning rate."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate * group["factor"]
+
+
+def optimiser_tensors(optimiser: optim.Optimizer, task: nn.Module) -> dict[str, Tensor]:
+    """The optimiser's state by parameter: "<parameter>/<key>" -> tensor."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in task.named_parameters()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+def load_optimiser(optimiser: optim.Optimizer, task: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """The inverse of `optimiser_tensors`. A trained parameter without state is as before its first step."""
+    parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
+    optimiser.state.clear()
+    for place, value in tensors.items():
+        name, _, key = place.rpartition("/")
+        if name not in parameters:
+            raise ValueError(
+                f"the optimiser's state: must be of trained parameters, got {name!r}; the task has changed"
+            )
+        parameter = parameters[name]
+        if value.dim() and value.shape != parameter.shape:
+            raise ValueError(
+                f"the optimiser's state: {place} must have shape {tuple(parameter.shape)}, got {tuple(value.shape)}"
+            )
+        optimiser.state[parameter][key] = value.to(parameter.device)

@@ -1,0 +1,73 @@
+"""Going on with a run: what must be the same, and how every process gets the state."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast, broadcast_object_list
+from torch import nn, optim
+
+from sprompt.engine.checkpoint import Saved
+from sprompt.engine.optim import load_optimiser, optimiser_tensors
+
+
+def versions() -> dict[str, str]:
+    """What a checkpoint was made with; for reading, not compared."""
+    return {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
+
+
+def check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
+    """Raises ValueError, with the names of what differs, where a run would not go on as it began."""
+    old, new = _flat(before), _flat(now)
+    differing = [
+        f"{name} (was {old.get(name, 'absent')}, now {new.get(name, 'absent')})"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]
+    if differing:
+        raise ValueError(
+            f"{out}: a run goes on with the settings that it began with, got other {'; '.join(differing)}; "
+            "give those, or choose another folder"
+        )
+
+
+def restore(
+    accelerator: Accelerator, task: nn.Module, optimiser: optim.Optimizer, saved: Saved | None
+) -> dict[str, Any] | None:
+    """Loads what the first process has read, which alone needs to see the folder; returns the state to all.
+
+    The weights and buffers of the other processes come from the first when the task is prepared; here come the optimiser's.
+    """
+    state: dict[str, Any] | None = None
+    if saved is not None:
+        state = {name: saved.state[name] for name in ("step", "seconds", "meter")}
+        task.load_state_dict(saved.task)
+        load_optimiser(optimiser, task, saved.optimiser)
+    if accelerator.num_processes == 1:
+        return state
+    tensors = optimiser_tensors(optimiser, task)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    state, shapes = broadcast_object_list([state, shapes])
+    for name, shape in shapes.items():  # all float32
+        empty = torch.empty(shape, device=accelerator.device)
+        tensors[name] = broadcast(tensors.get(name, empty).to(accelerator.device))
+    load_optimiser(optimiser, task, tensors)
+    return state
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Dotted names and JSON texts, so that a tuple equals the list that JSON makes of it."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value)
+    return flat
