@@ -60,7 +60,8 @@ def _instances(path: Path, picture: Path) -> tuple[int, int, list[dict[str, Any]
     things = things[np.argsort(pixels[things], kind="stable")]
     owners, starts = np.unique(pixels[things], return_index=True)
     found = []
-    for owner, places in zip(owners.tolist(), np.split(things, starts[1:]), strict=True):
+    for owner, start, end in zip(owners.tolist(), starts, [*starts[1:], len(things)], strict=False):
+        places = things[start:end]
         rle = coco_mask.frPyObjects(_runs(places, height, width), height, width)
         found.append(
             {"category_id": owner // 1000 if owner >= 1000 else owner, "iscrowd": int(owner < 1000), "area": len(places),
