@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,6 +13,7 @@ from sprompt.data.sample import Batch, Sample
 from sprompt.data.transforms import resize, resized_size
 from sprompt.masks import BitMasks, Size
 from sprompt.methods.saliency_prompt.config import STRIDES, ProposalConfig
+from sprompt.methods.saliency_prompt.precision import exact_products
 from sprompt.methods.saliency_prompt.seeds import pooled_at, windows_at
 from sprompt.ops import resize_masks, saliency_masks
 
@@ -126,22 +126,3 @@ def seed_vectors(features: Tensor, valid: Tensor, seeds: Tensor, config: Proposa
     scale = features.new_tensor([features.shape[2] / width, features.shape[1] / height])
     extent = torch.tensor([features.shape[1:]], device=features.device)
     return windows_at(features[None], points[None] * scale, config.seeds, extent, valid[None])[0]
-
-
-@contextmanager
-def exact_products(device: torch.device) -> Iterator[None]:
-    """float32 all through: thresholds turn over with tf32 and bfloat16."""
-    switches: list[Any] = [getattr(torch.backends.cudnn, "conv", None), torch.backends.cuda.matmul]
-    name: str = "fp32_precision"
-    exact: Any = "ieee"
-    if not all(hasattr(switch, name) for switch in switches):  # before torch 2.9
-        switches, name, exact = [torch.backends.cudnn, torch.backends.cuda.matmul], "allow_tf32", False
-    before = [getattr(switch, name) for switch in switches]
-    try:
-        for switch in switches:
-            setattr(switch, name, exact)
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, value in zip(switches, before, strict=True):
-            setattr(switch, name, value)
