@@ -1,0 +1,128 @@
+"""Where in pictures each kernel's masks lie on average (the paper's Figure 6)."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sprompt.data.errors import DataError
+from sprompt.data.files import atomic_write
+from sprompt.data.transforms import collate
+from sprompt.report.album import Album
+from sprompt.report.draw import heat_map
+from sprompt.report.page import Section, join, tag
+from sprompt.report.prompts import device_of, resized
+
+SIDE = 200  # cells of a map each way, whatever the shape of the pictures
+_MOST = 1 << 30  # bytes of maps that are read from a file
+
+
+@torch.no_grad()
+def activation_maps(
+    model: Any, dataset: Any, limit: int | None = None, *, short: int = 800, long: int = 1333
+) -> Tensor:
+    """Mean of the sigmoid of each kernel's last mask over pictures, each stretched to 200 × 200: float32 (N, 200, 200).
+
+    The model is one whose decoder gives `masks`, logits (B, N, h, w) stage by stage, as K-Net's. Takes `limit` pictures, evenly
+    from first to last, or all. What lies in the padding does not count.
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    if count == 0:
+        raise ValueError("activation_maps: dataset must have at least one picture, got none; give pictures")
+    total: Tensor | None = None
+    for k in range(count):
+        batch = collate([resized(dataset[k * len(dataset) // count], short, long)]).to(device_of(model))
+        masks = model.decode(model.encode(batch.images)).masks[-1].float().sigmoid()
+        own = _stretched(masks, batch.sizes[0], (batch.images.shape[2], batch.images.shape[3]))[0].cpu()
+        total = own if total is None else total + own
+    assert total is not None
+    return total / count
+
+
+def save_activation(path: Path | str, maps: Tensor) -> None:
+    """Writes maps (N, h, w) as the array `activation` of an .npz file."""
+    file = io.BytesIO()
+    np.savez_compressed(file, activation=maps.cpu().numpy().astype(np.float16))
+    atomic_write(path, file.getvalue())
+
+
+def read_activation(source: Path | str | Tensor | np.ndarray) -> np.ndarray:
+    """Maps (N, h, w) of a file that `save_activation` wrote, or of a tensor."""
+    if isinstance(source, Tensor):
+        source = source.detach().cpu().float().numpy()
+    if isinstance(source, np.ndarray):
+        maps, name = source, "activation"
+    else:
+        name = str(source)
+        try:
+            with zipfile.ZipFile(source) as archive:
+                if archive.getinfo("activation.npy").file_size > _MOST:
+                    raise DataError(f"{name}: must hold at most {_MOST} bytes of maps, got more; is it the right file?")
+            with np.load(source, allow_pickle=False) as arrays:
+                maps = arrays["activation"]
+        except DataError:
+            raise
+        except Exception as error:  # zip files can be broken in many ways
+            raise DataError(f"{name}: must be an .npz file with an array activation, got {error}") from None
+    if maps.ndim != 3 or 0 in maps.shape or maps.dtype.kind not in "fiu":
+        raise DataError(f"{name}: activation must hold numbers of shape (N, h, w), got {maps.dtype} {maps.shape}")
+    return maps.astype(np.float32)
+
+
+def spread(maps: np.ndarray) -> np.ndarray:
+    """(N,) how far the activation of each map (N, h, w) lies from its own centre: root mean square, in widths of the map.
+
+    A uniform map has √(1/6) ≈ 0.41; a map of a single cell about 0, one without activation infinity.
+    """
+    weights = np.nan_to_num(maps.astype(np.float64)).clip(min=0)
+    mass = weights.sum((1, 2))
+    safe = np.where(mass > 0, mass, 1)
+    variance = np.zeros(len(maps))
+    for axis, size in ((1, maps.shape[1]), (2, maps.shape[2])):
+        place = (np.arange(size) + 0.5) / size
+        along = weights.sum(3 - axis)
+        centre = along @ place / safe
+        variance += along @ place**2 / safe - centre**2
+    return np.where(mass > 0, np.sqrt(variance.clip(min=0)), np.inf)
+
+
+def section(album: Album, maps: np.ndarray) -> Section:
+    """A heat map a kernel, the most local first."""
+    far = spread(maps)
+    order = np.argsort(far, kind="stable").tolist()
+    figures = []
+    for k in order:
+        peak = float(np.nanmax(maps[k])) if np.isfinite(maps[k]).any() else 0.0
+        words = f"kernel {k}: spread {far[k]:.2f}, peak {peak:.2f}"
+        shot = album.map(f"kernel-{k:03}", heat_map(maps[k], 0.0, peak), f"Mean activation of {words}")
+        caption = tag("figcaption", tag("span", k), tag("span", f"{peak:.2f}", title="peak"))
+        figures.append(tag("figure", shot, caption, data_title=words, title=words))
+    ramp = np.linspace(0, 1, 8)[None]
+    colours = ",".join("#{:02x}{:02x}{:02x}".format(*c) for c in np.asarray(heat_map(ramp))[0].tolist())
+    note = tag(
+        "p", "Mean mask of every kernel over the pictures, each stretched to a square: from ",
+        tag("span", class_="ramp", style=f"background:linear-gradient(90deg,{colours})", role="img", aria_label="dark to light"),
+        " 0 to the map's own peak, the number on the right below it. The most local kernels come first: they learned to look in one "
+        "place; those that come last look everywhere.",
+        class_="note",
+    )  # fmt: skip
+    sheet = tag("div", figures, class_="maps", style=f"--ar:{maps.shape[2] / maps.shape[1]:.3f}")
+    finite: Sequence[float] = far[np.isfinite(far)].tolist()
+    middle = f", median spread {np.median(finite):.2f}" if finite else ""
+    return Section("kernels", "Kernel activation", join(note, sheet), f"{len(maps)} kernels{middle}")
+
+
+def _stretched(masks: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
+    """The part of (1, N, h, w) that lies in the picture of `size` before it was padded, bilinearly (half-pixel centres) at SIDE × SIDE."""
+    place = (torch.arange(SIDE, device=masks.device) + 0.5) / SIDE
+    y, x = (2 * place * size[i] / padded[i] - 1 for i in (0, 1))
+    grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None]
+    return F.grid_sample(masks, grid, mode="bilinear", padding_mode="border", align_corners=False)

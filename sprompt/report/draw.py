@@ -1,0 +1,206 @@
+"""Masks drawn on pictures, and maps as heat."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import NormalDist
+
+import numpy as np
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+
+from sprompt.masks import BitMasks
+
+RGB = tuple[int, int, int]
+Alpha = Callable[[float], float]  # distance from the outline in pixels, positive inside -> 0 to 1
+
+#: Neighbours differ in hue and in lightness.
+PALETTE: tuple[RGB, ...] = (
+    (64, 156, 255), (255, 149, 0), (48, 209, 120), (255, 86, 120), (178, 120, 255), (255, 214, 10),
+    (20, 200, 215), (240, 90, 220), (150, 210, 50), (255, 120, 60), (120, 130, 255), (0, 190, 150),
+)  # fmt: skip
+TRUE, FALSE, MISSED, IGNORED = (0, 200, 150), (255, 110, 40), (255, 95, 200), (160, 165, 175)
+
+_HEAT = ((10, 12, 34), (52, 24, 96), (120, 28, 109), (187, 55, 84), (237, 105, 37), (251, 180, 44), (252, 250, 190))
+_INK: RGB = (12, 14, 18)
+_SHORTEST, _LONGEST = 900, 1280  # long side of a drawn picture: small ones are enlarged, so that outlines are fine
+
+
+@dataclass(frozen=True)
+class Mark:
+    """How one mask is drawn."""
+
+    colour: RGB
+    name: str = ""  # on a badge inside the mask
+    style: str = "solid"  # "hatched" hatches the fill, "dashed" dashes the outline and leaves the fill out
+    box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels of the picture, exclusive ends
+    seed: tuple[float, float] | None = None  # x, y in pixels of the picture
+
+
+def colour(index: int) -> RGB:
+    """The colour of an instance by its place in a list; they repeat."""
+    return PALETTE[index % len(PALETTE)]
+
+
+def hexadecimal(rgb: RGB) -> str:
+    return "#{:02x}{:02x}{:02x}".format(*rgb)
+
+
+def scaled(picture: Image.Image) -> Image.Image:
+    """The picture at the size it is drawn at."""
+    longest = max(picture.size)
+    factor = min(max(longest, _SHORTEST), _LONGEST) / longest
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.convert("RGB").resize(size, Image.Resampling.LANCZOS)
+
+
+def overlay(picture: Image.Image, masks: BitMasks, marks: Sequence[Mark]) -> Image.Image:
+    """The picture, `scaled`, with masks (G,) of its size and a mark for each; the largest masks lie undermost."""
+    if (len(masks), masks.size) != (len(marks), (picture.height, picture.width)):
+        size = f"{picture.height}x{picture.width}"
+        raise ValueError(f"overlay: masks must be {len(marks)} of {size} pixels, got {masks}; one mark for each mask")
+    drawn = scaled(picture)
+    ratio = (drawn.width / picture.width, drawn.height / picture.height)
+    boxes = masks.boxes().tolist()
+    order = sorted(range(len(marks)), key=lambda i: -int(masks[i].area()))
+    badges = []
+    for i in order:
+        if boxes[i][2] > boxes[i][0]:
+            place = _draw_mask(drawn, masks[i].to_dense().numpy(), boxes[i], ratio, marks[i])
+            badges.append((place, marks[i]))
+    for mark in marks:
+        if mark.box is not None:
+            _draw_box(drawn, mark.box, ratio, mark)
+    for mark in marks:
+        if mark.seed is not None:
+            _draw_seed(drawn, mark.seed, ratio, mark.colour)
+    for place, mark in badges:
+        if mark.name:
+            _draw_badge(drawn, place, mark)
+    return drawn
+
+
+def heat_map(values: np.ndarray, low: float | None = None, high: float | None = None) -> Image.Image:
+    """(H, W) as colours from dark (low, by default the least finite value) to light (high)."""
+    values = np.asarray(values, np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"heat_map: values must be (H, W) with at least one cell, got {values.shape}; take one map")
+    finite = values[np.isfinite(values)]
+    low = float(finite.min()) if low is None and finite.size else low or 0.0
+    high = float(finite.max()) if high is None and finite.size else high or 0.0
+    share = np.zeros_like(values) if high <= low else (np.nan_to_num(values, nan=low) - low) / (high - low)
+    table = np.array(_HEAT, np.float64)
+    stops = np.linspace(0, 1, len(table))
+    colours = np.stack([np.interp(share.clip(0, 1), stops, table[:, c]) for c in range(3)], -1)
+    return Image.fromarray((colours + 0.5).astype(np.uint8))
+
+
+# -- parts
+@lru_cache(maxsize=64)
+def _table(sigma: float, alpha: Alpha) -> list[int]:
+    """Of a mask blurred by sigma, its 256 levels -> alpha. Near a straight edge the level is Φ(d / σ) at distance d."""
+    levels = (NormalDist().inv_cdf((level + 0.5) / 256) * sigma for level in range(256))
+    return [round(255 * min(max(alpha(d), 0.0), 1.0)) for d in levels]
+
+
+@lru_cache(maxsize=64)
+def _alphas(width: float) -> tuple[Alpha, Alpha, Alpha]:
+    """Of the fill, the outline and the dark line around it; edges are one pixel soft."""
+    return (
+        lambda d: d + 0.5,
+        lambda d: width / 2 + 0.5 - abs(d),
+        lambda d: 0.6 * (width / 2 + 1.5 - abs(d)),
+    )
+
+
+def _draw_mask(
+    drawn: Image.Image, mask: np.ndarray, box: list[int], ratio: tuple[float, float], mark: Mark
+) -> tuple[int, int]:
+    """Draws on the window around the mask only; the place of its badge comes back."""
+    width = max(drawn.size) / 380
+    sigma = round(max(1.2, 0.6 * max(ratio)), 1)
+    pad = math.ceil(3 * sigma + width)
+    window = (
+        max(0, math.floor(box[0] * ratio[0]) - pad), max(0, math.floor(box[1] * ratio[1]) - pad),
+        min(drawn.width, math.ceil(box[2] * ratio[0]) + pad), min(drawn.height, math.ceil(box[3] * ratio[1]) + pad),
+    )  # fmt: skip
+    size = (window[2] - window[0], window[3] - window[1])
+    source = tuple(edge / ratio[k % 2] for k, edge in enumerate(window))
+    source = (source[0], source[1], min(source[2], mask.shape[1]), min(source[3], mask.shape[0]))
+    level = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR, box=source)
+    level = level.filter(ImageFilter.GaussianBlur(sigma))
+    most = level.getextrema()[1]
+    if isinstance(most, (int, float)) and most < 160:  # thinner than the blur: it is drawn as a thin line all the same
+        level = level.point([min(255, round(230 * v / max(most, 1))) for v in range(256)])
+    fill, line, casing = (level.point(_table(sigma, alpha)) for alpha in _alphas(width))
+    period = max(5, round(3 * width))
+    if mark.style == "hatched":
+        fill = ImageChops.multiply(fill, _pattern(size, window, period, checks=False).point([110, *[0] * 254, 255]))
+    if mark.style == "dashed":
+        checks = _pattern(size, window, period, checks=True)
+        line, casing = ImageChops.multiply(line, checks), ImageChops.multiply(casing, checks)
+    strength = {"solid": 0.42, "hatched": 0.5, "dashed": 0.12}[mark.style]
+    drawn.paste(mark.colour, window, fill.point([round(strength * v) for v in range(256)]))
+    drawn.paste(_INK, window, casing)
+    drawn.paste(mark.colour, window, line)
+    if min(size) - 2 * pad < 2.5 * _badge_height(drawn):  # a badge would hide a mask as small as this
+        return window[2] - pad // 2, window[1] + pad // 2
+    return _innermost(level, window)
+
+
+def _pattern(size: tuple[int, int], window: tuple[int, ...], period: int, checks: bool) -> Image.Image:
+    """Checks or diagonal stripes of 0 and 255, at one place in the picture whatever the window."""
+    x, y = np.arange(size[0])[None, :] + window[0], np.arange(size[1])[:, None] + window[1]
+    field = x // period + y // period if checks else (x + y) // period
+    return Image.fromarray((field % 2 * 255).astype(np.uint8))
+
+
+def _innermost(level: Image.Image, window: tuple[int, ...]) -> tuple[int, int]:
+    """A place well inside the mask, where a badge belongs."""
+    shrink = max(1.0, max(level.size) / 96)
+    small = level.resize((max(1, round(level.width / shrink)), max(1, round(level.height / shrink))))
+    inside = np.asarray(small, np.float64)
+    blurred = np.asarray(small.filter(ImageFilter.GaussianBlur(max(1.0, min(small.size) / 6))), np.float64)
+    row, column = divmod(int(np.argmax(blurred * (inside > 127))), small.width)
+    return round(window[0] + (column + 0.5) * shrink), round(window[1] + (row + 0.5) * shrink)
+
+
+def _badge_height(drawn: Image.Image) -> int:
+    return max(16, round(max(drawn.size) / 25))
+
+
+def _draw_box(drawn: Image.Image, box: tuple[float, ...], ratio: tuple[float, float], mark: Mark) -> None:
+    x1, y1, x2, y2 = (edge * ratio[k % 2] for k, edge in enumerate(box))
+    width = max(2, round(max(drawn.size) / 380))
+    x2, y2 = max(x2 - 1, x1), max(y2 - 1, y1)
+    draw = ImageDraw.Draw(drawn, "RGBA")
+    if min(x2 - x1, y2 - y1) > 2:
+        draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(*_INK, 150), width=width + 2)
+    draw.rectangle((x1, y1, x2, y2), outline=mark.colour, width=width)
+
+
+def _draw_seed(drawn: Image.Image, seed: tuple[float, float], ratio: tuple[float, float], inner: RGB) -> None:
+    x, y = seed[0] * ratio[0], seed[1] * ratio[1]
+    draw, radius = ImageDraw.Draw(drawn), max(drawn.size) / 100
+    for r, shade in ((radius + 2, _INK), (radius, (255, 255, 255)), (radius * 0.55, inner)):
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=shade)
+
+
+@lru_cache(maxsize=8)
+def _font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
+
+
+def _draw_badge(drawn: Image.Image, place: tuple[int, int], mark: Mark) -> None:
+    height = _badge_height(drawn)
+    font = _font(round(height * 0.72))
+    draw = ImageDraw.Draw(drawn)
+    left, top, right, bottom = draw.textbbox((0, 0), mark.name, font=font)
+    width = max(height, right - left + round(0.6 * height))
+    x = min(max(place[0] - width / 2, 1), drawn.width - width - 1)
+    y = min(max(place[1] - height / 2, 1), drawn.height - height - 1)
+    draw.rounded_rectangle((x, y, x + width, y + height), height * 0.3, fill=_INK, outline=mark.colour, width=2)
+    spot = (x + (width - (right - left)) / 2 - left, y + (height - (bottom - top)) / 2 - top)
+    draw.text(spot, mark.name, font=font, fill=(255, 255, 255))

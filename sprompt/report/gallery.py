@@ -1,0 +1,192 @@
+"""A static page of everything that there is to look at: it opens from disk, in any browser, without a network."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sprompt.data.errors import DataError
+from sprompt.report import activation as kernel_activation
+from sprompt.report import sections
+from sprompt.report.album import Album
+from sprompt.report.curves import curves, is_rate, key, metric_bars
+from sprompt.report.page import MARK, Html, Section, join, tag, write_page
+from sprompt.report.prompts import Matches
+from sprompt.report.runs import Run, read_runs
+
+
+def build(
+    out: Path,
+    *,
+    proposals: tuple[Path, Path] | None = None,
+    runs: Sequence[Path] = (),
+    predictions: tuple[Path, Path | None, Path] | None = None,
+    activation: Path | Tensor | np.ndarray | None = None,
+    prompts: Sequence[Matches] | None = None,
+    title: str = "Gallery",
+    limit: int = 24,
+) -> Path:
+    """Writes out/index.html and out/pictures/, and returns the page's path. What is not given is left out, and the page says how to
+    make it. A page that was there is replaced when the new one is whole.
+
+    Args:
+        proposals: (folder of the pictures, proposal file).
+        runs: folders of training runs: log.jsonl, metrics.json, config.yaml, whichever are there.
+        predictions: (folder of the pictures, COCO file of the labels or None, COCO results).
+        activation: maps (N, h, w) of each kernel, or the .npz file of `save_activation`.
+        prompts: what `prompt_matches` returns.
+        limit: pictures of a section at most, taken evenly from first to last.
+
+    Raises DataError for an input that cannot be read at all, ValueError where out/index.html is not a page of this kind. Single
+    broken pictures and masks are left out and named on the page.
+    """
+    if limit < 1:
+        raise ValueError(f"limit: must be at least 1, got {limit}")
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: must be a folder, got a file; choose another")
+    page = out / "index.html"
+    if page.exists() and MARK.encode() not in page.read_bytes()[:4096]:
+        raise ValueError(f"{page}: is a page of something else and stays as it is; choose another folder")
+    for images in (proposals and proposals[0], predictions and predictions[0]):
+        if images is not None and not images.is_dir():
+            raise DataError(f"{images}: must be the folder of the pictures; check the path")
+    read = read_runs(runs)
+    logged = [run for run in read if run.log]
+    album = Album(out)
+    asked: list[tuple[Section, Callable[[], Section] | None]] = [
+        (_MISSING["proposals"], proposals and (lambda: sections.proposals(album, *proposals, limit))),
+        (_MISSING["prompts"], (lambda: sections.prompts(album, prompts[:limit])) if prompts else None),
+        (_MISSING["predictions"], predictions and (lambda: sections.predictions(album, *predictions, limit))),
+        (_MISSING["curves"], (lambda: Section("curves", "Learning curves", curves(logged))) if logged else None),
+        (_MISSING["metrics"], (lambda: _metrics(read)) if any(run.metrics for run in read) else None),
+        (
+            _MISSING["kernels"],
+            None
+            if activation is None
+            else lambda: kernel_activation.section(album, kernel_activation.read_activation(activation)),
+        ),
+        (_MISSING["runs"], (lambda: _summary(read)) if read else None),
+    ]
+    made = [missing if make is None else make() for missing, make in asked]
+    names = [section.title.lower() for section in made if not section.missing]
+    lead = f"{', '.join(names).capitalize()}." if names else "There is nothing to show yet."
+    write_page(
+        page, title, lead, made, f"Made by sprompt on {platform.node() or 'this machine'}, torch {torch.__version__}."
+    )
+    album.clear()
+    return page
+
+
+def _metrics(runs: Sequence[Run]) -> Section:
+    """Average precision as bars, and every number in a table."""
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
+    rows = [
+        tag("tr", tag("th", name, scope="row"), [tag("td", _value(name, run.metrics), class_="n") for run in runs])
+        for name in names
+    ]
+    table = _table(["", *(run.name for run in runs)], rows, numbers=True)
+    bars = metric_bars(runs)
+    body = join(
+        key(runs) if len(runs) > 1 else None, bars,
+        tag("details", tag("summary", "All numbers"), table, open=not bars),
+    )  # fmt: skip
+    return Section("metrics", "Metrics", body)
+
+
+def _value(name: str, metrics: dict[str, float]) -> str:
+    if name not in metrics:
+        return ""
+    if metrics[name] == -1 and not is_rate(name, -1.0):
+        return "none"  # COCO's sign for a measure without labels
+    return f"{metrics[name]:.3f}" if is_rate(name, metrics[name]) else f"{metrics[name]:,.6g}"
+
+
+def _summary(runs: Sequence[Run]) -> Section:
+    """Where the runs stand, and their settings; those that differ stand out."""
+    about = [
+        ("steps", [f"{run.log[-1]['step']:,}" if run.log else "" for run in runs]),
+        ("epochs", [_last(run, "epoch") for run in runs]),
+        ("last loss", [_last(run, "loss") for run in runs]),
+        ("pictures a second", [_last(run, "images_per_second") for run in runs]),
+    ]
+    words = list(dict.fromkeys(name for run in runs for name in run.words))
+    about += [(name, [run.words.get(name, "") for run in runs]) for name in words]
+    names = list(dict.fromkeys(name for run in runs for name in run.config))
+    settings = [(name, [run.config.get(name, "") for run in runs]) for name in names]
+    head = ["", *(run.name for run in runs)]
+    differing = [(name, values) for name, values in settings if len(set(values)) > 1]
+    parts: list[Html] = [_table(head, [_row(name, values) for name, values in about if any(values)])]
+    if differing:
+        parts.append(tag("h3", "Settings that differ"))
+        parts.append(_table(head, [_row(name, values) for name, values in differing]))
+    if settings:
+        rows = [_row(name, values, len(set(values)) > 1) for name, values in settings]
+        parts.append(tag("details", tag("summary", "All settings"), _table(head, rows)))
+    problems = [problem for run in runs for problem in run.problems]
+    if problems:
+        parts.append(tag("ul", [tag("li", problem) for problem in problems], class_="problems"))
+    return Section("runs", "Runs", join(parts), "1 run" if len(runs) == 1 else f"{len(runs)} runs")
+
+
+def _last(run: Run, name: str) -> str:
+    values = [line[name] for line in run.log if isinstance(line.get(name), (int, float))]
+    return f"{values[-1]:,.4g}" if values else ""
+
+
+def _row(name: str, values: Sequence[str], differs: bool = False) -> Html:
+    return tag(
+        "tr", tag("th", name, scope="row"), [tag("td", v) for v in values], class_="differs" if differs else None
+    )
+
+
+def _table(head: Sequence[str], rows: Sequence[Html], numbers: bool = False) -> Html:
+    cells = [
+        tag("th", h, scope="col", class_="n" if numbers and i else None) if h else tag("td") for i, h in enumerate(head)
+    ]
+    table = tag("table", tag("thead", tag("tr", cells)), tag("tbody", rows))
+    return tag("div", table, class_="scroll", tabindex="0", role="region", aria_label="Table")
+
+
+def _missing(anchor: str, title: str, how: str) -> Section:
+    """Words between backticks are commands or files."""
+    parts = [tag("code", part) if i % 2 else part for i, part in enumerate(how.split("`"))]
+    return Section(anchor, title, join(parts), missing=True)
+
+
+_MISSING = {
+    anchor: _missing(anchor, title, how)
+    for anchor, title, how in (
+        ("proposals", "Proposals", "`sprompt propose` finds masks in a folder of pictures and writes a proposal file."),
+        (
+            "prompts",
+            "Prompts",
+            "A run of `sprompt pretrain` shows which kernels take which prompt of its proposals.",
+        ),
+        (
+            "predictions",
+            "Predictions",
+            "`sprompt predict` or `sprompt evaluate` writes COCO results, which are compared with labels if there are any.",
+        ),
+        (
+            "curves",
+            "Learning curves",
+            "The folder of a run of `sprompt pretrain` or `sprompt finetune` has a `log.jsonl`.",
+        ),
+        (
+            "metrics",
+            "Metrics",
+            "`sprompt evaluate` and `sprompt finetune` write `metrics.json` into the folder of the run.",
+        ),
+        (
+            "kernels",
+            "Kernel activation",
+            "A model and labelled or unlabelled pictures give the mean mask of each kernel.",
+        ),
+        ("runs", "Runs", "Folders of runs: where they stand, and their settings side by side."),
+    )
+}

@@ -1,0 +1,154 @@
+"""COCO files and folders as pictures with masks, whichever way they name things; what is wrong is said, not raised."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sprompt.data.errors import DataError
+from sprompt.data.files import read_json
+from sprompt.data.pictures import EXTENSIONS, read_picture
+from sprompt.data.seeds import SeedGrid
+from sprompt.data.segmentation import decode, is_segmentation
+from sprompt.masks import BitMasks, Size
+
+
+@dataclass(frozen=True)
+class Instance:
+    """A mask as it stands in a file."""
+
+    segmentation: Any
+    category: int
+    score: float | None = None
+    crowd: bool = False
+    seed: Any = None  # [scale, row, column]
+
+
+@dataclass
+class Entry:
+    """A picture of a file, with what the file says is in it."""
+
+    id: int
+    name: str
+    instances: list[Instance] = field(default_factory=list)
+
+
+@dataclass
+class Records:
+    """What a file holds, picture by picture in the file's order."""
+
+    entries: dict[int, Entry]
+    categories: dict[int, str]
+    info: dict[str, Any]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def instances(self) -> int:
+        return sum(len(entry.instances) for entry in self.entries.values())
+
+
+def read_records(path: Path, images: Path | None = None, like: Records | None = None) -> Records:
+    """A COCO file, or a list of COCO results: the pictures of a list are those of `like`, or the files below `images` in their order.
+
+    Raises DataError where the file is neither; single entries that make no sense are left out and stand in `problems`.
+    """
+    data = read_json(path)
+    if isinstance(data, list):
+        entries = _entries_of(like, images, path)
+        records, annotations = Records(entries, like.categories if like else {}, {}), data
+    elif isinstance(data, dict) and isinstance(data.get("images"), list):
+        info = data.get("info")
+        annotations = data.get("annotations", [])
+        records = Records({}, {}, info if isinstance(info, dict) else {})
+        for image in data["images"]:
+            if isinstance(image, dict) and _whole(image.get("id")) and isinstance(image.get("file_name"), str):
+                records.entries[image["id"]] = Entry(image["id"], image["file_name"])
+            else:
+                records.problems.append(f"{path.name}: a picture without id or file_name is left out")
+        for category in data.get("categories") or []:
+            if isinstance(category, dict) and _whole(category.get("id")):
+                records.categories[category["id"]] = str(category.get("name", category["id"]))
+    else:
+        raise DataError(
+            f"{path}: must be a COCO file with images, or a list of COCO results, got {type(data).__name__}"
+        )
+    if not isinstance(annotations, list):
+        raise DataError(f"{path}: annotations must be a list, got {type(annotations).__name__}")
+    skipped = 0
+    for annotation in annotations:
+        instance = _instance(annotation)
+        entry = records.entries.get(annotation["image_id"]) if instance else None
+        if instance is None or entry is None:
+            skipped += 1
+        else:
+            entry.instances.append(instance)
+    if skipped:
+        records.problems.append(
+            f"{path.name}: {skipped} of {len(annotations)} masks belong to no known picture or are none"
+        )
+    return records
+
+
+def read_image(images: Path, name: str) -> Image.Image:
+    """The picture `name` below the folder `images`; raises DataError for any other place, and for what is no picture."""
+    path = images / name
+    if not path.resolve().is_relative_to(images.resolve()):
+        raise DataError(f"{name}: must lie in {images}; the file points elsewhere")
+    return Image.fromarray(read_picture(path).permute(1, 2, 0).contiguous().numpy())
+
+
+def masks_of(instances: Iterable[Instance], size: Size) -> tuple[BitMasks, list[Instance], int]:
+    """Masks of a picture of (h, w) with the instances they belong to, and how many could not be read."""
+    masks, kept, broken = [], [], 0
+    for instance in instances:
+        try:
+            masks.append(decode([instance.segmentation], size, lambda _: "mask"))
+            kept.append(instance)
+        except DataError:
+            broken += 1
+    return BitMasks.cat(masks) if masks else BitMasks.from_rle([], size), kept, broken
+
+
+def seed_grid(records: Records, source: str) -> SeedGrid | None:
+    """The grid that the seeds of a proposal file lie in; None where the file has none, or none that can be read."""
+    if "proposals" not in records.info:
+        return None
+    try:
+        return SeedGrid.parse(records.info["proposals"], source)
+    except DataError as error:
+        records.problems.append(str(error))
+        return None
+
+
+# -- parts
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _instance(annotation: Any) -> Instance | None:
+    if not isinstance(annotation, dict) or not _whole(annotation.get("image_id")):
+        return None
+    if not is_segmentation(annotation.get("segmentation")):
+        return None
+    score, category = annotation.get("score"), annotation.get("category_id")
+    return Instance(
+        annotation["segmentation"],
+        category if isinstance(category, int) else 0,
+        float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None,
+        annotation.get("iscrowd") in (1, True),
+        annotation.get("seed"),
+    )
+
+
+def _entries_of(like: Records | None, images: Path | None, path: Path) -> dict[int, Entry]:
+    if like is not None:
+        return {entry.id: Entry(entry.id, entry.name) for entry in like.entries.values()}
+    if images is None:
+        raise DataError(f"{path}: names pictures by number only; give the folder or the labels they were predicted for")
+    names = sorted(p.relative_to(images).as_posix() for p in images.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    return {i: Entry(i, name) for i, name in enumerate(names)}
