@@ -1,0 +1,136 @@
+"""Two random views of a picture: what DenseCL learns to tell from views of other pictures."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+from torch.nn.functional import conv2d, interpolate, pad
+
+from sprompt.data.sample import Sample
+from sprompt.data.transforms import MEAN, STD
+
+_LUMA = (0.299, 0.587, 0.114)
+_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
+
+
+@dataclass(frozen=True)
+class View:
+    """One picture, twice."""
+
+    first: Tensor  # (3, S, S) float32, normalised
+    second: Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Views:
+    """B pictures, twice."""
+
+    first: Tensor  # (B, 3, S, S) float32, normalised; for the encoder that learns
+    second: Tensor  # for the encoder that follows
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def to(self, device: torch.device | str) -> Views:
+        return Views(self.first.to(device, non_blocking=True), self.second.to(device, non_blocking=True), self.names)
+
+
+def collate_views(views: Sequence[View]) -> Views:
+    return Views(
+        torch.stack([view.first for view in views]),
+        torch.stack([view.second for view in views]),
+        [view.name for view in views],
+    )
+
+
+@dataclass(frozen=True)
+class TwoViews:
+    """Crops of random size and shape, each mirrored, recoloured, greyed and blurred at random, as in MoCo v2 and DenseCL."""
+
+    size: int = 224
+    """Side of a view in pixels."""
+    crop: tuple[float, float] = (0.2, 1.0)
+    """Least and largest share of the picture's area that a view shows."""
+    jitter: float = 0.4
+    """Strength of changes in brightness, contrast and saturation; hue turns by a quarter of it. Eight views of ten have them."""
+    grey: float = 0.2
+    """Share of views without colour."""
+    blur: float = 0.5
+    """Share of blurred views."""
+
+    def __post_init__(self) -> None:
+        if self.size < 32:
+            raise ValueError(f"size: a view must have at least 32 pixels a side, got {self.size}")
+        if not 0 < self.crop[0] <= self.crop[1] <= 1:
+            raise ValueError(f"crop: must be two shares above 0 and up to 1, the smaller first, got {self.crop}")
+        for name in ("jitter", "grey", "blur"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: must lie between 0 and 1, got {getattr(self, name)}")
+
+    def __call__(self, sample: Sample, generator: Generator) -> View:
+        return View(self._view(sample.image, generator), self._view(sample.image, generator), sample.name)
+
+    def _view(self, image: Tensor, generator: Generator) -> Tensor:
+        top, left, height, width = self._crop(image.shape[1], image.shape[2], generator)
+        crop = image[:, top : top + height, left : left + width].float() / 255
+        view = interpolate(crop[None], size=(self.size, self.size), mode="bilinear", antialias=True)[0].clamp(0, 1)
+        if _uniform(generator) < 0.5:
+            view = view.flip(2)
+        if self.jitter > 0 and _uniform(generator) < 0.8:
+            view = _recoloured(view, self.jitter, generator)
+        if _uniform(generator) < self.grey:
+            view = _grey(view).expand(3, -1, -1)
+        if _uniform(generator) < self.blur:
+            # The sigma of 0.1 to 2 pixels is that of views of 224.
+            view = _blurred(view, _uniform(generator, 0.1, 2.0) * self.size / 224)
+        return (view - torch.tensor(MEAN).view(3, 1, 1) / 255) / (torch.tensor(STD).view(3, 1, 1) / 255)
+
+    def _crop(self, height: int, width: int, generator: Generator) -> tuple[int, int, int, int]:
+        """Top, left, height and width of a part with an aspect ratio of 3:4 to 4:3."""
+        for _ in range(10):
+            area = height * width * _uniform(generator, *self.crop)
+            ratio = math.exp(_uniform(generator, math.log(3 / 4), math.log(4 / 3)))
+            h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+            if 0 < h <= height and 0 < w <= width:
+                break
+        else:
+            h = w = min(height, width)
+        top = int(_uniform(generator) * (height - h + 1))
+        return top, int(_uniform(generator) * (width - w + 1)), h, w
+
+
+def _uniform(generator: Generator, low: float = 0.0, high: float = 1.0) -> float:
+    return low + (high - low) * float(torch.rand((), generator=generator))
+
+
+def _grey(view: Tensor) -> Tensor:
+    return (view * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
+
+
+def _recoloured(view: Tensor, strength: float, generator: Generator) -> Tensor:
+    """Brightness, contrast and saturation times 1 ± strength, then the hue turned by ± strength / 4 of the circle."""
+    bright, contrast, saturation = (_uniform(generator, 1 - strength, 1 + strength) for _ in range(3))
+    view = (view * bright).clamp(0, 1)
+    mean = _grey(view).mean()
+    view = (mean + (view - mean) * contrast).clamp(0, 1)
+    grey = _grey(view)
+    view = (grey + (view - grey) * saturation).clamp(0, 1)
+    angle = 2 * math.pi * _uniform(generator, -strength / 4, strength / 4)
+    cos, sin = math.cos(angle), math.sin(angle)
+    to_yiq = torch.tensor(_YIQ)
+    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    return torch.einsum("ij,jhw->ihw", torch.linalg.inv(to_yiq) @ turn @ to_yiq, view).clamp(0, 1)
+
+
+def _blurred(view: Tensor, sigma: float) -> Tensor:
+    radius = max(1, math.ceil(3 * sigma))
+    window = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
+    window = (window / window.sum()).view(1, 1, 1, -1)
+    padded = pad(view[:, None], (radius, radius, radius, radius), mode="replicate")
+    return conv2d(conv2d(padded, window), window.transpose(2, 3))[:, 0]
