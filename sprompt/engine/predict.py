@@ -1,0 +1,216 @@
+"""From pictures to COCO results, a batch at a time, by one process or several."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any, NamedTuple, cast
+
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from sprompt.data.errors import DataError
+from sprompt.data.files import sync_folder
+from sprompt.data.sample import Batch
+from sprompt.data.transforms import Augment, collate
+from sprompt.engine.progress import Progress
+from sprompt.models.protocol import Prediction, QueryModel
+
+
+class Predicted(NamedTuple):
+    image_id: int
+    name: str  # the file
+    prediction: Prediction
+
+
+def predict(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    short: int = 800,
+    long: int = 1333,
+    threshold: float = 0.5,
+    max_per_image: int = 100,
+    batch_size: int = 1,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    indices: Sequence[int] | None = None,
+    problems: list[str] | None = None,
+    progress: bool = False,
+) -> Iterator[Predicted]:
+    """Results of the pictures of a dataset, in its order; no more than a batch is held at a time.
+
+    Args:
+        model: a QueryModel; moved to `device`, and put into evaluation mode for as long as this goes on.
+        dataset: gives Samples; their masks are not looked at.
+        short, long: pictures are resized so that the shorter side has `short` pixels, but the longer at most `long`.
+        threshold: probability above which a pixel is in a mask.
+        indices: of the pictures, in order; None means all.
+        problems: pictures that cannot be read are left out, and what is wrong appended here, by name; None raises DataError.
+    """
+    if batch_size < 1:
+        raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
+    views = _Views(dataset, Augment(short, long, flip=0.0), range(len(dataset)) if indices is None else indices)
+    loader: DataLoader[Any] = DataLoader(views, batch_size=batch_size, num_workers=workers, collate_fn=_collated)
+    was_training = model.training
+    model.to(device).eval()
+    try:
+        with Progress("predict", len(views), show=progress) as bar:
+            for batch, broken in loader:
+                if broken and problems is None:
+                    raise DataError(broken[0])
+                if problems is not None:
+                    problems += broken
+                if batch is not None:
+                    for place, prediction in enumerate(_predicted(model, batch.to(device), threshold, max_per_image)):
+                        yield Predicted(batch.image_ids[place], batch.names[place], prediction)
+                bar.advance(len(broken) + (0 if batch is None else len(batch)))
+    finally:
+        model.train(was_training)
+
+
+@torch.inference_mode()
+def _predicted(model: nn.Module, batch: Batch, threshold: float, max_per_image: int) -> list[Prediction]:
+    network = cast(QueryModel, model)
+    height, width = batch.images.shape[2:]
+    outputs = network.decode(network.encode(batch.images))
+    return network.predictions(
+        outputs, (height, width), batch.sizes, batch.original_sizes, threshold=threshold, max_per_image=max_per_image
+    )
+
+
+def write_results(path: Path, results: Iterable[Predicted], category_ids: Sequence[int]) -> int:
+    """Writes COCO results, a record a line, while they come in; the file appears when all of them are in it.
+
+    A record has image_id, category_id, score, segmentation (RLE) and bbox (x, y, width, height; zeros for an empty mask).
+
+    Args:
+        category_ids: of the classes.
+
+    Returns: the number of records.
+    """
+    count = 0
+    with _Whole(path) as file:
+        file.write("[")
+        for image_id, _, (masks, scores, labels) in results:
+            rles, boxes = masks.rle(), masks.boxes().tolist()
+            for rle, (x1, y1, x2, y2), score, label in zip(rles, boxes, scores.tolist(), labels.tolist(), strict=True):
+                record = {
+                    "image_id": image_id, "category_id": category_ids[label], "score": score,
+                    "bbox": [x1, y1, x2 - x1, y2 - y1],
+                    "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
+                }  # fmt: skip
+                file.write((",\n" if count else "\n") + json.dumps(record))
+                count += 1
+        file.write("\n]\n")
+    return count
+
+
+def predict_to_file(
+    model: nn.Module,
+    dataset: Any,
+    path: Path,
+    category_ids: Sequence[int],
+    *,
+    cpu: bool = False,
+    problems: list[str] | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> int:
+    """Predicts a dataset into a file of COCO results, by all processes of a launcher.
+
+    Each does a contiguous share and writes it beside `path`; the first joins the shares, in the order of the pictures, so that the
+    file does not depend on their number. The processes must see one file system.
+
+    Args:
+        cpu: stay on the CPU where there is a GPU.
+        problems: as for `predict`; of the pictures of this process.
+        settings: for `predict`.
+
+    Returns: the number of records of this process.
+    """
+    state = PartialState(cpu=cpu)
+    rank, world = state.process_index, state.num_processes
+    shares = [range(r * len(dataset) // world, (r + 1) * len(dataset) // world) for r in range(world)]
+    parts = [path if world == 1 else path.with_name(f".{path.name}.{r}-of-{world}.part") for r in range(world)]
+    stream = predict(
+        model, dataset, device=state.device, indices=shares[rank], problems=problems, progress=progress and rank == 0, **settings
+    )  # fmt: skip
+    count = write_results(parts[rank], stream, category_ids)
+    if world > 1:
+        state.wait_for_everyone()
+        if rank == 0:
+            _join(path, parts)
+        state.wait_for_everyone()
+    return count
+
+
+def _join(path: Path, parts: Sequence[Path]) -> None:
+    """Joins files of `write_results`, line by line."""
+    first = True
+    with _Whole(path) as file:
+        file.write("[")
+        for part in parts:
+            with open(part, encoding="utf-8") as lines:
+                for line in lines:
+                    record = line.strip().rstrip(",")
+                    if record not in ("[", "]"):
+                        file.write(("\n" if first else ",\n") + record)
+                        first = False
+        file.write("\n]\n")
+    for part in parts:
+        part.unlink()
+
+
+class _Whole:
+    """A text file that appears under its name when it has been written to the end, and not at all after an error."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> IO[str]:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp")
+        self.file = os.fdopen(handle, "w", encoding="utf-8")
+        return self.file
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is None:
+            os.chmod(self.temporary, 0o644)
+            os.replace(self.temporary, self.path)
+            sync_folder(self.path.parent)
+        else:
+            os.unlink(self.temporary)
+
+
+class _Views(Dataset[Any]):
+    """Samples at the size of the model's input; for a picture that cannot be read, what is wrong with it."""
+
+    def __init__(self, dataset: Any, resize: Augment, indices: Sequence[int]) -> None:
+        self.dataset, self.resize, self.indices = dataset, resize, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, place: int) -> Any:
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        try:
+            return self.resize(self.dataset[self.indices[place]], torch.Generator())
+        except DataError as error:
+            return str(error)
+
+
+def _collated(views: list[Any]) -> tuple[Batch | None, list[str]]:
+    """A batch of what could be read, and what is wrong with the others."""
+    samples = [view for view in views if not isinstance(view, str)]
+    return (collate(samples) if samples else None), [view for view in views if isinstance(view, str)]
