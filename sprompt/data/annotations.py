@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from sprompt.data.errors import DataError
@@ -130,7 +129,7 @@ def _picture(record: Any, position: int, source: str) -> Picture:
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
         raise DataError(f"{source}: picture {own} must have a file_name, got {name!r:.40}; correct it")
-    if PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or ".." in PurePosixPath(name).parts:
+    if name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
         raise DataError(
             f"{source}: picture {own} must lie below the folder of the pictures, got {name!r:.80}; write the path from there"
         )
@@ -145,7 +144,7 @@ def _category(record: Any, position: int, source: str) -> tuple[int, str]:
 
 def _whole(record: dict[str, Any], key: str, what: str, source: str) -> int:
     value = record.get(key)
-    if isinstance(value, bool) or not isinstance(value, int):
+    if type(value) is not int:  # a bool is none
         got = f"{value!r:.40}" if key in record else "none"
         raise DataError(f"{source}: {what} must have a whole number as {key}, got {got}; correct it")
     return value

@@ -15,6 +15,10 @@ from sprompt.data.errors import DataError
 from sprompt.data.pictures import picture_size
 
 CLASSES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
+_CLASS_OF = np.array(
+    [i // 1000 if i >= 1000 else i for i in range(1 << 16)]
+)  # of each value of a pixel, 0 for no thing
+_CLASS_OF[~np.isin(_CLASS_OF, list(CLASSES))] = 0
 _PICTURE, _LABELS = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
 
@@ -52,19 +56,19 @@ def _instances(path: Path, picture: Path) -> tuple[int, int, list[dict[str, Any]
             values = np.array(image)
     except Exception as error:
         raise DataError(f"{path}: is a broken picture ({str(error)[:80]}); replace it") from None
-    if values.ndim != 2:
-        raise DataError(f"{path}: must have one number a pixel, got {values.shape[2]}; is it an instanceIds picture?")
-    pixels = values.astype(np.int64).ravel(order="F")  # column by column, as run lengths go
-    kinds = np.where(pixels >= 1000, pixels // 1000, pixels)
-    things = np.flatnonzero(np.isin(kinds, list(CLASSES)))
+    if values.ndim != 2 or values.min() < 0 or values.max() >= len(_CLASS_OF):
+        got = f"values from {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.shape[2]}"
+        raise DataError(f"{path}: must have one number of 16 bits a pixel, got {got}; is it an instanceIds picture?")
+    pixels = values.ravel(order="F")  # column by column, as run lengths go
+    things = np.flatnonzero(_CLASS_OF[pixels])
     things = things[np.argsort(pixels[things], kind="stable")]
     owners, starts = np.unique(pixels[things], return_index=True)
-    found = []
+    found: list[dict[str, Any]] = []
     for owner, start, end in zip(owners.tolist(), starts, [*starts[1:], len(things)], strict=False):
         places = things[start:end]
         rle = coco_mask.frPyObjects(_runs(places, height, width), height, width)
         found.append(
-            {"category_id": owner // 1000 if owner >= 1000 else owner, "iscrowd": int(owner < 1000), "area": len(places),
+            {"category_id": int(_CLASS_OF[owner]), "iscrowd": int(owner < 1000), "area": len(places),
              "bbox": coco_mask.toBbox(rle).tolist(), "segmentation": rle}
         )  # fmt: skip
     return height, width, found

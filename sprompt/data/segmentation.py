@@ -16,7 +16,11 @@ def is_segmentation(value: Any) -> bool:
     """Whether it has the form of run lengths or of polygons at least one of which has three corners."""
     if isinstance(value, dict):
         return "size" in value and "counts" in value
-    return isinstance(value, list) and any(isinstance(part, list) and len(part) >= 6 for part in value)
+    if isinstance(value, list):
+        for part in value:  # a loop, since a COCO file has a million of them
+            if isinstance(part, list) and len(part) >= 6:
+                return True
+    return False
 
 
 def decode(segmentations: Sequence[Any], size: Size, name: Callable[[int], str]) -> BitMasks:

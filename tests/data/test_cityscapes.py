@@ -73,7 +73,7 @@ def test_broken(root: Path) -> None:
         read_cityscapes(root, "test")
     labels = root / "gtFine/train/bonn/bonn_000000_000019_gtFine_instanceIds.png"
     Image.new("RGB", (W, H)).save(labels)
-    with pytest.raises(DataError, match=r"instanceIds\.png: must have one number a pixel, got 3"):
+    with pytest.raises(DataError, match=r"instanceIds\.png: must have one number of 16 bits a pixel, got 3"):
         read_cityscapes(root, "train")
     Image.new("L", (W, H + 1)).save(labels)
     with pytest.raises(DataError, match=r"instanceIds\.png: must have the size of .*leftImg8bit\.png, got 25x40"):
