@@ -6,6 +6,7 @@ As a script, `python toy.py OUT JSON`, it trains in OUT with TrainConfig(**JSON)
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -104,5 +105,9 @@ if __name__ == "__main__":
     settings = json.loads(sys.argv[2])
     task = (Slow if settings.pop("slow", False) else Task)(settings.pop("dropout", 0.0))
     broken = settings.pop("broken", -1)
+    if settings.pop("pids", False):
+        Path(sys.argv[1]).mkdir(exist_ok=True)
+        (Path(sys.argv[1]) / f"pid-{os.environ['RANK']}").write_text(str(os.getpid()))
     train(task, partial(Loader, broken=broken), config(**settings), Path(sys.argv[1]), cpu=True, progress=False)
-    torch.save(task.state_dict(), Path(sys.argv[1]) / "weights.pt")
+    if os.environ.get("RANK", "0") == "0":
+        torch.save(task.state_dict(), Path(sys.argv[1]) / "weights.pt")

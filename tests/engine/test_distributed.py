@@ -1,0 +1,77 @@
+"""Two real processes of accelerate's launcher against one: losses, weights, a killed worker, and shares of results."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from toy import Loader, Task, config
+
+from sprompt.engine import train
+from sprompt.engine.log import read_log
+
+HERE = Path(__file__).parent
+
+
+def launch(script: str, *arguments: str) -> subprocess.Popen[str]:
+    """The script in two processes on the CPU."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
+    command = [
+        sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
+        "--dynamo_backend", "no", "--cpu", "--main_process_port", str(port), str(HERE / script), *arguments,
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return errors
+
+
+def numbers(out: Path, name: str = "loss") -> list[float]:
+    return [line[name] for line in read_log(out / "log.jsonl")]
+
+
+def test_two_processes_are_one_and_a_killed_worker_is_no_loss(tmp_path: Path) -> None:
+    """Started, one worker killed, started again: the numbers of a single process that was not disturbed."""
+    settings: dict[str, Any] = {"epochs": 8, "accumulate": 2, "checkpoint_steps": 1}
+    single = Task()
+    train(single, Loader, config(**settings), tmp_path / "one", cpu=True, progress=False)
+
+    out = tmp_path / "two"
+    process = launch("toy.py", str(out), json.dumps({**settings, "slow": True, "pids": True}))
+    end = time.monotonic() + 90
+    while not ((out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 4):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+        time.sleep(0.01)
+    os.kill(int((out / "pid-1").read_text()), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert 4 < len(numbers(out)) < 24
+    finish(launch("toy.py", str(out), json.dumps(settings)))
+
+    np.testing.assert_allclose(numbers(out), numbers(tmp_path / "one"), rtol=2e-4)
+    np.testing.assert_allclose(numbers(out, "grad_norm"), numbers(tmp_path / "one", "grad_norm"), rtol=2e-3)
+    weights = torch.load(out / "weights.pt", weights_only=True)
+    for name, value in single.state_dict().items():
+        torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_picture_of_the_other_process_is_named(tmp_path: Path) -> None:
+    order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
+    broken = order[3]  # of the first batch of 4, in the second process's part
+    process = launch("toy.py", str(tmp_path), json.dumps({"broken": broken}))
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"step 1: the loss must be finite, got NaN or infinity, on picture {order[2]}, picture {broken};" in errors
