@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from sprompt.report.page import Html, join, tag
 from sprompt.report.runs import Run
@@ -14,6 +16,7 @@ Points = Sequence[tuple[float, "float | None"]]
 
 _COLOURS = 6  # classes r0 to r5 of the style
 _MOST = 600  # points of a drawn line
+_QUIET = 30  # points of a line that is drawn as it is
 _SPEED = ("lr", "learning_rate", "seconds", "images_per_second")
 
 
@@ -24,16 +27,18 @@ class Line:
     colour: int
 
 
-def smoothed(points: Points, share: float = 0.04) -> list[tuple[float, float | None]]:
-    """Exponential mean over about this share of the points, without bias towards the start; gaps stay gaps."""
-    keep = 1 - 1 / max(1.0, share * len(points))
-    total = weight = 0.0
-    out: list[tuple[float, float | None]] = []
-    for x, y in points:
-        if y is not None:
-            total, weight = keep * total + (1 - keep) * y, keep * weight + (1 - keep)
-        out.append((x, None if y is None else total / weight))
-    return out
+def smoothed(points: Points, share: float = 0.05) -> list[tuple[float, float | None]]:
+    """Mean over a window of about this share of the points, as far to the left as to the right where there are enough, so that nothing
+    lags behind; gaps stay gaps."""
+    half = int(share * len(points) / 2)
+    values = np.array([math.nan if y is None else y for _, y in points])
+    there = ~np.isnan(values)
+    sums, counts = np.cumsum([0, *np.where(there, values, 0)]), np.cumsum([0, *there])
+    place = np.arange(len(points))
+    reach = np.minimum(half, np.minimum(place, len(points) - 1 - place).clip(min=half // 2))
+    low, high = (place - reach).clip(min=0), (place + reach + 1).clip(max=len(points))
+    means = (sums[high] - sums[low]) / np.maximum(counts[high] - counts[low], 1)
+    return [(x, float(mean) if good else None) for (x, _), mean, good in zip(points, means, there, strict=True)]
 
 
 def curves(runs: Sequence[Run]) -> Html:
@@ -43,13 +48,13 @@ def curves(runs: Sequence[Run]) -> Html:
     for name in names:
         if name != "loss":
             groups.setdefault(_group(name), []).append(name)
-    order = sorted(groups, key=lambda g: (g == "Speed and learning rate", g == "Monitors"))
+    order = sorted(groups, key=lambda g: (g == "Speed and learning rate", g == "Monitors", g != "Terms"))
     parts = [key(runs)] if len(runs) > 1 else []
     if "loss" in names:
         parts.append(tag("div", chart("loss", _lines(runs, "loss"), large=True), class_="charts"))
     for group in order:
         shown = [chart(_short(name, group), _lines(runs, name)) for name in groups[group]]
-        parts.append(tag("h3", group) if group else Html())
+        parts.append(tag("h3", group))
         parts.append(tag("div", shown, class_="charts"))
     return join(parts)
 
@@ -66,7 +71,8 @@ def chart(title: str, lines: Sequence[Line], large: bool = False) -> Html:
         return tag(
             "figure", tag("figcaption", tag("b", title), tag("span", " no finite value", class_="meta")), class_="chart"
         )
-    means = [smoothed(line.points) for line in lines]
+    noisy = title not in ("lr", "learning_rate") and max(len(line.points) for line in lines) > _QUIET
+    means = [smoothed(line.points) if noisy else line.points for line in lines]
     x0 = min(line.points[0][0] for line in lines)
     x1 = max(max(line.points[-1][0] for line in lines), x0 + 1)
     low, high, ticks = _axis([y for line in lines for _, y in line.points if y is not None])
@@ -77,11 +83,9 @@ def chart(title: str, lines: Sequence[Line], large: bool = False) -> Html:
     drawn = [tag("path", d=f"M0 {place(x0, t)[1]:.1f}H1000", class_="grid") for t in ticks]
     for line, mean in zip(lines, means, strict=True):
         shade = f"r{line.colour % _COLOURS}"
-        if len(line.points) > 30:
+        if noisy:
             drawn.append(tag("path", d=_path(line.points, place), class_=f"raw {shade}"))
-        drawn.append(
-            tag("path", d=_path(mean if len(line.points) > 30 else line.points, place), class_=f"mean {shade}")
-        )
+        drawn.append(tag("path", d=_path(mean, place), class_=f"mean {shade}"))
     svg = tag("svg", drawn, viewBox="0 0 1000 1000", preserveAspectRatio="none", aria_hidden="true")
     labels = [tag("span", number(t), class_="y", style=f"bottom:{100 * (t - low) / (high - low):.2f}%") for t in ticks]
     steps = _ticks(x0, x1, 5 if large else 3)
@@ -114,7 +118,7 @@ def metric_bars(runs: Sequence[Run]) -> Html:
     for name in names:
         rows = [
             join(
-                tag("span", run.name),
+                tag("span", run.name, class_="who", title=run.name),
                 _bar(run.metrics[name] / top, f"r{i % _COLOURS}"),
                 tag("b", f"{run.metrics[name]:.3f}"),
             )
@@ -183,6 +187,7 @@ def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
     usual = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]
     if high > low + 1.6 * (usual - low) > low:
         high = low + 1.15 * (usual - low)
+    high += 0.04 * (high - low)
     if 0 <= low < 0.5 * high:
         low = 0.0
     if not high > low:
@@ -204,7 +209,7 @@ def _thin(points: Points, most: int) -> Points:
     return points if every <= 1 else [*points[::every], *([] if (len(points) - 1) % every == 0 else [points[-1]])]
 
 
-def _path(points: Points, place) -> str:  # type: ignore[no-untyped-def]
+def _path(points: Points, place: Callable[[float, float], tuple[float, float]]) -> str:
     parts, begun = [], False
     for x, y in _thin(points, _MOST):
         if y is None:

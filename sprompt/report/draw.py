@@ -9,7 +9,7 @@ from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
 
 from sprompt.masks import BitMasks
 
@@ -135,13 +135,13 @@ def _draw_mask(
     if isinstance(most, (int, float)) and most < 160:  # thinner than the blur: it is drawn as a thin line all the same
         level = level.point([min(255, round(230 * v / max(most, 1))) for v in range(256)])
     fill, line, casing = (level.point(_table(sigma, alpha)) for alpha in _alphas(width))
-    period = max(5, round(3 * width))
+    period = max(5, round(4 * width))
     if mark.style == "hatched":
-        fill = ImageChops.multiply(fill, _pattern(size, window, period, checks=False).point([110, *[0] * 254, 255]))
+        fill = ImageChops.multiply(fill, _pattern(size, window, period, checks=False).point([90, *[0] * 254, 255]))
     if mark.style == "dashed":
         checks = _pattern(size, window, period, checks=True)
         line, casing = ImageChops.multiply(line, checks), ImageChops.multiply(casing, checks)
-    strength = {"solid": 0.42, "hatched": 0.5, "dashed": 0.12}[mark.style]
+    strength = {"solid": 0.42, "hatched": 0.62, "dashed": 0.3}[mark.style]
     drawn.paste(mark.colour, window, fill.point([round(strength * v) for v in range(256)]))
     drawn.paste(_INK, window, casing)
     drawn.paste(mark.colour, window, line)
@@ -161,10 +161,11 @@ def _innermost(level: Image.Image, window: tuple[int, ...]) -> tuple[int, int]:
     """A place well inside the mask, where a badge belongs."""
     shrink = max(1.0, max(level.size) / 96)
     small = level.resize((max(1, round(level.width / shrink)), max(1, round(level.height / shrink))))
-    inside = np.asarray(small, np.float64)
-    blurred = np.asarray(small.filter(ImageFilter.GaussianBlur(max(1.0, min(small.size) / 6))), np.float64)
-    row, column = divmod(int(np.argmax(blurred * (inside > 127))), small.width)
-    return round(window[0] + (column + 0.5) * shrink), round(window[1] + (row + 0.5) * shrink)
+    reach = max(2, min(small.size) // 3)
+    framed = ImageOps.expand(small, reach)  # outside of the picture there is no mask
+    blurred = np.asarray(framed.filter(ImageFilter.GaussianBlur(reach / 2)), np.float64)
+    row, column = divmod(int(np.argmax(blurred * (np.asarray(framed) > 127))), framed.width)
+    return round(window[0] + (column - reach + 0.5) * shrink), round(window[1] + (row - reach + 0.5) * shrink)
 
 
 def _badge_height(drawn: Image.Image) -> int:

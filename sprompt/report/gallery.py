@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sprompt.data.errors import DataError
+from sprompt.env import machine
 from sprompt.report import activation as kernel_activation
 from sprompt.report import sections
 from sprompt.report.album import Album
@@ -75,9 +75,7 @@ def build(
     made = [missing if make is None else make() for missing, make in asked]
     names = [section.title.lower() for section in made if not section.missing]
     lead = f"{', '.join(names).capitalize()}." if names else "There is nothing to show yet."
-    write_page(
-        page, title, lead, made, f"Made by sprompt on {platform.node() or 'this machine'}, torch {torch.__version__}."
-    )
+    write_page(page, title, lead, made, f"Made by sprompt on {machine(torch.device('cpu'))}.")
     album.clear()
     return page
 
@@ -101,7 +99,7 @@ def _metrics(runs: Sequence[Run]) -> Section:
 def _value(name: str, metrics: dict[str, float]) -> str:
     if name not in metrics:
         return ""
-    if metrics[name] == -1 and not is_rate(name, -1.0):
+    if metrics[name] == -1:
         return "none"  # COCO's sign for a measure without labels
     return f"{metrics[name]:.3f}" if is_rate(name, metrics[name]) else f"{metrics[name]:,.6g}"
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
-from sprompt.data.pictures import EXTENSIONS, read_picture
+from sprompt.data.folder import PictureFolder
+from sprompt.data.pictures import read_picture
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode, is_segmentation
 from sprompt.masks import BitMasks, Size
@@ -150,5 +151,5 @@ def _entries_of(like: Records | None, images: Path | None, path: Path) -> dict[i
         return {entry.id: Entry(entry.id, entry.name) for entry in like.entries.values()}
     if images is None:
         raise DataError(f"{path}: names pictures by number only; give the folder or the labels they were predicted for")
-    names = sorted(p.relative_to(images).as_posix() for p in images.rglob("*") if p.suffix.lower() in EXTENSIONS)
+    names = PictureFolder(images).file_names
     return {i: Entry(i, name) for i, name in enumerate(names)}

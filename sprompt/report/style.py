@@ -37,6 +37,7 @@ section+section{border-top:1px solid var(--line);margin-top:2rem}
 .problems{font-size:.88rem;color:var(--soft);margin:.4rem 0 1rem}
 .problems li{overflow-wrap:anywhere}
 summary{cursor:pointer;color:var(--soft)}
+details{margin-top:1rem}
 .stats{display:flex;flex-wrap:wrap;gap:.6rem 2.2rem;margin:.9rem 0 1.2rem;padding:0;list-style:none}
 .stats li{font-size:.85rem;color:var(--soft)}
 .stats b{display:block;font-size:1.45rem;line-height:1.2;font-weight:600;letter-spacing:-.01em}
@@ -44,7 +45,7 @@ summary{cursor:pointer;color:var(--soft)}
 .sheet{--row:14rem;display:flex;flex-wrap:wrap;gap:1rem .8rem}
 .sheet::after{content:"";flex:1000 1 0}
 .sheet figure{margin:0;flex:calc(var(--ar)*100) 1 calc(var(--ar)*var(--row));min-width:0;
-max-width:min(100%,calc(var(--ar)*var(--row)*1.5))}
+max-width:min(100%,calc(var(--ar)*var(--row)*1.8))}
 .sheet.pairs{--row:12.5rem}
 .sheet figure[hidden]{display:none}
 .shots{display:flex;gap:3px;background:var(--pit);border-radius:6px;overflow:hidden}
@@ -71,7 +72,7 @@ padding:.32rem .85rem;cursor:pointer}
 button:hover{border-color:var(--soft)}
 button[aria-pressed=true]{background:var(--fill);border-color:var(--fill);color:#fff}
 @media (prefers-color-scheme:dark){button[aria-pressed=true]{color:#04120f}}
-.charts{display:grid;gap:1.3rem 1.6rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,17.5rem),1fr));margin-top:.6rem}
+.charts{display:grid;gap:1.3rem 1.6rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));margin-top:.6rem}
 .chart{margin:0;min-width:0}
 .chart.large{grid-column:1/-1}
 .chart figcaption{padding:0 0 .35rem;font-size:.88rem}
@@ -94,7 +95,9 @@ padding:.4rem .5rem;line-height:1.5;box-shadow:0 3px 12px #0003;white-space:pre}
 .plot path[class*=r]{stroke:var(--k)}.plot path.grid{stroke:var(--line)}
 .key [class*=r]::before{content:"";display:inline-block;width:1.1em;height:.2em;border-radius:2px;background:var(--k);
 margin-right:.45em;vertical-align:.25em}
-.bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:.3rem .7rem;align-items:center;font-size:.85rem;margin:0}
+.bars{display:grid;grid-template-columns:fit-content(50%) 1fr max-content;gap:.3rem .7rem;align-items:center;font-size:.85rem;margin:0}
+.bars>*{min-width:0}
+.bars .who{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
 .bars .bar{height:.7rem;border-radius:2px;background:var(--k,var(--c,var(--fill)));min-width:1px}
 .bars .track{background:var(--pit);border-radius:2px}
 .metrics{display:grid;gap:1.2rem 2rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr))}
