@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import importlib
+import inspect
 import os
 import sys
 import traceback
@@ -90,7 +91,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
         f"--preset NAME starts from one of {', '.join(preset_names())}; --config FILE.yaml from a file, such as the "
         "config.yaml of an earlier run. Other options come on top."
     )
-    description = f"{(kind.__doc__ or '').strip()}\n\n{common}"
+    description = f"{inspect.cleandoc(kind.__doc__)}\n\n{common}"
     return tyro.cli(
         kind, args=rest, default=base, prog=f"sprompt {name}", description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),

@@ -30,7 +30,8 @@ from sprompt.engine.resume import check_same, restore, versions
 class Loader(Protocol):
     """What `sprompt.data.loader.Batches` offers: micro-batches that depend on (seed, epoch, place) only."""
 
-    steps: int  # micro-batches of an epoch
+    @property
+    def steps(self) -> int: ...  # micro-batches of an epoch
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]: ...
 

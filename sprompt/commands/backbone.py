@@ -1,0 +1,73 @@
+"""`sprompt backbone`: pictures without labels to a self-supervised backbone (DenseCL)."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from sprompt.commands import runs
+from sprompt.data.folder import PictureFolder
+from sprompt.data.loader import Batches
+from sprompt.engine.config import TrainConfig
+from sprompt.engine.train import train
+from sprompt.methods.densecl import DenseCL, DenseCLConfig, TwoViews, collate_views
+from sprompt.nn.weights import load_backbone, save_backbone
+from sprompt.settings import to_plain
+
+
+@dataclasses.dataclass
+class Backbone:
+    """Trains a ResNet on pictures without labels, by DenseCL, for those who have pictures but no checkpoint.
+
+    Writes OUT/backbone.safetensors, which `propose`, `pretrain` and `finetune` take. Started again it goes on where it was.
+    """
+
+    images: Path
+    """Folder of pictures, subfolders included."""
+    out: Path = Path("runs/backbone")
+    """Run folder."""
+    init: Path | None = None
+    """Weights to start from."""
+    half: bool = False
+    """Write the weights in float16, half the size."""
+    cpu: bool = False
+    """Do not use a GPU."""
+    densecl: DenseCLConfig = dataclasses.field(default_factory=DenseCLConfig)
+    """The network and the method."""
+    views: TwoViews = dataclasses.field(default_factory=TwoViews)
+    """How pictures are changed."""
+    train: TrainConfig = dataclasses.field(
+        default_factory=lambda: TrainConfig(
+            epochs=200,
+            batch_size=256,
+            optimiser="sgd",
+            learning_rate=0.3,
+            weight_decay=1e-4,
+            clip=None,
+            schedule="cosine",
+        )
+    )
+    """Length and optimisation."""
+
+    def run(self) -> None:
+        import torch
+
+        pictures = PictureFolder(runs.existing(self.images, "images", folder=True))
+        runs.say(f"{len(pictures)} pictures in {self.images}")
+        for problem in pictures.problems:
+            runs.say(f"  {problem}")
+        task = DenseCL(self.densecl)
+        if self.init is not None:
+            runs.say(load_backbone(task.backbone, runs.existing(self.init, "init", folder=False)))
+        runs.begin(self.out, self)
+        result = train(
+            task, partial(Batches, pictures, self.views, collate_views), self.train, self.out, cpu=self.cpu,
+            identity={
+                "images": str(self.images), "pictures": len(pictures), "densecl": to_plain(self.densecl),
+                "views": to_plain(self.views), "init": str(self.init),
+            },
+        )  # fmt: skip
+        if runs.first():
+            save_backbone(
+                self.out / "backbone.safetensors", task.backbone, torch.float16 if self.half else torch.float32
+            )
+        runs.say(f"{self.out / 'backbone.safetensors'} after {result.step} steps")

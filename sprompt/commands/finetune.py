@@ -1,0 +1,115 @@
+"""`sprompt finetune`: labelled pictures to a model."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sprompt.commands import runs
+from sprompt.commands.evaluate import report
+from sprompt.commands.labels import Labels
+from sprompt.commands.testing import Testing
+from sprompt.data.coco import CocoDataset
+from sprompt.data.loader import Batches
+from sprompt.data.transforms import Augment, collate
+from sprompt.engine.config import TrainConfig
+from sprompt.engine.train import train
+from sprompt.methods.supervised import Supervised
+from sprompt.models.knet import KNet, KNetConfig
+from sprompt.nn.weights import load_backbone
+from sprompt.settings import to_plain
+
+
+@dataclasses.dataclass
+class Finetune:
+    """Trains on labelled pictures: from a pre-trained model (--init), from a backbone only (--backbone), or from scratch.
+
+    Writes OUT/model.safetensors and, if --val is given, OUT/metrics.json. Started again it goes on where it was.
+    """
+
+    data: Labels = dataclasses.field(default_factory=Labels)
+    """Pictures to train on."""
+    val: Labels = dataclasses.field(default_factory=lambda: Labels(split="val"))
+    """Pictures to evaluate on at the end; none if its images are not given."""
+    out: Path = Path("runs/finetune")
+    """Run folder."""
+    init: Path | None = None
+    """Model to start from: the run folder or the file of `sprompt pretrain` or `sprompt finetune`, or an official K-Net file."""
+    backbone: Path | None = None
+    """Backbone to start from, if there is no --init."""
+    reset_classifier: bool = True
+    """With --init: fresh classification layers. False keeps them where the number of classes is the same."""
+    evaluate_every: int = 0
+    """Evaluate on --val after every so many epochs, as well as at the end; 0: only at the end."""
+    cpu: bool = False
+    """Do not use a GPU."""
+    model: KNetConfig = dataclasses.field(default_factory=KNetConfig)
+    """The network where there is no --init; the number of classes is that of the data."""
+    augment: Augment = dataclasses.field(
+        default_factory=lambda: Augment(800, 1333, rotate_probability=0.5, rotate_degrees=9.0)
+    )
+    """How pictures are changed."""
+    train: TrainConfig = dataclasses.field(
+        default_factory=lambda: TrainConfig(
+            epochs=48, drops=(36, 44), warmup_steps=100, backbone_lr_factor=0.25, clip=4.0
+        )
+    )
+    """Length and optimisation."""
+    test: Testing = dataclasses.field(default_factory=Testing)
+    """How --val is predicted."""
+
+    def run(self) -> None:
+        dataset = self.data.open("data", keep_empty=False)
+        if not len(dataset):
+            raise ValueError(f"--data: must hold a picture with an annotation, got none in {self.data.annotations}")
+        val = self.val.open("val", keep_empty=True) if self.val.given() else None
+        if val is not None and val.classes != dataset.classes:
+            raise ValueError(f"--val: must have the classes of --data, {dataset.classes}, got {val.classes}")
+        runs.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
+        for problem in dataset.problems:
+            runs.say(f"  {problem}")
+        model = self._model(dataset)
+        runs.begin(self.out, self)
+
+        def after_epoch(epoch: int) -> dict[str, float]:
+            if val is None or not self.evaluate_every or epoch % self.evaluate_every or epoch == self.train.epochs:
+                return {}
+            return {f"val/{k}": v for k, v in self._metrics(model, val, quiet=True).items() if isinstance(v, float)}
+
+        train(
+            Supervised(model), partial(Batches, dataset, self.augment, collate), self.train, self.out, cpu=self.cpu,
+            after_epoch=after_epoch,
+            identity={
+                "data": to_plain(self.data), "pictures": len(dataset), "model": to_plain(model.config),
+                "init": str(self.init or self.backbone), "augment": to_plain(self.augment),
+            },
+        )  # fmt: skip
+        runs.save(self.out, model, dataset.classes)
+        if val is not None:
+            self._metrics(model, val, quiet=False)
+
+    def _model(self, dataset: CocoDataset) -> KNet:
+        import torch
+
+        torch.manual_seed(self.train.seed)
+        count = len(dataset.classes)
+        if self.init is None:
+            model = KNet(dataclasses.replace(self.model, num_classes=count))
+            if self.backbone is not None:
+                runs.say(load_backbone(model.backbone, runs.existing(self.backbone, "backbone", folder=False)))
+            return model
+        if self.backbone is not None:
+            raise ValueError("--backbone: must be left out where --init is given; the model has its own")
+        model, _, said = runs.open_model(self.init, dataclasses.replace(self.model, num_classes=count))
+        runs.say(said)
+        model.freeze_backbone(self.model.frozen_stages)
+        if self.reset_classifier or model.num_classes != count:
+            if not self.reset_classifier:
+                raise ValueError(
+                    f"--reset-classifier: must be True for {count} classes, the model has {model.num_classes}"
+                )
+            model.reset_classifier(count)
+        return model
+
+    def _metrics(self, model: KNet, val: CocoDataset, quiet: bool) -> dict[str, Any]:
+        return report(model, val, self.test, self.out, cpu=self.cpu, quiet=quiet)

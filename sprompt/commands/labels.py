@@ -1,0 +1,67 @@
+"""Labelled pictures as a user names them on the command line."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from sprompt.commands import runs
+from sprompt.data.coco import CocoDataset
+
+
+@dataclasses.dataclass
+class Labels:
+    """Labelled pictures: COCO-style (a folder and a JSON file), Cityscapes, or CTW1500."""
+
+    images: Path | None = None
+    """Folder of the pictures; for cityscapes the folder that it was unpacked into."""
+    annotations: Path | None = None
+    """COCO-style JSON file with the instances; for ctw1500 the folder of the label files."""
+    format: Literal["coco", "cityscapes", "ctw1500"] = "coco"
+    """What the files are."""
+    split: str = "train"
+    """Which part of cityscapes: train or val."""
+    fraction: float = 1.0
+    """Share of the pictures that is used, drawn by subset_seed."""
+    subset_seed: int = 0
+    """Chooses the pictures of a fraction."""
+    subset_list: Path | None = None
+    """Instead of a fraction: a JSON file {percent: {run: [positions in the images array]}} such as COCO_supervision.txt."""
+    subset_percent: str = "10.0"
+    """Percentage to take from subset_list."""
+    subset_run: str = "1"
+    """Run to take from subset_list."""
+
+    def given(self) -> bool:
+        return self.images is not None
+
+    def open(self, name: str, *, keep_empty: bool, class_agnostic: bool = False) -> CocoDataset:
+        """The data set; `name` is the option that errors speak of. keep_empty keeps pictures without annotations."""
+        from sprompt.data import subsets
+
+        if class_agnostic and self.format != "coco":
+            raise ValueError(f"--class-agnostic: needs --{name}.format coco, got {self.format}")
+        dataset = self._open(name, keep_empty, class_agnostic)
+        if self.subset_list is not None:
+            if self.fraction != 1.0:
+                raise ValueError(f"--{name}.fraction: must be left out where --{name}.subset-list is given")
+            return subsets.from_list(dataset, self.subset_list, self.subset_percent, self.subset_run)
+        return dataset if self.fraction == 1.0 else subsets.by_fraction(dataset, self.fraction, self.subset_seed)
+
+    def _open(self, name: str, keep_empty: bool, class_agnostic: bool) -> CocoDataset:
+        if self.images is None:
+            raise ValueError(f"--{name}.images: must be given")
+        images = runs.existing(self.images, f"{name}.images", folder=True)
+        if self.format == "cityscapes":
+            from sprompt.data.cityscapes import read_cityscapes
+
+            if self.annotations is not None:
+                raise ValueError(f"--{name}.annotations: must be left out for format cityscapes")
+            return read_cityscapes(images, self.split, keep_empty=keep_empty)
+        if self.annotations is None:
+            raise ValueError(f"--{name}.annotations: must be given for format {self.format}")
+        labels = runs.existing(self.annotations, f"{name}.annotations", folder=self.format == "ctw1500")
+        if self.format == "ctw1500":
+            from sprompt.data.ctw1500 import read_ctw1500
+
+            return read_ctw1500(images, labels, keep_empty=keep_empty)
+        return CocoDataset(images, labels, class_agnostic=class_agnostic, keep_empty=keep_empty)

@@ -1,0 +1,71 @@
+"""`sprompt pretrain`: proposals to a pre-trained K-Net, by Saliency Prompt."""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+from sprompt.commands import runs
+from sprompt.data.coco import CocoDataset
+from sprompt.data.loader import Batches
+from sprompt.data.transforms import Augment, collate
+from sprompt.engine.config import TrainConfig
+from sprompt.engine.train import train
+from sprompt.methods.saliency_prompt import Pretraining, ProposalConfig, SaliencyPromptConfig
+from sprompt.models.knet import KNet, KNetConfig
+from sprompt.nn.weights import load_backbone
+from sprompt.settings import to_plain
+
+
+@dataclasses.dataclass
+class Pretrain:
+    """Trains K-Net on mask proposals as class-agnostic labels, its kernels prompted by them, with kernel supervision.
+
+    Writes OUT/model.safetensors, which `finetune` takes. Started again it goes on where it was. `--method.assign none
+    --method.kernel-weight 0` trains on pseudo-labels alone.
+    """
+
+    images: Path
+    """Folder of the pictures that the proposals are of."""
+    proposals: Path
+    """File written by `sprompt propose`."""
+    backbone: Path
+    """The backbone that the proposals were made with; it stays as it is."""
+    out: Path = Path("runs/pretrain")
+    """Run folder."""
+    cpu: bool = False
+    """Do not use a GPU."""
+    model: KNetConfig = dataclasses.field(default_factory=lambda: KNetConfig(num_classes=1, frozen_stages=4))
+    """The network."""
+    method: SaliencyPromptConfig = dataclasses.field(default_factory=SaliencyPromptConfig)
+    """Prompts and kernel supervision."""
+    augment: Augment = dataclasses.field(default_factory=lambda: Augment(800, 1333))
+    """How pictures are changed."""
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    """Length and optimisation."""
+
+    def run(self) -> None:
+        import torch
+
+        dataset = CocoDataset(
+            runs.existing(self.images, "images", folder=True),
+            runs.existing(self.proposals, "proposals", folder=False),
+            class_agnostic=True,
+        )
+        runs.say(f"{len(dataset)} pictures with proposals in {self.proposals}")
+        for problem in dataset.problems:
+            runs.say(f"  {problem}")
+        torch.manual_seed(self.train.seed)
+        model = KNet(dataclasses.replace(self.model, num_classes=1))
+        runs.say(load_backbone(model.backbone, runs.existing(self.backbone, "backbone", folder=False)))
+        proposals = ProposalConfig.from_record(dataset.info["proposals"]) if dataset.has_seeds else None
+        task = Pretraining(model, self.method, proposals=proposals, seed=self.train.seed)
+        runs.begin(self.out, self)
+        train(
+            task, partial(Batches, dataset, self.augment, collate),
+            self.train, self.out, cpu=self.cpu,
+            identity={
+                "images": str(self.images), "proposals": str(self.proposals), "pictures": len(dataset),
+                "model": to_plain(self.model), "method": to_plain(self.method), "augment": to_plain(self.augment),
+            },
+        )  # fmt: skip
+        runs.save(self.out, model, ["object"])

@@ -1,0 +1,54 @@
+"""`sprompt propose`: pictures without labels to a file of saliency mask proposals."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+from sprompt.commands import runs
+from sprompt.data.folder import PictureFolder
+from sprompt.methods.saliency_prompt import ProposalConfig, generate
+from sprompt.nn.weights import open_backbone
+
+
+@dataclasses.dataclass
+class Propose:
+    """Finds saliency mask proposals in a folder of pictures: the masks that pre-training takes for labels.
+
+    Killed and started again it goes on where it was. Work is split over processes by --shard 0/4 to 3/4, or by
+    `accelerate launch -m sprompt.cli propose ...`; the file is the same however it is split. Pictures that cannot be read are
+    reported by name and recorded in the file.
+    """
+
+    images: Path
+    """Folder of pictures, subfolders included."""
+    backbone: Path
+    """Self-supervised backbone: a file of DenseCL, MoCo-v2, SwAV or torchvision, or of `sprompt backbone`."""
+    out: Path = Path("proposals.json")
+    """The file to write (COCO format)."""
+    shard: str | None = None
+    """Which share of the pictures this process takes, as index/count; default: all of them, or this process's of a launcher's."""
+    cpu: bool = False
+    """Do not use a GPU."""
+    proposals: ProposalConfig = dataclasses.field(default_factory=ProposalConfig)
+    """How masks are found and which are kept."""
+
+    def run(self) -> None:
+        import torch
+
+        index, count = self._share()
+        pictures = PictureFolder(runs.existing(self.images, "images", folder=True))
+        backbone = open_backbone(runs.existing(self.backbone, "backbone", folder=False))
+        cuda = torch.cuda.is_available() and not self.cpu
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+        print(f"{len(pictures)} pictures in {self.images}, share {index} of {count}", flush=True)
+        for problem in pictures.problems:
+            print(f"  {problem}")
+        generate(pictures, backbone, self.proposals, self.out, index=index, of=count, device=device)
+
+    def _share(self) -> tuple[int, int]:
+        if self.shard is None:
+            return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        index, slash, count = self.shard.partition("/")
+        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+            raise ValueError(f"--shard: must be index/count with index from 0 to count - 1, got {self.shard}")
+        return int(index), int(count)

@@ -1,0 +1,123 @@
+"""`sprompt view`: a gallery that opens in a browser."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from sprompt.commands import runs
+from sprompt.settings import from_plain, read_yaml
+
+
+@dataclasses.dataclass
+class View:
+    """Writes a page of pictures about runs: proposals, prompts and the kernels that take them, predictions beside labels, learning
+    curves, metrics, and where in the picture each kernel looks.
+
+    Run folders say in their config.yaml what they were made from; the options name or replace it. The page needs no server and no
+    network: open OUT/index.html.
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]] = ()
+    """Run folders of `pretrain`, `finetune`, `evaluate` and `predict`. Of several of a kind the last one's pictures are shown."""
+    out: Path = Path("view")
+    """Folder of the page."""
+    images: Path | None = None
+    """Folder of the pictures of --proposals or --predictions."""
+    proposals: Path | None = None
+    """Proposal file."""
+    predictions: Path | None = None
+    """COCO results."""
+    labels: Path | None = None
+    """COCO file with the labels of the pictures of --predictions."""
+    title: str = "sprompt"
+    """Heading of the page."""
+    limit: int = 24
+    """Pictures of a section, at most."""
+    cpu: bool = False
+    """Do not use a GPU."""
+
+    def run(self) -> None:
+        from sprompt.report.gallery import build
+
+        for folder in self.runs:
+            runs.existing(folder, "runs", folder=True)
+        if (self.proposals or self.predictions) and self.images is None:
+            raise ValueError("--images: must be given with --proposals or --predictions")
+        pretrained = self._last("pretrain")
+        tested = self._last("finetune", "evaluate", "predict", having=runs.PREDICTIONS)
+        proposals = (self.images, self.proposals) if self.images and self.proposals else None
+        predictions = (self.images, self.labels, self.predictions) if self.images and self.predictions else None
+        prompts = activation = None
+        if pretrained is not None:
+            folder, settings = pretrained
+            proposals = proposals or (settings.images, settings.proposals)
+            prompts = self._prompts(folder, settings)
+        if tested is not None:
+            folder, settings = tested
+            predictions = predictions or (*_labelled(settings), folder / runs.PREDICTIONS)
+            activation = self._activation(folder, settings)
+        page = build(
+            self.out, proposals=proposals, runs=self.runs, predictions=predictions, activation=activation, prompts=prompts,
+            title=self.title, limit=self.limit,
+        )  # fmt: skip
+        print(f"open {page} in a browser")
+
+    def _last(self, *commands: str, having: str = "config.yaml") -> tuple[Path, Any] | None:
+        """The last run of one of these commands that has such a file, and its settings."""
+        from sprompt.cli import command
+
+        for folder in reversed(self.runs):
+            file = folder / "config.yaml"
+            if not file.is_file() or not (folder / having).is_file():
+                continue
+            plain = read_yaml(file)
+            name = plain.pop("command", None)
+            if name in commands:
+                return folder, from_plain(command(name), plain, where=str(file))
+        return None
+
+    def _prompts(self, folder: Path, settings: Any) -> Any:
+        """Which kernel took which prompt, by the pre-trained model; None where it never was prompted, or is not done."""
+        from sprompt.data.coco import CocoDataset
+        from sprompt.report.prompts import prompt_matches
+
+        model = self._model(folder / runs.MODEL)
+        if model is None or not settings.images.is_dir() or not settings.proposals.is_file():
+            return None
+        dataset = CocoDataset(settings.images, settings.proposals, class_agnostic=True)
+        short = settings.augment.shorts[1]
+        return (
+            prompt_matches(model, dataset, settings.method, self.limit, short=short, long=settings.augment.long) or None
+        )
+
+    def _activation(self, folder: Path, settings: Any) -> Any:
+        """Mean masks of the kernels over the pictures that the run was tested on; None where the model is not at hand."""
+        from sprompt.data.folder import PictureFolder
+        from sprompt.report.activation import activation_maps
+
+        model = self._model(folder / runs.MODEL if hasattr(settings, "train") else runs.model_file(settings.model))
+        images, _ = _labelled(settings)
+        if model is None or images is None or not images.is_dir():
+            return None
+        return activation_maps(model, PictureFolder(images), 100, short=settings.test.short, long=settings.test.long)
+
+    def _model(self, file: Path) -> Any:
+        import torch
+
+        from sprompt.models.files import load_model
+
+        if not file.is_file():
+            return None
+        model, _ = load_model(file)
+        return model.to("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+
+
+def _labelled(settings: Any) -> tuple[Path, Path | None]:
+    """Pictures and labels that a run was tested on."""
+    if hasattr(settings, "val"):
+        return settings.val.images, settings.val.annotations
+    if hasattr(settings, "data"):
+        return settings.data.images, settings.data.annotations
+    return settings.images, None
