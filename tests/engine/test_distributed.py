@@ -21,14 +21,15 @@ HERE = Path(__file__).parent
 
 
 def launch(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """The script in two processes on the CPU."""
+    """The script in two processes. `--multi_gpu` is the launcher's word for several processes; with its `--cpu` it needs MPI, and
+    starts a single one without. The script asks for the CPU itself."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--cpu", "--main_process_port", str(port), str(HERE / script), *arguments,
+        "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", str(port), str(HERE / script), *arguments,
     ]  # fmt: skip
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
