@@ -38,7 +38,7 @@ class Projection(nn.Module):
 
     "linear" is trained, with bias; "linear_nobias" trained, without; "frozen_orthogonal" stays the rotation it starts as, as the
     other two do; "pca" is fitted to all cells of the first batch, over all processes, and stays: centred principal components,
-    the strongest first. Its rows beyond the backbone's width are 0.
+    the strongest first. Rows for directions that the batch does not have are 0.
     """
 
     weight: Tensor
@@ -77,7 +77,7 @@ class Projection(nn.Module):
             mean = all_sum(cells.sum((0, 2))) / number
             centred = cells - mean[:, None]
             values, vectors = torch.linalg.eigh(all_sum(torch.einsum("bdp,bep->de", centred, centred)).cpu())
-            axes = vectors.T[values.argsort(descending=True)][: self.weight.shape[0]]
+            axes = torch.where(values > 1e-9 * values.max(), vectors, 0).T.flip(0)[: self.weight.shape[0]]
             largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
             self.weight.zero_()[: len(axes)] = (axes * largest.sign()).to(self.weight)
             assert self.bias is not None
