@@ -26,6 +26,7 @@ class SeedGrid:
     long: int
     stride: int
     grid: Size | None  # None: the pyramid
+    keep_ratio: bool = True  # False: the view is long × short pixels, whatever the picture
 
     @staticmethod
     def parse(info: Any, source: str) -> SeedGrid:
@@ -43,12 +44,17 @@ class SeedGrid:
                 f"{source}: info.proposals must have short, long, stride, and seeds 'pyramid' or [h, w], got "
                 f"{short!r:.20}, {long!r:.20}, {stride!r:.20}, {seeds!r:.40}; make the file anew"
             )
+        keep = info.get("keep_ratio", True)
+        if not isinstance(keep, bool):
+            raise DataError(
+                f"{source}: info.proposals must have keep_ratio true or false, got {keep!r:.20}; make the file anew"
+            )
         grid = None if seeds == "pyramid" else (seeds[0], seeds[1])
-        return SeedGrid(short, long, stride, grid)  # type: ignore[arg-type]
+        return SeedGrid(short, long, stride, grid, keep)  # type: ignore[arg-type]
 
     def points(self, addresses: list[Any], size: Size, name: str) -> Tensor:
         """(G, 3) float32: x, y in pixels of the picture of this size, scale. `name` is what DataError calls a bad one."""
-        view = resized_size(size, self.short, self.long)
+        view = resized_size(size, self.short, self.long) if self.keep_ratio else (self.short, self.long)
         padded = [-(-side // 32) * 32 for side in view]
         points = []
         for address in addresses:

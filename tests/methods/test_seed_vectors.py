@@ -127,3 +127,30 @@ def test_from_a_picture_through_a_file_to_the_same_vector(
         scales |= set(found[image_id].seeds[:, 0].tolist())
     if seeds == "pyramid":
         assert len(scales) > 1, "seeds of more than one scale were compared"
+
+
+@pytest.mark.parametrize(
+    ("keep", "address", "point"),
+    [
+        (True, [0, 0, 0], (8, 8)),
+        (True, [1, 0, 2], (80, 16)),
+        (False, [0, 0, 0], (16, 12)),
+        (False, [1, 1, 1], (96, 72)),
+    ],
+)
+def test_points_in_the_picture(tmp_path: Path, keep: bool, address: list[int], point: tuple[float, float]) -> None:
+    """A picture of 96 × 192 pixels seen at 192 × 384, its own ratio, or stretched to 128 × 192."""
+    (tmp_path / "a.png").write_bytes(png(torch.zeros(3, 96, 192, dtype=torch.uint8)))
+    config = ProposalConfig(short=192, long=384) if keep else ProposalConfig(short=128, long=192, keep_ratio=False)
+    mask = {"size": [96, 192], "counts": [0, 96 * 192]}
+    data = {
+        "info": {"proposals": config.record()},
+        "images": [{"id": 0, "file_name": "a.png", "height": 96, "width": 192}],
+        "annotations": [
+            {"id": 1, "image_id": 0, "category_id": 1, "iscrowd": 0, "segmentation": mask, "seed": address}
+        ],
+        "categories": [{"id": 1, "name": "object"}],
+    }
+    (sample,) = [CocoDataset.from_dict(tmp_path, data, "proposals")[0]]
+    assert sample.seeds is not None
+    assert sample.seeds.tolist() == [[*point, address[0]]]
