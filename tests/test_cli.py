@@ -1,0 +1,206 @@
+"""The command line as a user meets it: the whole chain at the smallest size, --help, presets, and what goes wrong."""
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+
+from sprompt import cli
+from sprompt.commands.finetune import Finetune
+from sprompt.commands.pretrain import Pretrain
+from sprompt.commands.propose import Propose
+from sprompt.data.synthetic import write_scenes
+from sprompt.nn.resnet import ResNet
+from sprompt.nn.weights import save_backbone
+
+NETWORK = "--model.depth 18 --model.backbone-width 8 --model.channels 16 --model.kernels 8 --model.heads 2 --model.feedforward 32"
+SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True"
+TEST = "--test.short 64 --test.long 64 --test.workers 0 --test.batch-size 4"
+
+
+def sprompt(line: str) -> int:
+    return cli.main(shlex.split(line))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes and a backbone; `chain` adds what the commands make of them."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("chain")
+    write_scenes(folder / "scenes", 8, seed=0, size=(64, 64))
+    torch.manual_seed(0)
+    save_backbone(folder / "backbone.safetensors", ResNet(18, width=8))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chain(folder: Path) -> Path:
+    scenes, backbone = folder / "scenes", folder / "backbone.safetensors"
+    labels = f"images {scenes}/images --data.annotations {scenes}/instances.json".replace(
+        "images ", "--data.images ", 1
+    )
+    assert (
+        sprompt(
+            f"propose --images {scenes}/images --backbone {backbone} --out {folder}/proposals.json --cpu True --proposals.level C3 "
+            "--proposals.short 128 --proposals.long 128 --proposals.min-score 0.3"
+        )
+        == 0
+    )
+    assert (
+        sprompt(
+            f"pretrain --images {scenes}/images --proposals {folder}/proposals.json --backbone {backbone} --out {folder}/pre "
+            f"--train.epochs 1 {NETWORK} {SMALL}"
+        )
+        == 0
+    )
+    assert (
+        sprompt(
+            f"finetune {labels} --data.fraction 0.5 {labels.replace('data.', 'val.')} --init {folder}/pre --out {folder}/fine "
+            f"--train.epochs 2 --evaluate-every 1 {SMALL} {TEST}"
+        )
+        == 0
+    )
+    return folder
+
+
+def test_the_chain_leaves_what_it_says(chain: Path) -> None:
+    record = json.loads((chain / "proposals.json").read_text())
+    assert len(record["images"]) == 8 and record["annotations"]
+    for run in ("pre", "fine"):
+        assert (chain / run / "model.safetensors").is_file()
+        lines = [json.loads(line) for line in (chain / run / "log.jsonl").read_text().splitlines()]
+        steps = [line["step"] for line in lines if "loss" in line]
+        assert steps and steps == sorted(set(steps))
+    assert 0 <= json.loads((chain / "fine" / "metrics.json").read_text())["AP"] <= 1
+    logged = [json.loads(line) for line in (chain / "fine" / "log.jsonl").read_text().splitlines()]
+    assert any("val/AP" in line for line in logged)
+
+
+def test_evaluation_gives_the_numbers_of_fine_tuning(chain: Path, tmp_path: Path) -> None:
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    assert sprompt(f"evaluate --model {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST}") == 0
+    own, trained = (json.loads((p / "metrics.json").read_text()) for p in (tmp_path / "e", chain / "fine"))
+    assert own == trained
+    assert sprompt(f"evaluate --results {tmp_path}/e/predictions.json {data} --out {tmp_path}/r") == 0
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text())["AP"] == own["AP"]
+
+
+def test_a_pretrained_model_is_measured_without_classes(chain: Path, tmp_path: Path) -> None:
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    line = f"evaluate --model {chain}/pre {data} --out {tmp_path}/e --cpu True {TEST}"
+    assert sprompt(f"{line} --class-agnostic True") == 0
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text())["class_agnostic"] is True
+
+
+def test_predictions_and_gallery(chain: Path, tmp_path: Path) -> None:
+    assert (
+        sprompt(f"predict --images {chain}/scenes/images --model {chain}/fine --out {tmp_path}/p --cpu True {TEST}")
+        == 0
+    )
+    pictures = json.loads((tmp_path / "p" / "pictures.json").read_text())
+    results = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert {r["image_id"] for r in results} <= {i["id"] for i in pictures["images"]}
+    assert {r["category_id"] for r in results} <= {c["id"] for c in pictures["categories"]}
+    assert sprompt(f"view {chain}/pre {chain}/fine --out {tmp_path}/view --limit 3 --cpu True") == 0
+    page = (tmp_path / "view" / "index.html").read_text()
+    for section in ("proposals", "prompts", "predictions", "curves", "kernels"):
+        assert f'id="{section}"' in page
+
+
+def test_a_finished_run_started_again_does_nothing_new(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (chain / "pre" / "log.jsonl").read_text(), (chain / "pre" / "model.safetensors").read_bytes()
+    assert sprompt(f"pretrain --config {chain}/pre/config.yaml") == 0
+    assert before == ((chain / "pre" / "log.jsonl").read_text(), (chain / "pre" / "model.safetensors").read_bytes())
+
+
+def test_a_run_with_other_settings_is_refused(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sprompt(f"pretrain --config {chain}/pre/config.yaml --train.learning-rate 0.5") == 1
+    assert "learning_rate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("propose --images {0}/none --backbone {0}/backbone.safetensors", "--images: there is no folder"),
+        ("propose --images {0}/scenes/images --backbone {0}/none.pth", "--backbone: there is no file"),
+        (
+            "propose --images {0}/scenes/images --backbone {0}/backbone.safetensors --shard 4/4",
+            "--shard: must be index/count",
+        ),
+        ("pretrain --images {0} --proposals {0}/none.json --backbone {0}/b.pth", "--proposals: there is no file"),
+        ("finetune", "--data.images: must be given"),
+        ("finetune --data.images {0}/scenes/images", "--data.annotations: must be given for format coco"),
+        (
+            "finetune --data.images {0}/scenes/images --data.annotations {0}/backbone.safetensors",
+            "backbone.safetensors",
+        ),
+        ("evaluate --data.images {0} --data.annotations {0}", "--model: give either a model or --results"),
+        ("predict --images {0}/scenes/images --model {0}/scenes", "holds no model.safetensors"),
+        ("view --proposals {0}/proposals.json", "--images: must be given"),
+        ("pretrain --preset huge", "--preset: must be one of paper, tiny, got huge"),
+        ("pretrain --config {0}/scenes/instances.json", "is not a setting"),
+    ],
+)
+def test_errors_are_one_line(folder: Path, line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert sprompt(line.format(folder)) == 1
+    error = capsys.readouterr().err
+    assert message in error and error.startswith(f"sprompt {line.split()[0]}: ") and "Traceback" not in error
+
+
+def test_a_model_of_other_classes_is_refused(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    assert sprompt(f"evaluate --model {chain}/pre {data} --out {chain}/e") == 1
+    assert "must have the 6 classes of the data, got 1" in capsys.readouterr().err
+
+
+def test_overview_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert sprompt("--help") == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in cli.COMMANDS)
+    assert sprompt("--version") == 0 and capsys.readouterr().out.strip()
+    assert sprompt("pretain") == 2 and "pretain is not a command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if name != "env"])
+def test_help_names_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--out" in text and "--preset" in text
+
+
+@pytest.mark.parametrize("preset", cli.preset_names())
+def test_presets_are_settings(preset: str) -> None:
+    for name, plain in cli.preset(preset).items():
+        cli.from_plain(cli.command(name), plain, cli.required_missing(cli.command(name)))
+
+
+def test_the_paper_preset_is_the_default_and_the_paper() -> None:
+    """The values of the paper's recipe, and that a user without a preset gets them."""
+    given = shlex.split("pretrain --preset paper --images a --proposals b --backbone c")
+    paper = cli.parse(given[0], given[1:])
+    assert paper == Pretrain(Path("a"), Path("b"), Path("c"))
+    assert (paper.train.epochs, paper.train.batch_size, paper.train.drops, paper.train.clip) == (12, 96, (8, 11), 1.0)
+    assert (paper.train.learning_rate, paper.train.weight_decay, paper.train.warmup_steps) == (1e-4, 0.05, 1000)
+    assert (paper.model.kernels, paper.model.stages, paper.method.dropout) == (100, 3, 0.1)
+    assert (paper.model.loss_class, paper.model.loss_dice, paper.model.loss_mask, paper.method.kernel_weight) == (
+        2,
+        4,
+        1,
+        1,
+    )
+    fine = cli.parse("finetune", ["--preset", "paper"])
+    assert (fine.train, fine.model, fine.augment) == (Finetune().train, Finetune().model, Finetune().augment)
+    assert (fine.train.epochs, fine.train.drops, fine.test.threshold) == (48, (36, 44), 0.3)
+    propose = shlex.split("--preset paper --images a --backbone c")
+    assert cli.parse("propose", propose) == Propose(Path("a"), Path("c"))
+
+
+def test_later_settings_come_on_top(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("train: {epochs: 3, batch_size: 4}\n")
+    line = f"--preset tiny --config {tmp_path}/c.yaml --train.epochs 5 --images a --proposals b --backbone c"
+    settings = cli.parse("pretrain", shlex.split(line))
+    assert (settings.train.epochs, settings.train.batch_size, settings.model.depth) == (5, 4, 18)
