@@ -65,8 +65,8 @@ def _by_size(
 def _from_map(x: Tensor, masks: BitMasks, boxes: Tensor, counts: Tensor, config: SaliencyPromptConfig) -> Tensor:
     cells = (x.shape[2], x.shape[3])
     stride = [pixels / n for pixels, n in zip(masks.size, cells, strict=True)]  # rows, columns
-    scale = boxes.new_tensor([stride[1], stride[0]] * 2, dtype=torch.float32)
-    means = region_mean(x, boxes / scale, counts)
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    means = region_mean(x, torch.stack([x1 / stride[1], y1 / stride[0], x2 / stride[1], y2 / stride[0]], -1), counts)
     if config.pooling == "box":
         return means
     inside = bits_at_centres(masks, cells)

@@ -46,7 +46,7 @@ def padded_size(size: Size) -> Size:
 
 def valid_cells(sizes: Sequence[Size], cells: Size, stride: int) -> Tensor:
     """(B, H, W) bool: the cells of a map whose centre lies in the image before padding, of size sizes[b]."""
-    heights, widths = torch.tensor(sizes).unbind(1)
+    heights, widths = torch.tensor(sizes).reshape(-1, 2).unbind(1)
     rows = (torch.arange(cells[0]) + 0.5) * stride < heights[:, None]
     columns = (torch.arange(cells[1]) + 0.5) * stride < widths[:, None]
     return rows[:, :, None] & columns[:, None, :]

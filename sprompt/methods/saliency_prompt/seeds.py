@@ -19,20 +19,19 @@ def pooled_at(features: Tensor, points: Tensor, scales: Tensor) -> Tensor:
         scales: (B, G).
     """
     height, width = features.shape[2:]
-    # corners of a 2×2 block around the nearest crossing of cells, or four times the one cell
-    inner = (scales > 0)[..., None]
-    sides = points.new_tensor([width, height])
-    crossing = (points + 0.5).floor().clamp(min=1).minimum((sides - 1).clamp(min=1))
-    low = torch.where(inner, crossing - 1, points.floor())
-    high = torch.where(inner, crossing, points.floor())
-    x, y = (
-        torch.stack([low[..., i], high[..., i]], -1).clamp(0, float(sides_ - 1)).long()
-        for i, sides_ in enumerate((width, height))
-    )
+    inner = scales > 0
+    y, x = _pair(points[..., 1], inner, height), _pair(points[..., 0], inner, width)
     places = y[..., :, None] * width + x[..., None, :]  # (B, G, 2, 2)
     batch, number = scales.shape
     index = places.reshape(batch, 1, -1).expand(-1, features.shape[1], -1)
     return features.flatten(2).gather(2, index).reshape(batch, features.shape[1], number, 4).mean(3).mT
+
+
+def _pair(place: Tensor, inner: Tensor, cells: int) -> Tensor:
+    """The two cells (B, G, 2) beside the crossing of cells nearest to a place (B, G), or twice the cell that it is in."""
+    crossing = (place + 0.5).floor().clamp(1, max(cells - 1, 1))
+    low, high = torch.where(inner, crossing - 1, place.floor()), torch.where(inner, crossing, place.floor())
+    return torch.stack([low, high], -1).clamp(0, cells - 1).long()
 
 
 def windows_at(features: Tensor, points: Tensor, grid: tuple[int, int], extent: Tensor, valid: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ def seed_vectors(features: Tensor, batch: Batch, config: ProposalConfig) -> Tens
     points = batch.seeds[..., :2] / config.stride
     if config.seeds == "pyramid":
         return pooled_at(features, points, batch.seeds[..., 2])
-    extent = torch.tensor([padded_size(size) for size in batch.sizes], device=features.device) // config.stride
-    valid = valid_cells(batch.sizes, (features.shape[2], features.shape[3]), config.stride).to(features.device)
-    return windows_at(features, points, config.seeds, extent, valid)
+    extent = torch.tensor([padded_size(size) for size in batch.sizes]).reshape(-1, 2) // config.stride
+    valid = valid_cells(batch.sizes, (features.shape[2], features.shape[3]), config.stride)
+    there = (part.to(features.device, non_blocking=True) for part in (extent, valid))  # without waiting
+    return windows_at(features, points, config.seeds, *there)
 
 
 class Projection(nn.Module):
