@@ -47,7 +47,7 @@ def _data() -> dict[str, Any]:
     blobs = [rng.random(s) < 0.4 for s in SIZES]
     segmentations: list[tuple[int, int, int, Any]] = [
         (0, 7, 0, [[2.5, 3.5, 20.2, 4.0, 15.0, 17.9]]),
-        (0, 3, 0, [[1, 1, 6, 1, 6, 6, 1, 6], [10.0, 10.0, 29.0, 10.5, 29.0, 19.0], [3, 3, 9, 9]]),
+        (0, 3, 0, [[3, 13, 9, 4], [1, 1, 6, 1, 6, 6, 1, 6], [10.0, 10.0, 29.0, 10.5, 29.0, 19.0]]),
         (0, 90, 1, _runs(blobs[0])),
         (1, 90, 0, _rle(blobs[1])),
         (1, 3, 0, _runs(blobs[1])),
@@ -170,7 +170,7 @@ def _judge(truth: dict[str, Any], results: list[dict[str, Any]]) -> np.ndarray:
 
 def test_ground_truth_judges_as_the_file_does(folder: Path) -> None:
     def clean(data: dict[str, Any]) -> None:
-        data["annotations"][1]["segmentation"].pop()  # pycocotools would take the short part for something else
+        data["annotations"][1]["segmentation"].pop(0)  # pycocotools would take the short part for something else
 
     dataset = _opened(folder, clean, keep_empty=True)
     file = json.loads((folder / "changed.json").read_text())
@@ -255,6 +255,8 @@ REFUSED_WHEN_READ = [
     ([[0, 0, 5, 0, 5, 5, 1]], "annotation 14: polygons must be lists of numbers"),
     ([[0, 0, 5, 0, "a", 5]], "annotation 14: polygons must be lists of numbers"),
     ([[0, 0, 5, 0, float("nan"), 5]], "annotation 14: corners must lie in or near"),
+    ([[0, 0, 5, 0, 67, 5]], "annotation 14: corners must lie in or near the picture of 33x17"),
+    ([[0, -34, 5, 0, 6, 5]], "annotation 14: corners must lie in or near the picture of 33x17"),
     ([[0, 0, 5, 0, 1e12, 5]], "annotation 14: corners must lie in or near the picture of 33x17"),
 ]
 
