@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from knet_run import run
 from toy import Loader, Task, config
 
+from sprompt.data.synthetic import write_scenes
 from sprompt.engine import train
 from sprompt.engine.log import read_log
 
@@ -67,6 +69,22 @@ def test_two_processes_are_one_and_a_killed_worker_is_no_loss(tmp_path: Path) ->
     weights = torch.load(out / "weights.pt", weights_only=True)
     for name, value in single.state_dict().items():
         torch.testing.assert_close(value, weights[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_tiny_model_in_two_processes(tmp_path: Path) -> None:
+    """Six scenes with different numbers of objects: losses, and results in the order of the pictures."""
+    write_scenes(tmp_path / "scenes", 6, seed=1, size=(72, 96))
+    metrics = run(tmp_path / "scenes", tmp_path / "one")
+    finish(launch("knet_run.py", str(tmp_path / "scenes"), str(tmp_path / "two")))
+    for name in ("loss", "grad_norm"):
+        one, two = (np.array(numbers(tmp_path / folder, name)) for folder in ("one", "two"))
+        np.testing.assert_allclose(one[:2], two[:2], rtol=1e-4)
+        np.testing.assert_allclose(one, two, rtol=1e-2)  # AdamW turns rounding of small gradients into steps
+    one, two = (json.loads((tmp_path / folder / "predictions.json").read_text()) for folder in ("one", "two"))
+    assert [r["image_id"] for r in one] == [r["image_id"] for r in two] == [i for i in range(6) for _ in range(5)]
+    np.testing.assert_allclose([r["score"] for r in one], [r["score"] for r in two], rtol=1e-2)
+    assert json.loads((tmp_path / "two/metrics.json").read_text())["results"] == metrics["results"] == 30
+    assert not list((tmp_path / "two").glob(".*"))
 
 
 def test_a_picture_of_the_other_process_is_named(tmp_path: Path) -> None:
