@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from pycocotools import mask as coco_mask
 from rich.table import Table
@@ -19,6 +18,7 @@ from torch import nn
 from sprompt.data.errors import DataError
 from sprompt.data.files import atomic_write, read_json
 from sprompt.engine.predict import predict_to_file
+from sprompt.engine.processes import processes
 
 Kind = Literal["segm", "bbox"]
 Engine = Literal["pycocotools", "faster"]
@@ -51,7 +51,7 @@ def evaluate(
     """
     path = out / "predictions.json"
     predict_to_file(model, dataset, path, dataset.category_ids, cpu=cpu, progress=progress, **settings)
-    state = PartialState(cpu=cpu)
+    state = processes(cpu)
     metrics: dict[str, Any] | None = None
     if state.is_main_process:
         truth, results = dataset.ground_truth(), read_json(path)

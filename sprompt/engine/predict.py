@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 import torch
-from accelerate import PartialState
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -18,6 +17,7 @@ from sprompt.data.errors import DataError
 from sprompt.data.files import sync_folder
 from sprompt.data.sample import Batch
 from sprompt.data.transforms import Augment, collate
+from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.models.protocol import Prediction, QueryModel
 
@@ -134,7 +134,7 @@ def predict_to_file(
 
     Returns: the number of records of this process.
     """
-    state = PartialState(cpu=cpu)
+    state = processes(cpu)
     rank, world = state.process_index, state.num_processes
     shares = [range(r * len(dataset) // world, (r + 1) * len(dataset) // world) for r in range(world)]
     parts = [path if world == 1 else path.with_name(f".{path.name}.{r}-of-{world}.part") for r in range(world)]

@@ -23,6 +23,7 @@ from sprompt.engine.config import TrainConfig
 from sprompt.engine.guard import Guard, Interrupted, Signals, TrainingError, listed
 from sprompt.engine.log import Log, Meter
 from sprompt.engine.optim import factor_at, make_optimiser, optimiser_tensors, set_rate
+from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.engine.resume import check_same, restore, versions
 
@@ -82,6 +83,7 @@ def train(
     is not waited for, at the next line of the log; the weights never take in such a step. Interrupted (a SystemExit) after SIGINT or
     SIGTERM, with a checkpoint.
     """
+    processes(cpu)
     accelerator = Accelerator(
         cpu=cpu, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
     )
