@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +28,19 @@ def progress() -> Iterator[Callable[[str], None]]:
         print("\r" + " " * width + "\r", end="", file=sys.stderr, flush=True)
 
 
-def _ms(value: float | None) -> str:
+def milliseconds(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 1 else f"{1e3 * value:.0f} µs"
 
 
-def _bytes(value: float | None) -> str:
+def size(value: float | None) -> str:
     if value is None:
         return "?"
     return f"{value / 1e6:.1f} MB" if value < 1e9 else f"{value / 1e9:.2f} GB"
 
 
-def _ratio(value: float | None) -> str:
+def times(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}×" if value < 100 else f"{value:.0f}×"
 
 
@@ -48,12 +48,12 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     first = (row["op"], row["shape"], row["dtype"], row["mode"])
     if row["error"]:
         return (*first, row["error"], "", "", "", "", "", "")
-    unit, values = (_bytes, row["peak_bytes"]) if row["mode"] == "memory" else (_ms, row["ms"])
+    unit, values = (size, row["peak_bytes"]) if row["mode"] == "memory" else (milliseconds, row["ms"])
     library = ""
     if "library" in values:
         library = f"{row['library']} {unit(values['library'])}"
         if row.get("library_ratio") is not None:
-            library += f" = {_ratio(row['library_ratio'])}"
+            library += f" = {times(row['library_ratio'])}"
             if row.get("library_goal"):
                 library += f" (goal {row['library_goal']:g}×)"
     compiled = unit(values["compiled"]) if "compiled" in values else ""
@@ -66,7 +66,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         compiled,
         library,
         unit(values["ours"]),
-        _ratio(row.get("ratio")),
+        times(row.get("ratio")),
         goal_text,
         share,
     )
@@ -81,27 +81,33 @@ def _heading(result: dict[str, Any]) -> str:
 
 
 def show(result: dict[str, Any]) -> None:
-    rows = [cells(row) for row in result["rows"]]
+    styles: list[str | None] = []
+    for row in result["rows"]:
+        missed = row["goal"] is not None and row.get("ratio", 0) < row["goal"]
+        lost = row.get("ratio", 1) < 1
+        styles.append("red" if row["error"] or lost else "yellow" if missed else None)
+    draw(_heading(result), HEADER, [cells(row) for row in result["rows"]], styles)
     calls = "  ".join(f"{line['op']} {line['microseconds']:.0f} µs" for line in result["empty_calls"])
+    if calls:
+        print(f"empty calls: {calls}")
+
+
+def draw(heading: str, header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> None:
+    """A table on the terminal, with a style of rich for each row."""
     try:
         from rich.console import Console
         from rich.table import Table
     except ImportError:
-        print(_heading(result))
-        for row in (HEADER, *rows):
+        print(heading)
+        for row in (header, *rows):
             print("  ".join(row))
-        print(f"empty calls: {calls}" if calls else "")
         return
     console = Console(width=None if sys.stdout.isatty() else 200)
-    console.print(_heading(result), highlight=False)
-    drawn = Table(*HEADER)
-    for row, cell in zip(result["rows"], rows, strict=True):
-        missed = row["goal"] is not None and row.get("ratio", 0) < row["goal"]
-        lost = row.get("ratio", 1) < 1
-        drawn.add_row(*cell, style="red" if row["error"] or lost else "yellow" if missed else None)
+    console.print(heading, highlight=False)
+    drawn = Table(*header)
+    for row, style in zip(rows, styles, strict=True):
+        drawn.add_row(*row, style=style)
     console.print(drawn)
-    if calls:
-        console.print(f"empty calls: {calls}", highlight=False)
 
 
 def markdown(result: dict[str, Any]) -> str:
@@ -119,10 +125,14 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def replace_markdown(file: Path, result: dict[str, Any]) -> None:
+    replace_between(file, MARKERS, markdown(result))
+
+
+def replace_between(file: Path, markers: tuple[str, str], generated: str) -> None:
     text = file.read_text()
-    begin, end = MARKERS
+    begin, end = markers
     if begin not in text or end not in text:
         raise SystemExit(f"{file} has no {begin} … {end} markers")
     head, rest = text.split(begin, 1)
     tail = rest.split(end, 1)[1]
-    file.write_text(f"{head}{begin}\n{markdown(result)}\n{end}{tail}")
+    file.write_text(f"{head}{begin}\n{generated}\n{end}{tail}")

@@ -111,7 +111,8 @@ fi
 parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) < 6 ? $(nproc) : 6)) --dist worksteal" || true)
 tested=0
 # shellcheck disable=SC2086
-timeout -s INT -k 15 "$(left 30)" "$python" -m pytest -p no:cacheprovider -q -rfEs $parallel tests/test_cuda.py tests/test_contract.py \
+timeout -s INT -k 15 "$(left 30)" "$python" -m pytest -p no:cacheprovider -q -rfEs $parallel tests/test_cuda.py tests/test_cuda_step.py \
+    tests/test_contract.py \
     -k "cuda and not cuda-reference" --junitxml "$room/tests.xml" >"$out/tests.log" 2>&1 || tested=$?
 grep -vE '^[.sFE]+ *(\[|$)|^$' "$out/tests.log" | tail -40 || true
 [ $tested = 0 ] || echo "tests ended with status $tested (2: out of time)"

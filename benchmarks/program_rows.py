@@ -1,0 +1,242 @@
+"""What `benchmarks.programs` measures: whole programs, each against its rivals, on random weights and made-up pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks import released_knet
+from benchmarks.measure import Call
+from sprompt import use_backend
+from sprompt.data.sample import Sample
+from sprompt.data.synthetic import scene
+from sprompt.data.transforms import collate
+from sprompt.masks import BitMasks, Size
+from sprompt.methods.saliency_prompt.config import ProposalConfig
+from sprompt.methods.saliency_prompt.proposals import Proposals, propose, view
+from sprompt.models.knet import KNet, KNetConfig
+from sprompt.models.knet.outputs import Outputs
+from sprompt.models.protocol import Features
+from sprompt.nn.resnet import ResNet
+from sprompt.ops import pack_masks
+from sprompt.testing.spec import blobs, random
+
+
+class Rivals(NamedTuple):
+    """Calls that do the same work, "ours" among them. `check` raises AssertionError where they disagree, and tells what is
+    remarkable about the inputs."""
+
+    calls: dict[str, Call]
+    check: Callable[[], str]
+
+
+@dataclass(frozen=True)
+class Program:
+    name: str
+    shape: str
+    make: Callable[[torch.device], Rivals]
+    #: The same at toy size, for --quick.
+    tiny: Callable[[torch.device], Rivals]
+    #: Wanted: {"time": released / ours, "memory": released / ours, "share": most of the backbone's time}.
+    goals: dict[str, float] = field(default_factory=dict)
+    #: Images of one call.
+    images: int = 1
+    #: Whether a GPU replays it from a CUDA graph as well.
+    captures: bool = False
+
+
+# -- a step of training
+
+
+class _Given(nn.Module):
+    """In the place of the semantic FPN: its two maps are given."""
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(maps)
+
+
+def regions(channels: int, size: Size, images: int, seed: int) -> Tensor:
+    """(images, channels, H, W): smooth regions and noise, as networks give them."""
+    g = random(seed)
+    coarse = torch.randn(images, channels, 10, 16, generator=g)
+    return F.interpolate(coarse, size=size, mode="bilinear") + 0.3 * torch.randn(images, channels, *size, generator=g)
+
+
+def head_step(
+    device: torch.device, *, images: int, decoder: bool, size: Size = (800, 1344), targets: int = 15, **config: Any
+) -> Rivals:
+    """Forward, matching, losses and backward of K-Net's head at initialisation.
+
+    With `decoder` from the maps behind the semantic FPN, to which a gradient flows; else from the pyramid, to which none does.
+    """
+    torch.manual_seed(0)
+    model = KNet(KNetConfig(num_classes=1, **config))
+    model.backbone, model.neck = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+    model = model.to(device).train()
+    if decoder:
+        model.rpn_head.localization_fpn = _Given()  # type: ignore[assignment]
+        shapes = [(size[0] // 8, size[1] // 8)] * 2
+    else:
+        shapes = [(size[0] // stride, size[1] // stride) for stride in (4, 8, 16, 32)]
+    maps = [regions(model.channels, shape, images, seed).to(device) for seed, shape in enumerate(shapes)]
+    if decoder:
+        maps = [each.relu_().requires_grad_() for each in maps]
+    leaves = [*model.parameters(), *(each for each in maps if each.requires_grad)]
+
+    dense = [(blobs(targets, *size, seed) > 0.5).to(device) for seed in range(images)]
+    bits = BitMasks.stack([pack_masks(each) for each in dense])
+    bytes_ = [each.to(torch.uint8) for each in dense]
+    labels = torch.zeros(images, targets, dtype=torch.int64, device=device)
+    counts = torch.full((images,), targets, device=device)
+
+    def ours() -> dict[str, Tensor]:
+        return model.losses(model.decode(Features([], maps)), bits, labels, counts).terms
+
+    def released() -> dict[str, Tensor]:
+        return released_knet.losses(model, maps, bytes_, list(labels))
+
+    def step(losses: Callable[[], dict[str, Tensor]]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(torch.stack(list(losses().values())).sum(), leaves)
+
+    def reference() -> tuple[Tensor, ...]:
+        with use_backend("reference"):
+            return step(ours)
+
+    def check() -> str:
+        with torch.no_grad():
+            outputs = model.decode(Features([], maps))
+            found, known = ours(), released()
+            with use_backend("reference"):
+                plain = ours()
+        assert found.keys() == known.keys(), f"terms {sorted(found)}, released {sorted(known)}"
+        for term, value in found.items():
+            for rival, other in (("released", known[term]), ("reference", plain[term])):
+                off = float((value - other).abs() / other.abs().clamp(min=1e-6))
+                assert off <= 1e-3, f"{term} is {float(value):.6g}, {rival} {float(other):.6g}"
+        for rival, gradients in (("released", step(released)), ("reference", reference())):
+            apart = sum(float((a - b).square().sum()) for a, b in zip(step(ours), gradients, strict=True))
+            whole = sum(float(b.square().sum()) for b in gradients)
+            assert apart <= 1e-4 * whole, f"gradients are {(apart / whole) ** 0.5:.2g} from those of {rival}"
+        return f"{targets} targets an image; set pixels " + ", ".join(
+            f"{float((m > 0).float().mean()):.0%}" for m in outputs.masks
+        )
+
+    return Rivals({"ours": lambda: step(ours), "reference": reference, "released": lambda: step(released)}, check)
+
+
+# -- results
+
+
+def prediction_dump(
+    device: torch.device, *, view: Size = (800, 1333), picture: Size = (800, 1333), kernels: int = 100
+) -> Rivals:
+    """From the decoder's outputs of one image to COCO results: masks of the picture as RLE, scores and classes."""
+    padded = (-view[0] % 32 + view[0], -view[1] % 32 + view[1])
+    model = KNet(KNetConfig(depth=18, backbone_width=8, channels=32, feedforward=32, kernels=kernels, num_classes=1))
+    soft = blobs(kernels, padded[0] // 8, padded[1] // 8, 0, device).clamp(1e-4, 1 - 1e-4)
+    logits = 4 * soft.logit()[None]
+    classes = torch.randn(1, kernels, 1, generator=random(1)).to(device)
+    outputs = Outputs([logits], [classes], [], logits[:, :1])
+
+    def ours() -> tuple[list[dict[str, Any]], list[float], list[int]]:
+        (result,) = model.predictions(outputs, padded, [view], [picture])
+        return result.masks.rle(), result.scores.tolist(), result.labels.tolist()
+
+    def released() -> tuple[list[dict[str, Any]], list[float], list[int]]:
+        return released_knet.results(logits[0], classes[0], padded, view, picture)
+
+    def check() -> str:
+        rles, scores, labels = ours()
+        expected = released()
+        assert labels == expected[2], "classes differ from the released ones"
+        assert scores == expected[1], "scores differ from the released ones"
+        size = (picture[0], picture[1])
+        mine, theirs = BitMasks.from_rle(rles, size), BitMasks.from_rle(expected[0], size)
+        same = mine.area() + theirs.area() == 0
+        worst = float(torch.where(same, 1, mine.iou(theirs).diagonal()).min())
+        assert worst >= 0.99, f"a mask has IoU {worst:.3f} with the released one"
+        return f"IoU with the released masks at least {worst:.4f}"
+
+    return Rivals({"ours": ours, "released": released}, check)
+
+
+# -- proposals
+
+
+def proposals(device: torch.device, *, depth: int, width: int, size: Size) -> Rivals:
+    """Saliency proposals of one picture, up to masks of its size; and the two parts, the backbone and all that follows it."""
+    config = ProposalConfig(short=min(size), long=max(size), min_score=0, max_width=9, centre=0)  # all masks stay
+    image, *_ = scene(0, 0, size)
+    nothing, none = BitMasks.from_dense(torch.zeros(0, *size)), torch.zeros(0, dtype=torch.int64)
+    batch = collate([view(Sample(image, nothing, none, 0, "a scene", size), config)]).to(device)
+    torch.manual_seed(0)
+    backbone = ResNet(depth, width=width).to(device).eval()
+    with torch.no_grad():
+        maps = backbone(batch.images)
+
+    def ours(network: Callable[[Tensor], list[Tensor]] = backbone) -> list[Proposals]:
+        return propose(network, batch, config)  # type: ignore[arg-type]
+
+    def features() -> list[Tensor]:
+        with torch.no_grad():
+            return backbone(batch.images)
+
+    def check() -> str:
+        (found,) = ours()
+        with use_backend("reference"):
+            (plain,) = ours(lambda _: maps)
+        assert len(found.masks) == len(plain.masks), f"{len(found.masks)} proposals, reference {len(plain.masks)}"
+        assert torch.equal(found.seeds, plain.seeds), "seeds differ from those of the reference"
+        return f"{len(found.masks)} proposals"
+
+    return Rivals({"ours": ours, "backbone": features, "kernels": lambda: ours(lambda _: maps)}, check)
+
+
+_SMALL: dict[str, Any] = {"size": (96, 128), "targets": 4, "channels": 32, "heads": 4, "feedforward": 64, "kernels": 12}
+_STEP = "K-Net head step"
+_DUMP = "Prediction dump"
+
+PROGRAMS = [
+    *(
+        Program(
+            _STEP,
+            f"{'decoder' if decoder else 'whole head'}, {images} of 800x1344",
+            partial(head_step, images=images, decoder=decoder),
+            partial(head_step, images=images, decoder=decoder, **_SMALL),
+            {"time": 2, "memory": 2} if decoder else {},
+            images,
+            captures=True,
+        )
+        for decoder in (True, False)
+        for images in (1, 2)
+    ),
+    *(
+        Program(
+            _DUMP,
+            f"100 masks, {view[0]}x{view[1]} -> {picture[0]}x{picture[1]}",
+            partial(prediction_dump, view=view, picture=picture),
+            partial(prediction_dump, view=(60, 100), picture=(70, 90), kernels=10),
+            {"time": 5, "memory": 10},
+        )
+        for view, picture in (((800, 1333), (800, 1333)), ((800, 1067), (480, 640)))
+    ),
+    *(
+        Program(
+            "Proposals",
+            f"{name}, 1 of {size[0]}x{size[1]}",
+            partial(proposals, depth=depth, width=width, size=size),
+            partial(proposals, depth=18, width=8, size=(96, 128)),
+            goals,
+        )
+        for name, depth, width, size, goals in (
+            ("ResNet-50", 50, 64, (800, 1333), {"share": 0.1}),
+            ("ResNet-18 of width 16", 18, 16, (240, 320), {}),
+        )
+    ),
+]

@@ -1,0 +1,155 @@
+"""Times whole programs against released code and against the reference backend: a step of training, results, proposals.
+
+Equality comes first: a row whose results do not agree has no time, and the command ends with status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import measure, table
+from benchmarks.program_rows import PROGRAMS, Program
+from benchmarks.run import commit, write
+from sprompt import env
+
+MARKERS = ("<!-- programs -->", "<!-- /programs -->")
+RIVALS = ("released", "reference", "ours", "captured")
+HEADER = (
+    "program",
+    "shape",
+    *RIVALS[:3],
+    "released/ours",
+    "goal",
+    "peak, the same",
+    "released/ours",
+    "goal",
+    "remarks",
+)
+
+
+def main() -> int:
+    names = list(dict.fromkeys(program.name for program in PROGRAMS))
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.programs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--row", action="append", choices=names, metavar="NAME", help=f"only this one of {names}")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="how long each row is timed, at least (default: 6)")
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that everything runs")
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    parser.add_argument("--markdown", type=Path, help=f"replace the table between {' '.join(MARKERS)} in this file")
+    options = parser.parse_args()
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    result: dict[str, Any] = {"machine": env.machine(device), "commit": commit(), "quick": options.quick, "rows": []}
+    with table.progress() as show:
+        for program in PROGRAMS:
+            if options.row and program.name not in options.row:
+                continue
+            show(f"{program.name} {program.shape}")
+            result["rows"].append(row(program, device, 0.1 if options.quick else options.seconds, options.quick))
+            write(options.json, result)
+    lines = [cells(line) for line in result["rows"]]
+    table.draw(result["machine"], HEADER, lines, [style(line) for line in result["rows"]])
+    print(markdown(result))
+    if options.markdown:
+        table.replace_between(options.markdown, MARKERS, markdown(result))
+    return 1 if any(line["error"] for line in result["rows"]) else 0
+
+
+def row(program: Program, device: torch.device, seconds: float, quick: bool) -> dict[str, Any]:
+    """One line of the table: times in ms, peaks in bytes; `error` says why there are none."""
+    line: dict[str, Any] = {"program": program.name, "shape": program.shape, "error": "", "goals": program.goals}
+    if quick:
+        line |= {"shape": f"toy size of: {program.shape}", "goals": {}}
+    try:
+        calls, check = (program.tiny if quick else program.make)(device)
+        line["remark"] = check()
+    except AssertionError as failure:
+        return line | {"error": f"results disagree: {failure}"}
+    except Exception as failure:  # one row that fails must not cost the others
+        return line | {"error": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]}
+    if device.type == "cuda" and program.captures and (captured := measure.replay([calls["ours"]])):
+        calls = {**calls, "captured": captured}
+    times = measure.interleaved(calls, device, seconds)
+    line["ms"] = {rival: statistics.median(each) for rival, each in times.items()}
+    line["rounds"] = len(times["ours"])
+    line["images_per_second"] = 1e3 * program.images / line["ms"]["ours"]
+    line["peak_bytes"] = {
+        rival: measure.peak_bytes(call, device) for rival, call in calls.items() if rival != "captured"
+    }
+    peaks = line["peak_bytes"]
+    line["ratios"] = {
+        rival: {
+            "time": measure.median_ratio(times[rival], times["ours"]),
+            "memory": None if peaks["ours"] is None else peaks[rival] / max(peaks["ours"], 4096),
+        }
+        for rival in ("released", "reference")
+        if rival in times
+    }
+    if "backbone" in times:  # the rest of the program is the library's own work
+        line["share"] = statistics.median(
+            rest / all_ for rest, all_ in zip(times["kernels"], times["backbone"], strict=True)
+        )
+    return line
+
+
+def missed(line: dict[str, Any]) -> list[str]:
+    """The goals that a row does not reach."""
+    if line["error"]:
+        return list(line["goals"])
+    reached = line["ratios"].get("released", {})
+    return [
+        goal
+        for goal, wanted in line["goals"].items()
+        if (line["share"] > wanted if goal == "share" else reached[goal] is not None and reached[goal] < wanted)
+    ]
+
+
+def style(line: dict[str, Any]) -> str | None:
+    return "red" if line["error"] else "yellow" if missed(line) else None
+
+
+def cells(line: dict[str, Any]) -> tuple[str, ...]:
+    first = (line["program"], line["shape"])
+    if line["error"]:
+        return (*first, line["error"], *[""] * (len(HEADER) - 3))
+    lost, released = missed(line), line["ratios"].get("released", {"time": None, "memory": None})
+
+    def goal(name: str) -> str:
+        wanted = line["goals"].get(name)
+        return "" if wanted is None else f"≥ {wanted:g}×" + (" missed" if name in lost else "")
+
+    peaks = [table.size(line["peak_bytes"][rival]) for rival in RIVALS if rival in line["peak_bytes"]]
+    times = (table.milliseconds(line["ms"].get(rival)) for rival in RIVALS[:3])
+    return (
+        *first, *times, table.times(released["time"]), goal("time"), " / ".join(peaks), table.times(released["memory"]),
+        goal("memory"), remarks(line),
+    )  # fmt: skip
+
+
+def remarks(line: dict[str, Any]) -> str:
+    told = [f"{line['images_per_second']:.3g} images/s"]
+    if "captured" in line["ms"]:
+        told.append(f"replayed from a CUDA graph {table.milliseconds(line['ms']['captured'])}")
+    if "share" in line:
+        wanted = line["goals"].get("share")
+        goal = "" if wanted is None else f" (goal < {wanted:.0%}{', missed' if missed(line) else ''})"
+        own, backbone = (table.milliseconds(line["ms"][part]) for part in ("kernels", "backbone"))
+        told.append(f"backbone {backbone}, the rest {own} = {line['share']:.1%} of it{goal}")
+    return "; ".join([*told, line["remark"]])
+
+
+def markdown(result: dict[str, Any]) -> str:
+    rows = [HEADER, ["---"] * len(HEADER), *(cells(line) for line in result["rows"])]
+    return "\n".join([result["machine"], "", *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
