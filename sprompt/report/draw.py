@@ -75,7 +75,7 @@ def overlay(picture: Image.Image, masks: BitMasks, marks: Sequence[Mark]) -> Ima
             _draw_box(drawn, mark.box, ratio, mark)
     for mark in marks:
         if mark.seed is not None:
-            _draw_seed(drawn, mark.seed, ratio, mark.colour)
+            _draw_seed(drawn, mark.seed, ratio, mark.colour, max(drawn.size) / (100 if len(marks) <= 24 else 220))
     for place, mark in badges:
         if mark.name:
             _draw_badge(drawn, place, mark)
@@ -182,10 +182,12 @@ def _draw_box(drawn: Image.Image, box: tuple[float, ...], ratio: tuple[float, fl
     draw.rectangle((x1, y1, x2, y2), outline=mark.colour, width=width)
 
 
-def _draw_seed(drawn: Image.Image, seed: tuple[float, float], ratio: tuple[float, float], inner: RGB) -> None:
+def _draw_seed(
+    drawn: Image.Image, seed: tuple[float, float], ratio: tuple[float, float], inner: RGB, radius: float
+) -> None:
     x, y = seed[0] * ratio[0], seed[1] * ratio[1]
-    draw, radius = ImageDraw.Draw(drawn), max(drawn.size) / 100
-    for r, shade in ((radius + 2, _INK), (radius, (255, 255, 255)), (radius * 0.55, inner)):
+    draw = ImageDraw.Draw(drawn)
+    for r, shade in ((radius * 1.2, _INK), (radius, (255, 255, 255)), (radius * 0.55, inner)):
         draw.ellipse((x - r, y - r, x + r, y + r), fill=shade)
 
 
