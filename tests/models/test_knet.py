@@ -14,7 +14,8 @@ from torch import Tensor
 
 import sprompt
 from sprompt.masks import BitMasks
-from sprompt.models.knet import KNet, KNetConfig
+from sprompt.models.knet import KNet, KNetConfig, loss
+from sprompt.models.knet.loss import mask_sums
 from sprompt.models.knet.outputs import Outputs
 from sprompt.models.protocol import QueryModel
 
@@ -222,25 +223,30 @@ def test_without_targets(masks_an_image: int) -> None:
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
-def test_padded_pairs_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padded_pairs_change_nothing() -> None:
     """The form that GPUs take, where nothing may be selected, gives the numbers of the other."""
-    from sprompt.models.knet import loss
-
     model = small(7)
     images, masks, labels, counts = batch()
     outputs = model(images)
     rows = model.losses(outputs, masks, labels, counts).matched[1].rows
-    selected = loss.mask_sums(outputs.masks[1], masks, rows, select=True)
-    padded = loss.mask_sums(outputs.masks[1], masks, rows, select=False)
+    selected = mask_sums(outputs.masks[1], masks, rows, select=True)
+    padded = mask_sums(outputs.masks[1], masks, rows, select=False)
     grads = [torch.autograd.grad(sum(pair), outputs.masks[1], retain_graph=True)[0] for pair in (selected, padded)]
     torch.testing.assert_close(selected, padded)
     torch.testing.assert_close(grads[0], grads[1])
 
 
+def test_costs_that_were_not_finite_reach_the_loss() -> None:
+    """What the assignment leaves of such an image on a GPU."""
+    logits = torch.randn(2, 8, 12, 16)
+    masks = BitMasks.from_dense(torch.rand(2, 3, *SIZE) > 0.5)
+    rows = torch.tensor([[1, 2, -1], [-2, -2, -2]])
+    assert all(torch.isnan(total) for total in mask_sums(logits, masks, rows, select=False))
+    assert all(torch.isfinite(total) for total in mask_sums(logits, masks, rows.clamp(min=-1), select=False))
+
+
 def test_normalisers_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two halves of a batch, each told the sums of both, have the mean loss of the whole."""
-    from sprompt.models.knet import loss
-
     model = small(8)
     images, masks, labels, counts = batch((4, 0, 2, 1))
     whole = model.losses(model(images), masks, labels, counts).terms

@@ -63,7 +63,9 @@ def mask_sums(logits: Tensor, masks: BitMasks, rows: Tensor, select: bool) -> tu
     else:
         places, masks, real = places.flatten(), masks.reshape(-1), real.flatten()
     bce, dice = mask_loss(logits.flatten(0, 1).index_select(0, places), masks, upsample=2)
-    return torch.where(real, bce, 0).sum(), torch.where(real, dice, 0).sum()
+    # Costs that were not finite raise on a CPU; on a GPU they leave -2 behind, which must not pass for background.
+    otherwise = torch.where((rows == -2).any(), torch.nan, 0.0)
+    return torch.where(real, bce, otherwise).sum(), torch.where(real, dice, otherwise).sum()
 
 
 def _check(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) -> None:
