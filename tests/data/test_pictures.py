@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,6 @@ def test_stored_pixels_are_not_turned(tmp_path: Path) -> None:
 
 
 def test_png() -> None:
-    import io
-
     assert (np.asarray(Image.open(io.BytesIO(png(torch.from_numpy(RGB).permute(2, 0, 1))))) == RGB).all()
     assert (np.asarray(Image.open(io.BytesIO(png(torch.from_numpy(GREY))))) == GREY).all()
 
@@ -121,7 +120,9 @@ def test_huge_pictures_are_refused_unread(tmp_path: Path, monkeypatch: pytest.Mo
 
 # -- folders
 def _folder(tmp_path: Path) -> Path:
-    for i, name in enumerate(["b.png", "a.JPG", "sub/c.png", "sub/deep/a.webp", ".hidden.png", ".git/x.png", "z.txt"]):
+    for i, name in enumerate(
+        ["b.png", "a.JPG", "sub/c.png", "sub/deep/a.webp", ".hidden.png", ".git/x.png", "z.txt", "t.png"]
+    ):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".txt":
@@ -133,15 +134,15 @@ def _folder(tmp_path: Path) -> Path:
 
 def test_folder(tmp_path: Path) -> None:
     folder = PictureFolder(_folder(tmp_path))
-    assert folder.file_names == ["a.JPG", "b.png", "sub/c.png", "sub/deep/a.webp"] and len(folder) == 4
-    assert folder.image_ids == [0, 1, 2, 3] and folder.classes == []
+    assert folder.file_names == ["a.JPG", "b.png", "sub/c.png", "sub/deep/a.webp", "t.png"] and len(folder) == 5
+    assert folder.image_ids == [0, 1, 2, 3, 4] and folder.classes == []
     assert folder.problems == [f"{tmp_path}: 1 files are no pictures and left out: z.txt"]
     sample = folder[2]
     assert sample.image_id == 2 and sample.name == str(tmp_path / "sub/c.png") and sample.size == (8, 12)
     assert sample.masks.shape == (0,) and sample.masks.size == (8, 12) and sample.labels.shape == (0,)
     part = folder.subset([3, 1])
-    assert part.image_ids == [3, 1] and part[0].image_id == 3 and len(folder) == 4
-    assert PictureFolder(tmp_path, recursive=False).file_names == ["a.JPG", "b.png"]
+    assert part.image_ids == [3, 1] and part[0].image_id == 3 and len(folder) == 5
+    assert PictureFolder(tmp_path, recursive=False).file_names == ["a.JPG", "b.png", "t.png"]
 
 
 def test_broken_pictures_of_a_folder(tmp_path: Path) -> None:
