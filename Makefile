@@ -14,7 +14,7 @@ NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 .PHONY: help venv build test demo bench gpu readme lint format sanitize hooks clean
 
 help: ## list the targets
-	@echo "make demo    a picture, its proposals, a benchmark table     make test    all tests"
+	@echo "make demo    the whole chain on synthetic scenes     make test    all tests"
 	@echo
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-9s %s\n", $$1, $$2}'
 	@echo
@@ -42,9 +42,8 @@ endif
 test: build ## all tests, at every instruction set of this CPU (ARGS="-k iou" goes to pytest)
 	@tools/test.sh $(BIN) $(ARGS)
 
-demo: build ## draw a picture, find its objects, write demo/, print a short benchmark
-	@$(BIN)/python -m sprompt.demo
-	@$(BIN)/python -m benchmarks.run --quick
+demo: build ## scenes, proposals, pre-training, fine-tuning, AP table and gallery in demo/ (about five minutes on two cores)
+	@$(BIN)/python -m sprompt.cli demo $(ARGS)
 
 bench: build ## the benchmark table (ARGS="--op mask_iou" chooses; --help lists)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
@@ -74,5 +73,5 @@ hooks: venv ## run lint before every commit (installs pre-commit into the enviro
 	@$(BIN)/pre-commit install
 
 clean: ## remove what was built; the environment stays
-	rm -rf build dist *.egg-info demo/*.png demo/*.json sprompt/_C*.so sprompt/_C*.pyd $(VENV)/.built
+	rm -rf build dist *.egg-info demo sprompt/_C*.so sprompt/_C*.pyd $(VENV)/.built
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -27,6 +27,7 @@ SWITCHES = {
     "SPROMPT_BACKEND": "`reference`, `native`, `triton` or `cuda`: every op runs on it, or raises and says why it cannot",
     "SPROMPT_CPU": "`avx512`, `avx2` or `portable`: the instruction set of the kernels; default: the best of this CPU",
     "SPROMPT_NO_EXT": "`1` at install: build no kernels; at run time: do not warn that they are missing",
+    "SPROMPT_TRACEBACK": "`1`: errors of the command line show where they arose",
     "SPROMPT_SANITIZE": "`1` at build: AddressSanitizer and UndefinedBehaviorSanitizer",
     "SPROMPT_WERROR": "`1` at build: compiler warnings are errors",
     "SPROMPT_CUDA": "`auto`, `on` or `off` at build: the CUDA kernels where nvcc is found (default), or an error without it, or none",
