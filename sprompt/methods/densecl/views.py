@@ -42,11 +42,11 @@ class Views:
 
 
 def collate_views(views: Sequence[View]) -> Views:
-    return Views(
-        torch.stack([view.first for view in views]),
-        torch.stack([view.second for view in views]),
-        [view.name for view in views],
+    first, second = (
+        torch.stack(part).contiguous(memory_format=torch.channels_last)
+        for part in ([view.first for view in views], [view.second for view in views])
     )
+    return Views(first, second, [view.name for view in views])
 
 
 @dataclass(frozen=True)
