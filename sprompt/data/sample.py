@@ -48,5 +48,7 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         names = ("images", "masks", "labels", "counts", "seeds")
-        moved: dict[str, Any] = {n: v.to(device, non_blocking=True) for n in names if (v := getattr(self, n)) is not None}
+        moved: dict[str, Any] = {
+            n: v.to(device, non_blocking=True) for n in names if (v := getattr(self, n)) is not None
+        }
         return replace(self, **moved)
