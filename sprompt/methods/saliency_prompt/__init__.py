@@ -1,7 +1,7 @@
 """Saliency Prompt: masks that a frozen backbone finds in pictures, as labels and as prompts of a model's queries."""
 
 from sprompt.methods.saliency_prompt.config import ProposalConfig, SaliencyPromptConfig
-from sprompt.methods.saliency_prompt.generate import Generated, generate
+from sprompt.methods.saliency_prompt.generate import Generated, fingerprint, generate
 from sprompt.methods.saliency_prompt.injection import Injection
 from sprompt.methods.saliency_prompt.pretrain import Pretraining
 from sprompt.methods.saliency_prompt.prompts import Prompts, read_prompts
@@ -15,6 +15,7 @@ __all__ = [
     "ProposalConfig",
     "Proposals",
     "SaliencyPromptConfig",
+    "fingerprint",
     "generate",
     "propose",
     "read_prompts",

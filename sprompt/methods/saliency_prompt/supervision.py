@@ -24,7 +24,7 @@ def seed_vectors(features: Tensor, batch: Batch, config: ProposalConfig) -> Tens
         raise ValueError(
             "kernel supervision: the batch must hold seeds, got none; train on a file of `sprompt propose`, or with kernel_weight 0"
         )
-    features = features.detach().float()
+    features = features.float()
     points = batch.seeds[..., :2] / config.stride
     if config.seeds == "pyramid":
         return pooled_at(features, points, batch.seeds[..., 2])
