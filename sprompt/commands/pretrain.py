@@ -11,6 +11,7 @@ from sprompt.data.transforms import Augment, collate
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.train import train
 from sprompt.methods.saliency_prompt import Pretraining, ProposalConfig, SaliencyPromptConfig
+from sprompt.methods.saliency_prompt.generate import fingerprint
 from sprompt.models.knet import KNet, KNetConfig
 from sprompt.nn.weights import load_backbone
 from sprompt.settings import to_plain
@@ -57,7 +58,13 @@ class Pretrain:
         torch.manual_seed(self.train.seed)
         model = KNet(dataclasses.replace(self.model, num_classes=1))
         runs.say(load_backbone(model.backbone, runs.existing(self.backbone, "backbone", folder=False)))
-        proposals = ProposalConfig.from_record(dataset.info["proposals"]) if dataset.has_seeds else None
+        made_with = dataset.info["proposals"] if dataset.has_seeds else {}
+        if made_with.get("backbone", fingerprint(model.backbone)) != fingerprint(model.backbone):
+            raise ValueError(
+                f"--backbone: must be the one that {self.proposals} was made with, got another; kernels would be drawn to "
+                "features that mean something else"
+            )
+        proposals = ProposalConfig.from_record(made_with) if made_with else None
         task = Pretraining(model, self.method, proposals=proposals, seed=self.train.seed)
         runs.begin(self.out, self)
         train(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from sprompt.commands import runs
 from sprompt.data.folder import PictureFolder
+from sprompt.engine.progress import Progress
 from sprompt.methods.saliency_prompt import ProposalConfig, generate
 from sprompt.nn.weights import open_backbone
 
@@ -43,7 +44,17 @@ class Propose:
         print(f"{len(pictures)} pictures in {self.images}, share {index} of {count}", flush=True)
         for problem in pictures.problems:
             print(f"  {problem}")
-        generate(pictures, backbone, self.proposals, self.out, index=index, of=count, device=device)
+        with Progress("propose", len(pictures)) as bar:
+            done = generate(
+                pictures, backbone, self.proposals, self.out, index=index, of=count, device=device,
+                progress=bar.reach,
+            )  # fmt: skip
+        for broken in done.skipped:
+            print(f"  left out: {broken['reason']}")
+        if done.out is None:
+            print(f"share {index} of {count} is done; {self.out} appears when the others are")
+        else:
+            print(f"the proposals are in {done.out}")
 
     def _share(self) -> tuple[int, int]:
         if self.shard is None:

@@ -50,6 +50,14 @@ class Progress:
         elif self.lines and time.monotonic() - self.told >= SECONDS:
             self._line()
 
+    def reach(self, done: int, total: int) -> None:
+        """So much of so much is done: for work that finds out on its way how long it is, or how far it was."""
+        if self.total != total:
+            self.total, self.first = total, 0
+            if self.bar is not None:
+                self.bar.update(self.task, total=total)
+        self.advance(done - self.done)
+
     def _line(self) -> None:
         self.told = time.monotonic()
         rate = (self.done - self.first) / max(self.told - self.began, 1e-9)
