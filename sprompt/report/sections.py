@@ -37,9 +37,11 @@ def proposals(album: Album, images: Path, file: Path, limit: int) -> Section:
         seeds: list[tuple[float, float] | None] = [None] * len(kept)
         if grid is not None:
             for i, instance in enumerate(kept):
-                if instance.seed is not None:
+                try:
                     x, y, _ = grid.points([instance.seed], masks.size, entry.name)[0].tolist()
                     seeds[i] = (x, y)
+                except DataError as error:
+                    records.problems.append(str(error))
         order = sorted(range(len(kept)), key=lambda i: -(kept[i].score or 0))
         numbered = len(kept) <= _BADGES
         marks = [Mark(draw.colour(0))] * len(kept)

@@ -86,13 +86,16 @@ def disk(tmp_path: Path) -> Disk:
         (run / "config.yaml").write_text(f"model: {{kernels: 100}}\nmethod: {{assign: {['cosine', 'none'][n]}}}\n")
         runs.append(run)
     labels_file = {"images": pictures, "categories": categories, "annotations": labels}
+    proposal_file = {
+        "images": pictures,
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": proposals,
+        "info": info,
+    }
     return Disk(
         images,
         dump(tmp_path / "labels.json", labels_file),
-        dump(
-            tmp_path / "proposals.json",
-            labels_file | {"annotations": proposals, "info": info, "categories": [{"id": 1, "name": "object"}]},
-        ),
+        dump(tmp_path / "proposals.json", proposal_file),
         dump(tmp_path / "predictions.json", predictions),
         runs,
         [

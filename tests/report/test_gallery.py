@@ -190,6 +190,18 @@ def test_broken_pictures_and_masks_are_named_and_left_out(disk: Any, tmp_path: P
     assert [i["alt"] for i in reader.images] == ["p1.png with 0 proposals"]
 
 
+def test_a_broken_seed_is_named_and_its_proposal_drawn(disk: Any, tmp_path: Path) -> None:
+    data = json.loads(disk.proposals.read_text())
+    data["annotations"][0]["seed"] = [0, 50, 50]
+    disk.proposals.write_text(json.dumps(data))
+    reader = read(build(tmp_path / "site", proposals=(disk.images, disk.proposals)))
+    assert "p1.png: seed must lie in the view" in reader.text["proposals"] and len(reader.images) == 2
+    data["info"]["proposals"]["version"] = 9
+    disk.proposals.write_text(json.dumps(data))
+    reader = read(build(tmp_path / "site", proposals=(disk.images, disk.proposals)))
+    assert "must be of version 1" in reader.text["proposals"] and len(reader.images) == 2
+
+
 def test_broken_runs_are_named(disk: Any, tmp_path: Path) -> None:
     (disk.runs[0] / "log.jsonl").write_text("[1]\n")
     (disk.runs[0] / "metrics.json").write_text("{")
