@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import signal
-import sys
 import threading
 import time
 from types import FrameType, TracebackType
@@ -99,6 +99,6 @@ class Signals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._since = number, time.monotonic()
-            print("stopping after this step, with a checkpoint", file=sys.stderr, flush=True)
+            os.write(2, b"stopping after this step, with a checkpoint\n")  # a handler may not use a buffered file
         elif number == signal.SIGINT and time.monotonic() - self._since > 1:
             raise KeyboardInterrupt

@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -118,7 +119,15 @@ class _Run:
         if self.loader.steps < 1:
             raise ValueError("train: the dataset must hold a picture to train on, got none")
         self.epoch_steps = -(-self.loader.steps // config.accumulate)
-        self.steps = min(config.epochs * self.epoch_steps, config.max_steps or sys.maxsize)
+        whole = config.epochs * self.epoch_steps
+        if self.main and config.warmup_steps >= whole:
+            warnings.warn(
+                f"warmup_steps: should be below the {whole} steps of the run, got {config.warmup_steps}; the learning rate never "
+                "comes to its full value",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self.steps = min(whole, config.max_steps or sys.maxsize)
         self.identity = {**config.identity(), **identity, "steps of an epoch": self.epoch_steps}
         self.optimiser = make_optimiser(task.to(self.device).train(), config)
         self.parameters = [p for group in self.optimiser.param_groups for p in group["params"]]
