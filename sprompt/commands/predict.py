@@ -6,7 +6,7 @@ from pathlib import Path
 
 from sprompt.commands import runs
 from sprompt.commands.testing import Testing
-from sprompt.data.files import atomic_write
+from sprompt.files import atomic_write
 from sprompt.models.knet import KNetConfig
 
 

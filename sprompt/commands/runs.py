@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from sprompt.cli import record
-from sprompt.data.files import atomic_write
+from sprompt.files import atomic_write
 from sprompt.models.files import load_model, save_model
 from sprompt.models.knet import KNet, KNetConfig
 from sprompt.models.knet.checkpoint import import_checkpoint

@@ -1,50 +1,14 @@
-"""Files written whole or not at all, and files read within bounds."""
+"""Files read within bounds."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import secrets
 from pathlib import Path
 from typing import Any
 
 from sprompt.data.errors import DataError
 
 MAX_JSON = 4 << 30  # bytes; the largest COCO file (unlabelled proposals included) has about 1 GB
-
-
-def atomic_write(path: Path | str, data: bytes | str, *, sync: bool = False) -> None:
-    """Writes `path` so that it holds either what it held before or all of `data`, whenever the process dies.
-
-    `sync` waits until the data are on the disk, so that this holds for a power cut as well. Folders on the way are made.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
-    if sync:
-        sync_folder(path.parent)
-
-
-def sync_folder(folder: Path | str) -> None:
-    """Waits until the names in a folder are on the disk; nothing where the system cannot open folders."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def read_bytes(path: Path | str, max_bytes: int) -> bytes:

@@ -17,8 +17,9 @@ from numpy.random import PCG64, Generator, SeedSequence
 from torch import Tensor
 
 from sprompt.data.errors import DataError
-from sprompt.data.files import atomic_write, read_json
+from sprompt.data.files import read_json
 from sprompt.data.pictures import png, read_picture
+from sprompt.files import atomic_write
 from sprompt.masks import BitMasks, Size
 
 OBJECTS = (2, 6)  # a scene; fewer only where no further one finds room

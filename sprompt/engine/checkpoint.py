@@ -20,7 +20,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sprompt.data.files import atomic_write, read_json, sync_folder
+from sprompt.data.files import read_json
+from sprompt.files import atomic_write, sync_folder
 
 FORMAT = 1
 MAX_STATE = 64 << 20  # bytes of state.json

@@ -16,9 +16,10 @@ from rich.table import Table
 from torch import nn
 
 from sprompt.data.errors import DataError
-from sprompt.data.files import atomic_write, read_json
+from sprompt.data.files import read_json
 from sprompt.engine.predict import predict_to_file
 from sprompt.engine.processes import processes
+from sprompt.files import atomic_write
 
 Kind = Literal["segm", "bbox"]
 Engine = Literal["pycocotools", "faster"]

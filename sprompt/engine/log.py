@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from sprompt.data.files import atomic_write
+from sprompt.files import atomic_write
 
 
 class Meter:

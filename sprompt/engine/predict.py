@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from sprompt.data.errors import DataError
-from sprompt.data.files import sync_folder
 from sprompt.data.sample import Batch
 from sprompt.data.transforms import Augment, collate
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
+from sprompt.files import replacing
 from sprompt.models.protocol import Prediction, QueryModel
 
 
@@ -95,7 +93,7 @@ def write_results(path: Path, results: Iterable[Predicted], category_ids: Sequen
     Returns: the number of records.
     """
     count = 0
-    with _Whole(path) as file:
+    with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
         file.write("[")
         for image_id, _, (masks, scores, labels) in results:
             rles, boxes = masks.rle(), masks.boxes().tolist()
@@ -153,7 +151,7 @@ def predict_to_file(
 def _join(path: Path, parts: Sequence[Path]) -> None:
     """Joins files of `write_results`, line by line."""
     first = True
-    with _Whole(path) as file:
+    with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
         file.write("[")
         for part in parts:
             with open(part, encoding="utf-8") as lines:
@@ -165,31 +163,6 @@ def _join(path: Path, parts: Sequence[Path]) -> None:
         file.write("\n]\n")
     for part in parts:
         part.unlink()
-
-
-class _Whole:
-    """A text file that appears under its name when it has been written to the end, and not at all after an error."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> IO[str]:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        handle, self.temporary = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.name}.", suffix=".tmp")
-        self.file = os.fdopen(handle, "w", encoding="utf-8")
-        return self.file
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        if kind is None:
-            os.chmod(self.temporary, 0o644)
-            os.replace(self.temporary, self.path)
-            sync_folder(self.path.parent)
-        else:
-            os.unlink(self.temporary)
 
 
 class _Views(Dataset[Any]):

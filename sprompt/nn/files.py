@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import pickle
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from sprompt.files import replacing
 
 _MAX_HEADER = 16 << 20  # bytes of names and shapes in a safetensors file; a network of 1000 tensors has 0.1 MB
 
@@ -25,10 +24,10 @@ _CONVERT = (
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by name, on the CPU, and the metadata of a safetensors file (of others: none).
+    """The tensors of a file by name, on the CPU, and its metadata: of safetensors their own, else the texts beside the tensors.
 
-    Reads safetensors and what torch.save wrote: a dict of tensors, bare or under "state_dict". Raises ValueError, with what to
-    do, for all else.
+    Reads safetensors and what torch.save wrote: a dict of tensors, bare or under "state_dict" or "model". Raises ValueError, with
+    what to do, for all else.
     """
     path = _existing(path)
     if path.suffix == ".safetensors":
@@ -52,11 +51,15 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{path}: must be a whole file of torch.save, got {first}; fetch or write it again") from None
-    if isinstance(held, Mapping) and isinstance(held.get("state_dict"), Mapping):
-        held = held["state_dict"]
+    about: dict[str, str] = {}
+    for key in ("state_dict", "model"):
+        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+            about = {str(name): value for name, value in held.items() if isinstance(value, str)}
+            held = held[key]
+            break
     if not isinstance(held, Mapping) or not any(isinstance(value, Tensor) for value in held.values()):
         raise ValueError(f"{path}: must hold tensors by name, got {type(held).__name__} without any; save a state_dict")
-    return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}, {}
+    return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}, about
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
@@ -81,25 +84,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(held, temporary, metadata=dict(metadata or {}))
-
-
-@contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` at the end of the block, when it is on the disk; or never, after an error."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        temporary.chmod(0o644)  # safetensors lets nobody else read it
 
 
 def _existing(path: Path | str) -> Path:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import re
-import tempfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from sprompt.nn.files import read_tensors, write_tensors
 from sprompt.nn.resnet import DEPTHS, BasicBlock, ResNet
 
 #: Where a file may hold the backbone; the first prefix with a stem behind it counts. A full DenseCL checkpoint has it twice.
@@ -31,7 +27,7 @@ def load_backbone(resnet: ResNet, path: Path | str) -> str:
     safetensors. Raises ValueError where a tensor is missing, has another shape, is not finite, or belongs to a larger network;
     then `resnet` is as it was. Nothing in the file is ever executed.
     """
-    return _load(resnet, path, *_read(Path(path)))
+    return _load(resnet, path, *_read(path))
 
 
 def _load(resnet: ResNet, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
@@ -57,7 +53,7 @@ def _load(resnet: ResNet, path: Path | str, tensors: Mapping[str, Tensor], about
 
 def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> ResNet:
     """The ResNet that a file holds, in eval mode: depth and width come from the tensors. Reads what `load_backbone` reads."""
-    tensors, about = _read(Path(path))
+    tensors, about = _read(path)
     prefix = _prefix(tensors, path)
     depth, width = _architecture(
         {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -80,59 +76,19 @@ def save_backbone(path: Path | str, resnet: ResNet, dtype: torch.dtype = torch.f
                 raise ValueError(f"save_backbone: tensors must be finite in {dtype}, got NaN or infinity in {name}")
             tensors[name] = tensor
     about = json.dumps({"backbone": {"depth": resnet.depth, "width": resnet.width}})
-    _write(Path(path), save(tensors, metadata={"sprompt": about}))
+    write_tensors(path, tensors, {"sprompt": about})
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A file's tensors by name, and what it says about itself."""
-    if not path.is_file():
-        raise ValueError(f"{path}: must be a file of weights, got {'a folder' if path.is_dir() else 'nothing there'}")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a dict
-            about = json.loads(metadata.get("sprompt", "{}"))
-        except (SafetensorError, ValueError) as error:
-            raise ValueError(
-                f"{path}: must be a whole safetensors file, got {error}; fetch or write it again"
-            ) from None
-        return tensors, about if isinstance(about, dict) else {}
+    tensors, metadata = read_tensors(path)
+    if "sprompt" not in metadata:
+        return tensors, dict(metadata)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path}: must hold tensors and plain values only, got what can only be read by running code from the file; "
-            "if you trust it, convert it once: import torch; from safetensors.torch import save_file; "
-            "held = torch.load(PATH, map_location='cpu', weights_only=False); "
-            "save_file({k: v.contiguous().clone() for k, v in held['state_dict'].items()}, 'weights.safetensors') "
-            f"(torch says: {str(error).strip().splitlines()[0][:200]})"
-        ) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError, AttributeError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise ValueError(f"{path}: must be a whole checkpoint of torch, got {first}; fetch or write it again") from None
-    about = {}
-    for key in ("state_dict", "model"):
-        if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-            about = {name: value for name, value in held.items() if isinstance(value, str)}
-            held = held[key]
-            break
-    if not isinstance(held, Mapping):
-        raise ValueError(f"{path}: must hold tensors by name, got a {type(held).__name__}; save a state_dict")
-    return {str(name): value for name, value in held.items() if isinstance(value, Tensor)}, about
+        about = json.loads(metadata["sprompt"])
+    except (ValueError, RecursionError):
+        about = None
+    return tensors, about if isinstance(about, dict) else {}
 
 
 def _prefix(tensors: Mapping[str, Tensor], path: Path | str) -> str:

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sprompt.data.errors import DataError
-from sprompt.data.files import atomic_write
 from sprompt.data.transforms import collate
+from sprompt.files import atomic_write
 from sprompt.report.album import Album
 from sprompt.report.draw import heat_map
 from sprompt.report.page import Section, join, tag

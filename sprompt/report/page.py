@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sprompt.data.files import atomic_write
+from sprompt.files import atomic_write
 from sprompt.report.style import SCRIPT, STYLE
 
 MARK = '<meta name="generator" content="sprompt">'  # by which an index.html is known as one of ours

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from sprompt.data.errors import DataError
-from sprompt.data.files import atomic_write, read_bytes, read_json
+from sprompt.data.files import read_bytes, read_json
+from sprompt.files import atomic_write, replacing
 
 
 @pytest.mark.parametrize("sync", [False, True])
@@ -62,3 +63,16 @@ def test_bad_json_is_named(tmp_path: Path, content: bytes | None, message: str) 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         read_bytes(tmp_path, 10)
+
+
+def test_replacing(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    path.write_text("old")
+    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
+        temporary.write_text("new")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]

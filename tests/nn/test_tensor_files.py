@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sprompt.nn.files import read_metadata, read_tensors, replacing, write_tensors
+from sprompt.nn.files import read_metadata, read_tensors, write_tensors
 
 
 def test_there_and_back(tmp_path: Path) -> None:
@@ -17,19 +17,6 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert metadata == {"about": "two"} == read_metadata(tmp_path / "x" / "t.safetensors")
     assert held.keys() == tensors.keys() and all(torch.equal(held[name], tensors[name].detach()) for name in tensors)
     assert (tmp_path / "x" / "t.safetensors").stat().st_mode & 0o777 == 0o644
-
-
-def test_replacing(tmp_path: Path) -> None:
-    path = tmp_path / "t"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as temporary:
-        temporary.write_text("new")
-        raise KeyboardInterrupt
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    with replacing(path) as temporary:
-        temporary.write_text("new")
-        assert path.read_text() == "old"
-    assert path.read_text() == "new" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_header_that_is_too_long_is_not_read(tmp_path: Path) -> None:

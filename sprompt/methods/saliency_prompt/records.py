@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json, sync_folder
+from sprompt.data.files import read_json
+from sprompt.files import sync_folder
 from sprompt.masks import Size
 from sprompt.methods.saliency_prompt.proposals import Proposals
 
