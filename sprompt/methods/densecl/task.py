@@ -47,16 +47,13 @@ class DenseCLConfig:
     """Share of the loss of cells, against that of whole views (0.5)."""
     dense_level: Literal["C3", "C4", "C5"] = "C5"
     """The map whose cells are compared; C4 where views are so small that C5 has few cells (C5)."""
-    rivals: float = 0.0
-    """Share of the other view's cells, the least alike, that count as negatives of a cell as well (0). With few pictures the keys
-    of other pictures alone are told apart by what all cells of a view share, and objects do not stand out from their ground."""
     dense_warmup: int = 0
     """Steps before the loss of cells comes in (0)."""
     seed: int = 0
     """Of the first weights."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("momentum", 0, 1), ("dense_weight", 0, 1), ("rivals", 0, 1)):
+        for name, low, high in (("momentum", 0, 1), ("dense_weight", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: must lie between {low} and {high}, got {getattr(self, name)}")
         for name, least in (("embedding", 1), ("queue", 1), ("dense_warmup", 0), ("seed", 0)):
@@ -121,9 +118,7 @@ class DenseCL(nn.Module):
         with torch.no_grad():
             key_maps = self.key_backbone(batch.second)
             key_whole, key_cells = self.key_heads(key_maps[-1], key_maps[self._level])
-            alike = alikeness(features, key_maps[self._level])  # (B, HW, HW)
-            match = alike.argmax(2)
-            others = least(alike, self.config.rivals).scatter(2, match[..., None], False)
+            match = correspondence(features, key_maps[self._level])  # (B, HW)
             key_cells = key_cells.flatten(2)
             matched = key_cells.gather(2, match[:, None].expand(-1, key_cells.shape[1], -1))  # (B, E, HW)
             hidden = torch.arange(len(self.queue), device=match.device) >= self.keys_seen  # (K,)
@@ -135,9 +130,6 @@ class DenseCL(nn.Module):
             logits = contrast(whole, key_whole, self.queue, hidden)
             vectors, keys = (x.flatten(2).transpose(1, 2).flatten(0, 1) for x in (cells, matched))  # (B·HW, E)
             dense_logits = contrast(vectors, keys, self.dense_queue, hidden.repeat_interleave(match.shape[1], 0))
-            if self.config.rivals > 0:
-                rivals = torch.einsum("bei,bej->bij", cells.flatten(2), key_cells).masked_fill(~others, -torch.inf)
-                dense_logits = torch.cat((dense_logits, rivals.flatten(0, 1)), 1)
             share = self.config.dense_weight if step >= self.config.dense_warmup else 0.0
             terms = {
                 "global": (1 - share) * info_nce(logits, self.config.temperature),
@@ -179,18 +171,10 @@ class DenseCL(nn.Module):
         return (index >= self.keys_seen) | (index == places[rank() * own :][:own, None])
 
 
-def alikeness(features: Tensor, key_features: Tensor) -> Tensor:
-    """Cosines of the cells of (B, D, H, W) with those of (B, D, H', W'): (B, HW, H'W')."""
+def correspondence(features: Tensor, key_features: Tensor) -> Tensor:
+    """For each cell of (B, D, H, W) the cell of (B, D, H', W') with the highest cosine, the first of equals: (B, HW) int64."""
     queries, keys = (normalize(x.detach().float().flatten(2), dim=1) for x in (features, key_features))
-    return torch.einsum("bdi,bdj->bij", queries, keys)
-
-
-def least(alike: Tensor, share: float) -> Tensor:
-    """Where each row's smallest values are, of which a share of the row (and all equals of the last) is taken: bool."""
-    count = int(share * alike.shape[-1])
-    if count == 0:
-        return torch.zeros_like(alike, dtype=torch.bool)
-    return alike <= alike.kthvalue(count, dim=-1, keepdim=True).values
+    return torch.einsum("bdi,bdj->bij", queries, keys).argmax(2)
 
 
 def contrast(queries: Tensor, keys: Tensor, queue: Tensor, hidden: Tensor) -> Tensor:
