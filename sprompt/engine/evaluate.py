@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
-from pycocotools import mask as coco_mask
 from rich.table import Table
 from torch import nn
 
@@ -20,12 +19,14 @@ from sprompt.data.files import read_json
 from sprompt.engine.predict import predict_to_file
 from sprompt.engine.processes import processes
 from sprompt.files import atomic_write
+from sprompt.masks import BitMasks
 
 Kind = Literal["segm", "bbox"]
 Engine = Literal["pycocotools", "faster"]
 
 #: Columns of a table, in its order. APs, APm and APl are of objects below 32², up to 96², and above that many pixels.
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+SHOWN = (*NUMBERS[:6], "AR100")  # in a table, which must fit a terminal
 MAX_RESULTS = (1, 10, 100)  # of a picture
 
 
@@ -109,10 +110,10 @@ def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """A table of the numbers, in per cent, of each named row; a dash where there is no such object."""
     table = Table()
     table.add_column("")
-    for name in NUMBERS:
+    for name in SHOWN:
         table.add_column(name, justify="right")
     for title, metrics in rows.items():
-        table.add_row(title, *(f"{100 * metrics[n]:.1f}" if metrics[n] >= 0 else "–" for n in NUMBERS))
+        table.add_row(title, *(f"{100 * metrics[n]:.1f}" if metrics[n] >= 0 else "–" for n in SHOWN))
     return table
 
 
@@ -141,10 +142,14 @@ def _indexed(coco: Any, images: list[Any], categories: list[Any], annotations: l
 
 
 def _detections(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind) -> list[dict[str, Any]]:
-    """Results as annotations, numbered from 1; the area that sorts them into sizes is the mask's for masks, the box's for boxes."""
-    sizes = {image["id"]: [image["height"], image["width"]] for image in truth["images"]}
+    """Results as annotations, numbered from 1; the area that sorts them into sizes is the mask's for masks, the box's for boxes.
+
+    Masks are decoded here, within bounds: the judge's own decoder believes whatever a file says.
+    """
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     known = {category["id"] for category in truth["categories"]}
     detections: list[dict[str, Any]] = []
+    masks: dict[Any, list[dict[str, Any]]] = {}  # detections with a mask, by picture
     for place, result in enumerate(results):
         try:
             image, category, score = result["image_id"], result["category_id"], float(result["score"])
@@ -154,25 +159,36 @@ def _detections(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
                 raise ValueError(
                     f"category_id must be one of the ground truth's, got {category}; has the model its classes?"
                 )
-            rle, box = result.get("segmentation"), result.get("bbox")
-            if rle is not None and list(rle["size"]) != sizes[image]:
-                raise ValueError(f"the mask must have the size {sizes[image]} of picture {image}, got {rle['size']}")
-            if kind == "segm":
+            found = {"id": place + 1, "image_id": image, "category_id": category, "score": score, "iscrowd": 0}
+            if kind == "bbox" and result.get("bbox") is not None:
+                x, y, width, height = map(float, result["bbox"])
+                found |= {"bbox": [x, y, width, height], "area": width * height}
+            else:
+                rle = result.get("segmentation")
                 if rle is None:
                     raise KeyError("segmentation")
-                own = {"segmentation": rle, "area": float(coco_mask.area(rle)), "bbox": coco_mask.toBbox(rle).tolist()}
-            else:
-                box = coco_mask.toBbox(rle).tolist() if box is None else [float(v) for v in box]
-                own = {"bbox": box, "area": box[2] * box[3]}
-        except (KeyError, TypeError, IndexError) as error:
+                if tuple(rle["size"]) != sizes[image]:
+                    raise ValueError(
+                        f"the mask must have the size {list(sizes[image])} of picture {image}, got {rle['size']}"
+                    )
+                found["segmentation"] = rle
+                masks.setdefault(image, []).append(found)
+        except (KeyError, TypeError) as error:
             raise DataError(
                 f"results: record {place} must be a COCO result, got {type(error).__name__}: {error}"
             ) from None
         except ValueError as error:
             raise DataError(f"results: record {place}: {error}") from None
-        detections.append(
-            {"id": place + 1, "image_id": image, "category_id": category, "score": score, "iscrowd": 0, **own}
-        )
+        detections.append(found)
+    for image, own in masks.items():
+        try:
+            decoded = BitMasks.from_rle([found["segmentation"] for found in own], sizes[image])
+        except (ValueError, TypeError) as error:
+            raise DataError(f"results of picture {image}, from record {own[0]['id'] - 1} on: {error}") from None
+        for found, area, (x1, y1, x2, y2) in zip(own, decoded.area().tolist(), decoded.boxes().tolist(), strict=True):
+            found |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": area if kind == "segm" else (x2 - x1) * (y2 - y1)}
+            if kind == "bbox":
+                del found["segmentation"]
     return detections
 
 
