@@ -34,6 +34,7 @@ class Batches(Generic[P, B]):
         batch_size: items of all processes together, a multiple of `world`.
         shuffle: each epoch has its own order, from (seed, epoch), and its last batch is filled up from the order's start.
             Otherwise items come in the order of the dataset, each once; the last batch may be short, for the last processes empty.
+        whole: with shuffle, an epoch is filled up to a multiple of so many batches: those that one optimiser step accumulates.
         rank, world: this process takes the rank-th of `world` equal parts of each batch.
         workers: processes that read ahead; 0 reads in this one. They stay from epoch to epoch, so that one epoch is
             iterated at a time.
@@ -50,6 +51,7 @@ class Batches(Generic[P, B]):
         batch_size: int,
         seed: int,
         shuffle: bool = True,
+        whole: int = 1,
         rank: int = 0,
         world: int = 1,
         workers: int = 0,
@@ -62,12 +64,15 @@ class Batches(Generic[P, B]):
             raise ValueError(
                 f"Batches: batch_size must be a multiple of the {world} processes, got {batch_size}; it counts all of them"
             )
-        if seed < 0 or workers < 0:
-            raise ValueError(f"Batches: seed and workers must be at least 0, got {seed} and {workers}")
+        if seed < 0 or workers < 0 or whole < 1:
+            raise ValueError(
+                f"Batches: seed and workers must be at least 0 and whole at least 1, got {seed}, {workers} and {whole}"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.whole = whole if shuffle else 1
         self.rank = rank
         self.world = world
         self._schedule = _Schedule()
@@ -83,7 +88,7 @@ class Batches(Generic[P, B]):
     @property
     def steps(self) -> int:
         """Batches of an epoch."""
-        return -(-len(self.dataset) // self.batch_size)
+        return -(-len(self.dataset) // (self.batch_size * self.whole)) * self.whole
 
     def indices(self, epoch: int) -> list[list[int]]:
         """What each global batch of an epoch holds, as indices of the dataset."""

@@ -65,8 +65,8 @@ class Guard:
         else:
             what, names = "the gradient", [name for _, names in reports for name in names]
         raise TrainingError(
-            f"step {first.step}: {what} must be finite, got NaN or infinity, on {listed(names)}; the weights are those before "
-            "this step; look at these pictures and their masks, or lower the learning rate"
+            f"step {first.step}: {what} must be finite, got NaN or infinity, on {listed(names)}; that step was not "
+            "taken; look at these pictures and their masks, or lower the learning rate, and go on from the last checkpoint"
         )
 
 

@@ -64,7 +64,8 @@ def train(
         task: (batch, step) -> (loss, logs): the loss is a scalar with gradient; logs are detached scalars, of the same names in
             all processes. `step` counts micro-batches, so that what is drawn from it differs among those of one step. What is in
             its state_dict is what a checkpoint holds; parameters without requires_grad stay as they are.
-        batches: called with batch_size (of a micro-batch, over all processes), seed, rank, world and workers; gives this process's
+        batches: called with batch_size (of a micro-batch, over all processes), whole (micro-batches of a step), seed, rank, world and
+            workers; gives this process's
             part of them. `functools.partial(Batches, dataset, prepare, collate)` is one.
         out: gets log.jsonl, tensorboard/ and checkpoints/.
         cpu: train on the CPU where there is a GPU.
@@ -111,6 +112,7 @@ class _Run:
         config.check_world(self.world)
         self.loader = batches(
             batch_size=config.batch_size // config.accumulate,
+            whole=config.accumulate,
             seed=config.seed,
             rank=self.rank,
             world=self.world,

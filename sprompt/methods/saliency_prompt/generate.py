@@ -90,7 +90,8 @@ def generate(
     total = sum(len(units[u]) for u in mine)
     done = total - sum(len(units[u]) for u in todo)
     backbone = backbone.to(device).eval()
-    skipped = [entry for u in mine if u not in set(todo) for entry in read_json(_part(folder, u))["skipped"]]
+    left = set(todo)
+    skipped = [entry for u in mine if u not in left for entry in read_json(_part(folder, u))["skipped"]]
     worked = 0
     for u, (batches, broken) in _ahead(todo, lambda u: _load(pictures, units[u], config, batch)):
         _finish(folder, u, batches, broken, pictures, backbone, config, torch.device(device), vectors)
@@ -102,9 +103,11 @@ def generate(
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """Of a network's tensors, by name and value."""
+    """Of a network's floating-point tensors, by name and value; batch norm's counters are not in every file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
+        if not tensor.is_floating_point():
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:32]

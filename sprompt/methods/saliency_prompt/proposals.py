@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from sprompt.data.sample import Batch, Sample
 from sprompt.data.transforms import resize, resized_size
@@ -96,10 +97,20 @@ def _of_picture(
         np.nextafter(np.float32(config.threshold), np.float32(0))
     )  # resize_masks compares with >, masks with >=
     crop = tuple(side / config.stride for side in size)
-    masks = resize_masks(soft, original, threshold=below, crop=(crop[0], crop[1]))
+    masks = resize_masks(_continued(soft, valid), original, threshold=below, crop=(crop[0], crop[1]))
     keep = image_level(masks, scores, config)
     read = seed_vectors(features, valid, seeds[keep], config).cpu() if vectors else None
     return Proposals(masks[keep].to("cpu"), scores[keep].cpu(), seeds[keep].cpu(), read)
+
+
+def _continued(soft: Tensor, valid: Tensor) -> Tensor:
+    """Soft maps (L, h, w) whose cells beyond the valid ones, top left, repeat the last valid row and column: the picture may reach
+    into such a cell by up to half of it, and there a mask goes on as at its edge."""
+    rows, columns = (int(valid.any(axis).sum()) for axis in (1, 0))
+    if rows == 0 or columns == 0 or len(soft) == 0:
+        return soft
+    beyond = (0, soft.shape[2] - columns, 0, soft.shape[1] - rows)
+    return pad(soft[None, :, :rows, :columns], beyond, mode="replicate")[0]
 
 
 def image_level(masks: BitMasks, scores: Tensor, config: ProposalConfig) -> Tensor:
