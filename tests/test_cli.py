@@ -89,8 +89,9 @@ def test_evaluation_gives_the_numbers_of_fine_tuning(chain: Path, tmp_path: Path
 
 def test_a_pretrained_model_is_measured_without_classes(chain: Path, tmp_path: Path) -> None:
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
-    line = f"evaluate --model {chain}/pre {data} --out {tmp_path}/e --cpu True {TEST}"
-    assert sprompt(f"{line} --class-agnostic True") == 0
+    assert (
+        sprompt(f"evaluate --model {chain}/pre {data} --out {tmp_path}/e --cpu True {TEST} --class-agnostic True") == 0
+    )
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["class_agnostic"] is True
 
 
@@ -152,7 +153,45 @@ def test_errors_are_one_line(folder: Path, line: str, message: str, capsys: pyte
 def test_a_model_of_other_classes_is_refused(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
     assert sprompt(f"evaluate --model {chain}/pre {data} --out {chain}/e") == 1
-    assert "must have the 6 classes of the data, got 1" in capsys.readouterr().err
+    assert "got ['object']; --class-agnostic True" in capsys.readouterr().err
+    record = json.loads((chain / "scenes" / "instances.json").read_text())
+    for category, name in zip(record["categories"], reversed([c["name"] for c in record["categories"]]), strict=True):
+        category["name"] = name
+    (chain / "renamed.json").write_text(json.dumps(record))
+    renamed = data.replace("scenes/instances.json", "renamed.json")
+    assert sprompt(f"evaluate --model {chain}/fine {renamed} --out {chain}/e") == 1
+    assert "the order counts" in capsys.readouterr().err
+    assert sprompt(f"finetune {renamed} --init {chain}/fine --reset-classifier False --out {chain}/again {SMALL}") == 1
+    assert "--reset-classifier: must be True" in capsys.readouterr().err
+    line = f"finetune --config {chain}/fine/config.yaml --data.annotations {chain}/renamed.json"
+    assert sprompt(line) == 1  # the folder holds a run on other labels
+    assert "classes" in capsys.readouterr().err
+
+
+def test_classes_can_be_pooled_for_any_model(chain: Path, tmp_path: Path) -> None:
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    assert (
+        sprompt(f"evaluate --model {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST} --class-agnostic True") == 0
+    )
+    assert json.loads((tmp_path / "e" / "metrics.json").read_text())["class_agnostic"] is True
+
+
+def test_a_refused_start_changes_nothing(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path: path.read_bytes() for path in (chain / "fine").iterdir() if path.is_file()}
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    assert sprompt(f"finetune --config {chain}/fine/config.yaml --train.learning-rate 0.5") == 1
+    assert sprompt(f"evaluate --model {chain}/fine {data} --out {chain}/fine") == 1
+    assert "is the folder of a run of finetune" in capsys.readouterr().err
+    assert sprompt(f"finetune {data} --init {chain}/pre --model.kernels 9 --out {chain}/none {SMALL}") == 1
+    assert "--model.kernels: is 9, but the model of --init has 8" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in (chain / "fine").iterdir() if path.is_file()}
+
+
+def test_the_size_of_pictures_comes_from_the_model(chain: Path, tmp_path: Path) -> None:
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    assert sprompt(f"evaluate --model {chain}/fine {data} --out {tmp_path}/e --cpu True --test.workers 0") == 0
+    own, trained = (json.loads((p / "metrics.json").read_text()) for p in (tmp_path / "e", chain / "fine"))
+    assert own["AP"] == pytest.approx(trained["AP"], abs=1e-3) and own["results"] == trained["results"]
 
 
 def test_overview_version_and_unknown_commands(capsys: pytest.CaptureFixture[str]) -> None:

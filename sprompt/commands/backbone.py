@@ -58,12 +58,13 @@ class Backbone:
         task = DenseCL(self.densecl)
         if self.init is not None:
             runs.say(load_backbone(task.backbone, runs.existing(self.init, "init", folder=False)))
-        runs.begin(self.out, self)
+        record = runs.begin(self.out, self)
         result = train(
             task, partial(Batches, pictures, self.views, collate_views), self.train, self.out, cpu=self.cpu,
+            record=record,
             identity={
-                "images": str(self.images), "pictures": len(pictures), "densecl": to_plain(self.densecl),
-                "views": to_plain(self.views), "init": str(self.init),
+                "pictures": runs.listing(pictures.file_names), "densecl": to_plain(self.densecl), "views": to_plain(self.views),
+                "init": runs.digest(self.init),
             },
         )  # fmt: skip
         if runs.first():

@@ -1,7 +1,6 @@
 """`sprompt evaluate`: COCO metrics on labelled pictures."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,33 +40,35 @@ class Evaluate:
     def run(self) -> None:
         if (self.model is None) == (self.results is None):
             raise ValueError("--model: give either a model or --results")
-        dataset = self.data.open("data", keep_empty=True, class_agnostic=self.class_agnostic and self.results is None)
-        runs.begin(self.out, self)
-        if self.model is not None:
-            model, classes, said = runs.open_model(self.model, KNetConfig())
-            runs.say(said)
-            if len(classes) != len(dataset.classes):
-                raise ValueError(
-                    f"--model: must have the {len(dataset.classes)} classes of the data, got {len(classes)}; "
-                    "was it trained on other labels? (--class-agnostic True pools them for a pre-trained model)"
-                )
-            report(
-                model,
-                dataset,
-                self.test,
-                self.out,
-                cpu=self.cpu,
-                class_agnostic=self.class_agnostic,
-                engine=self.engine,
-            )
+        if self.model is None:
+            self._results(self.data.open("data", keep_empty=True))
             return
-        self._results(dataset)
+        model, classes, size, said = runs.open_model(self.model, KNetConfig())
+        runs.say(said)
+        dataset = self.data.open("data", keep_empty=True, class_agnostic=self.class_agnostic and model.num_classes == 1)
+        self._check_classes(classes or dataset.classes, dataset.classes, model.num_classes)
+        text = runs.begin(self.out, self)
+        report(
+            model, dataset, self.out, self.test.sized(size), cpu=self.cpu, class_agnostic=self.class_agnostic,
+            engine=self.engine,
+        )  # fmt: skip
+        runs.keep(self.out, text)
+
+    def _check_classes(self, own: list[str], wanted: list[str], number: int) -> None:
+        if number == len(wanted) and own == wanted:
+            return
+        if number == 1 != len(wanted):
+            advice = "--class-agnostic True pools the classes of the data"
+        else:
+            advice = "the order counts: it is that of the category ids"
+        raise ValueError(f"--model: must have the classes of the data, {wanted}, got {own}; {advice}")
 
     def _results(self, dataset: CocoDataset) -> None:
         from sprompt.data.files import read_json
         from sprompt.engine.evaluate import coco_metrics
 
         assert self.results is not None
+        text = runs.begin(self.out, self)
         results = read_json(runs.existing(self.results, "results", folder=False))
         if not isinstance(results, list):
             raise ValueError(f"{self.results}: must hold a list of COCO results, got a {type(results).__name__}")
@@ -75,23 +76,18 @@ class Evaluate:
             dataset.ground_truth(), results, class_agnostic=self.class_agnostic, engine=self.engine
         ) | {"results": len(results)}
         runs.write_metrics(self.out, metrics)
+        runs.keep(self.out, text)
         show(self.out, metrics)
 
 
 def report(
-    model: nn.Module,
-    dataset: CocoDataset,
-    test: Testing,
-    out: Path,
-    *,
-    cpu: bool = False,
-    quiet: bool = False,
+    model: nn.Module, dataset: CocoDataset, out: Path, test: dict[str, Any], *, cpu: bool = False, quiet: bool = False,
     **how: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """Evaluates a model into the run folder, and shows the numbers."""
     from sprompt.engine.evaluate import evaluate
 
-    metrics = evaluate(model, dataset, out, cpu=cpu, progress=not quiet, **how, **dataclasses.asdict(test))
+    metrics = evaluate(model, dataset, out, cpu=cpu, progress=not quiet, **how, **test)
     if not quiet:
         show(out, metrics)
     return metrics
@@ -107,5 +103,8 @@ def show(out: Path, metrics: dict[str, Any]) -> None:
         Console().print(metrics_table(rows))
         per_class = metrics.get("per_class", {})
         if 1 < len(per_class) <= 20:
-            print("AP of each class: " + json.dumps({name: round(100 * value, 1) for name, value in per_class.items()}))
+            print(
+                "AP of each class: "
+                + ", ".join(f"{n} {100 * v:.1f}" if v >= 0 else f"{n} –" for n, v in per_class.items())
+            )
         print(f"{out / runs.METRICS}")

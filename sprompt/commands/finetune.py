@@ -69,7 +69,7 @@ class Finetune:
         for problem in dataset.problems:
             runs.say(f"  {problem}")
         model = self._model(dataset)
-        runs.begin(self.out, self)
+        record = runs.begin(self.out, self)
 
         def after_epoch(epoch: int) -> dict[str, float]:
             if val is None or not self.evaluate_every or epoch % self.evaluate_every or epoch == self.train.epochs:
@@ -79,12 +79,14 @@ class Finetune:
         train(
             Supervised(model), partial(Batches, dataset, self.augment, collate), self.train, self.out, cpu=self.cpu,
             after_epoch=after_epoch,
+            record=record,
             identity={
-                "data": to_plain(self.data), "pictures": len(dataset), "model": to_plain(model.config),
-                "init": str(self.init or self.backbone), "augment": to_plain(self.augment),
+                "labels": runs.digest(self.data.annotations), "pictures": dataset.image_ids, "classes": dataset.classes,
+                "model": to_plain(model.config), "init": runs.digest(runs.model_file(self.init) if self.init else self.backbone),
+                "reset_classifier": self.reset_classifier, "augment": to_plain(self.augment),
             },
         )  # fmt: skip
-        runs.save(self.out, model, dataset.classes)
+        runs.save(self.out, model, dataset.classes, self.augment)
         if val is not None:
             self._metrics(model, val, quiet=False)
 
@@ -100,16 +102,26 @@ class Finetune:
             return model
         if self.backbone is not None:
             raise ValueError("--backbone: must be left out where --init is given; the model has its own")
-        model, _, said = runs.open_model(self.init, dataclasses.replace(self.model, num_classes=count))
+        model, classes, _, said = runs.open_model(self.init, dataclasses.replace(self.model, num_classes=count))
         runs.say(said)
+        self._check_network(model.config)
         model.freeze_backbone(self.model.frozen_stages)
-        if self.reset_classifier or model.num_classes != count:
-            if not self.reset_classifier:
-                raise ValueError(
-                    f"--reset-classifier: must be True for {count} classes, the model has {model.num_classes}"
-                )
+        if self.reset_classifier:
             model.reset_classifier(count)
+        elif classes is not None and classes != dataset.classes and not (count == 1 and classes == ["object"]):
+            raise ValueError(
+                f"--reset-classifier: must be True for other classes than the model's, {classes}, got {dataset.classes}"
+            )
         return model
 
+    def _check_network(self, own: KNetConfig) -> None:
+        """Refuses sizes of the network that the model of --init does not have."""
+        for name, asked in to_plain(self.model).items():
+            if name in ("num_classes", "frozen_stages") or asked in (getattr(own, name), getattr(KNetConfig(), name)):
+                continue
+            option = f"--model.{name.replace('_', '-')}"
+            raise ValueError(f"{option}: is {asked}, but the model of --init has {getattr(own, name)}; leave it out")
+
     def _metrics(self, model: KNet, val: CocoDataset, quiet: bool) -> dict[str, Any]:
-        return report(model, val, self.test, self.out, cpu=self.cpu, quiet=quiet)
+        size = (self.augment.shorts[1], self.augment.long)
+        return report(model, val, self.out, self.test.sized(size), cpu=self.cpu, quiet=quiet)

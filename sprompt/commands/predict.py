@@ -15,7 +15,8 @@ class Predict:
     """Finds the objects in a folder of pictures.
 
     Writes OUT/predictions.json (COCO results) and OUT/pictures.json (which picture an image_id is, and the categories).
-    Pictures that cannot be read are reported by name and left out.
+    Pictures that cannot be read are reported by name and left out. A picture has up to --test.max-per-image results whatever their
+    scores; take those above a score that suits you.
     """
 
     images: Path
@@ -34,21 +35,24 @@ class Predict:
         from sprompt.engine.predict import predict_to_file
 
         pictures = PictureFolder(runs.existing(self.images, "images", folder=True))
-        model, classes, said = runs.open_model(self.model, KNetConfig())
+        model, classes, size, said = runs.open_model(self.model, KNetConfig())
         runs.say(said)
-        runs.begin(self.out, self)
-        problems = list(pictures.problems)
+        text = runs.begin(self.out, self)
+        for problem in pictures.problems:
+            runs.say(f"  {problem}")
+        problems: list[str] = []
+        names = classes or [str(number) for number in range(model.num_classes)]
         if runs.first():
             listing = {
                 "images": [{"id": i, "file_name": name} for i, name in enumerate(pictures.file_names)],
-                "categories": [{"id": i, "name": name} for i, name in enumerate(classes, 1)],
+                "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
             }
             atomic_write(self.out / "pictures.json", json.dumps(listing) + "\n")
-        ids = range(1, len(classes) + 1)
-        count = predict_to_file(
-            model, pictures, self.out / runs.PREDICTIONS, ids, cpu=self.cpu, problems=problems,
-            **dataclasses.asdict(self.test),
+        predict_to_file(
+            model, pictures, self.out / runs.PREDICTIONS, range(1, len(names) + 1), cpu=self.cpu, problems=problems,
+            **self.test.sized(size),
         )  # fmt: skip
         for problem in problems:
-            print(f"  {problem}")
-        runs.say(f"{count} objects in {len(pictures)} pictures: {self.out / runs.PREDICTIONS}")
+            print(f"  left out: {problem}")
+        runs.keep(self.out, text)
+        runs.say(f"the objects in {len(pictures)} pictures are in {self.out / runs.PREDICTIONS}, scores from 0 to 1")

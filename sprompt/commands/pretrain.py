@@ -55,6 +55,13 @@ class Pretrain:
         runs.say(f"{len(dataset)} pictures with proposals in {self.proposals}")
         for problem in dataset.problems:
             runs.say(f"  {problem}")
+        frozen = self.model.frozen_stages == 4
+        if frozen != self.method.freeze_backbone:
+            raise ValueError(
+                f"--method.freeze-backbone: is {self.method.freeze_backbone}, but --model.frozen-stages is "
+                f"{self.model.frozen_stages}; to train the backbone give False and the stages that stay frozen, such as 1; else True "
+                "and 4"
+            )
         torch.manual_seed(self.train.seed)
         model = KNet(dataclasses.replace(self.model, num_classes=1))
         runs.say(load_backbone(model.backbone, runs.existing(self.backbone, "backbone", folder=False)))
@@ -66,13 +73,14 @@ class Pretrain:
             )
         proposals = ProposalConfig.from_record(made_with) if made_with else None
         task = Pretraining(model, self.method, proposals=proposals, seed=self.train.seed)
-        runs.begin(self.out, self)
+        record = runs.begin(self.out, self)
         train(
             task, partial(Batches, dataset, self.augment, collate),
             self.train, self.out, cpu=self.cpu,
+            record=record,
             identity={
-                "images": str(self.images), "proposals": str(self.proposals), "pictures": len(dataset),
+                "proposals": runs.digest(self.proposals), "backbone": fingerprint(model.backbone), "pictures": len(dataset),
                 "model": to_plain(self.model), "method": to_plain(self.method), "augment": to_plain(self.augment),
             },
         )  # fmt: skip
-        runs.save(self.out, model, ["object"])
+        runs.save(self.out, model, ["object"], self.augment)

@@ -1,21 +1,24 @@
 """Run folders: what a command leaves behind, and where the next one finds it."""
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 from torch import nn
 
 from sprompt.cli import record
+from sprompt.data.transforms import Augment
 from sprompt.files import atomic_write
 from sprompt.models.files import load_model, save_model
 from sprompt.models.knet import KNet, KNetConfig
 from sprompt.models.knet.checkpoint import import_checkpoint
 from sprompt.nn.files import read_metadata
-from sprompt.settings import to_yaml
+from sprompt.settings import read_yaml, to_yaml
 
+CONFIG = "config.yaml"
 MODEL = "model.safetensors"
 METRICS = "metrics.json"
 PREDICTIONS = "predictions.json"
@@ -26,13 +29,51 @@ def first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def begin(out: Path, settings: Any) -> None:
-    """Makes the run folder and writes config.yaml into it, by the first process."""
+def begin(out: Path, settings: Any) -> str:
+    """Makes the run folder; what its config.yaml shall hold. Refuses the folder of another command."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: must be a folder, got the file {out}")
+    text = record(settings)
+    if (out / CONFIG).is_file():
+        there = read_yaml(out / CONFIG).get("command", text["command"])
+        if there != text["command"]:
+            raise ValueError(
+                f"--out: {out} is the folder of a run of {there}; choose another, its files would be replaced"
+            )
     out.mkdir(parents=True, exist_ok=True)
+    return to_yaml(text)
+
+
+def keep(out: Path, text: str) -> None:
+    """Writes config.yaml, by the first process."""
     if first():
-        atomic_write(out / "config.yaml", to_yaml(record(settings)))
+        atomic_write(out / CONFIG, text)
+
+
+def listing(names: Sequence[str]) -> str:
+    """How many pictures, and a digest of their names."""
+    text = "\n".join(names).encode(errors="surrogateescape")
+    return f"{len(names)} {hashlib.sha256(text).hexdigest()[:32]}"
+
+
+def digest(path: Path | None) -> str | None:
+    """Of a file's content, by which a resumed run knows its inputs."""
+    if path is None:
+        return None
+    if path.is_dir():
+        return listing([f"{file.name} {file.stat().st_size}" for file in sorted(path.iterdir()) if file.is_file()])
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _hashed(file)
+        )
+
+
+def _hashed(file: BinaryIO) -> str:
+    """The same under Python 3.10."""
+    own = hashlib.sha256()
+    while block := file.read(1 << 20):
+        own.update(block)
+    return own.hexdigest()[:32]
 
 
 def model_file(path: Path) -> Path:
@@ -47,16 +88,23 @@ def model_file(path: Path) -> Path:
     return file
 
 
-def open_model(path: Path, config: KNetConfig) -> tuple[KNet, list[str], str]:
-    """The model of a run folder or file, the names of its classes, and a sentence about it; `config` is for files of the official
-    release, which do not say what network they hold."""
+class Opened(NamedTuple):
+    model: KNet
+    classes: list[str] | None  # None: the file does not tell, as those of the official release
+    size: tuple[int, int]  # short and long side of the pictures that it was trained on
+    said: str  # a sentence about it
+
+
+def open_model(path: Path, config: KNetConfig) -> Opened:
+    """The model of a run folder or file; `config` is for files of the official release, which do not say what network they hold."""
     file = model_file(path)
     if file.suffix == ".safetensors" and is_model(file):
         model, about = load_model(file)
-        return model, about["classes"], f"{file}: {about['model']} of {len(about['classes'])} classes"
+        size = (about["extra"].get("short", 800), about["extra"].get("long", 1333))
+        return Opened(model, about["classes"], size, f"{file}: {about['model']} of {len(about['classes'])} classes")
     model = KNet(config)
     said = import_checkpoint(model, file)
-    return model.eval(), [str(number) for number in range(config.num_classes)], said
+    return Opened(model.eval(), None, (800, 1333), said)
 
 
 def is_model(file: Path) -> bool:
@@ -73,10 +121,10 @@ def existing(path: Path, option: str, *, folder: bool) -> Path:
     return path
 
 
-def save(out: Path, model: nn.Module, classes: Sequence[str]) -> None:
-    """Writes the trained model, by the first process."""
+def save(out: Path, model: nn.Module, classes: Sequence[str], augment: Augment) -> None:
+    """Writes the trained model, with the size of the pictures that it knows, by the first process."""
     if first():
-        save_model(out / MODEL, model, classes)
+        save_model(out / MODEL, model, classes, {"short": augment.shorts[1], "long": augment.long})
     say(f"the model is in {out / MODEL}")
 
 

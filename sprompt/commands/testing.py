@@ -1,16 +1,17 @@
 """How pictures are predicted, as `finetune`, `evaluate` and `predict` share it."""
 
 import dataclasses
+from typing import Any
 
 
 @dataclasses.dataclass
 class Testing:
     """Size of the pictures, and which results are kept."""
 
-    short: int = 800
-    """Shorter side that pictures are resized to, pixels."""
-    long: int = 1333
-    """Longest that the longer side becomes, pixels."""
+    short: int | None = None
+    """Shorter side that pictures are resized to, pixels; default: that of the model's training."""
+    long: int | None = None
+    """Longest that the longer side becomes, pixels; default: that of the model's training."""
     threshold: float = 0.5
     """Probability above which a pixel is in the mask (the paper's COCO results: 0.3)."""
     max_per_image: int = 100
@@ -19,3 +20,8 @@ class Testing:
     """Pictures at a time."""
     workers: int = 2
     """Processes that read pictures."""
+
+    def sized(self, trained: tuple[int, int]) -> dict[str, Any]:
+        """Arguments of `sprompt.engine.predict.predict`, for a model trained on pictures of this short and long side."""
+        own = {"short": self.short or trained[0], "long": self.long or trained[1]}
+        return {**dataclasses.asdict(self), **own}

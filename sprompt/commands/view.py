@@ -43,6 +43,8 @@ class View:
 
         for folder in self.runs:
             runs.existing(folder, "runs", folder=True)
+            if not any((folder / name).exists() for name in (runs.CONFIG, "log.jsonl", runs.METRICS)):
+                raise ValueError(f"{folder}: is not a run folder; it has no {runs.CONFIG}, log.jsonl or {runs.METRICS}")
         if (self.proposals or self.predictions) and self.images is None:
             raise ValueError("--images: must be given with --proposals or --predictions")
         pretrained = self._last("pretrain")
@@ -58,6 +60,8 @@ class View:
             folder, settings = tested
             predictions = predictions or (*_labelled(settings), folder / runs.PREDICTIONS)
             activation = self._activation(folder, settings)
+        if not (self.runs or proposals or predictions):
+            raise ValueError("view: needs a run folder, --proposals or --predictions; see --help")
         page = build(
             self.out, proposals=proposals, runs=self.runs, predictions=predictions, activation=activation, prompts=prompts,
             title=self.title, limit=self.limit,
@@ -83,13 +87,14 @@ class View:
         from sprompt.data.coco import CocoDataset
         from sprompt.report.prompts import prompt_matches
 
-        model = self._model(folder / runs.MODEL)
-        if model is None or not settings.images.is_dir() or not settings.proposals.is_file():
+        opened = self._model(folder / runs.MODEL)
+        if opened is None or not settings.images.is_dir() or not settings.proposals.is_file():
             return None
         dataset = CocoDataset(settings.images, settings.proposals, class_agnostic=True)
         short = settings.augment.shorts[1]
         return (
-            prompt_matches(model, dataset, settings.method, self.limit, short=short, long=settings.augment.long) or None
+            prompt_matches(opened.model, dataset, settings.method, self.limit, short=short, long=settings.augment.long)
+            or None
         )
 
     def _activation(self, folder: Path, settings: Any) -> Any:
@@ -97,21 +102,24 @@ class View:
         from sprompt.data.folder import PictureFolder
         from sprompt.report.activation import activation_maps
 
-        model = self._model(folder / runs.MODEL if hasattr(settings, "train") else runs.model_file(settings.model))
+        trained = hasattr(settings, "train")
+        opened = self._model(folder / runs.MODEL if trained else settings.model and runs.model_file(settings.model))
         images, _ = _labelled(settings)
-        if model is None or images is None or not images.is_dir():
+        if opened is None or images is None or not images.is_dir():
             return None
-        return activation_maps(model, PictureFolder(images), 100, short=settings.test.short, long=settings.test.long)
+        size = settings.test.sized(opened.size)
+        return activation_maps(opened.model, PictureFolder(images), 100, short=size["short"], long=size["long"])
 
-    def _model(self, file: Path) -> Any:
+    def _model(self, file: Path | None) -> Any:
         import torch
 
-        from sprompt.models.files import load_model
+        from sprompt.models.knet import KNetConfig
 
-        if not file.is_file():
+        if file is None or not file.is_file():
             return None
-        model, _ = load_model(file)
-        return model.to("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+        opened = runs.open_model(file, KNetConfig())
+        opened.model.to("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+        return opened
 
 
 def _labelled(settings: Any) -> tuple[Path, Path | None]:

@@ -180,6 +180,8 @@ class CocoDataset(Dataset[Sample]):
         if isinstance(segmentation, list):
             segmentation = [part for part in segmentation if isinstance(part, list) and len(part) >= 6]
         area, box = annotation.get("area"), annotation.get("bbox")
+        if isinstance(segmentation, dict):  # the judge would believe whatever it says
+            decode([segmentation], picture.size, lambda _: f"{self.source}: annotation {annotation['id']}")
         if not (isinstance(area, (int, float)) and area >= 0) or not (isinstance(box, list) and len(box) == 4):
             mask = decode([segmentation], picture.size, lambda _: f"{self.source}: annotation {annotation['id']}")
             ((x1, y1, x2, y2),) = mask.boxes().tolist()

@@ -66,8 +66,14 @@ def _listed(folder: Path, recursive: bool) -> tuple[list[str], list[str]]:
 
     pictures: list[str] = []
     others: list[str] = []
-    for parent, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [f for f in folders if not f.startswith(".")] if recursive else []
+    seen: set[str] = set()  # where links go in a circle
+    for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
+        here = os.path.realpath(parent)
+        if here in seen:
+            folders[:] = []
+            continue
+        seen.add(here)
+        folders[:] = sorted(f for f in folders if not f.startswith(".")) if recursive else []
         for file in files:
             if not file.startswith("."):
                 relative = (Path(parent) / file).relative_to(folder).as_posix()

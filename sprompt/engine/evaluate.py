@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -204,7 +205,8 @@ def _numbers(evaluation: Any, categories: list[Any], class_agnostic: bool) -> di
     for place, size in enumerate("sml", 1):
         metrics[f"AR{size}"] = _mean(recall[:, :, place, -1])
     if not class_agnostic:
-        names = {category["id"]: category["name"] for category in categories}
+        count = Counter(category["name"] for category in categories)
+        names = {c["id"]: c["name"] if count[c["name"]] == 1 else f"{c['name']} ({c['id']})" for c in categories}
         metrics["per_class"] = {
             names[own]: _mean(precision[:, :, place, 0, -1]) for place, own in enumerate(evaluation.params.catIds)
         }

@@ -27,6 +27,7 @@ from sprompt.engine.optim import factor_at, make_optimiser, optimiser_tensors, s
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.engine.resume import check_same, restore, versions
+from sprompt.files import atomic_write
 
 
 class Loader(Protocol):
@@ -54,6 +55,7 @@ def train(
     cpu: bool = False,
     resume: bool = True,
     identity: Mapping[str, Any] | None = None,
+    record: str | None = None,
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     progress: bool = True,
 ) -> TrainResult:
@@ -72,6 +74,7 @@ def train(
         resume: False refuses a folder that has checkpoints.
         identity: what, besides the configuration, must be the same for a run to be resumed, as JSON: the model's configuration,
             the data's path and size.
+        record: what out/config.yaml shall hold; written once the run is known to be the folder's.
         after_epoch: called by every process with the number of epochs done; the numbers that it returns (e.g. an evaluation's) are
             logged. The task is in training mode before and after.
         progress: show a bar, or lines where there is no terminal.
@@ -92,7 +95,7 @@ def train(
     run = _Run(accelerator, task, batches, config, Path(out), identity or {}, resume)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
-        run.start(stack, progress)
+        run.start(stack, progress, record)
         result = run.loop(signals, after_epoch)
     accelerator.wait_for_everyone()
     accelerator.free_memory()
@@ -124,8 +127,8 @@ class _Run:
         whole = config.epochs * self.epoch_steps
         if self.main and config.warmup_steps >= whole:
             warnings.warn(
-                f"warmup_steps: should be below the {whole} steps of the run, got {config.warmup_steps}; the learning rate never "
-                "comes to its full value",
+                f"warmup_steps: should be well below the {whole} steps of the run, got {config.warmup_steps}: the learning rate "
+                f"never comes to its full value; try warmup_steps {whole // 10}, and a smaller batch_size or more epochs",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -153,10 +156,12 @@ class _Run:
             self.step, self.seconds = state["step"], state["seconds"]
             self.meter.load(state["meter"], self.device)
 
-    def start(self, stack: ExitStack, progress: bool) -> None:
-        """Opens the log and the progress bar, both of the first process only."""
+    def start(self, stack: ExitStack, progress: bool, record: str | None) -> None:
+        """Writes config.yaml, opens the log and the progress bar, all of the first process only."""
         self.log: Log | None = None
         if self.main:
+            if record is not None:
+                atomic_write(self.out / "config.yaml", record)
             self.checkpoints.clean()
             self.log = Log(self.out, self.step)
             stack.callback(self.log.close)

@@ -30,6 +30,12 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     what to do, for all else.
     """
     path = _existing(path)
+    with open(path, "rb") as raw:
+        start = raw.read(4)
+    if path.suffix != ".safetensors" and start and start != b"PK\x03\x04" and start[:1] != b"\x80":
+        raise ValueError(
+            f"{path}: must be a file of torch.save or safetensors, got something else; is it the right file?"
+        )
     if path.suffix == ".safetensors":
         metadata = read_metadata(path)
         try:

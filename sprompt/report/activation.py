@@ -38,13 +38,20 @@ def activation_maps(
     if count == 0:
         raise ValueError("activation_maps: dataset must have at least one picture, got none; give pictures")
     total: Tensor | None = None
+    seen = 0
     for k in range(count):
-        batch = collate([resized(dataset[k * len(dataset) // count], short, long)]).to(device_of(model))
+        try:
+            sample = dataset[k * len(dataset) // count]
+        except DataError:
+            continue  # a broken picture, which predictions name
+        seen += 1
+        batch = collate([resized(sample, short, long)]).to(device_of(model))
         masks = model.decode(model.encode(batch.images)).masks[-1].float().sigmoid()
         own = _stretched(masks, batch.sizes[0], (batch.images.shape[2], batch.images.shape[3]))[0].cpu()
         total = own if total is None else total + own
-    assert total is not None
-    return total / count
+    if total is None:
+        raise DataError(f"activation_maps: none of {count} pictures can be read")
+    return total / seen
 
 
 def save_activation(path: Path | str, maps: Tensor) -> None:

@@ -173,7 +173,11 @@ def _info(
     pictures: PictureFolder, backbone: nn.Module, config: ProposalConfig, unit: int, batch: int, vectors: bool
 ) -> dict[str, Any]:
     """What the file says of itself, and units must have in common to be parts of it."""
-    names = "\n".join(f"{i} {pictures.file_names[i]}" for i in pictures.image_ids)
+    names = "\n".join(
+        f"{i} {name} {(pictures.path / name).stat().st_size}"
+        for i in pictures.image_ids
+        for name in [pictures.file_names[i]]
+    )
     return {
         "description": "Saliency mask proposals",
         "proposals": config.record() | {"backbone": fingerprint(backbone)},
