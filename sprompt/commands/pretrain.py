@@ -33,6 +33,8 @@ class Pretrain:
     """The backbone that the proposals were made with; it stays as it is."""
     out: Path = Path("runs/pretrain")
     """Run folder."""
+    keep_empty: bool = False
+    """Train on pictures without proposals too, as background."""
     cpu: bool = False
     """Do not use a GPU."""
     model: KNetConfig = dataclasses.field(default_factory=lambda: KNetConfig(num_classes=1, frozen_stages=4))
@@ -51,6 +53,7 @@ class Pretrain:
             runs.existing(self.images, "images", folder=True),
             runs.existing(self.proposals, "proposals", folder=False),
             class_agnostic=True,
+            keep_empty=self.keep_empty,
         )
         runs.say(f"{len(dataset)} pictures with proposals in {self.proposals}")
         for problem in dataset.problems:

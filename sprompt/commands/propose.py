@@ -28,6 +28,8 @@ class Propose:
     """The file to write (COCO format)."""
     shard: str | None = None
     """Which share of the pictures this process takes, as index/count; default: all of them, or this process's of a launcher's."""
+    vectors: bool = False
+    """Write the seeds' feature vectors beside it (OUT.vectors.safetensors, float16)."""
     cpu: bool = False
     """Do not use a GPU."""
     proposals: ProposalConfig = dataclasses.field(default_factory=ProposalConfig)
@@ -47,7 +49,7 @@ class Propose:
         with Progress("propose", len(pictures)) as bar:
             done = generate(
                 pictures, backbone, self.proposals, self.out, index=index, of=count, device=device,
-                progress=bar.reach,
+                vectors=self.vectors, progress=bar.reach,
             )  # fmt: skip
         for broken in done.skipped:
             print(f"  left out: {broken['reason']}")

@@ -12,6 +12,8 @@ class Testing:
     """Shorter side that pictures are resized to, pixels; default: that of the model's training."""
     long: int | None = None
     """Longest that the longer side becomes, pixels; default: that of the model's training."""
+    keep_ratio: bool = True
+    """False stretches every picture to long x short pixels."""
     threshold: float = 0.5
     """Probability above which a pixel is in the mask (the paper's COCO results: 0.3)."""
     max_per_image: int = 100

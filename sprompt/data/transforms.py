@@ -43,6 +43,7 @@ class Augment:
         flip: chance of a mirrored picture.
         rotate_probability, rotate_degrees: chance of a rotation, by a uniform angle of at most so many degrees either way.
         crop: (h, w) of a window at a random place; a side that is shorter stays as it is.
+        keep_ratio: False stretches every picture to long × short pixels.
     """
 
     short: int | tuple[int, int]
@@ -51,6 +52,7 @@ class Augment:
     rotate_probability: float = 0.0
     rotate_degrees: float = 0.0
     crop: Size | None = None
+    keep_ratio: bool = True
 
     def __post_init__(self) -> None:
         low, high = self.shorts
@@ -75,7 +77,9 @@ class Augment:
         draws = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
         low, high = self.shorts
         short = low + int(draws[0] * (high - low + 1))
-        sample = resize(sample, resized_size(_size(sample), short, self.long))
+        sample = resize(
+            sample, resized_size(_size(sample), short, self.long) if self.keep_ratio else (short, self.long)
+        )
         if draws[1] < self.flip:
             sample = flip(sample)
         if draws[2] < self.rotate_probability:

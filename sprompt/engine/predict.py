@@ -17,7 +17,10 @@ from sprompt.data.transforms import Augment, collate
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.files import replacing
+from sprompt.masks import Size
 from sprompt.models.protocol import Prediction, QueryModel
+
+DIVISOR = 32  # sides of what a model sees are multiples of it
 
 
 class Predicted(NamedTuple):
@@ -32,6 +35,7 @@ def predict(
     *,
     short: int = 800,
     long: int = 1333,
+    keep_ratio: bool = True,
     threshold: float = 0.5,
     max_per_image: int = 100,
     batch_size: int = 1,
@@ -47,27 +51,37 @@ def predict(
         model: a QueryModel; moved to `device`, and put into evaluation mode for as long as this goes on.
         dataset: gives Samples; their masks are not looked at.
         short, long: pictures are resized so that the shorter side has `short` pixels, but the longer at most `long`.
+        keep_ratio: False stretches them to long × short pixels.
         threshold: probability above which a pixel is in a mask.
         indices: of the pictures, in order; None means all.
         problems: pictures that cannot be read are left out, and what is wrong appended here, by name; None raises DataError.
     """
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
-    views = _Views(dataset, Augment(short, long, flip=0.0), range(len(dataset)) if indices is None else indices)
+    views = _Views(
+        dataset,
+        Augment(short, long, flip=0.0, keep_ratio=keep_ratio),
+        range(len(dataset)) if indices is None else indices,
+    )
     loader: DataLoader[Any] = DataLoader(views, batch_size=batch_size, num_workers=workers, collate_fn=_collated)
     was_training = model.training
     model.to(device).eval()
     try:
         with Progress("predict", len(views), show=progress) as bar:
-            for batch, broken in loader:
+            for batches, broken in loader:
                 if broken and problems is None:
                     raise DataError(broken[0])
                 if problems is not None:
                     problems += broken
-                if batch is not None:
-                    for place, prediction in enumerate(_predicted(model, batch.to(device), threshold, max_per_image)):
-                        yield Predicted(batch.image_ids[place], batch.names[place], prediction)
-                bar.advance(len(broken) + (0 if batch is None else len(batch)))
+                found: dict[int, Predicted] = {}
+                for places, batch in batches:
+                    predictions = _predicted(model, batch.to(device), threshold, max_per_image)
+                    for place, own, name, prediction in zip(
+                        places, batch.image_ids, batch.names, predictions, strict=True
+                    ):
+                        found[place] = Predicted(own, name, prediction)
+                yield from (found[place] for place in sorted(found))
+                bar.advance(len(broken) + len(found))
     finally:
         model.train(was_training)
 
@@ -183,7 +197,16 @@ class _Views(Dataset[Any]):
             return str(error)
 
 
-def _collated(views: list[Any]) -> tuple[Batch | None, list[str]]:
-    """A batch of what could be read, and what is wrong with the others."""
-    samples = [view for view in views if not isinstance(view, str)]
-    return (collate(samples) if samples else None), [view for view in views if isinstance(view, str)]
+def _collated(views: list[Any]) -> tuple[list[tuple[list[int], Batch]], list[str]]:
+    """Batches of what could be read, with their places, and what is wrong with the others.
+
+    A batch has one padded size: padding is pixels like any other to a model, so that the results of a picture would else depend
+    on its neighbours.
+    """
+    groups: dict[Size, list[int]] = {}
+    for place, view in enumerate(views):
+        if not isinstance(view, str):
+            height, width = view.image.shape[1:]
+            groups.setdefault((-(-height // DIVISOR), -(-width // DIVISOR)), []).append(place)
+    batches = [(places, collate([views[place] for place in places], divisor=DIVISOR)) for places in groups.values()]
+    return batches, [view for view in views if isinstance(view, str)]

@@ -162,3 +162,12 @@ def test_no_worker_is_left() -> None:
     list(batches.epoch(0))
     del batches
     assert not multiprocessing.active_children()
+
+
+def test_an_epoch_is_whole_steps() -> None:
+    """Ten items in batches of 2, of which four are a step: the epoch is filled up from its start, no step is short."""
+    batches = Batches(list(range(10)), lambda item, _: item, list, batch_size=2, whole=4, seed=3)
+    order = [i for batch in batches.indices(0) for i in batch]
+    assert batches.steps == 8 and len(order) == 16
+    assert sorted(order[:10]) == list(range(10)) and order[10:] == order[:6]
+    assert Batches(list(range(10)), lambda item, _: item, list, batch_size=2, whole=4, seed=3, shuffle=False).steps == 5

@@ -95,6 +95,21 @@ def test_batches_and_workers_change_nothing(scenes: Path) -> None:
     assert [p.image_id for p in other] == [3, 1]
 
 
+def test_a_picture_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
+    """Of several sizes, each is padded to its own; results come in the order of the pictures."""
+    for name, size in (("a", (64, 96)), ("b", (96, 64)), ("c", (64, 90))):
+        write_scenes(tmp_path / name, 2, seed=1, size=size)
+        for i in range(2):
+            (tmp_path / name / "images" / f"00000{i}.png").rename(tmp_path / f"{i}{name}.png")
+    model, dataset = tiny(3), PictureFolder(tmp_path, recursive=False)
+    alone, together = (list(predict(model, dataset, batch_size=n, short=64, long=96)) for n in (1, 6))
+    assert [p.image_id for p in together] == list(range(6)) == [p.image_id for p in alone]
+    for p, q in zip(alone, together, strict=True):
+        assert p.prediction.masks.size == q.prediction.masks.size
+        torch.testing.assert_close(p.prediction.scores, q.prediction.scores, rtol=1e-4, atol=1e-5)
+        assert (p.prediction.masks.area() - q.prediction.masks.area()).abs().max() < 20
+
+
 def test_pictures_that_cannot_be_read(scenes: Path, tmp_path: Path) -> None:
     folder = tmp_path / "images"
     folder.mkdir()

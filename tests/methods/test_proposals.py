@@ -105,11 +105,16 @@ def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], origina
     b = np.stack([f["binary"] for f in found]).astype(float)
     inter = b @ b.T
     iou = inter / (b.sum(1)[:, None] + b.sum(1) - inter)
-    if config.nms == "matrix":
+    if config.nms.startswith("matrix"):
         above = np.triu(iou, 1)
         most = above.max(0)
         for j in range(len(found)):
-            decay = [np.exp(-config.sigma * iou[i, j] ** 2) / np.exp(-config.sigma * most[i] ** 2) for i in range(j)]
+            if config.nms == "matrix":
+                decay = [
+                    np.exp(-config.sigma * iou[i, j] ** 2) / np.exp(-config.sigma * most[i] ** 2) for i in range(j)
+                ]
+            else:
+                decay = [(1 - iou[i, j]) / max(1 - most[i], 1e-6) for i in range(j)]
             found[j]["score"] *= min(decay, default=1.0)
         found.sort(key=lambda f: -f["score"])
     else:
@@ -137,7 +142,7 @@ def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], origina
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
-@pytest.mark.parametrize("nms", ["matrix", "greedy"])
+@pytest.mark.parametrize("nms", ["matrix", "matrix_linear", "greedy"])
 @pytest.mark.parametrize("seeds", ["pyramid", (3, 4)])
 def test_proposals_are_those_of_an_independent_implementation(similarity: str, nms: str, seeds: object) -> None:
     config = ProposalConfig(similarity=similarity, nms=nms, seeds=seeds, min_score=0.1, max_width=1.01)  # type: ignore[arg-type]

@@ -116,3 +116,36 @@ def test_prompts_have_no_gradient() -> None:
     )
     assert not prompts.vectors.requires_grad
     assert np.isfinite(prompts.vectors.numpy()).all()
+
+
+def test_the_cells_of_the_release() -> None:
+    """⌊x1/32⌋ to ⌊x2/32⌋, two cells where these are equal, cut off by the map."""
+    boxes = [(0, 0, 33, 32), (40, 40, 41, 41), (5, 10, 160, 96), (131, 0, 159, 96)]
+    cells = [((0, 1), (0, 1)), ((1, 3), (1, 3)), ((0, 5), (0, 3)), ((4, 5), (0, 3))]
+    maps = maps_of(96, 160)
+    config = SaliencyPromptConfig(pooling="release")
+    prompts = read_prompts(maps, box_mask(96, 160, *boxes), torch.tensor([len(boxes)]), config)
+    for l, ((c0, c1), (r0, r1)) in enumerate(cells):
+        torch.testing.assert_close(prompts.vectors[0, l], maps[-1][0, :, r0:r1, c0:c1].mean((1, 2)))
+
+
+def test_roi_align_with_one_bin() -> None:
+    """Against samples taken one by one, in float64, from the bilinear interpolation of the map."""
+    maps = maps_of(96, 160)
+    boxes = [(0, 0, 32, 32), (40, 41, 47, 90), (5, 10, 160, 96), (31, 0, 33, 96), (159, 95, 160, 96)]
+    got = read_prompts(
+        maps, box_mask(96, 160, *boxes), torch.tensor([len(boxes)]), SaliencyPromptConfig(pooling="roi_align")
+    ).vectors[0]
+    x = maps[-1][0].double().numpy()
+    for l, (x1, y1, x2, y2) in enumerate(np.array(boxes) / 32):
+        ny, nx = math.ceil(y2 - y1), math.ceil(x2 - x1)
+        total = np.zeros(len(x))
+        for i in range(ny):
+            for j in range(nx):
+                row = min(max(y1 + (y2 - y1) * (i + 0.5) / ny - 0.5, 0), x.shape[1] - 1)
+                column = min(max(x1 + (x2 - x1) * (j + 0.5) / nx - 0.5, 0), x.shape[2] - 1)
+                r, c = min(int(row), x.shape[1] - 2), min(int(column), x.shape[2] - 2)
+                u, v = row - r, column - c
+                top, low = (x[:, k, c] * (1 - v) + x[:, k, c + 1] * v for k in (r, r + 1))
+                total += top * (1 - u) + low * u
+        np.testing.assert_allclose(got[l].numpy(), total / (ny * nx), atol=1e-5)

@@ -33,12 +33,12 @@ class ProposalConfig:
     """A cell or pixel belongs to a mask where its normalised similarity is at least this."""
     min_area: int = 2
     """Cells that a mask has at least."""
-    nms: Literal["matrix", "greedy"] = "matrix"
-    """Matrix NMS lets scores decay by overlap, greedy NMS removes masks."""
+    nms: Literal["matrix", "matrix_linear", "greedy"] = "matrix"
+    """Matrix NMS lets scores decay by overlap, along a gaussian or a line; greedy NMS removes masks."""
     iou_threshold: float = 0.5
     """Greedy NMS removes masks that overlap by more."""
     sigma: float = 2.0
-    """Matrix NMS: more of it suppresses more."""
+    """Gaussian matrix NMS: more of it suppresses more."""
     max_masks: int = 20
     """Masks a picture, before the filters below."""
     centre: float = 0.2
@@ -61,7 +61,7 @@ class ProposalConfig:
             check(name, _whole(getattr(self, name)), "be a whole number of at least 1")
         check("long", self.long >= self.short or not self.keep_ratio, f"be at least short = {self.short}")
         for name, choices in (
-            ("level", tuple(STRIDES)), ("similarity", ("cosine", "dot")), ("nms", ("matrix", "greedy")),
+            ("level", tuple(STRIDES)), ("similarity", ("cosine", "dot")), ("nms", ("matrix", "matrix_linear", "greedy")),
         ):  # fmt: skip
             check(name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
         grid = isinstance(self.seeds, tuple) and len(self.seeds) == 2 and all(map(_whole, self.seeds))
@@ -93,8 +93,9 @@ class SaliencyPromptConfig:
 
     level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5"] = "coarsest"
     """The pyramid map that prompts are read from; "auto" chooses by the size of the box."""
-    pooling: Literal["box", "mask"] = "box"
-    """A prompt is the mean over the cells of a proposal's box, or over those whose centre is in the mask."""
+    pooling: Literal["box", "mask", "roi_align", "release"] = "box"
+    """A prompt is the mean over the cells of a proposal's box, or over those whose centre is in the mask, or RoIAlign of the box
+    with one bin; "release" takes the cells of the first public code, which leaves out the last one that a box covers in part."""
     site: str = "kernel"
     """Where queries take prompts: one of the model's sites (K-Net: kernel, proposal), or "kernel_late", matched at the first and
     added at the second."""
@@ -116,7 +117,7 @@ class SaliencyPromptConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("level", ("coarsest", "auto", "P2", "P3", "P4", "P5")), ("pooling", ("box", "mask")),
+            ("level", ("coarsest", "auto", "P2", "P3", "P4", "P5")), ("pooling", ("box", "mask", "roi_align", "release")),
             ("assign", ("cosine", "sequential", "random", "none")), ("reduction", ("mean", "sum")),
             ("projection", ("linear", "linear_nobias", "frozen_orthogonal", "pca")),
         ):  # fmt: skip

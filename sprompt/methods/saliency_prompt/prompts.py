@@ -23,7 +23,8 @@ class Prompts(NamedTuple):
 def read_prompts(maps: list[Tensor], masks: BitMasks, counts: Tensor, config: SaliencyPromptConfig) -> Prompts:
     """One prompt a mask: the mean of a pyramid map over the cells of its box, or of the mask.
 
-    A box (x1, y1, x2, y2) in pixels covers the columns ⌊x1/s⌋ to max(⌈x2/s⌉, ⌊x1/s⌋ + 1) of a map of stride s, and rows likewise.
+    A box (x1, y1, x2, y2) in pixels covers the columns ⌊x1/s⌋ to max(⌈x2/s⌉, ⌊x1/s⌋ + 1) of a map of stride s, and rows likewise;
+    with pooling "release" ⌊x1/s⌋ to ⌊x2/s⌋, or two columns where these are equal.
 
     Args:
         maps: (B, C, h, w) each, P2 first, of the images that the masks lie on.
@@ -66,11 +67,41 @@ def _from_map(x: Tensor, masks: BitMasks, boxes: Tensor, counts: Tensor, config:
     cells = (x.shape[2], x.shape[3])
     stride = [pixels / n for pixels, n in zip(masks.size, cells, strict=True)]  # rows, columns
     x1, y1, x2, y2 = boxes.unbind(-1)
-    means = region_mean(x, torch.stack([x1 / stride[1], y1 / stride[0], x2 / stride[1], y2 / stride[0]], -1), counts)
-    if config.pooling == "box":
+    cellwise = torch.stack([x1 / stride[1], y1 / stride[0], x2 / stride[1], y2 / stride[0]], -1)
+    if config.pooling == "roi_align":
+        return roi_align(x, cellwise)
+    if config.pooling == "release":
+        start, end = cellwise.floor().split(2, -1)
+        cellwise = torch.cat([start, torch.where(end == start, start + 2, end)], -1)
+    means = region_mean(x, cellwise, counts)
+    if config.pooling != "mask":
         return means
     inside = bits_at_centres(masks, cells)
     return torch.where(inside.flatten(2).any(2, keepdim=True), mask_mean(x, inside), means)
+
+
+def roi_align(x: Tensor, boxes: Tensor) -> Tensor:
+    """RoIAlign with one bin: the mean of ⌈height⌉ × ⌈width⌉ bilinear samples, evenly spread over each box. (B, C, H, W), boxes
+    (B, L, 4) in cells -> (B, L, C).
+
+    Samples and bilinear weights are products of a row's and a column's, so a prompt is one weighted sum over rows, then columns.
+    """
+    x1, y1, x2, y2 = boxes.to(torch.float32).unbind(-1)
+    rows, columns = _sample_weights(y1, y2, x.shape[2]), _sample_weights(x1, x2, x.shape[3])
+    return torch.einsum("bchw,blh,blw->blc", x.float(), rows, columns).to(x.dtype)
+
+
+def _sample_weights(start: Tensor, end: Tensor, cells: int) -> Tensor:
+    """(B, L, cells): the mean weight that the samples of the intervals (B, L) give to each cell."""
+    number = (end - start).ceil().clamp(min=1)
+    place = torch.arange(
+        cells + 1, device=start.device
+    )  # no box has more samples than the map has cells, but by rounding
+    at = start[..., None] + (end - start)[..., None] * (place + 0.5) / number[..., None] - 0.5
+    at = at.clamp(0, cells - 1)  # as the outermost cells go on
+    weight = (1 - (at[..., None] - torch.arange(cells, device=start.device)).abs()).clamp(min=0)
+    real = place < number[..., None]
+    return (weight * real[..., None]).sum(-2) / number[..., None]
 
 
 def bits_at_centres(masks: BitMasks, cells: tuple[int, int]) -> Tensor:

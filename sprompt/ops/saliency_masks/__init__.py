@@ -12,7 +12,7 @@ from sprompt.ops.saliency_masks import registration as registration
 from sprompt.ops.saliency_masks.reference import addresses_of, grids
 
 SIMILARITIES = ("cosine", "dot")
-NMS = ("matrix", "greedy")
+NMS = ("matrix", "matrix_linear", "greedy")
 
 
 class SaliencyMasks(NamedTuple):
@@ -45,7 +45,7 @@ def saliency_masks(
     For a seed vector s and the cells x: y = ⟨s, x⟩ / (|s| |x|) ("cosine", norms held to at least 1e-12) or ⟨s, x⟩ ("dot");
     ỹ = (y - min y) / (max y - min y) over the valid cells; mask = [ỹ ≥ threshold]; score = mean of ỹ over the mask. Maps with
     a range below 1e-6, with NaN or infinity, or with fewer than min_area cells are dropped. Scores then decay by
-    `matrix_nms` (gaussian), or masks are thinned by greedy NMS; the best max_masks stay.
+    `matrix_nms`, or masks are thinned by greedy NMS; the best max_masks stay.
 
     Seeds: "pyramid" takes every cell (scale 0), the 2×2 means (scale 1) and the means of the central 2×2 cells of 4×4 blocks
     (scale 2), which is the bilinear resize to ½ and ¼; blocks cut off by the map's border are left out. (h, w) takes the
@@ -57,9 +57,9 @@ def saliency_masks(
         similarity: "cosine" or "dot".
         threshold: in (0, 1]; compared with ≥.
         min_area: at least 1 cell.
-        nms: "matrix" or "greedy".
+        nms: "matrix" (gaussian decay), "matrix_linear" or "greedy".
         iou_threshold: of greedy NMS, strict.
-        sigma: of matrix NMS, at least 0.
+        sigma: of gaussian matrix NMS, at least 0.
         max_masks: K, at least 1.
         valid: (B, H, W) bool, False for padding; None means all valid. Other cells are neither seeds nor pixels, whatever
             they hold. A pyramid seed needs its whole block (1, 2×2, 4×4) valid, so that a map padded to the right and below
@@ -126,7 +126,8 @@ def _best(
         if words.shape[1] == 0:
             return index, scores.new_zeros(index.shape), counts
         return index, scores.gather(1, index), counts
-    decayed = torch.ops.sprompt.matrix_nms(words, scores, "gaussian", sigma, None, None)
+    kernel = "linear" if nms == "matrix_linear" else "gaussian"
+    decayed = torch.ops.sprompt.matrix_nms(words, scores, kernel, sigma, None, None)
     key = torch.where(areas > 0, decayed, -1)
     # Two stable sorts: equal decayed scores keep the order of the scores before.
     order = scores.argsort(dim=1, descending=True, stable=True)
