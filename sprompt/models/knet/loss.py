@@ -20,7 +20,8 @@ def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, co
 
     Masks are compared at stride 4: logits upsampled twofold, targets reduced fourfold and soft; neither is ever stored. All terms
     but seg are divided by the number of positives, Σ min(N, counts), and seg by the number of foreground pixels, each the mean
-    over the processes' batches and at least 1 in all: W processes have the losses and gradients of one with the whole batch.
+    over the processes' batches and at least 1 in all: W processes have the losses and gradients of one with the whole batch, if all
+    pictures are padded to one size.
     Without positives every term is finite and still leads back to every parameter. On a GPU nothing waits for the device.
     """
     _check(outputs, masks, labels, counts)
