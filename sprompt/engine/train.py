@@ -34,7 +34,7 @@ class Loader(Protocol):
     """What `sprompt.data.loader.Batches` offers: micro-batches that depend on (seed, epoch, place) only."""
 
     @property
-    def steps(self) -> int: ...  # micro-batches of an epoch
+    def steps(self) -> int: ...  # micro-batches of an epoch, a multiple of `whole`
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Any]: ...
 
@@ -123,7 +123,7 @@ class _Run:
         )
         if self.loader.steps < 1:
             raise ValueError("train: the dataset must hold a picture to train on, got none")
-        self.epoch_steps = -(-self.loader.steps // config.accumulate)
+        self.epoch_steps = self.loader.steps // config.accumulate
         whole = config.epochs * self.epoch_steps
         if self.main and config.warmup_steps >= whole:
             warnings.warn(
@@ -178,7 +178,7 @@ class _Run:
             epoch, place = divmod(self.step, self.epoch_steps)
             if stream is None:
                 stream = self.loader.epoch(epoch, place * self.config.accumulate)
-            stop = self._take_step(stream, epoch, place, signals)
+            stop = self._take_step(stream, epoch, signals)
             if self.step % self.epoch_steps == 0:
                 stream = None
                 if after_epoch is not None:
@@ -194,14 +194,14 @@ class _Run:
         return TrainResult(self.step, self.step // self.epoch_steps, self.last, self.resumed)
 
     # -- one step
-    def _take_step(self, stream: Iterator[Any], epoch: int, place: int, signals: Signals) -> bool:
+    def _take_step(self, stream: Iterator[Any], epoch: int, signals: Signals) -> bool:
         """A step of the optimiser; whether it shall be the last one for now."""
         config, on_cpu = self.config, self.device.type == "cpu"
         seed_generators(config.seed, self.step, self.rank)
         rate = config.learning_rate * factor_at(config, self.step, self.epoch_steps)
         set_rate(self.optimiser, rate)
         self.optimiser.zero_grad()
-        count = min(config.accumulate, self.loader.steps - place * config.accumulate)
+        count = config.accumulate
         sums: dict[str, Tensor] = {}
         names: list[str] = []
         for index in range(count):

@@ -43,10 +43,12 @@ class Numbers:
 class Loader:
     """The contract of `Batches`: permutation from (seed, epoch), filled up from its start; rank r has the r-th slice."""
 
-    def __init__(self, batch_size: int, seed: int, rank: int, world: int, workers: int, *, broken: int = -1) -> None:
+    def __init__(
+        self, batch_size: int, whole: int, seed: int, rank: int, world: int, workers: int, *, broken: int = -1
+    ) -> None:
         self.batch_size, self.seed, self.broken = batch_size, seed, broken
         self.share = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
-        self.steps = -(-PICTURES // batch_size)
+        self.steps = -(-PICTURES // (batch_size * whole)) * whole
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Numbers]:
         order = torch.randperm(PICTURES, generator=torch.Generator().manual_seed(1000 * self.seed + epoch)).tolist()

@@ -370,7 +370,13 @@ SPECS = [
             ("threshold 0", (_x,), {"threshold": 0}, ValueError, r"threshold must lie in \(0, 1\], got 0"),
             ("threshold 2", (_x,), {"threshold": 2}, ValueError, r"threshold must lie in \(0, 1\], got 2"),
             ("min_area 0", (_x,), {"min_area": 0}, ValueError, "min_area must be a whole number of at least 1, got 0"),
-            ("nms", (_x,), {"nms": "soft"}, ValueError, "nms must be one of 'matrix', 'greedy', got 'soft'"),
+            (
+                "nms",
+                (_x,),
+                {"nms": "soft"},
+                ValueError,
+                "nms must be one of 'matrix', 'matrix_linear', 'greedy', got 'soft'",
+            ),
             ("iou_threshold", (_x,), {"iou_threshold": 2}, ValueError, "iou_threshold must lie between 0 and 1, got 2"),
             ("sigma", (_x,), {"sigma": -1}, ValueError, "sigma must be a finite number of at least 0, got -1"),
             (
