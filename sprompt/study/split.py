@@ -1,0 +1,151 @@
+"""A labelled dataset in two, and its pictures without labels."""
+
+from __future__ import annotations
+
+import filecmp
+import json
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+
+from sprompt.data.annotations import named, parse
+from sprompt.data.errors import DataError
+from sprompt.data.files import read_json
+from sprompt.data.loader import seeded
+from sprompt.files import atomic_write, replacing
+
+
+def split(
+    annotations: Path, out: Path, *, val_share: float, seed: int = 0, within: str | None = None
+) -> tuple[Path, Path]:
+    """Shares out the pictures of a COCO file at random, to OUT/train.json and OUT/val.json. What is no picture and no annotation is
+    in both.
+
+    Of n pictures ⌊val_share · n + ½⌋ go to val, but at least one to each. They are drawn from pictures by ascending id, so that the
+    order of the file does not matter, and are part of those that a larger share draws. The files hold pictures and annotations by
+    ascending id; annotations of pictures that are not there are left out.
+
+    Args:
+        within: a key of the records of pictures, such as "modality". The number above, and the draw, are then those of every value.
+
+    Raises DataError where one of the files is there and holds something else.
+    """
+    if not 0 < val_share < 1:
+        raise ValueError(f"split: val_share must lie between 0 and 1, got {val_share}; 0.2 are 20 %")
+    data = read_json(annotations)
+    parse(data, str(annotations))
+    if len(data["images"]) < 2:
+        raise DataError(f"{annotations}: must have two pictures to be split, got {len(data['images'])}")
+    val = _drawn(_groups(data["images"], within, annotations), val_share, seed)
+    parts = {out / "train.json": _part(data, val, inside=False), out / "val.json": _part(data, val, inside=True)}
+    write_once(parts)
+    train, held = parts
+    return train, held
+
+
+def link_pictures(images: Path, annotations: Path, out: Path) -> Path:
+    """Makes OUT a folder of the pictures of a COCO file: links below their file names to those in the folder `images`, or copies
+    where links cannot be made.
+
+    Raises DataError where pictures are missing, lie outside of the folder, or OUT holds other pictures too.
+    """
+    file = parse(read_json(annotations), str(annotations))
+    sources = {PurePosixPath(p.file_name): Path(os.path.abspath(images / p.file_name)) for p in file.pictures}
+    missing = [str(name) for name, source in sources.items() if not source.is_file()]
+    if missing:
+        raise DataError(
+            f"{images}: must have the pictures of {annotations}, but {len(missing)} of {len(sources)} are missing: "
+            f"{named(missing)}; check the folder"
+        )
+    others = sorted(str(name) for name in _files(out) if name not in sources)
+    if others:
+        raise DataError(
+            f"{out}: must hold pictures of {annotations} only, got {len(others)} others: {named(others)}; remove it, or give "
+            "another folder"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    for name, source in sorted(sources.items()):
+        _link(source, out / name)
+    return out
+
+
+def write_once(files: Mapping[Path, Any]) -> None:
+    """Writes each value as JSON to its path. Files that are there with the same bytes stay; if one has others, DataError is raised
+    and nothing written."""
+    texts = {path: json.dumps(value, separators=(",", ":")).encode() + b"\n" for path, value in files.items()}
+    for path, text in texts.items():
+        if path.exists() and not (path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text):
+            raise DataError(f"{path}: is there already, with other content; remove it, or give another place")
+    for path, text in texts.items():
+        if not path.exists():
+            atomic_write(path, text, sync=True)
+
+
+# -- split
+def _groups(images: list[dict[str, Any]], within: str | None, source: Path) -> list[list[int]]:
+    """Ids of the pictures of each value of the key, ascending, in an order that depends on the values only."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for record in sorted(images, key=lambda r: r["id"]):
+        value = record.get(within) if within is not None else ""
+        if value is None:
+            raise DataError(
+                f"{source}: picture {record['id']} ({record['file_name']}) must have a value of {within!r}, got none; "
+                "complete the file, or split without"
+            )
+        groups[json.dumps(value, sort_keys=True)].append(record["id"])
+    return [ids for _, ids in sorted(groups.items())]
+
+
+def _drawn(groups: list[list[int]], share: float, seed: int) -> set[int]:
+    numbers = [int(Fraction(str(share)) * len(ids) + Fraction(1, 2)) for ids in groups]
+    largest = max(range(len(groups)), key=lambda g: len(groups[g]))
+    if not any(numbers):
+        numbers[largest] = 1
+    elif sum(numbers) == sum(map(len, groups)):
+        numbers[largest] -= 1
+    drawn: set[int] = set()
+    for place, (ids, number) in enumerate(zip(groups, numbers, strict=True)):
+        order = torch.randperm(len(ids), generator=seeded(seed, place)).tolist()
+        drawn.update(ids[i] for i in order[:number])
+    return drawn
+
+
+def _part(data: dict[str, Any], val: set[int], *, inside: bool) -> dict[str, Any]:
+    """The file with the pictures in `val`, or with the others."""
+    images = sorted((r for r in data["images"] if (r["id"] in val) == inside), key=lambda r: r["id"])
+    there = {r["id"] for r in images}
+    annotations = sorted((a for a in data.get("annotations", []) if a["image_id"] in there), key=lambda a: a["id"])
+    return {**data, "images": images, "annotations": annotations}
+
+
+# -- link_pictures
+def _files(folder: Path) -> list[PurePosixPath]:
+    """Files in a folder and below it, and links to other folders, by their path from there. Hidden files are no pictures, and may
+    be temporary."""
+    return [
+        PurePosixPath((Path(parent) / name).relative_to(folder).as_posix())
+        for parent, folders, files in os.walk(folder)
+        for name in [*files, *(f for f in folders if os.path.islink(os.path.join(parent, f)))]
+        if not name.startswith(".")
+    ]
+
+
+def _link(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.path.lexists(path):
+        try:
+            os.symlink(source, path)
+        except FileExistsError:
+            pass  # another process was faster; what it made is looked at below
+        except OSError:  # file systems and accounts that know no links
+            with replacing(path, sync=False) as temporary:
+                shutil.copyfile(source, temporary)
+    same = os.readlink(path) == str(source) if path.is_symlink() else filecmp.cmp(source, path, shallow=False)
+    if not same:
+        raise DataError(f"{path}: must be the picture {source}, got another; remove it, or give another folder")
