@@ -17,7 +17,8 @@ FLOORS = {
     "methods": {"ops", "nn", "models", "data"},
     "engine": {"ops", "nn", "models", "data"},
     "report": {"ops", "nn", "models", "data", "methods", "engine"},
-    "commands": {"ops", "nn", "models", "data", "methods", "engine", "report"},
+    "study": {"ops", "nn", "models", "data", "methods", "engine", "report"},
+    "commands": {"ops", "nn", "models", "data", "methods", "engine", "report", "study"},
 }
 FILES = [(floor, path) for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 

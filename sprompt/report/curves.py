@@ -25,6 +25,7 @@ class Line:
     name: str
     points: Points
     colour: int
+    band: Sequence[tuple[float, float, float]] = ()  # (x, low, high) around the points
 
 
 def smoothed(points: Points, share: float = 0.05) -> list[tuple[float, float | None]]:
@@ -64,8 +65,8 @@ def key(runs: Sequence[Run]) -> Html:
     return tag("p", [tag("span", run.name, class_=f"r{i % _COLOURS}") for i, run in enumerate(runs)], class_="key")
 
 
-def chart(title: str, lines: Sequence[Line], large: bool = False) -> Html:
-    """Lines over steps, thin as they are and thick as smoothed. Says in words where they begin and end."""
+def chart(title: str, lines: Sequence[Line], large: bool = False, unit: str = "step") -> Html:
+    """Lines over steps or what `unit` says, thin as they are and thick as smoothed. Says in words where they begin and end."""
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:
         return tag(
@@ -75,12 +76,17 @@ def chart(title: str, lines: Sequence[Line], large: bool = False) -> Html:
     means = [smoothed(line.points) if noisy else line.points for line in lines]
     x0 = min(line.points[0][0] for line in lines)
     x1 = max(max(line.points[-1][0] for line in lines), x0 + 1)
-    low, high, ticks = _axis([y for line in lines for _, y in line.points if y is not None])
+    shown = [y for line in lines for _, y in line.points if y is not None]
+    low, high, ticks = _axis(shown + [y for line in lines for _, *ends in line.band for y in ends])
 
     def place(x: float, y: float) -> tuple[float, float]:
         return 1000 * (x - x0) / (x1 - x0), 1000 * (1 - (min(max(y, low), high) - low) / (high - low))
 
     drawn = [tag("path", d=f"M0 {place(x0, t)[1]:.1f}H1000", class_="grid") for t in ticks]
+    for line in lines:
+        if line.band:
+            around = [(x, y) for x, y, _ in line.band] + [(x, y) for x, _, y in reversed(line.band)]
+            drawn.append(tag("path", d=f"{_path(around, place)}Z", class_=f"band r{line.colour % _COLOURS}"))
     for line, mean in zip(lines, means, strict=True):
         shade = f"r{line.colour % _COLOURS}"
         if noisy:
@@ -100,8 +106,8 @@ def chart(title: str, lines: Sequence[Line], large: bool = False) -> Html:
         for line, mean in zip(lines, means, strict=True)
     ]
     plot = tag(
-        "div", svg, labels, class_="plot", role="img", aria_label=f"{title} over steps. {words}",
-        data_lines=json.dumps(hover, separators=(",", ":")), data_x0=x0, data_x1=x1,
+        "div", svg, labels, class_="plot", role="img", aria_label=f"{title} over {unit}s. {words}",
+        data_lines=json.dumps(hover, separators=(",", ":")), data_x0=x0, data_x1=x1, data_unit=unit,
     )  # fmt: skip
     caption = tag("figcaption", tag("b", title), tag("span", f" {last}" if last else "", class_="meta"))
     return tag("figure", caption, plot, class_="chart large" if large else "chart")

@@ -15,7 +15,7 @@ from sprompt.report import activation as kernel_activation
 from sprompt.report import sections
 from sprompt.report.album import Album
 from sprompt.report.curves import curves, is_rate, key, metric_bars
-from sprompt.report.page import MARK, Html, Section, join, tag, write_page
+from sprompt.report.page import Html, Section, check_place, join, tag, write_page
 from sprompt.report.prompts import Matches
 from sprompt.report.runs import Run, read_runs
 
@@ -47,11 +47,8 @@ def build(
     """
     if limit < 1:
         raise ValueError(f"limit: must be at least 1, got {limit}")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: must be a folder, got a file; choose another")
+    check_place(out)
     page = out / "index.html"
-    if page.exists() and MARK.encode() not in page.read_bytes()[:4096]:
-        raise ValueError(f"{page}: is a page of something else and stays as it is; choose another folder")
     for images in (proposals and proposals[0], predictions and predictions[0]):
         if images is not None and not images.is_dir():
             raise DataError(f"{images}: must be the folder of the pictures; check the path")

@@ -72,6 +72,15 @@ class Section:
     missing: bool = False  # nothing to show; the body says how to make it
 
 
+def check_place(out: Path) -> None:
+    """Raises ValueError where a page of ours cannot be written: out is a file, or out/index.html is a page of something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: must be a folder, got a file; choose another")
+    page = out / "index.html"
+    if page.exists() and MARK.encode() not in page.read_bytes()[:4096]:
+        raise ValueError(f"{page}: is a page of something else and stays as it is; choose another folder")
+
+
 def write_page(path: Path, title: str, lead: Child, sections: Sequence[Section], footer: Child) -> Path:
     """Writes the page at `path`, whole or not at all."""
     present = [section for section in sections if not section.missing]

@@ -73,6 +73,8 @@ button:hover{border-color:var(--soft)}
 button[aria-pressed=true]{background:var(--fill);border-color:var(--fill);color:#fff}
 @media (prefers-color-scheme:dark){button[aria-pressed=true]{color:#04120f}}
 .charts{display:grid;gap:1.3rem 1.6rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,21rem),1fr));margin-top:.6rem}
+.charts.pair{grid-template-columns:repeat(auto-fit,minmax(min(100%,21rem),1fr))}
+.pair .plot{height:12rem}
 .chart{margin:0;min-width:0}
 .chart.large{grid-column:1/-1}
 .chart figcaption{padding:0 0 .35rem;font-size:.88rem}
@@ -93,6 +95,7 @@ button[aria-pressed=true]{background:var(--fill);border-color:var(--fill);color:
 padding:.4rem .5rem;line-height:1.5;box-shadow:0 3px 12px #0003;white-space:pre}
 .r0{--k:var(--r0)}.r1{--k:var(--r1)}.r2{--k:var(--r2)}.r3{--k:var(--r3)}.r4{--k:var(--r4)}.r5{--k:var(--r5)}
 .plot path[class*=r]{stroke:var(--k)}.plot path.grid{stroke:var(--line)}
+.plot path.band{stroke:none;fill:var(--k);opacity:.15}
 .key [class*=r]::before{content:"";display:inline-block;width:1.1em;height:.2em;border-radius:2px;background:var(--k);
 margin-right:.45em;vertical-align:.25em}
 .bars{display:grid;grid-template-columns:fit-content(50%) 1fr max-content;gap:.3rem .7rem;align-items:center;font-size:.85rem;margin:0}
@@ -129,6 +132,26 @@ tbody th{font-weight:500;white-space:nowrap}
 td{overflow-wrap:anywhere;min-width:5rem}
 td.n{text-align:right}thead th.n{text-align:right}
 tr.differs th,tr.differs td{color:var(--link);font-weight:600}
+tr.best th,tr.best td{font-weight:700}
+.study table{min-width:0}
+.study th,.study td{padding:.3rem .55rem;min-width:0}
+.study thead th{white-space:normal;vertical-align:bottom;max-width:9rem;min-width:3.4rem}
+.study tbody th{white-space:normal;min-width:9rem;max-width:17rem;padding-left:0;position:sticky;left:0;background:var(--bg)}
+.study td.n{white-space:nowrap}.study .words{min-width:12rem}
+.key.names span{white-space:normal}
+.note.small{font-size:.88rem}
+.study .n small{display:block;font-size:.76rem;line-height:1.2;color:var(--soft);font-weight:400}
+.strip{display:grid;grid-template-columns:minmax(0,19rem) 1fr max-content;gap:.15rem .9rem;align-items:center;font-size:.86rem}
+.strip .line{position:relative;height:1.25rem;margin:0 .4rem;background:linear-gradient(var(--line),var(--line)) center/100% 1px no-repeat}
+.strip i{position:absolute;top:50%;width:.62rem;height:.62rem;margin:-.31rem;border-radius:50%;background:var(--fill);opacity:.72}
+.strip u{position:absolute;top:.1rem;bottom:.1rem;width:2px;margin-left:-1px;background:var(--ink)}
+.strip .ends{grid-column:2;margin:0 .4rem}
+.strip .n{text-align:right;color:var(--soft);white-space:nowrap}
+@media (max-width:620px){.strip{grid-template-columns:1fr max-content}.strip .who{grid-column:1/-1;margin-top:.3rem}
+.strip .ends{grid-column:1}}
+.beside{display:grid;gap:1.4rem 1.6rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,18rem),1fr))}
+.beside h3{margin:0 0 .1rem;color:var(--ink)}.beside p{margin:0 0 .4rem;font-size:.82rem;color:var(--soft)}
+.beside .maps{gap:.25rem;grid-template-columns:repeat(auto-fill,minmax(2.6rem,1fr))}
 .missing div{display:grid;grid-template-columns:minmax(8rem,14rem) 1fr;gap:.2rem 1.5rem;padding:.55rem 0;
 border-bottom:1px solid var(--line)}
 .missing dt{font-weight:600}.missing dd{margin:0;color:var(--soft);min-width:0}
@@ -226,7 +249,7 @@ all('.plot[data-lines]').forEach(function(plot){
       if(best){step=step===null?best[0]:step;rows.push(line.name+'  '+Number(best[1].toPrecision(4)))}
     });
     cursor.style.left=100*share+'%';
-    tip.textContent='step '+step+'\\n'+rows.join('\\n');
+    tip.textContent=plot.dataset.unit+' '+step+'\\n'+rows.join('\\n');
     tip.style.top='.3rem';
     if(share<.5){tip.style.left='calc('+100*share+'% + .6rem)';tip.style.right='auto'}
     else{tip.style.right='calc('+100*(1-share)+'% + .6rem)';tip.style.left='auto'}

@@ -58,6 +58,18 @@ def test_noisy_lines_are_drawn_twice_and_spikes_do_not_squeeze_them() -> None:
     assert top < 2
 
 
+def test_a_band_lies_around_its_line_and_the_axis_holds_it() -> None:
+    html = chart("AP", [Line("a", [(4, 5.0), (8, 5.0)], 1, [(4, 0.0, 10.0), (8, 5.0, 20.0)])], unit="epoch")
+    (path,) = re.findall(r'd="([^"]+)" class="band r1"', html)
+    y = [
+        f"{1000 * (1 - v / 20.8):.1f}" for v in (0.0, 5.0, 20.0, 10.0)
+    ]  # along the low end and back along the high one
+    assert path == f"M0.0 {y[0]}L1000.0 {y[1]}L1000.0 {y[2]}L0.0 {y[3]}Z"
+    assert 'aria-label="AP over epochs. ' in html and 'data-unit="epoch"' in html
+    assert html.index("band r1") < html.index("mean r1")  # which lies on it
+    assert "band" not in chart("AP", [Line("a", [(4, 5.0), (8, 5.0)], 1)])
+
+
 @pytest.mark.parametrize(
     "points",
     [[(5, 1.0)], [(5, 0.0), (6, 0.0)], [(1, -3.0), (2, -1.0)], [(1, 1e-30), (9, 2e-30)], [(1, 1e30), (2, 1e31)]],
