@@ -136,6 +136,7 @@ tr.best th,tr.best td{font-weight:700}
 .study table{min-width:0}
 .study th,.study td{padding:.3rem .55rem;min-width:0}
 .study thead th{white-space:normal;vertical-align:bottom;max-width:9rem;min-width:3.4rem}
+.study thead .long{min-width:9rem;max-width:11rem}
 .study tbody th{white-space:normal;min-width:9rem;max-width:17rem;padding-left:0;position:sticky;left:0;background:var(--bg)}
 .study td.n{white-space:nowrap}.study .words{min-width:12rem}
 .key.names span{white-space:normal}

@@ -222,7 +222,10 @@ def _settings(results: Results) -> Iterator[Section]:
 def _table(grid: Grid) -> Html:
     """Numbers to the right; the mean in front of its standard deviation."""
     kinds = ["words" if i == grid.words else "n" if i else None for i in range(len(grid.head))]
-    head = [tag("th", h, scope="col", class_=k) if h else tag("td") for h, k in zip(grid.head, kinds, strict=True)]
+    head = [
+        tag("th", h, scope="col", class_=f"{k} long" if len(h) > 20 else k) if h else tag("td")
+        for h, k in zip(grid.head, kinds, strict=True)
+    ]
     rows = []
     for i, (name, *values) in enumerate(grid.rows):
         filled = [tag("td", _value(v), class_=k) for v, k in zip(values, kinds[1:], strict=True)]
@@ -243,4 +246,5 @@ def _flat(settings: dict[str, Any], before: str = "") -> Iterator[tuple[str, str
         if isinstance(value, dict):
             yield from _flat(value, f"{before}{name}.")
         else:
-            yield f"{before}{name}", value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+            yield f"{before}{name}", text
