@@ -23,6 +23,7 @@ COMMANDS = {
     "predict": "masks of a folder of pictures, as COCO results",
     "view": "a gallery of proposals, prompts, predictions and curves that opens in a browser",
     "demo": "the whole chain on synthetic scenes, in minutes on a CPU",
+    "study": "compare ways to pre-train for few labels, with several seeds: tables, curves, pictures",
     "env": "versions, build, CPU, GPUs and backends, for a bug report",
 }
 PRESETS = Path(__file__).parent / "presets"
@@ -88,8 +89,8 @@ def parse(name: str, argv: Sequence[str]) -> Any:
             raise SettingsError(f"{chosen.config}: holds the settings of another command than {name}")
         base = from_plain(kind, plain, base, str(chosen.config))
     common = (
-        f"--preset NAME starts from one of {', '.join(preset_names())}; --config FILE.yaml from a file, such as the "
-        "config.yaml of an earlier run. Other options come on top."
+        f"--preset NAME starts from one of {', '.join(preset_names())}, or from a file with the settings of several commands; "
+        "--config FILE.yaml from those of this command, such as the config.yaml of an earlier run. Other options come on top."
     )
     description = f"{inspect.cleandoc(kind.__doc__)}\n\n{common}"
     return tyro.cli(
@@ -120,11 +121,11 @@ def preset_names() -> list[str]:
 
 
 def preset(name: str) -> dict[str, Any]:
-    """The settings of every command in a preset."""
+    """The settings of every command in a preset, or in a file like one."""
+    if name.endswith((".yaml", ".yml")):
+        return read_yaml(Path(name))
     if name not in preset_names():
-        raise SettingsError(
-            f"--preset: must be one of {', '.join(preset_names())}, got {name}; or give a file by --config"
-        )
+        raise SettingsError(f"--preset: must be one of {', '.join(preset_names())}, or a file NAME.yaml, got {name}")
     return read_yaml(PRESETS / f"{name}.yaml")
 
 

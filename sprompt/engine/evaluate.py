@@ -49,7 +49,8 @@ def evaluate(
         class_agnostic: pool the categories.
         settings: for `sprompt.engine.predict.predict`.
 
-    Returns: to every process, the metrics of the masks, with "bbox" for those of their boxes: see `coco_metrics`. A picture that
+    Returns: to every process, the metrics of the masks, with "bbox" for those of their boxes: see `coco_metrics`; "APpooled" is the
+    AP of masks with the categories pooled, which tells masks that are bad from classes that are wrong. A picture that
     cannot be read raises DataError: a number without it would not be comparable.
     """
     path = out / "predictions.json"
@@ -60,6 +61,8 @@ def evaluate(
         truth, results = dataset.ground_truth(), read_json(path)
         metrics = coco_metrics(truth, results, class_agnostic=class_agnostic, engine=engine)
         metrics["bbox"] = coco_metrics(truth, results, kind="bbox", class_agnostic=class_agnostic, engine=engine)
+        if not class_agnostic:
+            metrics["APpooled"] = coco_metrics(truth, results, class_agnostic=True, engine=engine)["AP"]
         metrics |= {"pictures": len(truth["images"]), "results": len(results), "class_agnostic": class_agnostic}
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     if state.num_processes > 1:

@@ -48,14 +48,14 @@ def shuffled(proposals: Path, out: Path, seed: int = 0) -> Path:
 
 
 def truth(annotations: Path, proposals: Path, out: Path) -> Path:
-    """Gives every picture of a proposal file that is in a labelled one too, by file name, its true masks, of whatever class. Other
-    pictures are not in the result.
+    """Gives every picture of a proposal file that has masks, and is in a labelled file too, by file name, its true masks, of whatever
+    class. Other pictures are not in the result, so that training on either file sees the same pictures.
 
     Crowds are left out, and masks that cannot be read, whose ids `info.left_out` has. Seeds are put anew, see `seed_addresses`.
     """
     file, grid = _proposals(proposals)
     labels = parse(read_json(annotations), str(annotations))
-    pairs = _in_both(file, labels)
+    pairs = [(p, labelled) for p, labelled in _in_both(file, labels) if _annotations(file, p)]
     if not pairs:
         raise DataError(
             f"{annotations}: must have pictures of {proposals}, got none; do file names start at one folder?"

@@ -1,0 +1,191 @@
+"""`sprompt study`: many small pre-trainings and fine-tunings, and what they show."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+from sprompt.commands import runs
+from sprompt.files import atomic_write
+from sprompt.settings import to_plain
+from sprompt.study import prepare
+from sprompt.study.plan import Cell, Inputs, chains
+from sprompt.study.run import Runner
+from sprompt.study.variants import VARIANTS
+
+
+@dataclasses.dataclass
+class Study:
+    """Compares ways to start fine-tuning on few labels: from scratch, from a backbone, from proposals as pseudo-labels, and from
+    Saliency Prompt pre-training with its parts taken out one by one. Each is pre-trained and fine-tuned with several seeds.
+
+    Writes OUT/results.json, OUT/tables.md and OUT/index.html, anew after every cell. Killed and started again it goes on where it
+    was. Without --images it draws synthetic scenes. `sprompt study --preset study-cpu` takes hours, not days, on two cores.
+    """
+
+    out: Path = Path("study")
+    """Folder for everything it makes."""
+    settings: str = "study-cpu"
+    """Preset of the backbone, propose, pretrain, finetune and evaluate commands that it runs."""
+    images: Path | None = None
+    """Folder of labelled pictures; synthetic scenes are drawn if it is not given."""
+    annotations: Path | None = None
+    """Their COCO file."""
+    val_images: Path | None = None
+    """Folder of the pictures to test on; by default a share of the labelled ones is kept for it."""
+    val_annotations: Path | None = None
+    """Their COCO file."""
+    val_share: float = 0.3
+    """The share, drawn by image id."""
+    within: str | None = None
+    """Draw it within each value of this key of the file's images."""
+    unlabelled: Path | None = None
+    """Folder of pictures for pre-training; by default those labelled that are not kept for the test, without their labels."""
+    backbone: Path | None = None
+    """Self-supervised backbone; by default one is trained on the pictures for pre-training."""
+    scenes: tuple[int, int, int] = (1200, 1200, 150)
+    """Synthetic scenes: without labels, with labels, to test on."""
+    scene_size: int = 160
+    """Their height and width, pixels."""
+    variants: tuple[str, ...] = ()
+    """Which ways to compare; by default all that the data allow. See sprompt/study/variants.py."""
+    fractions: tuple[float, ...] = (0.05,)
+    """Shares of the labelled pictures to fine-tune on."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """One pre-training and fine-tuning of each variant for every seed, which also draws the labelled pictures."""
+    evaluate_every: int = 4
+    """Epochs of fine-tuning between tests, for the learning curves."""
+    jobs: int = 1
+    """Commands that run at once; they share the cores, or the GPU."""
+
+    def run(self) -> None:
+        from sprompt.study.results import gather
+
+        self._check()
+        text = runs.begin(self.out, self)
+        with Runner(self.out, self.jobs) as runner:
+            pictures = self._pictures()
+            names = self._variants(pictures.known is not None)
+            runs.keep(self.out, text)
+            given = prepare.inputs(self.out, pictures, self.settings, self.backbone, names, runner.command)
+            work = list(chains(names, self.fractions, self.seeds))
+            cells = [cell for _, own in work for cell in own]
+            about = self._about(pictures, given, names)
+            failed: dict[Cell, str] = {}
+            before = len(gather(self.out, cells, about, failed)["cells"])
+            began = time.monotonic()
+
+            def done(cell: Cell, why: str | None) -> None:
+                if why is not None:
+                    failed[cell] = why
+                results = gather(self.out, cells, about, failed)
+                self._show(results)
+                said = f"failed: {why}" if why is not None else _numbers(results, cell)
+                finished = len(results["cells"])
+                rate = max(finished - before, 1) / (time.monotonic() - began)
+                left = (len(cells) - finished - len(failed)) / rate / 60
+                runs.say(f"{cell}: {said}; {finished} of {len(cells)} cells, {left:.0f} min left")
+
+            runner.run(work, given, self.evaluate_every, done)
+            self._show(gather(self.out, cells, about, failed), self._maps(cells, pictures))
+        runs.say(f"open {self.out / 'index.html'} in a browser; the tables are in {self.out / 'tables.md'}")
+        if failed:
+            raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed; the same command again goes on with them")
+
+    def _check(self) -> None:
+        for option in ("fractions", "seeds"):
+            values = getattr(self, option)
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"--{option}: must be different values, at least one, got {list(values)}")
+        for option in ("jobs", "evaluate_every"):
+            if getattr(self, option) < 1:
+                raise ValueError(f"--{option.replace('_', '-')}: must be at least 1, got {getattr(self, option)}")
+        unknown = [name for name in self.variants if name not in VARIANTS]
+        if unknown:
+            raise ValueError(f"--variants: must be some of {', '.join(VARIANTS)}, got {unknown[0]}")
+        if (self.images is None) != (self.annotations is None):
+            raise ValueError("--annotations: must be given with --images, and only with it")
+        if (self.val_images is None) != (self.val_annotations is None):
+            raise ValueError("--val-annotations: must be given with --val-images, and only with it")
+
+    def _pictures(self) -> prepare.Pictures:
+        data = self.out / "data"
+        if self.images is None or self.annotations is None:
+            return prepare.scenes(data, self.scenes, self.scene_size)
+        images = runs.existing(self.images, "images", folder=True)
+        annotations = runs.existing(self.annotations, "annotations", folder=False)
+        val = None
+        if self.val_images is not None and self.val_annotations is not None:
+            val = (
+                runs.existing(self.val_images, "val-images", folder=True),
+                runs.existing(self.val_annotations, "val-annotations", folder=False),
+            )
+        unlabelled = self.unlabelled and runs.existing(self.unlabelled, "unlabelled", folder=True)
+        return prepare.labelled(
+            data, images, annotations, val, unlabelled, val_share=self.val_share, within=self.within
+        )
+
+    def _variants(self, known: bool) -> list[str]:
+        """Those asked for, or all; those that need true masks only where these are known."""
+        hidden = [] if known else [name for name in VARIANTS if VARIANTS[name].proposals == "truth"]
+        asked = [name for name in self.variants if name in hidden]
+        if asked:
+            raise ValueError(f"--variants: {asked[0]} needs pictures with known masks; leave out --unlabelled")
+        return [name for name in VARIANTS if name not in hidden and (not self.variants or name in self.variants)]
+
+    def _about(self, pictures: prepare.Pictures, given: Inputs, names: list[str]) -> dict[str, Any]:
+        """What the page says of the whole study."""
+        import torch
+
+        from sprompt import __version__
+        from sprompt.cli import preset
+        from sprompt.data.coco import CocoDataset
+        from sprompt.data.folder import PictureFolder
+        from sprompt.env import machine
+        from sprompt.study.masks import agreement
+
+        train = CocoDataset(pictures.images, pictures.annotations)
+        val = CocoDataset(pictures.val_images, pictures.val_annotations, keep_empty=True)
+        steps = preset(self.settings)
+        device = torch.device("cpu" if steps["finetune"].get("cpu") or not torch.cuda.is_available() else "cuda")
+        return {
+            "study": to_plain(dataclasses.replace(self, variants=tuple(names))),
+            "machine": f"{machine(device)}, sprompt {__version__}",
+            "data": {
+                "name": pictures.name, "unlabelled": len(PictureFolder(pictures.unlabelled)), "train": train.total,
+                "val": len(val), "classes": train.classes, "fractions": list(self.fractions), "seeds": list(self.seeds),
+                "epochs": steps["finetune"]["train"]["epochs"],
+            },
+            "proposals": {kind: agreement(file, pictures.known) for kind, file in given.proposals.items()},
+        }  # fmt: skip
+
+    def _show(self, results: dict[str, Any], maps: Any = None) -> None:
+        from sprompt.study.page import write_page
+        from sprompt.study.tables import markdown
+
+        atomic_write(self.out / "tables.md", markdown(results))
+        write_page(self.out, results, maps or {})
+
+    def _maps(self, cells: list[Cell], pictures: prepare.Pictures) -> dict[str, Any]:
+        """Where the kernels of each variant look, by its first fine-tuned model."""
+        from sprompt.data.folder import PictureFolder
+        from sprompt.models.knet import KNetConfig
+        from sprompt.report.activation import activation_maps
+
+        maps: dict[str, Any] = {}
+        for cell in cells:
+            file = cell.folder(self.out) / runs.MODEL
+            if cell.variant not in maps and file.is_file():
+                opened = runs.open_model(file, KNetConfig())
+                short, long = opened.size
+                found = activation_maps(opened.model, PictureFolder(pictures.val_images), 100, short=short, long=long)
+                maps[cell.variant] = found.numpy()
+        return maps
+
+
+def _numbers(results: dict[str, Any], cell: Cell) -> str:
+    metrics = next(
+        row["metrics"] for row in results["cells"]
+        if (row["variant"], row["fraction"], row["seed"]) == (cell.variant, cell.fraction, cell.seed)
+    )  # fmt: skip
+    return f"AP {100 * metrics['AP']:.2f}, classes pooled {100 * metrics['pooled']:.2f}"

@@ -1,0 +1,103 @@
+"""The cells of a study and the commands that make them."""
+
+from __future__ import annotations
+
+import itertools
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sprompt.study.variants import VARIANTS
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all cells share."""
+
+    settings: str  # preset of the commands
+    unlabelled: Path  # folder of the pictures for pre-training
+    images: Path  # labelled pictures, and their COCO file
+    annotations: Path
+    val_images: Path
+    val_annotations: Path
+    backbone: Path
+    proposals: dict[str, Path]  # by kind; "truth" is missing where nobody knows it
+
+
+@dataclass(frozen=True, order=True)
+class Pretraining:
+    """One pre-training, which the cells of all fractions start from."""
+
+    seed: int
+    variant: str
+
+    def folder(self, out: Path) -> Path:
+        return out / "pretrain" / f"{self.variant}-s{self.seed}"
+
+    def commands(self, out: Path, given: Inputs) -> list[list[str]]:
+        """Pre-training, and a test of the model as it then is, without prompts; none for variants that start otherwise."""
+        variant, folder = VARIANTS[self.variant], self.folder(out)
+        if variant.start != "pretrained":
+            return []
+        method = itertools.chain.from_iterable((f"--method.{name}", value) for name, value in variant.method.items())
+        train = [
+            "pretrain", "--preset", given.settings, "--images", str(given.unlabelled),
+            "--proposals", str(given.proposals[variant.proposals]), "--backbone", str(given.backbone),
+            "--out", str(folder), "--train.seed", str(self.seed), *method,
+        ]  # fmt: skip
+        test = [
+            "evaluate", "--preset", given.settings, "--model", str(folder), "--data.images", str(given.val_images),
+            "--data.annotations", str(given.val_annotations), "--class-agnostic", "True", "--out", str(folder / "test"),
+        ]  # fmt: skip
+        return [train, test]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One fine-tuning and its test."""
+
+    pretraining: Pretraining
+    fraction: float
+
+    @property
+    def variant(self) -> str:
+        return self.pretraining.variant
+
+    @property
+    def seed(self) -> int:
+        return self.pretraining.seed
+
+    def __str__(self) -> str:
+        return f"{self.variant}, {100 * self.fraction:g} %, seed {self.seed}"
+
+    def folder(self, out: Path) -> Path:
+        return out / "finetune" / f"{self.variant}-{100 * self.fraction:g}%-s{self.seed}"
+
+    def command(self, out: Path, given: Inputs, every: int) -> list[str]:
+        """`every`: epochs between tests. The seed also chooses the labelled pictures, alike for all variants."""
+        start = {
+            "scratch": [],
+            "backbone": ["--backbone", str(given.backbone)],
+            "pretrained": ["--init", str(self.pretraining.folder(out))],
+        }[VARIANTS[self.variant].start]
+        return [
+            "finetune", "--preset", given.settings, "--data.images", str(given.images), "--data.annotations",
+            str(given.annotations), "--data.fraction", str(self.fraction), "--data.subset-seed", str(self.seed),
+            "--val.images", str(given.val_images), "--val.annotations", str(given.val_annotations), *start,
+            "--out", str(self.folder(out)), "--train.seed", str(self.seed), "--evaluate-every", str(every),
+        ]  # fmt: skip
+
+
+def chains(
+    variants: Sequence[str], fractions: Sequence[float], seeds: Sequence[int]
+) -> Iterator[tuple[Pretraining, list[Cell]]]:
+    """Pre-trainings with the cells that need them, seed by seed, so that a study cut short has whole seeds."""
+    for seed, variant in itertools.product(seeds, variants):
+        pretraining = Pretraining(seed, variant)
+        yield pretraining, [Cell(pretraining, fraction) for fraction in fractions]
+
+
+def typed(command: Sequence[str]) -> str:
+    """A command as a person would type it."""
+    return shlex.join(["sprompt", *command])

@@ -1,0 +1,95 @@
+"""What all cells of a study share: pictures, their split, the backbone, proposals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sprompt.data.synthetic import write_scenes
+from sprompt.study.masks import shuffled, truth
+from sprompt.study.plan import Inputs
+from sprompt.study.split import link_pictures, split
+from sprompt.study.variants import VARIANTS
+
+Command = Callable[[Sequence[str], Path], object]  # runs a command, with a folder for what it prints
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of a study. Of those for pre-training `known` may hold the true masks."""
+
+    name: str
+    unlabelled: Path
+    known: Path | None
+    images: Path
+    annotations: Path
+    val_images: Path
+    val_annotations: Path
+
+
+def scenes(out: Path, counts: tuple[int, int, int], side: int, seed: int = 0) -> Pictures:
+    """Synthetic scenes in `out`: without labels, with labels, to test on."""
+    folders = [out / name for name in ("unlabelled", "labelled", "validation")]
+    for place, (folder, count) in enumerate(zip(folders, counts, strict=True)):
+        print(f"drawing {count} scenes in {folder}", flush=True)
+        write_scenes(folder, count, seed=100 + 3 * seed + place, size=(side, side))
+    first, second, third = folders
+    return Pictures(
+        "synthetic scenes", first / "images", first / "instances.json", second / "images", second / "instances.json",
+        third / "images", third / "instances.json",
+    )  # fmt: skip
+
+
+def labelled(
+    out: Path, images: Path, annotations: Path, val: tuple[Path, Path] | None, unlabelled: Path | None,
+    *, val_share: float, within: str | None,
+) -> Pictures:  # fmt: skip
+    """A labelled data set. Without `val` a share is kept to test on; without `unlabelled` what is left of it serves for that too."""
+    train = annotations
+    if val is None:
+        train, held = split(annotations, out, val_share=val_share, within=within)
+        val = (images, held)
+    known = None
+    if unlabelled is None:
+        unlabelled, known = link_pictures(images, train, out / "unlabelled"), train
+    return Pictures(images.resolve().name, unlabelled, known, images, train, *val)
+
+
+def inputs(
+    out: Path, pictures: Pictures, settings: str, backbone: Path | None, variants: Sequence[str], command: Command
+) -> Inputs:
+    """Trains the backbone if there is none, and finds and makes the proposals that the variants learn."""
+    if backbone is None:
+        backbone = out / "backbone" / "backbone.safetensors"
+        if not backbone.exists():
+            print(
+                f"training a backbone on the pictures of {pictures.unlabelled}; {backbone.parent}/output.txt",
+                flush=True,
+            )
+            command(
+                ["backbone", "--preset", settings, "--images", str(pictures.unlabelled), "--out", str(backbone.parent)],
+                backbone.parent,
+            )
+    kinds = {VARIANTS[name].proposals for name in variants if VARIANTS[name].start == "pretrained"}
+    found = out / "proposals" / "saliency.json"
+    if kinds and not found.exists():
+        print(f"finding proposals; {found.parent}/output.txt", flush=True)
+        command(
+            ["propose", "--preset", settings, "--images", str(pictures.unlabelled), "--backbone", str(backbone), "--out", str(found)],
+            found.parent,
+        )  # fmt: skip
+    proposals = {"saliency": found} if kinds else {}
+    for kind in kinds - {"saliency"}:
+        proposals[kind] = path = found.parent / f"{kind}.json"
+        if not path.exists():
+            _ = shuffled(found, path) if kind == "shuffled" else truth(_true(pictures), found, path)
+    return Inputs(
+        settings, pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,
+        pictures.val_annotations, backbone, proposals,
+    )  # fmt: skip
+
+
+def _true(pictures: Pictures) -> Path:
+    assert pictures.known is not None  # the command offers such variants only where they are known
+    return pictures.known

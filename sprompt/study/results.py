@@ -1,0 +1,51 @@
+"""What a study has found so far, gathered from its folders into one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from sprompt.data.files import read_json
+from sprompt.files import atomic_write
+from sprompt.study.plan import Cell
+from sprompt.study.run import CELL
+
+RESULTS = "results.json"
+SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+
+
+def gather(out: Path, cells: Iterable[Cell], about: dict[str, Any], failed: dict[Cell, str]) -> dict[str, Any]:
+    """The results of all cells that are done, written to out/results.json.
+
+    Args:
+        about: "study", "machine", "data", "proposals": what tables and page say of the whole.
+        failed: why cells ended early.
+    """
+    rows, seconds = [], {}
+    for cell in cells:
+        folder = cell.folder(out)
+        if not (folder / CELL).exists():
+            continue
+        found, before = read_json(folder / CELL), cell.pretraining.folder(out)
+        pretrained = read_json(before / CELL) if (before / CELL).exists() else None
+        seconds[folder] = found["seconds"]
+        spent = {"finetune": round(found["seconds"])}
+        if pretrained is not None:
+            seconds[before] = pretrained["seconds"]
+            spent["pretrain"] = round(pretrained["seconds"])
+        rows.append({
+            "variant": cell.variant, "fraction": cell.fraction, "seed": cell.seed,
+            "metrics": {name: found["metrics"][name] for name in SHOWN} | {"pooled": found["metrics"]["APpooled"]},
+            "curve": found["curve"],
+            "pretrained": pretrained and {n: pretrained["metrics"][n] for n in (*SHOWN, *(f"box/{n}" for n in SHOWN))},
+            "monitors": pretrained["monitors"] if pretrained else {},
+            "seconds": spent,
+        })  # fmt: skip
+    failures = [{"cell": str(cell), "why": why, "log": str(cell.folder(out))} for cell, why in failed.items()]
+    results = {
+        "version": 1, **about, "hours": round(sum(seconds.values()) / 3600, 2), "cells": rows, "failed": failures,
+    }  # fmt: skip
+    atomic_write(out / RESULTS, json.dumps(results, indent=1) + "\n")
+    return results

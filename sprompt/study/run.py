@@ -1,0 +1,172 @@
+"""Runs the cells of a study, several at a time; what is done stays done."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import IO, Any
+
+from sprompt.data.errors import DataError
+from sprompt.data.files import read_json
+from sprompt.engine.log import read_log
+from sprompt.files import atomic_write
+from sprompt.study.plan import Cell, Inputs, Pretraining, typed
+
+CELL = "cell.json"  # in a run folder: it is done, by these commands
+LOG = "output.txt"  # what its commands printed
+_TAIL = 1 << 14  # bytes of a log in which its last line is sought
+
+
+class Failed(Exception):
+    """A command ended with an error; the last line that it printed."""
+
+
+class Runner:
+    """Runs commands in processes of their own, `jobs` chains of them at once, and no other study in the folder beside them."""
+
+    def __init__(self, out: Path, jobs: int) -> None:
+        self.out, self.jobs = out, jobs
+        self.running = 1  # commands that share the cores
+        self.stopping = threading.Event()
+        self.lock: IO[str] | None = None
+
+    def __enter__(self) -> Runner:
+        self.lock = _locked(self.out)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.lock is not None
+        self.lock.close()
+
+    def run(
+        self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int,
+        done: Callable[[Cell, str | None], None],
+    ) -> None:  # fmt: skip
+        """Calls `done(cell, why it failed or None)` after each cell, in this thread. Cells that are done already are not run."""
+        self.running = self.jobs
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                futures = {pool.submit(self._chain, *chain, given, evaluate_every) for chain in chains}
+                while futures:
+                    finished, futures = wait(futures, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        for cell, why in future.result():
+                            done(cell, why)
+            except BaseException:
+                self.stopping.set()  # commands in progress are ended, those to come not begun
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def command(self, command: Sequence[str], folder: Path) -> float:
+        """Runs one command, what it prints into folder/output.txt; the seconds that it took."""
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        threads = str(max(1, (os.cpu_count() or 1) // self.running))
+        with open(folder / LOG, "ab") as log:
+            log.write(f"$ {typed(command)}\n".encode())
+            log.flush()
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sprompt.cli", *command], stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads, **os.environ},
+                pass_fds=() if self.lock is None else (self.lock.fileno(),),
+            )  # fmt: skip
+            while True:
+                try:
+                    status = process.wait(0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    if self.stopping.is_set():
+                        process.terminate()
+        if status:
+            raise Failed(_last_line(folder / LOG) if status > 0 else f"ended by signal {-status}")
+        return time.monotonic() - began
+
+    def _chain(
+        self, pretraining: Pretraining, cells: list[Cell], given: Inputs, every: int
+    ) -> list[tuple[Cell, str | None]]:
+        try:
+            self._pretrain(pretraining, given)
+        except Failed as error:
+            return [(cell, str(error)) for cell in cells]
+        results: list[tuple[Cell, str | None]] = []
+        for cell in cells:
+            try:
+                self._finetune(cell, given, every)
+                results.append((cell, None))
+            except Failed as error:
+                results.append((cell, str(error)))
+        return results
+
+    def _pretrain(self, pretraining: Pretraining, given: Inputs) -> None:
+        commands, folder = pretraining.commands(self.out, given), pretraining.folder(self.out)
+        if commands and not is_done(folder, commands):
+            seconds = sum(self.command(command, folder) for command in commands)
+            last = read_log(folder / "log.jsonl")[-1]
+            monitors = {n.removeprefix("monitor/"): v for n, v in last.items() if n.startswith("monitor/")}
+            metrics = _numbers(read_json(folder / "test" / "metrics.json"))
+            _done(folder, commands, {"metrics": metrics, "monitors": monitors, "seconds": seconds})
+
+    def _finetune(self, cell: Cell, given: Inputs, every: int) -> None:
+        command, folder = cell.command(self.out, given, every), cell.folder(self.out)
+        if not is_done(folder, [command]):
+            seconds = self.command(command, folder)
+            metrics = _numbers(read_json(folder / "metrics.json"))
+            lines = read_log(folder / "log.jsonl")
+            curve = [[line["epoch"], line["val/AP"], line["val/APpooled"]] for line in lines if "val/AP" in line]
+            curve.append([lines[-1]["epoch"], metrics["AP"], metrics["APpooled"]])
+            _done(folder, [command], {"metrics": metrics, "curve": curve, "seconds": seconds})
+
+
+def _done(folder: Path, commands: list[list[str]], found: dict[str, Any]) -> None:
+    text = {"commands": [typed(command) for command in commands], **found}
+    atomic_write(folder / CELL, json.dumps(text, indent=1) + "\n")
+    shutil.rmtree(
+        folder / "checkpoints", ignore_errors=True
+    )  # the trained model is there, and this is most of the disk
+
+
+def is_done(folder: Path, commands: list[list[str]]) -> bool:
+    """Whether a run folder is complete; raises DataError if it was made by other commands."""
+    if not (folder / CELL).exists():
+        return False
+    there, planned = read_json(folder / CELL)["commands"], [typed(command) for command in commands]
+    if there != planned:
+        raise DataError(
+            f"{folder}: was made by other commands than this study's ({there[0]!r}, not {planned[0]!r}); choose another --out"
+        )
+    return True
+
+
+def _locked(out: Path) -> IO[str]:
+    """Waits until no other study works in the folder, nor a command that a killed one left behind: commands inherit the lock."""
+    lock = open(out / ".lock", "w")  # noqa: SIM115 (held by the runner)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(
+            f"{out}: another study, or a command that one left behind, is at work here; waiting for its end", flush=True
+        )
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
+
+
+def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
+    """The numbers of metrics.json, those of boxes as box/…."""
+    flat = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    return flat | {f"box/{n}": v for n, v in metrics.get("bbox", {}).items() if isinstance(v, float)}
+
+
+def _last_line(path: Path) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(0, path.stat().st_size - _TAIL))
+        lines = file.read().decode(errors="replace").split("\n")
+    return next((line.strip() for line in reversed(lines) if line.strip()), "no output")

@@ -1,0 +1,89 @@
+"""What a study compares: ways to start fine-tuning, and the questions that they answer together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to start fine-tuning."""
+
+    title: str
+    start: Literal["scratch", "backbone", "pretrained"] = "pretrained"
+    proposals: Literal["saliency", "shuffled", "truth"] = "saliency"
+    """Masks that pre-training learns: those of `sprompt propose`, those of another picture, or the true ones."""
+    method: dict[str, str] = field(default_factory=dict)
+    """Options of `sprompt pretrain --method.…` that differ from the preset's, which prompt and supervise kernels."""
+
+
+#: By name, in the order of the tables.
+VARIANTS = {
+    "scratch": Variant("from scratch", "scratch"),
+    "backbone": Variant("backbone only (DenseCL)", "backbone"),
+    "pseudo": Variant("pseudo-labels", method={"assign": "none", "kernel-weight": "0"}),
+    "pseudo-kernel": Variant("pseudo-labels and kernel supervision", method={"assign": "none"}),
+    "random": Variant("prompts, random assignment", method={"assign": "random"}),
+    "sequential": Variant("prompts, sequential assignment", method={"assign": "sequential"}),
+    "prompts": Variant("prompts, cosine assignment"),
+    "prompts-alone": Variant("prompts without kernel supervision", method={"kernel-weight": "0"}),
+    "shuffled-pseudo": Variant("masks of other pictures, pseudo-labels", proposals="shuffled",
+                               method={"assign": "none", "kernel-weight": "0"}),
+    "shuffled-prompts": Variant("masks of other pictures, prompts", proposals="shuffled"),
+    "truth-pseudo": Variant("true masks, pseudo-labels", proposals="truth",
+                            method={"assign": "none", "kernel-weight": "0"}),
+    "truth-prompts": Variant("true masks, prompts", proposals="truth"),
+    "site-kernel": Variant("added to the learned kernels", method={"site": "kernel"}),
+    "site-late": Variant("matched to the learned kernels, added to the pooled", method={"site": "kernel_late"}),
+    "site-proposal": Variant("added to the pooled kernels", method={"site": "proposal"}),
+    "source-box": Variant("prompts are means of boxes", method={"pooling": "box"}),
+    "source-align": Variant("prompts by RoIAlign", method={"pooling": "roi_align"}),
+    "source-coarsest": Variant("prompts from the coarsest map", method={"level": "coarsest"}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A table: the claim that it puts to the test, and the variants that are its rows."""
+
+    title: str
+    claim: str
+    variants: tuple[str, ...]
+    baseline: str
+    """The variant that the others are compared with, seed by seed."""
+
+
+#: The number is that of the table or figure in the paper.
+QUESTIONS = {
+    "start": Question(
+        "Start of fine-tuning (Table 1)",
+        "Pre-training with prompts is a better start than a self-supervised backbone.",
+        ("scratch", "backbone", "pseudo", "prompts"), "pseudo",
+    ),
+    "assignment": Question(
+        "Assignment of prompts (Table 5)",
+        "Cosine beats sequential, sequential beats no prompts, and no prompts beat random ones.",
+        ("pseudo", "pseudo-kernel", "random", "sequential", "prompts"), "pseudo",
+    ),
+    "supervision": Question(
+        "Kernel supervision (Table 4)",
+        "Drawing kernels to the seeds of their masks adds to prompts.",
+        ("pseudo", "pseudo-kernel", "prompts-alone", "prompts"), "prompts-alone",
+    ),
+    "masks": Question(
+        "Quality of the masks (Table 7)",
+        "Prompts forgive bad masks: even masks that have nothing to do with the picture become usable.",
+        ("shuffled-pseudo", "shuffled-prompts", "pseudo", "prompts", "truth-pseudo", "truth-prompts"), "pseudo",
+    ),
+    "site": Question(
+        "Where prompts are added",
+        "The paper adds them to the learned kernels, its public code to the pooled ones.",
+        ("site-kernel", "site-late", "site-proposal"), "site-kernel",
+    ),
+    "source": Question(
+        "What a prompt is read from",
+        "The paper averages the box of a mask on one map of the pyramid.",
+        ("prompts", "source-box", "source-align", "source-coarsest"), "prompts",
+    ),
+}  # fmt: skip

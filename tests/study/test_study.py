@@ -1,0 +1,173 @@
+"""`sprompt study` as a user meets it, at the smallest size: what it runs, what it keeps, what it says of failures."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+SETTINGS = """
+backbone:
+  cpu: true
+  densecl: {depth: 18, width: 8, queue: 32, embedding: 16, dense_level: C3}
+  views: {size: 32}
+  train: {epochs: 1, batch_size: 4, optimiser: adamw, learning_rate: 1.0e-3, workers: 0, warmup_steps: 1}
+propose:
+  cpu: true
+  proposals: {short: 64, long: 64, level: C3, min_score: 0.0, centre: 0.0, max_masks: 4}
+pretrain:
+  cpu: true
+  model: &model {depth: 18, backbone_width: 8, channels: 16, kernels: 20, heads: 2, feedforward: 32, stages: 1}
+  augment: &augment {short: 64, long: 64}
+  train: &train {epochs: 1, batch_size: 4, learning_rate: 1.0e-3, workers: 0, warmup_steps: 1, drops: [], log_steps: 1}
+finetune:
+  cpu: true
+  model: {<<: *model, frozen_stages: 1}
+  augment: *augment
+  train: {<<: *train, epochs: 2}
+  test: &test {short: 64, long: 64, batch_size: 4, workers: 0}
+evaluate:
+  cpu: true
+  test: *test
+"""
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("settings") / "toy.yaml"
+    path.write_text(SETTINGS)
+    return path
+
+
+def start(out: Path, settings: Path, *options: str) -> subprocess.Popen[str]:
+    command = [
+        sys.executable, "-m", "sprompt.cli", "study", "--out", str(out), "--settings", str(settings), "--scenes", "8", "8", "4",
+        "--scene-size", "64", "--fractions", "0.5", "--evaluate-every", "1", *options,
+    ]  # fmt: skip
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(out: Path, settings: Path, *options: str) -> tuple[int, str]:
+    process = start(out, settings, *options)
+    said, _ = process.communicate(timeout=500)
+    return process.returncode, said
+
+
+WHOLE = ("--variants", "backbone", "shuffled-pseudo", "truth-prompts", "--seeds", "3", "--jobs", "2")
+
+
+@pytest.fixture(scope="module")
+def whole(settings: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("study") / "whole"
+    status, said = run(out, settings, *WHOLE)
+    assert status == 0, said
+    return out
+
+
+def test_every_cell_once_with_its_commands(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    assert [(c["variant"], c["seed"]) for c in results["cells"]] == [
+        ("backbone", 3), ("shuffled-pseudo", 3), ("truth-prompts", 3)
+    ] and results["failed"] == []  # fmt: skip
+    for cell in results["cells"]:
+        assert [epoch for epoch, *_ in cell["curve"]] == [1, 2]
+        assert (cell["pretrained"] is None) == (cell["variant"] == "backbone")
+        assert ("prompt_ratio" in cell["monitors"]) == (cell["variant"] == "truth-prompts")
+    made = json.loads((whole / "pretrain" / "shuffled-pseudo-s3" / "cell.json").read_text())["commands"]
+    assert "--method.assign none --method.kernel-weight 0" in made[0] and "--train.seed 3" in made[0]
+    assert "shuffled.json" in made[0]
+    made = json.loads((whole / "finetune" / "backbone-50%-s3" / "cell.json").read_text())["commands"]
+    assert "--data.fraction 0.5 --data.subset-seed 3" in made[0]
+
+
+def test_numbers_are_those_of_the_runs(whole: Path) -> None:
+    results = json.loads((whole / "results.json").read_text())
+    for cell in results["cells"]:
+        folder = whole / "finetune" / f"{cell['variant']}-50%-s{cell['seed']}"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        assert cell["metrics"]["AP"] == metrics["AP"] == cell["curve"][-1][1]
+        assert cell["metrics"]["pooled"] == metrics["APpooled"] == cell["curve"][-1][2]
+    assert (whole / "index.html").exists() and "Table 7" in (whole / "tables.md").read_text()
+
+
+def test_a_cell_remade_by_its_command_is_the_same(whole: Path, tmp_path: Path) -> None:
+    """The command in cell.json, typed into another folder, gives the same numbers."""
+    import shlex
+
+    (line,) = json.loads((whole / "finetune" / "truth-prompts-50%-s3" / "cell.json").read_text())["commands"]
+    command = shlex.split(line)[1:]
+    command[command.index("--out") + 1] = str(tmp_path / "again")
+    subprocess.run([sys.executable, "-m", "sprompt.cli", *command], check=True, capture_output=True,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    again, there = (
+        json.loads((folder / "metrics.json").read_text())
+        for folder in (tmp_path / "again", whole / "finetune" / "truth-prompts-50%-s3")
+    )
+    assert again == there
+
+
+def test_started_again_it_runs_nothing(whole: Path, settings: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("output.txt")}
+    status, said = run(whole, settings, *WHOLE)
+    assert status == 0, said
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("output.txt")} == before
+
+
+def test_other_commands_in_the_folder_are_refused(whole: Path, settings: Path) -> None:
+    status, said = run(whole, settings, "--variants", "backbone", "--seeds", "0", "--evaluate-every", "2")
+    assert status == 1 and "was made by other commands" in said.splitlines()[-1]
+
+
+def test_killed_it_goes_on(whole: Path, settings: Path, tmp_path: Path) -> None:
+    options = (
+        "--variants",
+        "backbone",
+        "--seeds",
+        "0",
+        "1",
+        "2",
+        "--backbone",
+        str(whole / "backbone" / "backbone.safetensors"),
+    )
+    process = start(tmp_path / "study", settings, *options)
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "study").glob("finetune/*/cell.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    done = {path: path.read_text() for path in (tmp_path / "study").glob("finetune/*/cell.json")}
+    assert 1 <= len(done) < 3
+    status, said = run(tmp_path / "study", settings, *options)
+    assert status == 0, said
+    assert all(path.read_text() == text for path, text in done.items())
+    assert len(json.loads((tmp_path / "study" / "results.json").read_text())["cells"]) == 3
+
+
+def test_a_cell_that_fails_is_named_and_the_others_run(settings: Path, tmp_path: Path) -> None:
+    """A hundredth of eight pictures is none."""
+    status, said = run(tmp_path, settings, "--variants", "scratch", "--seeds", "0", "--fractions", "0.01", "0.5")
+    assert status == 1 and "1 of 2 cells failed" in said.splitlines()[-1]
+    assert "scratch, 1 %, seed 0: failed: " in said
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert [cell["fraction"] for cell in results["cells"]] == [0.5]
+    ((failure),) = results["failed"]
+    assert failure["cell"] == "scratch, 1 %, seed 0" and "must be at least one" in failure["why"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--variants", "cosin"), "--variants: must be some of scratch"),
+        (("--seeds", "1", "1"), "--seeds: must be different values"),
+        (("--jobs", "0"), "--jobs: must be at least 1"),
+        (("--images", "."), "--annotations: must be given with --images"),
+    ],
+)
+def test_wrong_options(options: tuple[str, ...], message: str, settings: Path, tmp_path: Path) -> None:
+    status, said = run(tmp_path / "out", settings, *options)
+    assert status == 1 and message in said
+    assert not (tmp_path / "out").exists()
