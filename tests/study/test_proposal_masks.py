@@ -300,7 +300,7 @@ def test_pre_training_reads_them(tmp_path: Path, kind: str, record: dict[str, An
             assert a["area"] == mask.sum() and a["bbox"][2] > 0
             hit += _inside(mask.numpy(), (float(y), float(x)))
             total += 1
-    assert total >= 10 and hit > 0.4 * total
+    assert total >= 7 and hit > 0.4 * total
     assert [a["id"] for a in data["annotations"]] == list(range(1, len(data["annotations"]) + 1))
 
     stat = out.stat()

@@ -101,6 +101,8 @@ class SaliencyPromptConfig:
     added at the second."""
     assign: Literal["cosine", "sequential", "random", "none"] = "cosine"
     """Which prompt a query takes: the most similar, by place, by a permutation drawn every step, or none (labels only)."""
+    ratio: float | None = None
+    """Length of the prompts, in mean lengths of the queries that they are added to; none adds them as they are."""
     dropout: float = 0.1
     """Chance that a query takes no prompt, per image."""
     kernel_weight: float = 1.0
@@ -127,6 +129,8 @@ class SaliencyPromptConfig:
                 )
         if not (_number(self.dropout) and 0 <= self.dropout <= 1):
             raise ValueError(f"SaliencyPromptConfig: dropout must lie between 0 and 1, got {self.dropout!r}")
+        if self.ratio is not None and not (_number(self.ratio) and self.ratio > 0):
+            raise ValueError(f"SaliencyPromptConfig: ratio must be above 0, or none, got {self.ratio!r}")
         if not (_number(self.kernel_weight) and self.kernel_weight >= 0):
             raise ValueError(f"SaliencyPromptConfig: kernel_weight must be at least 0, got {self.kernel_weight!r}")
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
 from sprompt.methods.saliency_prompt.prompts import Prompts
@@ -57,6 +58,8 @@ class Injection:
                 f"got {tuple(queries.shape)}; expand queries that all images share, and drop 1x1 axes"
             )
         prompted = queries
+        if site == added_at and self.config.ratio is not None:
+            self.prompts = self.prompts._replace(vectors=_lengthened(vectors, queries, self.config.ratio))
         if site == matched_at:
             prompted = self._match(queries)
         if site == added_at:
@@ -113,3 +116,10 @@ class Injection:
             "monitor/kernels_per_prompt": users[:, 1:].sum() / used.clamp(min=1),
             "monitor/prompts_used": used / real.clamp(min=1),
         }
+
+
+@torch.no_grad()
+def _lengthened(vectors: Tensor, queries: Tensor, ratio: float) -> Tensor:
+    """Prompts (B, L, C) of `ratio` times the mean length of their image's queries (B, N, C). Which is most similar stays so."""
+    length = queries.detach().float().norm(dim=2).mean(1)[:, None, None]
+    return (normalize(vectors.float(), dim=2) * (ratio * length)).to(vectors.dtype)
