@@ -1,7 +1,8 @@
 """Scenes made up: textured shapes that hide each other on textured ground, with exact masks.
 
-The class of an object is its shape; colours, textures, sizes and rotations are drawn alike for all classes. Everything
-comes from uniform random numbers by additions, products and comparisons, so that (seed, index) is one picture everywhere.
+The class of an object is its shape; sizes and rotations are drawn alike for all classes. So are colours and textures, unless
+`likeness` is above 0: it is the chance that an object has those of its class, as things in photographs often do. Everything comes
+from uniform random numbers by additions, products and comparisons, so that (seed, index) is one picture everywhere.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ SHAPES: dict[str, Callable[[Field, Field], np.ndarray]] = {
     "disc": _disc, "square": _square, "triangle": _triangle, "star": _star, "cross": _cross, "ring": _ring,
 }  # fmt: skip
 CLASSES = list(SHAPES)
+#: Colour of each class where objects are alike; the place is the kind of texture too.
+COLOURS = ((0.85, 0.2, 0.2), (0.2, 0.7, 0.25), (0.25, 0.35, 0.9), (0.9, 0.8, 0.2), (0.75, 0.3, 0.8), (0.2, 0.75, 0.8))
 
 
 class Scene(NamedTuple):
@@ -74,8 +77,8 @@ class Scene(NamedTuple):
     labels: Tensor  # (G,) int64, places in CLASSES
 
 
-def scene(seed: int, index: int, size: Size = (160, 160)) -> Scene:
-    """The picture `index` of the endless series `seed`."""
+def scene(seed: int, index: int, size: Size = (160, 160), likeness: float = 0.0) -> Scene:
+    """The picture `index` of the endless series `seed`; `likeness` is the chance that an object looks as its class does."""
     height, width = size
     if min(size) < 32:
         raise ValueError(f"scene: size must be at least 32 on each side, got {size}; shapes need room")
@@ -99,10 +102,14 @@ def scene(seed: int, index: int, size: Size = (160, 160)) -> Scene:
         masks = [m & ~mask for m in masks] + [mask]
         full.append(int(mask.sum()))
         labels.append(label)
+        alike = likeness > 0 and rng.random() < likeness
         candidates = rng.random((4, 3))
+        if alike:
+            candidates = np.clip(np.array(COLOURS[label]) + 0.3 * (candidates - 0.5), 0, 1)
         first = candidates[abs(candidates - ground).sum(1).argmax()]  # the least like the ground
         second = np.clip(first + (rng.random(3) - 0.5) * 0.9, 0, 1)
-        texture = _texture(rng, u[mask] * radius, v[mask] * radius, _between(rng, 0.03, 0.07) * min(size))
+        period = _between(rng, 0.03, 0.07) * min(size)
+        texture = _texture(rng, u[mask] * radius, v[mask] * radius, period, label if alike else None)
         picture[mask] = _painted(first, second, texture)
     light = 1 + 0.3 * (rng.random() - 0.5) * (2 * x / width - 1) + 0.3 * (rng.random() - 0.5) * (2 * y / height - 1)
     grain = (rng.random((height, width, 3)) - 0.5) * _between(rng, 0.02, 0.1)
@@ -113,7 +120,9 @@ def scene(seed: int, index: int, size: Size = (160, 160)) -> Scene:
     )
 
 
-def write_scenes(folder: Path | str, count: int, *, seed: int = 0, size: Size = (160, 160)) -> None:
+def write_scenes(
+    folder: Path | str, count: int, *, seed: int = 0, size: Size = (160, 160), likeness: float = 0.0
+) -> None:
     """Writes images/000000.png … and instances.json (COCO) of `count` scenes.
 
     What is there already and the same is kept, so that a broken-off call can be repeated; anything else raises DataError.
@@ -122,7 +131,7 @@ def write_scenes(folder: Path | str, count: int, *, seed: int = 0, size: Size = 
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
-        made = scene(seed, index, size)
+        made = scene(seed, index, size, likeness)
         name = f"{index:06d}.png"
         _write_picture(folder / "images" / name, made.image)
         images.append({"id": index, "file_name": name, "height": size[0], "width": size[1]})
@@ -167,9 +176,9 @@ def _placed(rng: Generator, shape: str, radius: float, x: Field, y: Field) -> tu
     return u, v, SHAPES[shape](u, v) & (u * u + v * v < 1)
 
 
-def _texture(rng: Generator, x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
-    """Values of 0 to 1 at points: how much of the second colour each has."""
-    kind = _whole(rng, 0, 5)
+def _texture(rng: Generator, x: np.ndarray, y: np.ndarray, period: float, kind: int | None = None) -> np.ndarray:
+    """Values of 0 to 1 at points: how much of the second colour each has. Of one of six kinds, or any."""
+    kind = _whole(rng, 0, 5) if kind is None else kind
     slope = 2 * rng.random() - 1
     if rng.random() < 0.5:
         x, y = y, x

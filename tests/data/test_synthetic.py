@@ -12,7 +12,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from sprompt.data.errors import DataError
-from sprompt.data.synthetic import CLASSES, SHAPES, scene, write_scenes
+from sprompt.data.synthetic import CLASSES, COLOURS, SHAPES, scene, write_scenes
 
 _SIDE = 2 * 0.32 * np.tan(np.pi / 5)  # of the star's pentagon; on each stands a tip of height side / 2 · tan 72°
 STAR = 5 * _SIDE * 0.32 / 2 + 5 * _SIDE**2 * np.tan(2 * np.pi / 5) / 4
@@ -51,6 +51,20 @@ def test_objects_differ_from_the_ground() -> None:
         ground = image[:, ~masks.any(0)].double().mean(1)
         apart += [float((image[:, m].double().mean(1) - ground).abs().sum()) for m in masks]
     assert np.median(apart) > 150 and np.percentile(apart, 5) > 60
+
+
+def test_likeness_gives_objects_the_looks_of_their_class() -> None:
+    """The mean colour of an object tells its class where all are alike, and nearly never by chance."""
+    for likeness, low, high in ((0.0, 0.05, 0.4), (1.0, 0.7, 1.0)):
+        right = []
+        for index in range(40):
+            image, masks, labels = scene(2, index, (96, 96), likeness)
+            for mask, label in zip(masks, labels.tolist(), strict=True):
+                mean = image[:, mask].double().mean(1).numpy() / 255
+                right.append(int(((np.array(COLOURS) - mean) ** 2).sum(1).argmin()) == label)
+        assert low < np.mean(right) <= high, likeness
+    a, b = scene(2, 0, (96, 96)), scene(2, 0, (96, 96), 1.0)
+    assert torch.equal(a.labels[:1], b.labels[:1]) and not torch.equal(a.image, b.image)
 
 
 @pytest.mark.parametrize(

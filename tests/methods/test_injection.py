@@ -145,6 +145,26 @@ def test_permuting_prompts_permutes_nothing_in_the_kernels() -> None:
     assert torch.equal(order[b.index], a.index)
 
 
+@pytest.mark.parametrize("site", ["kernel", "proposal", "kernel_late"])
+def test_ratio_is_the_length_of_prompts_in_lengths_of_queries(site: str) -> None:
+    """Every prompt that is added has the length asked for, its own direction, and goes to the kernels that it went to without."""
+    prompts, counts = drawn(2, 4, 8, seed=1) * torch.tensor([1.0, 5.0, 0.1, 30.0])[:, None], [4, 3]
+    first, second = drawn(2, 20, 8, seed=5), 7 * drawn(2, 20, 8, seed=6)
+    inject, plain = (injection(prompts, counts, site=site, ratio=ratio) for ratio in (0.5, None))
+    got = [inject(name, queries) - queries for name, queries in (("kernel", first), ("proposal", second))]
+    _ = [plain(name, queries) for name, queries in (("kernel", first), ("proposal", second))]
+    assert inject.index is not None and plain.index is not None and torch.equal(inject.index, plain.index)
+    added, queries = (got[0], first) if site == "kernel" else (got[1], second)
+    for b in range(2):
+        length = 0.5 * queries[b].double().norm(dim=1).mean()
+        own = prompts[b, inject.index[b]].double()
+        torch.testing.assert_close(added[b].double(), own / own.norm(dim=1, keepdim=True) * length, atol=1e-5, rtol=0)
+    zero = injection(torch.zeros(1, 2, 8), [2], ratio=1.0)
+    assert torch.equal(zero("kernel", first[:1]), first[:1])
+    with pytest.raises(ValueError, match="ratio must be above 0"):
+        SaliencyPromptConfig(ratio=0)
+
+
 def test_gradient_passes_to_kernels_unchanged() -> None:
     prompts = drawn(2, 3, 8, seed=1).requires_grad_(False)
     for site, config in (("kernel", {}), ("kernel", {"dropout": 0.5}), ("proposal", {"site": "kernel_late"})):
