@@ -47,6 +47,8 @@ class Study:
     """Synthetic scenes: without labels, with labels, to test on."""
     scene_size: int = 160
     """Their height and width, pixels."""
+    likeness: float = 0.0
+    """Chance that an object in them has the colour and texture of its class; else only its shape tells the class."""
     variants: tuple[str, ...] = ()
     """Which ways to compare; by default all that the data allow. See sprompt/study/variants.py."""
     fractions: tuple[float, ...] = (0.05,)
@@ -97,6 +99,8 @@ class Study:
             values = getattr(self, option)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{option}: must be different values, at least one, got {list(values)}")
+        if not 0 <= self.likeness <= 1:
+            raise ValueError(f"--likeness: must lie between 0 and 1, got {self.likeness}")
         for option in ("jobs", "evaluate_every"):
             if getattr(self, option) < 1:
                 raise ValueError(f"--{option.replace('_', '-')}: must be at least 1, got {getattr(self, option)}")
@@ -111,7 +115,7 @@ class Study:
     def _pictures(self) -> prepare.Pictures:
         data = self.out / "data"
         if self.images is None or self.annotations is None:
-            return prepare.scenes(data, self.scenes, self.scene_size)
+            return prepare.scenes(data, self.scenes, self.scene_size, self.likeness)
         images = runs.existing(self.images, "images", folder=True)
         annotations = runs.existing(self.annotations, "annotations", folder=False)
         val = None

@@ -28,12 +28,12 @@ class Pictures:
     val_annotations: Path
 
 
-def scenes(out: Path, counts: tuple[int, int, int], side: int, seed: int = 0) -> Pictures:
+def scenes(out: Path, counts: tuple[int, int, int], side: int, likeness: float) -> Pictures:
     """Synthetic scenes in `out`: without labels, with labels, to test on."""
     folders = [out / name for name in ("unlabelled", "labelled", "validation")]
     for place, (folder, count) in enumerate(zip(folders, counts, strict=True)):
         print(f"drawing {count} scenes in {folder}", flush=True)
-        write_scenes(folder, count, seed=100 + 3 * seed + place, size=(side, side))
+        write_scenes(folder, count, seed=100 + place, size=(side, side), likeness=likeness)
     first, second, third = folders
     return Pictures(
         "synthetic scenes", first / "images", first / "instances.json", second / "images", second / "instances.json",

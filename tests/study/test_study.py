@@ -118,7 +118,7 @@ def test_started_again_it_runs_nothing(whole: Path, settings: Path) -> None:
 
 
 def test_other_commands_in_the_folder_are_refused(whole: Path, settings: Path) -> None:
-    status, said = run(whole, settings, "--variants", "backbone", "--seeds", "0", "--evaluate-every", "2")
+    status, said = run(whole, settings, "--variants", "backbone", "--seeds", "3", "--evaluate-every", "2")
     assert status == 1 and "was made by other commands" in said.splitlines()[-1]
 
 
