@@ -68,10 +68,11 @@ class Study:
         with Runner(self.out, self.jobs) as runner:
             pictures = self._pictures()
             names = self._variants(pictures.known is not None)
-            runs.keep(self.out, text)
             given = prepare.inputs(self.out, pictures, self.settings, self.backbone, names, runner.command)
             work = list(chains(names, self.fractions, self.seeds))
             cells = [cell for _, own in work for cell in own]
+            runner.check(work, given, self.evaluate_every)
+            runs.keep(self.out, text)
             about = self._about(pictures, given, names)
             failed: dict[Cell, str] = {}
             before = len(gather(self.out, cells, about, failed)["cells"])

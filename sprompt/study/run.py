@@ -15,19 +15,21 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
+from sprompt.cli import parse, record
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
 from sprompt.engine.log import read_log
 from sprompt.files import atomic_write
+from sprompt.settings import to_yaml
 from sprompt.study.plan import Cell, Inputs, Pretraining, typed
 
-CELL = "cell.json"  # in a run folder: it is done, by these commands
+CELL = "cell.json"  # in a run folder: it is done, by these commands, with these results
 LOG = "output.txt"  # what its commands printed
 _TAIL = 1 << 14  # bytes of a log in which its last line is sought
 
 
-class Failed(Exception):
-    """A command ended with an error; the last line that it printed."""
+class Failed(RuntimeError):
+    """A command ended with an error: the last line that it printed, and where the others are."""
 
 
 class Runner:
@@ -46,6 +48,13 @@ class Runner:
     def __exit__(self, *_: object) -> None:
         assert self.lock is not None
         self.lock.close()
+
+    def check(self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int) -> None:
+        """Raises DataError if a cell that is done was made with other settings than it would have now."""
+        for pretraining, cells in chains:
+            _check(pretraining.folder(self.out), *pretraining.commands(self.out, given)[:1])
+            for cell in cells:
+                _check(cell.folder(self.out), cell.command(self.out, given, evaluate_every))
 
     def run(
         self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int,
@@ -87,7 +96,8 @@ class Runner:
                     if self.stopping.is_set():
                         process.terminate()
         if status:
-            raise Failed(_last_line(folder / LOG) if status > 0 else f"ended by signal {-status}")
+            why = _last_line(folder / LOG) if status > 0 else f"ended by signal {-status}"
+            raise Failed(f"{why} ({folder / LOG})")
         return time.monotonic() - began
 
     def _chain(
@@ -108,7 +118,7 @@ class Runner:
 
     def _pretrain(self, pretraining: Pretraining, given: Inputs) -> None:
         commands, folder = pretraining.commands(self.out, given), pretraining.folder(self.out)
-        if commands and not is_done(folder, commands):
+        if commands and not (folder / CELL).exists():
             seconds = sum(self.command(command, folder) for command in commands)
             last = read_log(folder / "log.jsonl")[-1]
             monitors = {n.removeprefix("monitor/"): v for n, v in last.items() if n.startswith("monitor/")}
@@ -117,7 +127,7 @@ class Runner:
 
     def _finetune(self, cell: Cell, given: Inputs, every: int) -> None:
         command, folder = cell.command(self.out, given, every), cell.folder(self.out)
-        if not is_done(folder, [command]):
+        if not (folder / CELL).exists():
             seconds = self.command(command, folder)
             metrics = _numbers(read_json(folder / "metrics.json"))
             lines = read_log(folder / "log.jsonl")
@@ -129,21 +139,16 @@ class Runner:
 def _done(folder: Path, commands: list[list[str]], found: dict[str, Any]) -> None:
     text = {"commands": [typed(command) for command in commands], **found}
     atomic_write(folder / CELL, json.dumps(text, indent=1) + "\n")
-    shutil.rmtree(
-        folder / "checkpoints", ignore_errors=True
-    )  # the trained model is there, and this is most of the disk
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # most of the disk; the trained model is there
 
 
-def is_done(folder: Path, commands: list[list[str]]) -> bool:
-    """Whether a run folder is complete; raises DataError if it was made by other commands."""
-    if not (folder / CELL).exists():
-        return False
-    there, planned = read_json(folder / CELL)["commands"], [typed(command) for command in commands]
-    if there != planned:
-        raise DataError(
-            f"{folder}: was made by other commands than this study's ({there[0]!r}, not {planned[0]!r}); choose another --out"
-        )
-    return True
+def _check(folder: Path, *commands: list[str]) -> None:
+    """Raises DataError if a run that is done was not made with the settings that a command would have now."""
+    for name, *options in commands:
+        if (folder / CELL).exists() and (folder / "config.yaml").read_text() != to_yaml(record(parse(name, options))):
+            raise DataError(
+                f"{folder}: was made with other settings than this study's; choose another --out, or remove it"
+            )
 
 
 def _locked(out: Path) -> IO[str]:

@@ -117,9 +117,19 @@ def test_started_again_it_runs_nothing(whole: Path, settings: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in whole.rglob("output.txt")} == before
 
 
-def test_other_commands_in_the_folder_are_refused(whole: Path, settings: Path) -> None:
-    status, said = run(whole, settings, "--variants", "backbone", "--seeds", "3", "--evaluate-every", "2")
-    assert status == 1 and "was made by other commands" in said.splitlines()[-1]
+def test_other_settings_in_the_folder_are_refused(whole: Path, settings: Path) -> None:
+    """Those of the study, and those in the preset's file, which the commands only name."""
+    before = (whole / "results.json").read_text()
+    status, said = run(whole, settings, *WHOLE, "--evaluate-every", "2")
+    assert status == 1 and "was made with other settings" in said.splitlines()[-1]
+    text = settings.read_text()
+    try:
+        settings.write_text(text.replace("epochs: 2", "epochs: 3"))
+        status, said = run(whole, settings, *WHOLE)
+    finally:
+        settings.write_text(text)
+    assert status == 1 and "backbone-50%-s3: was made with other settings" in said.splitlines()[-1]
+    assert json.loads((whole / "results.json").read_text())["cells"] == json.loads(before)["cells"]
 
 
 def test_killed_it_goes_on(whole: Path, settings: Path, tmp_path: Path) -> None:
@@ -156,6 +166,14 @@ def test_a_cell_that_fails_is_named_and_the_others_run(settings: Path, tmp_path:
     assert [cell["fraction"] for cell in results["cells"]] == [0.5]
     ((failure),) = results["failed"]
     assert failure["cell"] == "scratch, 1 %, seed 0" and "must be at least one" in failure["why"]
+    assert (tmp_path / "finetune" / "scratch-1%-s0" / "output.txt").is_file() and "output.txt" in failure["why"]
+
+
+def test_a_preparation_that_fails_is_one_line(settings: Path, tmp_path: Path) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"no weights")
+    status, said = run(tmp_path, settings, "--variants", "pseudo", "--backbone", str(tmp_path / "broken.safetensors"))
+    assert status == 1 and "Traceback" not in said
+    assert said.splitlines()[-1].startswith("sprompt study: ") and "broken.safetensors" in said.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
