@@ -143,7 +143,7 @@ class Study:
         import torch
 
         from sprompt import __version__
-        from sprompt.cli import preset
+        from sprompt.cli import parse
         from sprompt.data.coco import CocoDataset
         from sprompt.data.folder import PictureFolder
         from sprompt.env import machine
@@ -151,15 +151,15 @@ class Study:
 
         train = CocoDataset(pictures.images, pictures.annotations)
         val = CocoDataset(pictures.val_images, pictures.val_annotations, keep_empty=True)
-        steps = preset(self.settings)
-        device = torch.device("cpu" if steps["finetune"].get("cpu") or not torch.cuda.is_available() else "cuda")
+        tuned = parse("finetune", ["--preset", self.settings])
+        device = torch.device("cpu" if tuned.cpu or not torch.cuda.is_available() else "cuda")
         return {
             "study": to_plain(dataclasses.replace(self, variants=tuple(names))),
             "machine": f"{machine(device)}, sprompt {__version__}",
             "data": {
                 "name": pictures.name, "unlabelled": len(PictureFolder(pictures.unlabelled)), "train": train.total,
                 "val": len(val), "classes": train.classes, "fractions": list(self.fractions), "seeds": list(self.seeds),
-                "epochs": steps["finetune"]["train"]["epochs"],
+                "epochs": tuned.train.epochs,
             },
             "proposals": {kind: agreement(file, pictures.known) for kind, file in given.proposals.items()},
         }  # fmt: skip

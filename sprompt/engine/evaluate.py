@@ -62,7 +62,9 @@ def evaluate(
         metrics = coco_metrics(truth, results, class_agnostic=class_agnostic, engine=engine)
         metrics["bbox"] = coco_metrics(truth, results, kind="bbox", class_agnostic=class_agnostic, engine=engine)
         if not class_agnostic:
-            metrics["APpooled"] = coco_metrics(truth, results, class_agnostic=True, engine=engine)["AP"]
+            several = len(truth["categories"]) > 1
+            pooled = coco_metrics(truth, results, class_agnostic=True, engine=engine) if several else metrics
+            metrics["APpooled"] = pooled["AP"]
         metrics |= {"pictures": len(truth["images"]), "results": len(results), "class_agnostic": class_agnostic}
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     if state.num_processes > 1:

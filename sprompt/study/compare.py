@@ -108,7 +108,11 @@ def seed_curves(
 
 # -- comparisons
 def compare(key: str, results: Results, fraction: float) -> Comparison:
-    """All variants of a question that have cells, each beside the baseline."""
+    """All variants of a question that have cells, each beside the baseline.
+
+    It is above or below it by more than the spread where the mean over seeds of the difference in AP, seed by seed, is larger than
+    the larger of the two variants' standard deviations over seeds.
+    """
     question = QUESTIONS[key]
     base = cells(results, question.baseline, fraction)
     rows = []
@@ -122,15 +126,6 @@ def compare(key: str, results: Results, fraction: float) -> Comparison:
             words = BASELINE if name == question.baseline else _words(Estimate.of(steps), spread)
             rows.append(Row(name, figures, len(own), Estimate.of(steps), sum(s > 0 for s in steps), words))
     return Comparison(key, question, fraction, rows)
-
-
-def verdict(key: str, results: Results, fraction: float) -> dict[str, str]:
-    """By variant, where it stands to the baseline of the question.
-
-    Above or below by more than the spread: the mean over seeds of the difference in AP, seed by seed, is larger than the larger of
-    the two variants' standard deviations over seeds.
-    """
-    return {row.name: row.verdict for row in compare(key, results, fraction).rows}
 
 
 def comparisons(results: Results) -> list[Comparison]:

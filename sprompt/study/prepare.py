@@ -82,14 +82,12 @@ def inputs(
     proposals = {"saliency": found} if kinds else {}
     for kind in kinds - {"saliency"}:
         proposals[kind] = path = found.parent / f"{kind}.json"
-        if not path.exists():
-            _ = shuffled(found, path) if kind == "shuffled" else truth(_true(pictures), found, path)
+        if kind == "shuffled" and not path.exists():
+            shuffled(found, path)
+        elif kind == "truth" and not path.exists():
+            assert pictures.known is not None  # the command offers such variants only where they are known
+            truth(pictures.known, found, path)
     return Inputs(
         settings, pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,
         pictures.val_annotations, backbone, proposals,
     )  # fmt: skip
-
-
-def _true(pictures: Pictures) -> Path:
-    assert pictures.known is not None  # the command offers such variants only where they are known
-    return pictures.known

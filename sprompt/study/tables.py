@@ -30,7 +30,6 @@ MONITORS = {
     "kernels_per_prompt": ("kernels per prompt", "that share it"),
     "prompts_used": ("prompts used", "share that any kernel takes"),
     "target_cosine": ("target cosine", "between targets of kernel supervision; near 1 they have collapsed"),
-    "matching_kept": ("matching kept", "share of matches that stay from epoch to epoch"),
 }
 
 

@@ -34,12 +34,11 @@ VARIANTS = {
     "truth-pseudo": Variant("true masks, pseudo-labels", proposals="truth",
                             method={"assign": "none", "kernel-weight": "0"}),
     "truth-prompts": Variant("true masks, prompts", proposals="truth"),
-    "site-kernel": Variant("added to the learned kernels", method={"site": "kernel"}),
     "site-late": Variant("matched to the learned kernels, added to the pooled", method={"site": "kernel_late"}),
     "site-proposal": Variant("added to the pooled kernels", method={"site": "proposal"}),
-    "source-box": Variant("prompts are means of boxes", method={"pooling": "box"}),
+    "source-mask": Variant("prompts are means of masks", method={"pooling": "mask"}),
     "source-align": Variant("prompts by RoIAlign", method={"pooling": "roi_align"}),
-    "source-coarsest": Variant("prompts from the coarsest map", method={"level": "coarsest"}),
+    "source-finest": Variant("prompts from the finest map", method={"level": "P2"}),
 }  # fmt: skip
 
 
@@ -79,11 +78,11 @@ QUESTIONS = {
     "site": Question(
         "Where prompts are added",
         "The paper adds them to the learned kernels, its public code to the pooled ones.",
-        ("site-kernel", "site-late", "site-proposal"), "site-kernel",
+        ("prompts", "site-late", "site-proposal"), "prompts",
     ),
     "source": Question(
         "What a prompt is read from",
         "The paper averages the box of a mask on one map of the pyramid.",
-        ("prompts", "source-box", "source-align", "source-coarsest"), "prompts",
+        ("prompts", "source-mask", "source-align", "source-finest"), "prompts",
     ),
 }  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sprompt.study.compare import compare, comparisons, epoch_reaching, seed_curves, verdict
+from sprompt.study.compare import compare, comparisons, epoch_reaching, seed_curves
 from sprompt.study.tables import (
     comparison_grid,
     convergence,
@@ -81,7 +81,8 @@ def test_differences_are_of_the_same_seed_whatever_the_order_of_cells() -> None:
     ],
 )
 def test_verdicts(values: list[float | None], words: str) -> None:
-    assert verdict("assignment", of(pseudo=PSEUDO, prompts=values), 0.05) == {"pseudo": "baseline", "prompts": words}
+    rows = compare("assignment", of(pseudo=PSEUDO, prompts=values), 0.05).rows
+    assert {row.name: row.verdict for row in rows} == {"pseudo": "baseline", "prompts": words}
 
 
 def test_a_single_seed_has_no_spread_and_what_coco_has_not_is_a_dash() -> None:
