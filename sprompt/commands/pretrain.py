@@ -12,6 +12,7 @@ from sprompt.engine.config import TrainConfig
 from sprompt.engine.train import train
 from sprompt.methods.saliency_prompt import Pretraining, ProposalConfig, SaliencyPromptConfig
 from sprompt.methods.saliency_prompt.generate import fingerprint
+from sprompt.methods.saliency_prompt.stability import Stability
 from sprompt.models.knet import KNet, KNetConfig
 from sprompt.nn.weights import load_backbone
 from sprompt.settings import to_plain
@@ -80,6 +81,7 @@ class Pretrain:
         train(
             task, partial(Batches, dataset, self.augment, collate),
             self.train, self.out, cpu=self.cpu,
+            after_epoch=partial(Stability(task, dataset, self.augment, self.out), keep=runs.first()),
             record=record,
             identity={
                 "proposals": runs.digest(self.proposals), "backbone": fingerprint(model.backbone), "pictures": len(dataset),

@@ -29,6 +29,7 @@ MONITORS = {
     "prompt_ratio": ("prompt / kernel", "lengths of prompts over those of kernels"),
     "kernels_per_prompt": ("kernels per prompt", "that share it"),
     "prompts_used": ("prompts used", "share that any kernel takes"),
+    "same_kernel": ("same kernel", "share of proposals matched to the kernel of the epoch before, prompts off"),
     "target_cosine": ("target cosine", "between targets of kernel supervision; near 1 they have collapsed"),
 }
 

@@ -42,7 +42,7 @@ class Pretraining(nn.Module):
         self.config = config = config or SaliencyPromptConfig()
         self.proposals = proposals or ProposalConfig()
         self.seed = seed
-        network = self._network
+        network = self.network
         if network.num_classes != 1:
             raise ValueError(
                 f"model: must have 1 class, as proposals have, got {network.num_classes}; set num_classes 1"
@@ -59,12 +59,12 @@ class Pretraining(nn.Module):
     def train(self, mode: bool = True) -> Pretraining:
         super().train(mode)
         if self.config.freeze_backbone:
-            self._network.backbone.eval()
+            self.network.backbone.eval()
         return self
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss, and its terms and monitors for the log."""
-        model = self._network
+        model = self.network
         features = model.encode(batch.images)
         injection = self.injection(features.maps, batch, step) if self.training else None
         outputs = model.decode(features, injection)
@@ -95,7 +95,7 @@ class Pretraining(nn.Module):
         return self.config.kernel_weight * loss, target_cosine(targets, batch.counts)
 
     @property
-    def _network(self) -> QueryModel:
+    def network(self) -> QueryModel:
         return cast(QueryModel, self.model)
 
     @property
