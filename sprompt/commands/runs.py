@@ -3,14 +3,18 @@
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from torch import nn
 
 from sprompt.cli import record
-from sprompt.data.transforms import Augment
+from sprompt.data.loader import Batches
+from sprompt.data.resident import Kept, Resident
+from sprompt.data.transforms import Augment, collate
+from sprompt.engine.processes import processes
 from sprompt.files import atomic_write
 from sprompt.models.files import load_model, save_model
 from sprompt.models.knet import KNet, KNetConfig
@@ -48,6 +52,15 @@ def keep(out: Path, text: str) -> None:
     """Writes config.yaml, by the first process."""
     if first():
         atomic_write(out / CONFIG, text)
+
+
+def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callable[..., Any]:
+    """What `train` makes its batches with. `keep`: of pictures that stay on the device, else of those read anew."""
+    if not keep:
+        return partial(Batches, dataset, augment, collate)
+    device = processes(cpu).device
+    say(f"reading {len(dataset)} pictures, which stay on {device}")
+    return partial(Resident, Kept(dataset, augment, device))
 
 
 def listing(names: Sequence[str]) -> str:

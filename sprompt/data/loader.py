@@ -23,19 +23,73 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state) >> 1)
 
 
-class Batches(Generic[P, B]):
-    """Global batches of `batch_size` items of a dataset, of which this process gets its share.
+class Order:
+    """Which items of `number` make up each global batch of an epoch, and which of them are this process's.
+
+    Args:
+        batch_size: items of all processes together, a multiple of `world`.
+        shuffle: each epoch has its own order, from (seed, epoch), and its last batch is filled up from the order's start.
+            Otherwise items come in their order, each once; the last batch may be short, for the last processes empty.
+        whole: with shuffle, an epoch is filled up to a multiple of so many batches: those that one optimiser step accumulates.
+        rank, world: this process takes the rank-th of `world` equal parts of each batch.
+    """
+
+    def __init__(
+        self, number: int, *, batch_size: int, seed: int, shuffle: bool = True, whole: int = 1, rank: int = 0, world: int = 1
+    ) -> None:  # fmt: skip
+        if number < 1:
+            raise ValueError("Batches: dataset must have items, got none; check what was selected")
+        if world < 1 or not 0 <= rank < world:
+            raise ValueError(f"Batches: rank must be at least 0 and below world, got rank {rank} of {world}")
+        if batch_size < 1 or batch_size % world:
+            raise ValueError(
+                f"Batches: batch_size must be a multiple of the {world} processes, got {batch_size}; it counts all of them"
+            )
+        if seed < 0 or whole < 1:
+            raise ValueError(f"Batches: seed must be at least 0 and whole at least 1, got {seed} and {whole}")
+        self.number = number
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.whole = whole if shuffle else 1
+        self.rank = rank
+        self.world = world
+
+    @property
+    def steps(self) -> int:
+        """Batches of an epoch."""
+        return -(-self.number // (self.batch_size * self.whole)) * self.whole
+
+    def indices(self, epoch: int) -> list[list[int]]:
+        """What each global batch of an epoch holds."""
+        number = self.number
+        order = (
+            torch.randperm(number, generator=seeded(self.seed, epoch)).tolist() if self.shuffle else list(range(number))
+        )
+        ends = range(0, self.steps * self.batch_size, self.batch_size)
+        if self.shuffle:
+            return [[order[i % number] for i in range(a, a + self.batch_size)] for a in ends]
+        return [order[a : a + self.batch_size] for a in ends]
+
+    def own(self, epoch: int, start_step: int = 0) -> list[list[int]]:
+        """This process's part of the batches of an epoch, from `start_step` on."""
+        if epoch < 0 or not 0 <= start_step <= self.steps:
+            raise ValueError(
+                f"Batches.epoch: epoch must be at least 0 and start_step at most {self.steps}, got {epoch} and {start_step}"
+            )
+        own = self.batch_size // self.world
+        part = slice(self.rank * own, (self.rank + 1) * own)
+        return [batch[part] for batch in self.indices(epoch)[start_step:]]
+
+
+class Batches(Order, Generic[P, B]):
+    """Global batches of a dataset, of which this process gets its share: see `Order`.
 
     Args:
         dataset: has a length; its items go to
         prepare: (item, generator) -> prepared item. The generator depends on (seed, epoch, index) only. Up to `batch_size / world`
             of them go to
-        collate: list of prepared items -> what a step takes. The list may be empty, see below.
-        batch_size: items of all processes together, a multiple of `world`.
-        shuffle: each epoch has its own order, from (seed, epoch), and its last batch is filled up from the order's start.
-            Otherwise items come in the order of the dataset, each once; the last batch may be short, for the last processes empty.
-        whole: with shuffle, an epoch is filled up to a multiple of so many batches: those that one optimiser step accumulates.
-        rank, world: this process takes the rank-th of `world` equal parts of each batch.
+        collate: list of prepared items -> what a step takes. The list may be empty, see `Order`.
         workers: processes that read ahead; 0 reads in this one. They stay from epoch to epoch, so that one epoch is
             iterated at a time.
 
@@ -48,36 +102,16 @@ class Batches(Generic[P, B]):
         prepare: Callable[[Any, torch.Generator], P],
         collate: Callable[[list[P]], B],
         *,
-        batch_size: int,
-        seed: int,
-        shuffle: bool = True,
-        whole: int = 1,
-        rank: int = 0,
-        world: int = 1,
         workers: int = 0,
+        **order: Any,
     ) -> None:
-        if len(dataset) < 1:
-            raise ValueError("Batches: dataset must have items, got none; check what was selected")
-        if world < 1 or not 0 <= rank < world:
-            raise ValueError(f"Batches: rank must be at least 0 and below world, got rank {rank} of {world}")
-        if batch_size < 1 or batch_size % world:
-            raise ValueError(
-                f"Batches: batch_size must be a multiple of the {world} processes, got {batch_size}; it counts all of them"
-            )
-        if seed < 0 or workers < 0 or whole < 1:
-            raise ValueError(
-                f"Batches: seed and workers must be at least 0 and whole at least 1, got {seed}, {workers} and {whole}"
-            )
+        super().__init__(len(dataset), **order)
+        if workers < 0:
+            raise ValueError(f"Batches: workers must be at least 0, got {workers}")
         self.dataset = dataset
-        self.batch_size = batch_size
-        self.seed = seed
-        self.shuffle = shuffle
-        self.whole = whole if shuffle else 1
-        self.rank = rank
-        self.world = world
         self._schedule = _Schedule()
         self._loader: DataLoader[Any] = DataLoader(
-            _Prepared(dataset, prepare, seed),
+            _Prepared(dataset, prepare, self.seed),
             batch_sampler=self._schedule,
             collate_fn=_Collated(collate),
             num_workers=workers,
@@ -85,31 +119,9 @@ class Batches(Generic[P, B]):
             pin_memory=False,
         )
 
-    @property
-    def steps(self) -> int:
-        """Batches of an epoch."""
-        return -(-len(self.dataset) // (self.batch_size * self.whole)) * self.whole
-
-    def indices(self, epoch: int) -> list[list[int]]:
-        """What each global batch of an epoch holds, as indices of the dataset."""
-        number = len(self.dataset)
-        order = (
-            torch.randperm(number, generator=seeded(self.seed, epoch)).tolist() if self.shuffle else list(range(number))
-        )
-        ends = range(0, self.steps * self.batch_size, self.batch_size)
-        if self.shuffle:
-            return [[order[i % number] for i in range(a, a + self.batch_size)] for a in ends]
-        return [order[a : a + self.batch_size] for a in ends]
-
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[B]:
         """This process's part of the batches of an epoch, from `start_step` on."""
-        if epoch < 0 or not 0 <= start_step <= self.steps:
-            raise ValueError(
-                f"Batches.epoch: epoch must be at least 0 and start_step at most {self.steps}, got {epoch} and {start_step}"
-            )
-        own = self.batch_size // self.world
-        part = slice(self.rank * own, (self.rank + 1) * own)
-        self._schedule.batches = [[(epoch, i) for i in batch[part]] for batch in self.indices(epoch)[start_step:]]
+        self._schedule.batches = [[(epoch, i) for i in batch] for batch in self.own(epoch, start_step)]
         for batch in self._loader:
             if isinstance(batch, _Failure):
                 raise DataError(batch.message)

@@ -72,9 +72,12 @@ class Augment:
     def shorts(self) -> tuple[int, int]:
         return self.short if isinstance(self.short, tuple) else (self.short, self.short)
 
+    def mirrors(self, generator: torch.Generator) -> bool:
+        """Whether a call with this generator mirrors its picture."""
+        return _draws(generator)[1] < self.flip
+
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
-        # all numbers are drawn whatever is done with them, so that one option does not move the others
-        draws = torch.rand(6, generator=generator, dtype=torch.float64).tolist()
+        draws = _draws(generator)
         low, high = self.shorts
         short = low + int(draws[0] * (high - low + 1))
         sample = resize(
@@ -90,6 +93,11 @@ class Augment:
             sample = crop(sample, int(draws[4] * (height - h + 1)), int(draws[5] * (width - w + 1)), h, w)
         seen = sample.masks.area() > 0
         return sample if bool(seen.all()) else sample.kept(seen)
+
+
+def _draws(generator: torch.Generator) -> list[float]:
+    """All that chance decides, drawn whatever is done with it, so that one option does not move the others."""
+    return torch.rand(6, generator=generator, dtype=torch.float64).tolist()
 
 
 # -- one step each; empty masks stay

@@ -120,7 +120,7 @@ def test_errors_of_workers_can_be_read(workers: int) -> None:
         ({"batch_size": 3, "world": 2}, "multiple of the 2 processes, got 3"),
         ({"batch_size": 0}, "multiple of the 1 processes, got 0"),
         ({"rank": 2, "world": 2}, "got rank 2 of 2"),
-        ({"seed": -1}, "seed and workers must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0 and whole at least 1, got -1 and 1"),
     ],
 )
 def test_bad_options(options: dict, message: str) -> None:
