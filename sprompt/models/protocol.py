@@ -8,7 +8,7 @@ losses.terms, losses.matched                    # weighted terms, and which quer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -23,9 +23,13 @@ class Features(NamedTuple):
     maps: list[Tensor]  # P2, P3, P4, P5 of the same strides, of the width of the queries
 
 
-#: (site, queries (B, N, C)) -> queries (B, N, C). A model calls it at each of its `sites`, in their order, with the queries
-#: as they are there, and goes on with what it returns.
-Prompter = Callable[[str, Tensor], Tensor]
+class Prompter(Protocol):
+    """A model calls it at each of its `sites`, in their order, with the queries as they are there, and goes on with what it
+    returns."""
+
+    def __call__(self, site: str, queries: Tensor, features: Tensor | None = None, /) -> Tensor:
+        """queries (B, N, C) -> (B, N, C). `features` (B, C, h, w): the map whose products with the queries are masks there, if the
+        model has one; the prompter does not change it."""
 
 
 class Matched(NamedTuple):

@@ -14,7 +14,7 @@ from sprompt.data.coco import CocoDataset
 from sprompt.data.sample import Sample
 from sprompt.data.transforms import collate, resize, resized_size
 from sprompt.masks import BitMasks
-from sprompt.methods.saliency_prompt import Injection, SaliencyPromptConfig, read_prompts
+from sprompt.methods.saliency_prompt import Injection, SaliencyPromptConfig, prompts_of
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,7 @@ def prompt_matches(
 def _matched(model: Any, sample: Sample, config: SaliencyPromptConfig, short: int, long: int, image_id: int) -> Matches:
     batch = collate([resized(sample, short, long)]).to(device_of(model))
     features = model.encode(batch.images)
-    injection = Injection(
-        read_prompts(features.maps, batch.masks, batch.counts, config), config, [image_id], seed=0, step=0
-    )
+    injection = Injection(prompts_of(batch, features.maps, config), config, [image_id], seed=0, step=0)
     model.decode(features, injection)
     index: Tensor | None = injection.index
     kernels = [] if index is None else index[0].tolist()

@@ -115,6 +115,41 @@ def test_dropout_is_of_kernels_and_images() -> None:
     assert torch.equal(inject.index[:3][kept], index[kept])
 
 
+def test_dropout_of_images() -> None:
+    prompts, kernels = drawn(400, 3, 8, seed=1), drawn(1, 20, 8).expand(400, -1, -1)
+    inject = injection(prompts, [3] * 400, dropout=0.3, dropout_of="image")
+    got = inject("kernel", kernels)
+    assert inject.index is not None
+    dropped = (inject.index < 0).all(1)
+    assert torch.equal(dropped, (inject.index < 0).any(1)), "all kernels of an image or none"
+    assert 0.2 < dropped.float().mean() < 0.4  # 400 draws: 0.3 ± 4.4 deviations of 0.023
+    assert torch.equal(got[dropped], kernels[dropped]) and (got[~dropped] != kernels[~dropped]).any(2).all()
+    half = injection(prompts[200:], [3] * 200, ids=list(range(200, 400)), dropout=0.3, dropout_of="image")
+    assert torch.equal(half("kernel", kernels[200:]), got[200:])
+
+
+@pytest.mark.parametrize("site", ["kernel", "proposal", "kernel_late"])
+def test_prompts_of_the_map_that_queries_act_on(site: str) -> None:
+    """They are read once, from what the model hands over where queries are matched."""
+    prompts, first, second = drawn(2, 3, 8, seed=1), drawn(2, 20, 8, seed=5), drawn(2, 20, 8, seed=6)
+    maps = {"kernel": drawn(2, 8, 3, 5, seed=7).requires_grad_(), "proposal": drawn(2, 8, 3, 5, seed=8)}
+    seen = []
+
+    def read(features: Tensor) -> Prompts:
+        seen.append(features)
+        return Prompts(prompts, torch.tensor([3, 2]))
+
+    config = SaliencyPromptConfig(dropout=0.0, site=site, level="features")
+    inject, plain = Injection(read, config, [0, 1], seed=3, step=0), injection(prompts, [3, 2], site=site)
+    for name, queries in (("kernel", first), ("proposal", second)):
+        assert torch.equal(inject(name, queries, maps[name]), plain(name, queries))
+    assert len(seen) == 1 and not seen[0].requires_grad
+    assert torch.equal(seen[0], maps["proposal" if site == "proposal" else "kernel"])
+    assert inject.monitors().keys() == plain.monitors().keys()
+    with pytest.raises(ValueError, match=r": the model must hand its prompter the map that queries act on"):
+        Injection(read, config, [0, 1], seed=3, step=0)("proposal" if site == "proposal" else "kernel", first)
+
+
 @pytest.mark.parametrize("assign", ["cosine", "random"])
 def test_splitting_a_batch_changes_nothing(assign: str) -> None:
     prompts, kernels, ids = drawn(4, 3, 8, seed=1), drawn(4, 40, 8), [7, 3, 9, 1]

@@ -65,6 +65,7 @@ def outputs_of(model: Any, images: Tensor, prompter: Any = None) -> list[Tensor]
         {"assign": "random", "pooling": "mask", "projection": "frozen_orthogonal"},
         {"assign": "none", "kernel_weight": 0.0},
         {"level": "auto", "projection": "pca", "reduction": "sum"},
+        {"level": "features", "pooling": "mask", "contrast": True, "dropout_of": "image", "dropout": 0.3},
         {"projection": "linear", "release_pairing": True, "dropout": 1.0},
     ],
     ids=lambda c: "-".join(map(str, c.values())) or "default",

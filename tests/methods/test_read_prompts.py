@@ -149,3 +149,39 @@ def test_roi_align_with_one_bin() -> None:
                 top, low = (x[:, k, c] * (1 - v) + x[:, k, c + 1] * v for k in (r, r + 1))
                 total += top * (1 - u) + low * u
         np.testing.assert_allclose(got[l].numpy(), total / (ny * nx), atol=1e-5)
+
+
+@pytest.mark.parametrize("level", ["P3", "auto", "features"])
+def test_contrast_tells_by_the_angle(level: str) -> None:
+    """⟨v − μ ‖v‖/‖μ‖, x⟩ > 0 where cos(x, v) > cos(x, μ); in float64, μ over the cells of the picture without its padding."""
+    maps = [
+        torch.randn(2, 5, 96 // s, 160 // s, generator=torch.Generator().manual_seed(s)) + 1 for s in (4, 8, 16, 32)
+    ]
+    x = maps[0] if level == "auto" else maps[1]  # boxes this small are read from P2
+    own = maps if level != "features" else [x]
+    boxes = [(8, 16, 40, 48), (64, 0, 96, 32)]
+    masks = BitMasks.stack([box_mask(96, 160, *boxes)[0], box_mask(96, 160, *boxes)[0]])
+    config = SaliencyPromptConfig(level=level, contrast=True)  # type: ignore[arg-type]
+    got = read_prompts(own, masks, torch.tensor([2, 1]), config, [(96, 160), (80, 100)]).vectors.double()
+    stride = 160 // x.shape[3]
+    for b, (height, width) in enumerate([(96, 160), (80, 100)]):
+        cells = x[b].double()
+        mean = cells[:, : -(-height // stride), : -(-width // stride)].mean((1, 2))
+        for l, (x1, y1, x2, y2) in enumerate(boxes[: 2 - b]):
+            v = cells[:, y1 // stride : y2 // stride, x1 // stride : x2 // stride].mean((1, 2))
+            torch.testing.assert_close(got[b, l], v - mean * v.norm() / mean.norm(), atol=1e-5, rtol=0)
+            nearer = torch.cosine_similarity(cells, v[:, None, None], 0) - torch.cosine_similarity(
+                cells, mean[:, None, None], 0
+            )
+            sure = nearer.abs() > 1e-5
+            product = torch.einsum("c,chw->hw", got[b, l], cells)
+            assert sure.float().mean() > 0.99 and 0.1 < (nearer > 0).float().mean() < 0.9
+            assert torch.equal((product > 0)[sure], (nearer > 0)[sure])
+    assert not got[1, 1].any(), "behind counts"
+
+
+def test_contrast_with_a_picture_of_nothing() -> None:
+    maps = [torch.zeros(1, 3, 3, 5)]
+    maps[0][0, :, 0, 0], maps[0][0, :, 0, 1] = 1.0, -1.0  # the mean is 0
+    got = read_prompts(maps, box_mask(96, 160, (0, 0, 32, 32)), torch.tensor([1]), SaliencyPromptConfig(contrast=True))
+    assert torch.equal(got.vectors, torch.ones(1, 1, 3))

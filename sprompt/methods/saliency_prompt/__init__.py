@@ -4,7 +4,7 @@ from sprompt.methods.saliency_prompt.config import ProposalConfig, SaliencyPromp
 from sprompt.methods.saliency_prompt.generate import Generated, fingerprint, generate
 from sprompt.methods.saliency_prompt.injection import Injection
 from sprompt.methods.saliency_prompt.pretrain import Pretraining
-from sprompt.methods.saliency_prompt.prompts import Prompts, read_prompts
+from sprompt.methods.saliency_prompt.prompts import Prompts, prompts_of, read_prompts
 from sprompt.methods.saliency_prompt.proposals import Proposals, propose, view
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "SaliencyPromptConfig",
     "fingerprint",
     "generate",
+    "prompts_of",
     "propose",
     "read_prompts",
     "view",

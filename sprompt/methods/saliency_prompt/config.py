@@ -91,11 +91,15 @@ class ProposalConfig:
 class SaliencyPromptConfig:
     """How proposals teach a model: prompts added to its queries, and kernels drawn to the seeds of their proposals."""
 
-    level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5"] = "coarsest"
-    """The pyramid map that prompts are read from; "auto" chooses by the size of the box."""
+    level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5", "features"] = "coarsest"
+    """The map that prompts are read from: one of the pyramid, by the size of the box ("auto"), or that which queries themselves are
+    multiplied with to give masks ("features")."""
     pooling: Literal["box", "mask", "roi_align", "release"] = "box"
     """A prompt is the mean over the cells of a proposal's box, or over those whose centre is in the mask, or RoIAlign of the box
     with one bin; "release" takes the cells of the first public code, which leaves out the last one that a box covers in part."""
+    contrast: bool = False
+    """Take from each prompt v what it has in common with its picture: v − μ ‖v‖/‖μ‖ with the picture's mean μ on the same map. Its
+    product with a cell is above 0 where the cell is nearer in angle to the proposal than to the picture."""
     site: str = "kernel"
     """Where queries take prompts: one of the model's sites (K-Net: kernel, proposal), or "kernel_late", matched at the first and
     added at the second."""
@@ -104,7 +108,9 @@ class SaliencyPromptConfig:
     ratio: float | None = None
     """Length of the prompts, in mean lengths of the queries that they are added to; none adds them as they are."""
     dropout: float = 0.1
-    """Chance that a query takes no prompt, per image."""
+    """Chance that no prompt is taken,"""
+    dropout_of: Literal["query", "image"] = "query"
+    """by each query of each image for itself, or by all queries of an image."""
     kernel_weight: float = 1.0
     """Weight of the kernel supervision; 0 leaves it out."""
     projection: Literal["linear", "linear_nobias", "frozen_orthogonal", "pca"] = "linear_nobias"
@@ -119,7 +125,8 @@ class SaliencyPromptConfig:
 
     def __post_init__(self) -> None:
         for name, choices in (
-            ("level", ("coarsest", "auto", "P2", "P3", "P4", "P5")), ("pooling", ("box", "mask", "roi_align", "release")),
+            ("level", ("coarsest", "auto", "P2", "P3", "P4", "P5", "features")),
+            ("pooling", ("box", "mask", "roi_align", "release")), ("dropout_of", ("query", "image")),
             ("assign", ("cosine", "sequential", "random", "none")), ("reduction", ("mean", "sum")),
             ("projection", ("linear", "linear_nobias", "frozen_orthogonal", "pca")),
         ):  # fmt: skip

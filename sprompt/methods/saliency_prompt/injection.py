@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
-from sprompt.methods.saliency_prompt.prompts import Prompts
+from sprompt.methods.saliency_prompt.prompts import Prompts, Source
 from sprompt.ops import prompt_match
 
 LATE = "kernel_late"  # matched at "kernel", added at "proposal"
@@ -40,17 +40,20 @@ class Injection:
     """
 
     def __init__(
-        self, prompts: Prompts, config: SaliencyPromptConfig, image_ids: Sequence[int], *, seed: int, step: int
+        self, prompts: Source, config: SaliencyPromptConfig, image_ids: Sequence[int], *, seed: int, step: int
     ) -> None:
-        self.prompts, self.config, self.image_ids = prompts, config, image_ids
+        self.source, self.config, self.image_ids = prompts, config, image_ids
+        self.prompts: Prompts | None = prompts if isinstance(prompts, Prompts) else None
         self.seed, self.step = seed, step
         self.index: Tensor | None = None  # (B, N) int64
         self._ratio: Tensor | None = None
 
-    def __call__(self, site: str, queries: Tensor) -> Tensor:
+    def __call__(self, site: str, queries: Tensor, features: Tensor | None = None) -> Tensor:
         matched_at, added_at = ("kernel", "proposal") if self.config.site == LATE else (self.config.site,) * 2
         if self.config.assign == "none" or site not in (matched_at, added_at):
             return queries
+        if self.prompts is None:
+            self.prompts = self._read(site, features)
         vectors, counts = self.prompts
         if queries.dim() != 3 or queries.shape[0] != len(counts) or queries.shape[2] != vectors.shape[2]:
             raise ValueError(
@@ -69,8 +72,17 @@ class Injection:
             self._ratio = self._ratio_of(self.index, queries)
         return prompted if site == added_at else queries
 
+    def _read(self, site: str, features: Tensor | None) -> Prompts:
+        assert callable(self.source)
+        if features is None:
+            raise ValueError(
+                f"{site}: the model must hand its prompter the map that queries act on; else choose another level"
+            )
+        return self.source(features.detach())
+
     def _match(self, queries: Tensor) -> Tensor:
         """The prompted queries; sets `index`."""
+        assert self.prompts is not None
         order = generator(self.seed, self.step, device=queries.device) if self.config.assign == "random" else None
         prompted, index = prompt_match(
             queries, self.prompts.vectors, self.prompts.counts, assign=self.config.assign, generator=order
@@ -84,11 +96,14 @@ class Injection:
 
     def _keep(self, number: int) -> Tensor:
         """(B, N) bool, drawn image by image."""
-        drawn = [torch.rand(number, generator=generator(self.seed, self.step, image_id)) for image_id in self.image_ids]
-        return torch.stack(drawn) >= self.config.dropout if drawn else torch.empty(0, number, dtype=torch.bool)
+        draws = number if self.config.dropout_of == "query" else 1
+        drawn = [torch.rand(draws, generator=generator(self.seed, self.step, image_id)) for image_id in self.image_ids]
+        keep = torch.stack(drawn) >= self.config.dropout if drawn else torch.empty(0, draws, dtype=torch.bool)
+        return keep.expand(-1, number)
 
     def _taken(self, index: Tensor) -> Tensor:
         """The prompt of each query (B, N, C), 0 where it has none."""
+        assert self.prompts is not None
         vectors = self.prompts.vectors
         if vectors.shape[1] == 0:
             return vectors.new_zeros((*index.shape, vectors.shape[2]))
@@ -104,7 +119,7 @@ class Injection:
     @torch.no_grad()
     def monitors(self) -> dict[str, Tensor]:
         """How much of the queries prompts are, how many queries share one, and which share of the prompts is in use."""
-        if self.index is None or self._ratio is None:
+        if self.prompts is None or self.index is None or self._ratio is None:
             return {}
         real = self.prompts.counts.sum()
         number = self.prompts.vectors.shape[1]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sprompt.data.sample import Batch
 from sprompt.methods.saliency_prompt.config import STRIDES, ProposalConfig, SaliencyPromptConfig
 from sprompt.methods.saliency_prompt.injection import Injection, check_site
-from sprompt.methods.saliency_prompt.prompts import read_prompts
+from sprompt.methods.saliency_prompt.prompts import prompts_of
 from sprompt.methods.saliency_prompt.supervision import Projection, kernel_loss, seed_vectors, target_cosine
 from sprompt.methods.supervised import checked_model, summed
 from sprompt.models.protocol import Losses, QueryModel
@@ -78,8 +78,7 @@ class Pretraining(nn.Module):
         """The prompter of a batch; None where prompts are off."""
         if self.config.assign == "none":
             return None
-        prompts = read_prompts(maps, batch.masks, batch.counts, self.config)
-        return Injection(prompts, self.config, batch.image_ids, seed=self.seed, step=step)
+        return Injection(prompts_of(batch, maps, self.config), self.config, batch.image_ids, seed=self.seed, step=step)
 
     def _supervision(self, backbone: list[Tensor], batch: Batch, found: Losses) -> tuple[Tensor, Tensor]:
         """The weighted loss of the kernels, and how alike its targets are."""

@@ -1,13 +1,16 @@
-"""Prompts: what the model's own map holds under each proposal."""
+"""Prompts: what one of the model's own maps holds under each proposal."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sprompt.masks import BitMasks
+from sprompt.data.sample import Batch
+from sprompt.masks import BitMasks, Size
 from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
 from sprompt.ops import mask_mean, region_mean
 
@@ -19,29 +22,42 @@ class Prompts(NamedTuple):
     counts: Tensor  # (B,) int64, how many are real
 
 
+#: Prompts, or what reads them from the map that queries act on.
+Source = Prompts | Callable[[Tensor], Prompts]
+
+
+def prompts_of(batch: Batch, maps: list[Tensor], config: SaliencyPromptConfig) -> Source:
+    """The prompts of a batch by its pyramid, or, for level "features", what reads them once the model has made that map."""
+    read = partial(read_prompts, masks=batch.masks, counts=batch.counts, config=config, sizes=batch.sizes)
+    return (lambda features: read([features])) if config.level == "features" else read(maps)
+
+
 @torch.no_grad()
-def read_prompts(maps: list[Tensor], masks: BitMasks, counts: Tensor, config: SaliencyPromptConfig) -> Prompts:
-    """One prompt a mask: the mean of a pyramid map over the cells of its box, or of the mask.
+def read_prompts(
+    maps: Sequence[Tensor], masks: BitMasks, counts: Tensor, config: SaliencyPromptConfig, sizes: Sequence[Size] = ()
+) -> Prompts:
+    """One prompt a mask: the mean of a map over the cells of its box, or of the mask.
 
     A box (x1, y1, x2, y2) in pixels covers the columns ⌊x1/s⌋ to max(⌈x2/s⌉, ⌊x1/s⌋ + 1) of a map of stride s, and rows likewise;
     with pooling "release" ⌊x1/s⌋ to ⌊x2/s⌋, or two columns where these are equal.
 
     Args:
-        maps: (B, C, h, w) each, P2 first, of the images that the masks lie on.
+        maps: (B, C, h, w) each, P2 first, of the images that the masks lie on; for level "features" that map alone.
         masks: (B, L), of the size of the padded images.
         counts: (B,), how many masks of each image are real.
+        sizes: of the images before padding, for `contrast`; by default all of what is there counts.
     """
     boxes = masks.boxes()
     if config.level == "auto":
-        vectors = _by_size(maps, masks, boxes, counts, config)
+        vectors = _by_size(maps, masks, boxes, counts, config, sizes)
     else:
-        vectors = _from_map(_level(maps, config.level), masks, boxes, counts, config)
+        vectors = _from_map(_level(maps, config.level), masks, boxes, counts, config, sizes)
     there = boxes[..., 2:3] > boxes[..., 0:1]
     return Prompts(torch.where(there, vectors, 0), counts)
 
 
-def _level(maps: list[Tensor], level: str) -> Tensor:
-    if level == "coarsest":
+def _level(maps: Sequence[Tensor], level: str) -> Tensor:
+    if level in ("coarsest", "features"):
         return maps[-1]
     number = int(level[1:]) - 2
     if number >= len(maps):
@@ -52,32 +68,57 @@ def _level(maps: list[Tensor], level: str) -> Tensor:
 
 
 def _by_size(
-    maps: list[Tensor], masks: BitMasks, boxes: Tensor, counts: Tensor, config: SaliencyPromptConfig
+    maps: Sequence[Tensor],
+    masks: BitMasks,
+    boxes: Tensor,
+    counts: Tensor,
+    config: SaliencyPromptConfig,
+    sizes: Sequence[Size],
 ) -> Tensor:
     """From P(2 + k), k = ⌊log₂(√area / 56)⌋ held to the levels there are."""
     sides = (boxes[..., 2:] - boxes[..., :2]).float()
     level = (sides.prod(-1).clamp(min=1).sqrt() / FINEST).log2().floor().clamp(0, len(maps) - 1)
-    vectors = _from_map(maps[0], masks, boxes, counts, config)
+    vectors = _from_map(maps[0], masks, boxes, counts, config, sizes)
     for number, x in enumerate(maps[1:], start=1):
-        vectors = torch.where((level == number)[..., None], _from_map(x, masks, boxes, counts, config), vectors)
+        own = _from_map(x, masks, boxes, counts, config, sizes)
+        vectors = torch.where((level == number)[..., None], own, vectors)
     return vectors
 
 
-def _from_map(x: Tensor, masks: BitMasks, boxes: Tensor, counts: Tensor, config: SaliencyPromptConfig) -> Tensor:
+def _from_map(
+    x: Tensor, masks: BitMasks, boxes: Tensor, counts: Tensor, config: SaliencyPromptConfig, sizes: Sequence[Size]
+) -> Tensor:
     cells = (x.shape[2], x.shape[3])
     stride = [pixels / n for pixels, n in zip(masks.size, cells, strict=True)]  # rows, columns
     x1, y1, x2, y2 = boxes.unbind(-1)
     cellwise = torch.stack([x1 / stride[1], y1 / stride[0], x2 / stride[1], y2 / stride[0]], -1)
     if config.pooling == "roi_align":
-        return roi_align(x, cellwise)
-    if config.pooling == "release":
+        means = roi_align(x, cellwise)
+    elif config.pooling == "release":
         start, end = cellwise.floor().split(2, -1)
-        cellwise = torch.cat([start, torch.where(end == start, start + 2, end)], -1)
-    means = region_mean(x, cellwise, counts)
-    if config.pooling != "mask":
-        return means
-    inside = bits_at_centres(masks, cells)
-    return torch.where(inside.flatten(2).any(2, keepdim=True), mask_mean(x, inside), means)
+        means = region_mean(x, torch.cat([start, torch.where(end == start, start + 2, end)], -1), counts)
+    else:
+        means = region_mean(x, cellwise, counts)
+    if config.pooling == "mask":
+        inside = bits_at_centres(masks, cells)
+        means = torch.where(inside.flatten(2).any(2, keepdim=True), mask_mean(x, inside), means)
+    return contrasted(means, _picture_mean(x, stride, sizes)) if config.contrast else means
+
+
+def _picture_mean(x: Tensor, stride: list[float], sizes: Sequence[Size]) -> Tensor:
+    """(B, 1, C): the mean over the cells that the image without its padding reaches."""
+    if not sizes:
+        return x.mean((2, 3))[:, None]
+    ends = [[0.0, 0.0, width / stride[1], height / stride[0]] for height, width in sizes]
+    whole = torch.tensor(ends, dtype=torch.float32).to(x.device, non_blocking=True)[:, None]
+    return region_mean(x, whole, torch.ones(len(x), dtype=torch.int64, device=x.device))
+
+
+def contrasted(vectors: Tensor, mean: Tensor) -> Tensor:
+    """v − μ ‖v‖/‖μ‖ for vectors (B, L, C) and mean (B, 1, C): its product with x is above 0 where x is nearer in angle to v than to μ.
+    A μ of 0 takes nothing."""
+    scale = vectors.float().norm(dim=2, keepdim=True) / mean.float().norm(dim=2, keepdim=True).clamp(min=1e-8)
+    return (vectors - scale * mean).to(vectors.dtype)
 
 
 def roi_align(x: Tensor, boxes: Tensor) -> Tensor:

@@ -87,14 +87,15 @@ class KNet(nn.Module):
 
     def decode(self, features: Features, prompter: Prompter | None = None) -> Outputs:
         loc, sem = self.rpn_head(features.maps)
-        kernels = self._prompted(prompter, "kernel", self.rpn_head.kernels(len(loc)))
+        kernels = self._prompted(prompter, "kernel", self.rpn_head.kernels(len(loc)), loc)
         masks = [mask_conv(loc, kernels)]
         seg = self.rpn_head.conv_seg(sem)
         x = loc + sem
         if self.config.fold:
             x = torch.cat([x, x.new_ones(()).expand(len(x), 1, *x.shape[2:])], 1)  # x₊
         pooled = mask_pool(x, masks[0])
-        proposals = self._prompted(prompter, "proposal", kernels + pooled[..., : self.channels])
+        proposals = kernels + pooled[..., : self.channels]
+        proposals = self._prompted(prompter, "proposal", proposals, x[:, : self.channels])
 
         outputs = Outputs(masks, [], [], seg)
         for number, stage in enumerate(self.stages):
@@ -125,10 +126,10 @@ class KNet(nn.Module):
             outputs.masks[-1], outputs.classes[-1], input_size, sizes, original_sizes, threshold, max_per_image
         )
 
-    def _prompted(self, prompter: Prompter | None, site: str, kernels: Tensor) -> Tensor:
+    def _prompted(self, prompter: Prompter | None, site: str, kernels: Tensor, features: Tensor) -> Tensor:
         if prompter is None:
             return kernels
-        prompted = prompter(site, kernels)
+        prompted = prompter(site, kernels, features)
         if prompted.shape != kernels.shape:
             raise ValueError(
                 f"KNet: at {site!r} the prompter must return kernels of shape {tuple(kernels.shape)}, got {tuple(prompted.shape)}"
