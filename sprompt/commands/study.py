@@ -19,8 +19,9 @@ class Study:
     """Compares ways to start fine-tuning on few labels: from scratch, from a backbone, from proposals as pseudo-labels, and from
     Saliency Prompt pre-training with its parts taken out one by one. Each is pre-trained and fine-tuned with several seeds.
 
-    Writes OUT/results.json, OUT/tables.md and OUT/index.html, anew after every cell. Killed and started again it goes on where it
-    was. Without --images it draws synthetic scenes. `sprompt study --preset study-cpu` takes hours, not days, on two cores.
+    Writes OUT/results.json, OUT/tables.md and OUT/index.html, anew after every cell, and pictures of curves and kernels at the
+    end. Killed and started again it goes on where it was. Without --images it draws synthetic scenes. `sprompt study --preset
+    study-cpu` takes hours, not days, on two cores; study-gpu is for one card and pictures of your own.
     """
 
     out: Path = Path("study")
@@ -61,6 +62,7 @@ class Study:
     """Commands that run at once; they share the cores, or the GPU."""
 
     def run(self) -> None:
+        from sprompt.study.figures import draw_curves, draw_maps
         from sprompt.study.results import gather
 
         self._check()
@@ -90,7 +92,10 @@ class Study:
                 runs.say(f"{cell}: {said}; {finished} of {len(cells)} cells, {left:.0f} min left")
 
             runner.run(work, given, self.evaluate_every, done)
-            self._show(gather(self.out, cells, about, failed), self._maps(cells, pictures))
+            results, maps = gather(self.out, cells, about, failed), self._maps(cells, pictures)
+            self._show(results, maps)
+            draw_curves(results, self.out / "curves.png")
+            draw_maps(maps, self.out / "kernels.png")
         runs.say(f"open {self.out / 'index.html'} in a browser; the tables are in {self.out / 'tables.md'}")
         if failed:
             raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed; the same command again goes on with them")

@@ -36,9 +36,15 @@ VARIANTS = {
     "truth-prompts": Variant("true masks, prompts", proposals="truth"),
     "site-late": Variant("matched to the learned kernels, added to the pooled", method={"site": "kernel_late"}),
     "site-proposal": Variant("added to the pooled kernels", method={"site": "proposal"}),
-    "source-mask": Variant("prompts are means of masks", method={"pooling": "mask"}),
-    "source-align": Variant("prompts by RoIAlign", method={"pooling": "roi_align"}),
-    "source-finest": Variant("prompts from the finest map", method={"level": "P2"}),
+    "source-plain": Variant("not set against their picture", method={"contrast": "False"}),
+    "source-align": Variant("by RoIAlign of the box", method={"pooling": "roi_align"}),
+    "source-finest": Variant("from the finest map of the pyramid", method={"level": "P2", "contrast": "False"}),
+    "source-coarsest": Variant("from boxes on the coarsest map of the pyramid",
+                               method={"level": "coarsest", "pooling": "box", "contrast": "False"}),
+    "dropout-query": Variant("dropped by single kernels", method={"dropout-of": "query"}),
+    "prompts-paper": Variant("prompts as in the paper and its code",
+                             method={"level": "coarsest", "pooling": "box", "contrast": "False", "dropout-of": "query",
+                                     "dropout": "0.1"}),
 }  # fmt: skip
 
 
@@ -82,7 +88,12 @@ QUESTIONS = {
     ),
     "source": Question(
         "What a prompt is read from",
-        "The paper averages the box of a mask on one map of the pyramid.",
-        ("prompts", "source-mask", "source-align", "source-finest"), "prompts",
+        "The paper averages the box of a mask on one map of the pyramid; the preset the mask on the map that kernels act on.",
+        ("prompts", "source-plain", "source-align", "source-finest", "source-coarsest"), "prompts",
+    ),
+    "mends": Question(
+        "What was mended",
+        "Prompts as in the paper and its code are enough.",
+        ("pseudo", "prompts-paper", "source-coarsest", "dropout-query", "prompts"), "prompts-paper",
     ),
 }  # fmt: skip

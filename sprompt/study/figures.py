@@ -1,0 +1,71 @@
+"""The pictures of a study for pages of documentation: learning curves and kernel maps as PNG files."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from sprompt.files import atomic_write
+from sprompt.report.activation import read_activation, spread
+from sprompt.study.compare import Results, comparisons, seed_curves
+from sprompt.study.tables import percent, title
+
+_MAPS = 8  # kernels of a variant, from the most local to the least
+
+
+def draw_curves(results: Results, out: Path) -> bool:
+    """AP over the epochs of fine-tuning, a panel for each question and share of the labels: the mean of the seeds, and a band from
+    the least of them to the most. False, and no file, where no cell has a curve."""
+    asked = [c for c in comparisons(results) if any(seed_curves(results, row.name, c.fraction) for row in c.rows)]
+    if not asked:
+        return False
+    rows = -(-len(asked) // 2)
+    figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
+    for place, comparison in enumerate(asked):
+        axes = figure.add_subplot(rows, 2, place + 1)
+        for row in comparison.rows:
+            curve = seed_curves(results, row.name, comparison.fraction)
+            if not curve:
+                continue
+            epochs, seeds = [epoch for epoch, _ in curve], [[100 * v for v in values] for _, values in curve]
+            (line,) = axes.plot(epochs, [statistics.fmean(s) for s in seeds], label=title(row.name))
+            axes.fill_between(
+                epochs, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.15, lw=0
+            )
+        axes.set_title(f"{comparison.question.title}, {percent(comparison.fraction)} of the labels", fontsize=9)
+        axes.set_xlabel("epochs of fine-tuning", fontsize=8)
+        axes.set_ylabel("AP", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.legend(fontsize=7, frameon=False)
+    _save(figure, out)
+    return True
+
+
+def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
+    """A row of kernels for each variant, each map up to its own peak. False, and no file, without maps."""
+    if not maps:
+        return False
+    figure = Figure(figsize=(1.25 * _MAPS, 1.45 * len(maps)), layout="constrained")
+    for row, (name, given) in enumerate(maps.items()):
+        of_kernels = read_activation(given)
+        order = np.argsort(spread(of_kernels), kind="stable")
+        chosen = order[np.linspace(0, len(order) - 1, min(_MAPS, len(order))).round().astype(int)]
+        for column, kernel in enumerate(chosen.tolist()):
+            axes = figure.add_subplot(len(maps), _MAPS, row * _MAPS + column + 1)
+            axes.imshow(of_kernels[kernel], vmin=0, cmap="viridis")
+            axes.set_axis_off()
+            if column == 0:
+                axes.set_title(title(name), fontsize=8, loc="left")
+    _save(figure, out)
+    return True
+
+
+def _save(figure: Figure, out: Path) -> None:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=110)
+    atomic_write(out, file.getvalue())
