@@ -38,6 +38,7 @@ from sprompt.study.tables import (
     percent,
     points,
     pretrained,
+    progress,
     proposals,
     summary,
     title,
@@ -112,10 +113,13 @@ def _curves(results: Results, comparison: Comparison) -> Html:
 
 
 def _convergence(results: Results) -> Iterator[Section]:
-    tables = [grid for fraction in fractions(results) if (grid := convergence(results, fraction))]
-    if tables:
-        heads = [join(tag("h3", grid.title.partition(", ")[2]), _table(grid)) for grid in tables]
-        yield Section("convergence", "Convergence", join(tag("p", tables[0].note, class_="note"), heads), "Figure 3")
+    parts = (("convergence", convergence, "Figure 3"), ("progress", progress, ""))
+    for anchor, table, number in parts:
+        tables = [grid for fraction in fractions(results) if (grid := table(results, fraction))]
+        if tables:
+            heads = [join(tag("h3", grid.title.partition(", ")[2]), _table(grid)) for grid in tables]
+            name = tables[0].title.partition(", ")[0].partition(" (")[0]
+            yield Section(anchor, name, join(tag("p", tables[0].note, class_="note"), heads), number)
 
 
 def _all_cells(results: Results) -> Iterator[Section]:

@@ -105,6 +105,21 @@ def convergence(results: Results, fraction: float) -> Grid | None:
     return Grid(f"Convergence (Figure 3), {percent(fraction)} of the labels", note, head, rows)
 
 
+def progress(results: Results, fraction: float) -> Grid | None:
+    """The AP to expect after each tested epoch of fine-tuning; None without curves."""
+    curves = {v: seed_curves(results, v, fraction) for v in variants(results)}
+    epochs = sorted({epoch for curve in curves.values() for epoch, _ in curve})
+    rows = []
+    for name, curve in curves.items():
+        means = {epoch: statistics.fmean(seeds) for epoch, seeds in curve}
+        if means:
+            shown = (f"{100 * means[e]:.1f}" if e in means else NONE for e in epochs)
+            rows.append((title(name), *shown))
+    note = "AP × 100 after so many epochs of fine-tuning, means over seeds."
+    head = ("", *(f"{epoch:g}" for epoch in epochs))
+    return Grid(f"AP by epoch, {percent(fraction)} of the labels", note, head, rows) if rows else None
+
+
 def pretrained(results: Results) -> Grid | None:
     """The models before fine-tuning; None where none was tested."""
     found = _pretrained(results, "pretrained")
@@ -152,7 +167,7 @@ def proposals(results: Results) -> Grid | None:
 def grids(results: Results) -> list[Grid]:
     """All tables that the results are enough for."""
     found: list[Grid | None] = [comparison_grid(comparison) for comparison in comparisons(results)]
-    found += [convergence(results, fraction) for fraction in fractions(results)]
+    found += [part(results, fraction) for fraction in fractions(results) for part in (convergence, progress)]
     found += [pretrained(results), monitors(results), proposals(results)]
     return [grid for grid in found if grid]
 

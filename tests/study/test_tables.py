@@ -17,6 +17,7 @@ from sprompt.study.tables import (
     percent,
     planned,
     pretrained,
+    progress,
     proposals,
     summary,
 )
@@ -127,6 +128,15 @@ CURVES = {
         cell("pseudo", 0, 0.1),  # no curve
     ]
 }
+
+
+def test_progress() -> None:
+    grid = progress(
+        {"cells": [cell("pseudo", 0, 0.2, curve=curve(0.1, 0.2)), cell("pseudo", 1, 0.3, curve=curve(0.2, 0.3))]}, 0.05
+    )
+    assert grid is not None and grid.title == "AP by epoch, 5 % of the labels"
+    assert (grid.head, grid.rows) == (("", "2", "4"), [("pseudo-labels", "15.0", "25.0")])
+    assert progress({"cells": [cell("pseudo", 0, 0.2)]}, 0.05) is None
 
 
 def test_convergence() -> None:
