@@ -140,7 +140,10 @@ def test_a_run_with_other_settings_is_refused(chain: Path, capsys: pytest.Captur
         ("evaluate --data.images {0} --data.annotations {0}", "--model: give either a model or --results"),
         ("predict --images {0}/scenes/images --model {0}/scenes", "holds no model.safetensors"),
         ("view --proposals {0}/proposals.json", "--images: must be given"),
-        ("pretrain --preset huge", "--preset: must be one of paper, study-cpu, tiny, or a file NAME.yaml, got huge"),
+        (
+            "pretrain --preset huge",
+            "--preset: must be one of paper, study-cpu, study-gpu, tiny, or a file NAME.yaml, got huge",
+        ),
         ("pretrain --config {0}/scenes/instances.json", "is not a setting"),
     ],
 )

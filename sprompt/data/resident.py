@@ -27,8 +27,8 @@ class Kept:
         low, high = augment.shorts
         if low != high or augment.crop is not None or (augment.rotate_probability and augment.rotate_degrees):
             raise ValueError(
-                "Kept: pictures that stay on the device can only be mirrored by chance; give one length of the shorter side, no crop "
-                f"and --augment.rotate-probability 0, got {augment}"
+                "keep_pictures: must be False where chance does more than to mirror; or give one length of the shorter side, no crop and "
+                f"--augment.rotate-probability 0, got {augment}"
             )
         self.augment, self.device = augment, torch.device(device)
         ways, unused = [replace(augment, flip=0.0), replace(augment, flip=1.0)], torch.Generator()

@@ -87,7 +87,7 @@ def test_scenes(tmp_path: Path) -> None:
 )
 def test_only_mirroring_can_be_by_chance(augment: Augment) -> None:
     with pytest.raises(
-        ValueError, match="can only be mirrored by chance; give one length of the shorter side, no crop"
+        ValueError, match="keep_pictures: must be False where chance does more than to mirror; or give one length"
     ):
         Kept(Pictures(False), augment, "cpu")
 
