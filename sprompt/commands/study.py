@@ -159,7 +159,7 @@ class Study:
         tuned = parse("finetune", ["--preset", self.settings])
         device = torch.device("cpu" if tuned.cpu or not torch.cuda.is_available() else "cuda")
         return {
-            "study": to_plain(dataclasses.replace(self, variants=tuple(names))),
+            "study": _settings(dataclasses.replace(self, variants=tuple(names))),
             "machine": f"{machine(device)}, sprompt {__version__}",
             "data": {
                 "name": pictures.name, "unlabelled": len(PictureFolder(pictures.unlabelled)), "train": train.total,
@@ -191,6 +191,13 @@ class Study:
                 found = activation_maps(opened.model, PictureFolder(pictures.val_images), 100, short=short, long=long)
                 maps[cell.variant] = found.numpy()
         return maps
+
+
+def _settings(study: Study) -> dict[str, Any]:
+    """As they are shown: of files and folders their names, wherever they lie."""
+    plain = to_plain(study)
+    paths = {f.name: v.name for f in dataclasses.fields(study) if isinstance(v := getattr(study, f.name), Path)}
+    return {**plain, **paths}
 
 
 def _numbers(results: dict[str, Any], cell: Cell) -> str:
