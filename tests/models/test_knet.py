@@ -172,27 +172,28 @@ def test_prompters() -> None:
     features = model.encode(images)
     plain, seen = model.decode(features), []
 
-    def watch(site: str, kernels: Tensor) -> Tensor:
-        seen.append((site, kernels))
+    def watch(site: str, kernels: Tensor, x: Tensor | None) -> Tensor:
+        seen.append((site, kernels, x))
         return kernels
 
     watched = model.decode(features, watch)
     for a, b in zip([*plain.masks, *plain.classes, *plain.kernels, plain.seg],
                     [*watched.masks, *watched.classes, *watched.kernels, watched.seg], strict=True):  # fmt: skip
         assert torch.equal(a, b)
-    assert tuple(site for site, _ in seen) == KNet.sites
+    assert tuple(site for site, _, _ in seen) == KNet.sites
     learned = model.rpn_head.init_kernels.weight.flatten(1)
     assert torch.equal(seen[0][1], learned.expand(3, -1, -1))
     # K̂ = K⁰ + the sum of x under M⁰ > 0
     loc, sem = model.rpn_head(features.maps)
     pooled = torch.einsum("bnhw,bchw->bnc", (plain.masks[0] > 0).float(), loc + sem)
     torch.testing.assert_close(seen[1][1], learned + pooled, rtol=1e-4, atol=1e-3)
+    assert torch.equal(seen[0][2], loc) and torch.equal(seen[1][2], loc + sem), "what the kernels act on"
 
     prompt = torch.zeros(3, 8, 32)
     prompt[1] = torch.randn(8, 32)
 
     def at(where: str) -> Outputs:
-        return model.decode(features, lambda site, kernels: kernels + prompt if site == where else kernels)
+        return model.decode(features, lambda site, kernels, x: kernels + prompt if site == where else kernels)
 
     early, late = at("kernel"), at("proposal")
     torch.testing.assert_close(
