@@ -204,7 +204,7 @@ def test_prompters() -> None:
         torch.testing.assert_close(prompted.kernels[-1][0], plain.kernels[-1][0])
         assert not torch.allclose(prompted.kernels[0][1], plain.kernels[0][1], atol=1e-3)
     with pytest.raises(ValueError, match=r"prompter must return kernels of shape \(3, 8, 32\)"):
-        model.decode(features, lambda site, kernels: kernels[:, :, None])
+        model.decode(features, lambda site, kernels, x: kernels[:, :, None])
 
 
 @pytest.mark.parametrize("masks_an_image", [0, 3])
