@@ -120,10 +120,10 @@ class Runner:
         commands, folder = pretraining.commands(self.out, given), pretraining.folder(self.out)
         if commands and not (folder / CELL).exists():
             seconds = sum(self.command(command, folder) for command in commands)
-            logged = {
-                name: value for line in read_log(folder / "log.jsonl") for name, value in line.items()
-            }  # the last
-            monitors = {n.removeprefix("monitor/"): v for n, v in logged.items() if n.startswith("monitor/")}
+            lines = read_log(folder / "log.jsonl")  # the last value of each counts; not every line has all
+            monitors = {
+                n.removeprefix("monitor/"): v for line in lines for n, v in line.items() if n.startswith("monitor/")
+            }
             metrics = _numbers(read_json(folder / "test" / "metrics.json"))
             _done(folder, commands, {"metrics": metrics, "monitors": monitors, "seconds": seconds})
 
