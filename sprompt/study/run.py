@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -33,20 +34,26 @@ class Failed(RuntimeError):
 
 
 class Runner:
-    """Runs commands in processes of their own, `jobs` chains of them at once, and no other study in the folder beside them."""
+    """Runs commands in processes of their own, `jobs` chains of them at once, and no other study in the folder beside them.
+
+    While it is entered SIGTERM ends the program as SIGINT does: by an exception, so that commands in progress are ended with it.
+    """
 
     def __init__(self, out: Path, jobs: int) -> None:
         self.out, self.jobs = out, jobs
         self.running = 1  # commands that share the cores
         self.stopping = threading.Event()
         self.lock: IO[str] | None = None
+        self._before: Any = None
 
     def __enter__(self) -> Runner:
         self.lock = _locked(self.out)
+        self._before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         return self
 
     def __exit__(self, *_: object) -> None:
         assert self.lock is not None
+        signal.signal(signal.SIGTERM, self._before)
         self.lock.close()
 
     def check(self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int) -> None:
@@ -88,13 +95,15 @@ class Runner:
                 stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads, **os.environ},
                 pass_fds=() if self.lock is None else (self.lock.fileno(),),
             )  # fmt: skip
-            while True:
-                try:
-                    status = process.wait(0.2)
-                    break
-                except subprocess.TimeoutExpired:
+            try:
+                while (status := process.poll()) is None:
+                    time.sleep(0.05)
                     if self.stopping.is_set():
                         process.terminate()
+            except BaseException:  # in preparation, which runs commands in the main thread
+                process.terminate()
+                process.wait()
+                raise
         if status:
             why = _last_line(folder / LOG) if status > 0 else f"ended by signal {-status}"
             raise Failed(f"{why} ({folder / LOG})")

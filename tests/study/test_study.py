@@ -1,5 +1,6 @@
 """`sprompt study` as a user meets it, at the smallest size: what it runs, what it keeps, what it says of failures."""
 
+import fcntl
 import json
 import os
 import signal
@@ -156,6 +157,21 @@ def test_killed_it_goes_on(whole: Path, settings: Path, tmp_path: Path) -> None:
     assert status == 0, said
     assert all(path.read_text() == text for path, text in done.items())
     assert len(json.loads((tmp_path / "study" / "results.json").read_text())["cells"]) == 3
+
+
+@pytest.mark.parametrize("where", ["backbone", "finetune"])
+def test_asked_to_end_it_leaves_no_command_behind(settings: Path, tmp_path: Path, where: str) -> None:
+    """In preparation, whose commands the main thread runs, and in cells, which threads run. Commands hold the folder's lock."""
+    variant = "scratch" if where == "finetune" else "backbone"
+    process = start(tmp_path, settings, "--variants", variant, "--seeds", "0", "1", "2", "--jobs", "2")
+    deadline = time.monotonic() + 300
+    while not list(tmp_path.glob(f"{where}/**/output.txt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    with open(tmp_path / ".lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(settings: Path, tmp_path: Path) -> None:
