@@ -56,6 +56,8 @@ class Study:
     """Shares of the labelled pictures to fine-tune on."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One pre-training and fine-tuning of each variant for every seed, which also draws the labelled pictures."""
+    longer: int = 1
+    """Times that pre-training is as long as the settings say."""
     evaluate_every: int = 4
     """Epochs of fine-tuning between tests, for the learning curves."""
     jobs: int = 1
@@ -70,7 +72,7 @@ class Study:
         with Runner(self.out, self.jobs) as runner:
             pictures = self._pictures()
             names = self._variants(pictures.known is not None)
-            given = prepare.inputs(self.out, pictures, self.settings, self.backbone, names, runner.command)
+            given = prepare.inputs(self.out, pictures, self.settings, self.backbone, self.longer, names, runner.command)
             work = list(chains(names, self.fractions, self.seeds))
             cells = [cell for _, own in work for cell in own]
             runner.check(work, given, self.evaluate_every)
@@ -107,7 +109,7 @@ class Study:
                 raise ValueError(f"--{option}: must be different values, at least one, got {list(values)}")
         if not 0 <= self.likeness <= 1:
             raise ValueError(f"--likeness: must lie between 0 and 1, got {self.likeness}")
-        for option in ("jobs", "evaluate_every"):
+        for option in ("jobs", "evaluate_every", "longer"):
             if getattr(self, option) < 1:
                 raise ValueError(f"--{option.replace('_', '-')}: must be at least 1, got {getattr(self, option)}")
         unknown = [name for name in self.variants if name not in VARIANTS]

@@ -57,8 +57,9 @@ def labelled(
 
 
 def inputs(
-    out: Path, pictures: Pictures, settings: str, backbone: Path | None, variants: Sequence[str], command: Command
-) -> Inputs:
+    out: Path, pictures: Pictures, settings: str, backbone: Path | None, longer: int, variants: Sequence[str],
+    command: Command,
+) -> Inputs:  # fmt: skip
     """Trains the backbone if there is none, and finds and makes the proposals that the variants learn."""
     if backbone is None:
         backbone = out / "backbone" / "backbone.safetensors"
@@ -89,5 +90,5 @@ def inputs(
             truth(pictures.known, found, path)
     return Inputs(
         settings, pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,
-        pictures.val_annotations, backbone, proposals,
+        pictures.val_annotations, backbone, proposals, longer,
     )  # fmt: skip

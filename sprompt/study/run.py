@@ -82,10 +82,9 @@ class Runner:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
 
-    def command(self, command: Sequence[str], folder: Path) -> float:
-        """Runs one command, what it prints into folder/output.txt; the seconds that it took."""
+    def command(self, command: Sequence[str], folder: Path) -> None:
+        """Runs one command, what it prints into folder/output.txt."""
         folder.mkdir(parents=True, exist_ok=True)
-        began = time.monotonic()
         threads = str(max(1, (os.cpu_count() or 1) // self.running))
         with open(folder / LOG, "ab") as log:
             log.write(f"$ {typed(command)}\n".encode())
@@ -107,7 +106,6 @@ class Runner:
         if status:
             why = _last_line(folder / LOG) if status > 0 else f"ended by signal {-status}"
             raise Failed(f"{why} ({folder / LOG})")
-        return time.monotonic() - began
 
     def _chain(
         self, pretraining: Pretraining, cells: list[Cell], given: Inputs, every: int
@@ -128,26 +126,27 @@ class Runner:
     def _pretrain(self, pretraining: Pretraining, given: Inputs) -> None:
         commands, folder = pretraining.commands(self.out, given), pretraining.folder(self.out)
         if commands and not (folder / CELL).exists():
-            seconds = sum(self.command(command, folder) for command in commands)
-            lines = read_log(folder / "log.jsonl")  # the last value of each counts; not every line has all
-            monitors = {
-                n.removeprefix("monitor/"): v for line in lines for n, v in line.items() if n.startswith("monitor/")
-            }
+            for command in commands:
+                self.command(command, folder)
+            last = {name: value for line in read_log(folder / "log.jsonl") for name, value in line.items()}
+            monitors = {n.removeprefix("monitor/"): v for n, v in last.items() if n.startswith("monitor/")}
             metrics = _numbers(read_json(folder / "test" / "metrics.json"))
-            _done(folder, commands, {"metrics": metrics, "monitors": monitors, "seconds": seconds})
+            _done(folder, commands, {"metrics": metrics, "monitors": monitors, "seconds": last["seconds"]})
 
     def _finetune(self, cell: Cell, given: Inputs, every: int) -> None:
         command, folder = cell.command(self.out, given, every), cell.folder(self.out)
         if not (folder / CELL).exists():
-            seconds = self.command(command, folder)
+            self.command(command, folder)
             metrics = _numbers(read_json(folder / "metrics.json"))
             lines = read_log(folder / "log.jsonl")
+            last = {name: value for line in lines for name, value in line.items()}
             curve = [[line["epoch"], line["val/AP"], line["val/APpooled"]] for line in lines if "val/AP" in line]
-            curve.append([lines[-1]["epoch"], metrics["AP"], metrics["APpooled"]])
-            _done(folder, [command], {"metrics": metrics, "curve": curve, "seconds": seconds})
+            curve.append([last["epoch"], metrics["AP"], metrics["APpooled"]])
+            _done(folder, [command], {"metrics": metrics, "curve": curve, "seconds": last["seconds"]})
 
 
 def _done(folder: Path, commands: list[list[str]], found: dict[str, Any]) -> None:
+    """`found`: "metrics", the "seconds" of training, over all attempts, and what else tables and pictures show."""
     text = {"commands": [typed(command) for command in commands], **found}
     atomic_write(folder / CELL, json.dumps(text, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # most of the disk; the trained model is there
