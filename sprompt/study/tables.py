@@ -204,6 +204,8 @@ def summary(results: Results) -> str:
     if shares:
         said.append(f"Fine-tuned on {' and '.join(map(percent, shares))} of the labels")
         said[-1] += f" for {data['epochs']} epochs" if data.get("epochs") else ""
+    if (longer := (results.get("study") or {}).get("longer", 1)) > 1:
+        said.append(f"Pre-trained {longer} times as long as the settings say")
     said.append(f"{done}{f' of {plan}' if plan else ''} cell{'s' if (plan or done) != 1 else ''} done")
     said[-1] += f", {len(results['failed'])} failed" if results.get("failed") else ""
     said[-1] += f", in {results['hours']:.3g} hours of processes" if results.get("hours") else ""

@@ -224,12 +224,12 @@ def test_the_summary_says_what_is_done() -> None:
     results = of(pseudo=[0.1]) | {
         "data": {"name": "nuclei", "train": 1200, "val": 150, "classes": ["cell"], "fractions": [0.05, 0.1], "seeds": [0, 1, 2],
                  "epochs": 40},
-        "study": {"variants": ["pseudo", "prompts"]}, "hours": 1.934, "machine": "a machine", "failed": [{"cell": "x"}],
+        "study": {"variants": ["pseudo", "prompts"], "longer": 4}, "hours": 1.934, "machine": "a machine", "failed": [{"cell": "x"}],
     }  # fmt: skip
     assert planned(results) == 12 and planned({"study": {"variants": []}}) is None
     assert summary(results) == (
         "Nuclei: pictures 1,200 with labels to draw from, 150 to test on. 1 class: cell. Fine-tuned on 5 % and 10 % of the labels "
-        "for 40 epochs. 1 of 12 cells done, 1 failed, in 1.93 hours of processes on a machine."
+        "for 40 epochs. Pre-trained 4 times as long as the settings say. 1 of 12 cells done, 1 failed, in 1.93 hours of processes on a machine."
     )
 
 
