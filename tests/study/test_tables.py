@@ -229,7 +229,8 @@ def test_the_summary_says_what_is_done() -> None:
     assert planned(results) == 12 and planned({"study": {"variants": []}}) is None
     assert summary(results) == (
         "Nuclei: pictures 1,200 with labels to draw from, 150 to test on. 1 class: cell. Fine-tuned on 5 % and 10 % of the labels "
-        "for 40 epochs. Pre-trained 4 times as long as the settings say. 1 of 12 cells done, 1 failed, in 1.93 hours of processes on a machine."
+        "for 40 epochs. Pre-trained 4 times as long as the settings say. 1 of 12 cells done, 1 failed, in 1.93 hours of processes "
+        "on a machine."
     )
 
 
