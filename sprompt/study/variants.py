@@ -15,36 +15,38 @@ class Variant:
     proposals: Literal["saliency", "shuffled", "truth"] = "saliency"
     """Masks that pre-training learns: those of `sprompt propose`, those of another picture, or the true ones."""
     method: dict[str, str] = field(default_factory=dict)
-    """Options of `sprompt pretrain --method.…` that differ from the preset's, which prompt and supervise kernels."""
+    """Options of `sprompt pretrain --method.…` on top of the preset's, which prompt and supervise kernels."""
 
+
+#: Without kernel supervision, so that variants differ in one thing. Those with it take its weight from the preset.
+_ALONE = {"kernel-weight": "0"}
 
 #: By name, in the order of the tables.
 VARIANTS = {
     "scratch": Variant("from scratch", "scratch"),
     "backbone": Variant("backbone only (DenseCL)", "backbone"),
-    "pseudo": Variant("pseudo-labels", method={"assign": "none", "kernel-weight": "0"}),
+    "pseudo": Variant("pseudo-labels", method=_ALONE | {"assign": "none"}),
     "pseudo-kernel": Variant("pseudo-labels and kernel supervision", method={"assign": "none"}),
-    "random": Variant("prompts, random assignment", method={"assign": "random"}),
-    "sequential": Variant("prompts, sequential assignment", method={"assign": "sequential"}),
-    "prompts": Variant("prompts, cosine assignment"),
-    "prompts-alone": Variant("prompts without kernel supervision", method={"kernel-weight": "0"}),
+    "random": Variant("prompts, random assignment", method=_ALONE | {"assign": "random"}),
+    "sequential": Variant("prompts, sequential assignment", method=_ALONE | {"assign": "sequential"}),
+    "prompts": Variant("prompts, cosine assignment", method=_ALONE),
+    "prompts-kernel": Variant("prompts and kernel supervision"),
     "shuffled-pseudo": Variant("masks of other pictures, pseudo-labels", proposals="shuffled",
-                               method={"assign": "none", "kernel-weight": "0"}),
-    "shuffled-prompts": Variant("masks of other pictures, prompts", proposals="shuffled"),
-    "truth-pseudo": Variant("true masks, pseudo-labels", proposals="truth",
-                            method={"assign": "none", "kernel-weight": "0"}),
-    "truth-prompts": Variant("true masks, prompts", proposals="truth"),
-    "site-late": Variant("matched to the learned kernels, added to the pooled", method={"site": "kernel_late"}),
-    "site-proposal": Variant("added to the pooled kernels", method={"site": "proposal"}),
-    "source-plain": Variant("not set against their picture", method={"contrast": "False"}),
-    "source-align": Variant("by RoIAlign of the box", method={"pooling": "roi_align"}),
-    "source-finest": Variant("from the finest map of the pyramid", method={"level": "P2", "contrast": "False"}),
+                               method=_ALONE | {"assign": "none"}),
+    "shuffled-prompts": Variant("masks of other pictures, prompts", proposals="shuffled", method=_ALONE),
+    "truth-pseudo": Variant("true masks, pseudo-labels", proposals="truth", method=_ALONE | {"assign": "none"}),
+    "truth-prompts": Variant("true masks, prompts", proposals="truth", method=_ALONE),
+    "site-late": Variant("matched to the learned kernels, added to the pooled", method=_ALONE | {"site": "kernel_late"}),
+    "site-proposal": Variant("added to the pooled kernels", method=_ALONE | {"site": "proposal"}),
+    "source-plain": Variant("not set against their picture", method=_ALONE | {"contrast": "False"}),
+    "source-align": Variant("by RoIAlign of the box", method=_ALONE | {"pooling": "roi_align"}),
+    "source-finest": Variant("from the finest map of the pyramid", method=_ALONE | {"level": "P2", "contrast": "False"}),
     "source-coarsest": Variant("from boxes on the coarsest map of the pyramid",
-                               method={"level": "coarsest", "pooling": "box", "contrast": "False"}),
-    "dropout-query": Variant("dropped by single kernels", method={"dropout-of": "query"}),
+                               method=_ALONE | {"level": "coarsest", "pooling": "box", "contrast": "False"}),
+    "dropout-query": Variant("dropped by single kernels", method=_ALONE | {"dropout-of": "query"}),
     "prompts-paper": Variant("prompts as in the paper and its code",
-                             method={"level": "coarsest", "pooling": "box", "contrast": "False", "dropout-of": "query",
-                                     "dropout": "0.1"}),
+                             method=_ALONE | {"level": "coarsest", "pooling": "box", "contrast": "False",
+                                              "dropout-of": "query", "dropout": "0.1"}),
 }  # fmt: skip
 
 
@@ -64,17 +66,17 @@ QUESTIONS = {
     "start": Question(
         "Start of fine-tuning (Table 1)",
         "Pre-training with prompts is a better start than a self-supervised backbone.",
-        ("scratch", "backbone", "pseudo", "prompts"), "pseudo",
+        ("scratch", "backbone", "pseudo", "prompts", "prompts-kernel"), "pseudo",
     ),
     "assignment": Question(
         "Assignment of prompts (Table 5)",
         "Cosine beats sequential, sequential beats no prompts, and no prompts beat random ones.",
-        ("pseudo", "pseudo-kernel", "random", "sequential", "prompts"), "pseudo",
+        ("pseudo", "random", "sequential", "prompts"), "pseudo",
     ),
     "supervision": Question(
         "Kernel supervision (Table 4)",
         "Drawing kernels to the seeds of their masks adds to prompts.",
-        ("pseudo", "pseudo-kernel", "prompts-alone", "prompts"), "prompts-alone",
+        ("pseudo", "pseudo-kernel", "prompts", "prompts-kernel"), "prompts",
     ),
     "masks": Question(
         "Quality of the masks (Table 7)",

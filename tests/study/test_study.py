@@ -79,7 +79,7 @@ def test_every_cell_once_with_its_commands(whole: Path) -> None:
         assert (cell["pretrained"] is None) == (cell["variant"] == "backbone")
         assert ("prompt_ratio" in cell["monitors"]) == (cell["variant"] == "truth-prompts")
     made = json.loads((whole / "pretrain" / "shuffled-pseudo-s3" / "cell.json").read_text())["commands"]
-    assert "--method.assign none --method.kernel-weight 0" in made[0] and "--train.seed 3" in made[0]
+    assert "--method.kernel-weight 0 --method.assign none" in made[0] and "--train.seed 3" in made[0]
     assert "shuffled.json" in made[0]
     made = json.loads((whole / "finetune" / "backbone-50%-s3" / "cell.json").read_text())["commands"]
     assert "--data.fraction 0.5 --data.subset-seed 3" in made[0]

@@ -101,7 +101,7 @@ def test_means_and_verdicts_survive_without_a_baseline() -> None:
 
 
 def test_questions_need_two_variants_and_every_fraction_has_its_table() -> None:
-    results = of(pseudo=PSEUDO, pseudo_kernel=[0.3])
+    results = of(pseudo=PSEUDO, random=[0.3], pseudo_kernel=[0.3])
     assert [c.key for c in comparisons(results)] == ["assignment", "supervision"]
     results["cells"] += [cell("pseudo", 0, 0.5, 0.1), cell("random", 0, 0.4, 0.1)]
     assert [(c.key, c.fraction) for c in comparisons(results)] == [
@@ -193,18 +193,18 @@ def test_masks_to_learn_from() -> None:
 
 
 def test_markdown_is_a_table_with_numbers_to_the_right() -> None:
-    text = markdown(of(pseudo=[0.1, 0.2], pseudo_kernel=[0.3, 0.3]))
-    head, sides, first, second = text[text.index("| ") :].split("\n\n")[0].split("\n")
+    text = markdown(of(pseudo=[0.1, 0.2], sequential=[0.3, 0.3]))
+    head, sides, first, second = text[text.index("| ") :].strip().split("\n")
     assert head == (
         "|  | AP | AP50 | AP75 | APs | APm | APl | pooled AP | seeds | difference to “pseudo-labels” | seeds above | verdict |"
     )
     assert sides == "| :-- |" + " --: |" * 10 + " :-- |"
     assert first == "| pseudo-labels | 15.00 ± 7.07 | – | – | – | – | – | – | 2 | – | – | baseline |"
     assert second == (
-        "| **pseudo-labels and kernel supervision** | **30.00 ± 0.00** | **–** | **–** | **–** | **–** | **–** | **–** | **2** "
+        "| **prompts, sequential assignment** | **30.00 ± 0.00** | **–** | **–** | **–** | **–** | **–** | **–** | **2** "
         "| **+15.00 ± 7.07** | **2 of 2** | **above by more than the spread** |"
     )
-    assert "### Kernel supervision (Table 4), 5 % of the labels" in text
+    assert "### Assignment of prompts (Table 5), 5 % of the labels" in text
 
 
 def test_markdown_of_hostile_names_stays_a_table() -> None:
