@@ -129,9 +129,14 @@ def compare(key: str, results: Results, fraction: float) -> Comparison:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Of every question with at least two variants, at each share of the labels."""
-    made = [compare(key, results, fraction) for key in QUESTIONS for fraction in fractions(results)]
-    return [comparison for comparison in made if len(comparison.rows) > 1]
+    """Of every question with at least two variants, at each share of the labels; without those that only repeat an earlier one."""
+    made: list[Comparison] = []
+    for key in QUESTIONS:
+        for fraction in fractions(results):
+            comparison = compare(key, results, fraction)
+            if len(comparison.rows) > 1 and not any(_repeats(comparison, earlier) for earlier in made):
+                made.append(comparison)
+    return made
 
 
 def epoch_reaching(results: Results, variant: str, target: float, fraction: float) -> float | None:
@@ -141,6 +146,16 @@ def epoch_reaching(results: Results, variant: str, target: float, fraction: floa
 
 
 # -- parts
+def _repeats(comparison: Comparison, earlier: Comparison) -> bool:
+    """Whether the earlier one has all its rows, and compares all the pairs that it does."""
+    own, others = (({row.name for row in c.rows}, _pairs(c)) for c in (comparison, earlier))
+    return comparison.fraction == earlier.fraction and own[0] <= others[0] and own[1] <= others[1]
+
+
+def _pairs(comparison: Comparison) -> set[frozenset[str]]:
+    return {frozenset((row.name, comparison.question.baseline)) for row in comparison.rows if row.difference}
+
+
 def _spread(*estimates: Estimate | None) -> float:
     return max((e.sd for e in estimates if e and e.sd is not None), default=0.0)
 

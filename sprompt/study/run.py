@@ -128,7 +128,7 @@ class Runner:
         if commands and not (folder / CELL).exists():
             for command in commands:
                 self.command(command, folder)
-            last = {name: value for line in read_log(folder / "log.jsonl") for name, value in line.items()}
+            last = _last(read_log(folder / "log.jsonl"))
             monitors = {n.removeprefix("monitor/"): v for n, v in last.items() if n.startswith("monitor/")}
             metrics = _numbers(read_json(folder / "test" / "metrics.json"))
             _done(folder, commands, {"metrics": metrics, "monitors": monitors, "seconds": last["seconds"]})
@@ -139,10 +139,15 @@ class Runner:
             self.command(command, folder)
             metrics = _numbers(read_json(folder / "metrics.json"))
             lines = read_log(folder / "log.jsonl")
-            last = {name: value for line in lines for name, value in line.items()}
+            last = _last(lines)
             curve = [[line["epoch"], line["val/AP"], line["val/APpooled"]] for line in lines if "val/AP" in line]
             curve.append([last["epoch"], metrics["AP"], metrics["APpooled"]])
             _done(folder, [command], {"metrics": metrics, "curve": curve, "seconds": last["seconds"]})
+
+
+def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last value of every name in a log."""
+    return {name: value for line in lines for name, value in line.items()}
 
 
 def _done(folder: Path, commands: list[list[str]], found: dict[str, Any]) -> None:

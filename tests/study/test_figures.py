@@ -29,7 +29,7 @@ def test_curves(tmp_path: Path) -> None:
     a, b, many = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "many.png"
     assert draw_curves(results(pseudo=0.2), a) and draw_curves(results(pseudo=0.1), b)
     assert pixels(a).shape == pixels(b).shape and (pixels(a) != pixels(b)).any()
-    assert draw_curves(results(pseudo=0.2, seeds=1, fractions=(0.05, 0.1)), many)
+    assert draw_curves(results(pseudo=0.2, seeds=1, fractions=(0.05, 0.1, 0.2)), many)
     assert pixels(many).shape[0] > pixels(a).shape[0], "a panel for each question and share"
 
 

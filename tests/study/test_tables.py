@@ -111,6 +111,16 @@ def test_questions_need_two_variants_and_every_fraction_has_its_table() -> None:
     assert titles[1] == "Assignment of prompts (Table 5), 10 % of the labels"
 
 
+def test_questions_that_only_repeat_an_earlier_one_are_left_out() -> None:
+    core = of(scratch=[0.1], pseudo=PSEUDO, prompts=PSEUDO)
+    assert [c.key for c in comparisons(core)] == ["start"]  # all others would be its rows pseudo and prompts
+    core["cells"] += [cell("pseudo", 0, 0.5, 0.1), cell("prompts", 0, 0.4, 0.1), cell("prompts-kernel", 0, 0.4)]
+    # supervision has rows of start only, but compares prompts-kernel with prompts
+    assert [(c.key, c.fraction) for c in comparisons(core)] == [
+        ("start", 0.05), ("start", 0.1), ("supervision", 0.05)
+    ]  # fmt: skip
+
+
 def curve(*aps: float) -> list[list[float]]:
     """Tests every second epoch; pooled AP is twice as high."""
     return [[2.0 * (i + 1), ap, 2 * ap] for i, ap in enumerate(aps)]
