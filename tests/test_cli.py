@@ -2,6 +2,7 @@
 
 import json
 import shlex
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,19 @@ def test_predictions_and_gallery(chain: Path, tmp_path: Path) -> None:
     page = (tmp_path / "view" / "index.html").read_text()
     for section in ("proposals", "prompts", "predictions", "curves", "kernels"):
         assert f'id="{section}"' in page
+
+
+def test_more_masks_than_kernels_are_said(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = Counter(
+        a["image_id"] for a in json.loads((chain / "scenes" / "instances.json").read_text())["annotations"]
+    )
+    most = max(counts.values())
+    labels = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    for kernels in (most - 1, most):
+        network = NETWORK.replace("kernels 8", f"kernels {kernels}")
+        assert sprompt(f"finetune {labels} --out {tmp_path}/{kernels} --train.epochs 1 {network} {SMALL}") == 0
+        said = f"{list(counts.values()).count(most)} pictures have more masks, up to {most}, than the model has kernels"
+        assert (said in capsys.readouterr().out) == (kernels < most)
 
 
 def test_a_finished_run_started_again_does_nothing_new(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,7 @@ class Finetune:
         for problem in dataset.problems:
             runs.say(f"  {problem}")
         model = self._model(dataset)
+        runs.say_if_crowded(dataset, model.config.kernels)
         record = runs.begin(self.out, self)
 
         def after_epoch(epoch: int) -> dict[str, float]:

@@ -70,6 +70,7 @@ class Pretrain:
             )
         torch.manual_seed(self.train.seed)
         model = KNet(dataclasses.replace(self.model, num_classes=1))
+        runs.say_if_crowded(dataset, model.config.kernels)
         runs.say(load_backbone(model.backbone, runs.existing(self.backbone, "backbone", folder=False)))
         made_with = dataset.info["proposals"] if dataset.has_seeds else {}
         if made_with.get("backbone", fingerprint(model.backbone)) != fingerprint(model.backbone):

@@ -11,6 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 from torch import nn
 
 from sprompt.cli import record
+from sprompt.data.coco import CocoDataset
 from sprompt.data.loader import Batches
 from sprompt.data.resident import Kept, Resident
 from sprompt.data.transforms import Augment, collate
@@ -61,6 +62,16 @@ def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callabl
     device = processes(cpu).device
     say(f"reading {len(dataset)} pictures, which stay on {device}")
     return partial(Resident, Kept(dataset, augment, device))
+
+
+def say_if_crowded(dataset: CocoDataset, kernels: int) -> None:
+    """A warning where pictures have more masks than a model can find: one with each kernel."""
+    counts = dataset.mask_counts
+    if crowded := sum(count > kernels for count in counts):
+        say(
+            f"  {crowded} pictures have more masks, up to {max(counts)}, than the model has kernels, {kernels}, and each finds at "
+            "most one; --model.kernels of the first training sets them"
+        )
 
 
 def listing(names: Sequence[str]) -> str:

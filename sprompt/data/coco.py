@@ -107,6 +107,11 @@ class CocoDataset(Dataset[Sample]):
         return [self._file.pictures[p].id for p in self.positions]
 
     @property
+    def mask_counts(self) -> list[int]:
+        """Masks of each picture."""
+        return [len(self._instances(self._file.pictures[p])) for p in self.positions]
+
+    @property
     def info(self) -> dict[str, Any]:
         """The file's own remarks; `proposals` in it says how proposals were made."""
         return self._file.info

@@ -119,6 +119,13 @@ def test_samples_are_what_pycocotools_reads(folder: Path) -> None:
     assert dataset.problems == [f"{folder / 'a.json'}: 1 annotations of crowds are left out: 13"]
 
 
+def test_mask_counts_are_those_of_the_samples(folder: Path) -> None:
+    for keep in (False, True):
+        dataset = CocoDataset(folder, folder / "a.json", keep_empty=keep)
+        assert dataset.mask_counts == [len(dataset[i].masks) for i in range(len(dataset))]
+    assert 0 in dataset.mask_counts and len(set(dataset.mask_counts)) > 1
+
+
 def test_pictures_without_masks_go_or_stay(folder: Path) -> None:
     dataset = CocoDataset(folder, folder / "a.json")
     assert dataset.image_ids == [100, 101, 102]
