@@ -11,7 +11,9 @@ from sprompt.settings import to_plain
 from sprompt.study import prepare
 from sprompt.study.plan import Cell, Inputs, chains
 from sprompt.study.run import Runner
-from sprompt.study.variants import VARIANTS
+from sprompt.study.variants import QUESTIONS, VARIANTS
+
+_SIDES = 12  # test pictures on the page
 
 
 @dataclasses.dataclass
@@ -19,9 +21,9 @@ class Study:
     """Compares ways to start fine-tuning on few labels: from scratch, from a backbone, from proposals as pseudo-labels, and from
     Saliency Prompt pre-training with its parts taken out one by one. Each is pre-trained and fine-tuned with several seeds.
 
-    Writes OUT/results.json, OUT/tables.md and OUT/index.html, anew after every cell, and pictures of curves and kernels at the
-    end. Killed and started again it goes on where it was. Without --images it draws synthetic scenes. `sprompt study --preset
-    study-cpu` takes hours, not days, on two cores; study-gpu is for one card and pictures of your own.
+    Writes OUT/results.json, OUT/tables.md and OUT/index.html, anew after every cell, and pictures of curves, predictions and
+    kernels at the end. Killed and started again it goes on where it was. Without --images it draws synthetic scenes. `sprompt study
+    --preset study-cpu` takes hours, not days, on two cores; study-gpu is for one card and pictures of your own.
     """
 
     out: Path = Path("study")
@@ -64,7 +66,7 @@ class Study:
     """Commands that run at once; they share the cores, or the GPU."""
 
     def run(self) -> None:
-        from sprompt.study.figures import draw_curves, draw_maps
+        from sprompt.study.figures import draw_curves, draw_maps, draw_predictions
         from sprompt.study.results import gather
 
         self._check()
@@ -94,9 +96,11 @@ class Study:
                 runs.say(f"{cell}: {said}; {finished} of {len(cells)} cells, {left:.0f} min left")
 
             runner.run(work, given, self.evaluate_every, done)
-            results, maps = gather(self.out, cells, about, failed), self._maps(cells, pictures)
-            self._show(results, maps)
+            results = gather(self.out, cells, about, failed)
+            maps, sides = self._maps(cells, pictures), self._sides(cells, pictures)
+            self._show(results, maps, sides)
             draw_curves(results, self.out / "curves.png")
+            draw_predictions(sides, self.out / "predictions.png")
             draw_maps(maps, self.out / "kernels.png")
         runs.say(f"open {self.out / 'index.html'} in a browser; the tables are in {self.out / 'tables.md'}")
         if failed:
@@ -171,12 +175,12 @@ class Study:
             "proposals": {kind: agreement(file, pictures.known) for kind, file in given.proposals.items()},
         }  # fmt: skip
 
-    def _show(self, results: dict[str, Any], maps: Any = None) -> None:
+    def _show(self, results: dict[str, Any], maps: Any = None, sides: Any = ()) -> None:
         from sprompt.study.page import write_page
         from sprompt.study.tables import markdown
 
         atomic_write(self.out / "tables.md", markdown(results))
-        write_page(self.out, results, maps or {})
+        write_page(self.out, results, maps, sides)
 
     def _maps(self, cells: list[Cell], pictures: prepare.Pictures) -> dict[str, Any]:
         """Where the kernels of each variant look, by its first fine-tuned model."""
@@ -193,6 +197,18 @@ class Study:
                 found = activation_maps(opened.model, PictureFolder(pictures.val_images), 100, short=short, long=long)
                 maps[cell.variant] = found.numpy()
         return maps
+
+    def _sides(self, cells: list[Cell], pictures: prepare.Pictures) -> Any:
+        """Test pictures with what the first fine-tuned model of each start finds; of all variants where none is a start."""
+        from sprompt.study.predictions import side_by_side
+
+        files: dict[str, Path] = {}
+        for cell in cells:
+            file = cell.folder(self.out) / runs.PREDICTIONS
+            if cell.variant not in files and file.is_file():
+                files[cell.variant] = file
+        starts = {name: file for name, file in files.items() if name in QUESTIONS["start"].variants}
+        return side_by_side(pictures.val_images, pictures.val_annotations, starts or files, _SIDES)
 
 
 def _settings(study: Study) -> dict[str, Any]:

@@ -46,7 +46,8 @@ details{margin-top:1rem}
 .sheet::after{content:"";flex:1000 1 0}
 .sheet figure{margin:0;flex:calc(var(--ar)*100) 1 calc(var(--ar)*var(--row));min-width:0;
 max-width:min(100%,calc(var(--ar)*var(--row)*1.8))}
-.sheet.pairs{--row:12.5rem}
+.sheet.pairs,.sheet.sides{--row:12.5rem}
+.sheet.sides .shots{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr))}
 .sheet figure[hidden]{display:none}
 .shots{display:flex;gap:3px;background:var(--pit);border-radius:6px;overflow:hidden}
 .shots a{flex:1 1 0;min-width:0;display:block;cursor:zoom-in;position:relative}

@@ -1,9 +1,10 @@
-"""The pictures of a study for pages of documentation: learning curves and kernel maps as PNG files."""
+"""The pictures of a study for pages of documentation: learning curves, predictions and kernel maps as PNG files."""
 
 from __future__ import annotations
 
 import io
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +13,11 @@ from matplotlib.figure import Figure
 from sprompt.files import atomic_write
 from sprompt.report.activation import read_activation, spread
 from sprompt.study.compare import Results, comparisons, seed_curves
+from sprompt.study.predictions import Side
 from sprompt.study.tables import percent, title
 
 _MAPS = 8  # kernels of a variant, from the most local to the least
+_SIDES = 5  # test pictures
 
 
 def draw_curves(results: Results, out: Path) -> bool:
@@ -61,6 +64,27 @@ def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
             axes.set_axis_off()
             if column == 0:
                 axes.set_title(title(name), fontsize=8, loc="left")
+    _save(figure, out)
+    return True
+
+
+def draw_predictions(sides: Sequence[Side], out: Path) -> bool:
+    """A row for each of the first test pictures: the labels, then what each variant finds. False, and no file, without pictures."""
+    if not sides:
+        return False
+    rows = [
+        {"labels": side.labels} | {title(name): picture for name, (picture, _) in side.found.items()}
+        for side in sides[:_SIDES]
+    ]
+    columns = len(rows[0])
+    figure = Figure(figsize=(2 * columns, 2.1 * len(rows)), layout="constrained")
+    for row, tiles in enumerate(rows):
+        for column, (name, picture) in enumerate(tiles.items()):
+            axes = figure.add_subplot(len(rows), columns, row * columns + column + 1)
+            axes.imshow(np.asarray(picture))
+            axes.set_axis_off()
+            if row == 0:
+                axes.set_title(name, fontsize=8)
     _save(figure, out)
     return True
 

@@ -1,10 +1,10 @@
-"""The page of a study: tables with the claims that they test, learning curves, every cell, and kernel maps."""
+"""The page of a study: tables with the claims that they test, learning curves, every cell, predictions, and kernel maps."""
 
 from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,9 @@ import numpy as np
 
 from sprompt.report import page as html
 from sprompt.report.activation import read_activation, spread
-from sprompt.report.album import Album
+from sprompt.report.album import Album, dot, figure
 from sprompt.report.curves import Line, chart
-from sprompt.report.draw import heat_map
+from sprompt.report.draw import FALSE, TRUE, heat_map, hexadecimal, scaled
 from sprompt.report.page import Html, Section, join, tag
 from sprompt.study.compare import (
     ABOVE,
@@ -29,6 +29,7 @@ from sprompt.study.compare import (
     seed_curves,
     variants,
 )  # fmt: skip
+from sprompt.study.predictions import Side
 from sprompt.study.tables import (
     LEGEND,
     Grid,
@@ -50,20 +51,23 @@ _BANDS = (
 )
 
 
-def write_page(out: Path, results: Results, maps: dict[str, np.ndarray] | None = None) -> Path:
+def write_page(
+    out: Path, results: Results, maps: dict[str, np.ndarray] | None = None, sides: Sequence[Side] = ()
+) -> Path:
     """Writes out/index.html and out/pictures/, and returns the page's path. It opens from disk.
 
     Args:
         results: as results.json has them; what is missing is left out.
         maps: mean activation (N, h, w) of each kernel, by variant.
+        sides: test pictures with the predictions of variants.
 
     Raises ValueError where out/index.html is not a page of this kind, DataError for maps of another shape.
     """
     html.check_place(out)
     album = Album(out)
     sections = [
-        *_questions(results), *_convergence(results), *_all_cells(results), *_before(results), *_kernels(album, maps or {}),
-        *_failed(results), *_settings(results),
+        *_questions(results), *_convergence(results), *_all_cells(results), *_before(results),
+        *_predictions(album, sides), *_kernels(album, maps or {}), *_failed(results), *_settings(results),
     ]  # fmt: skip
     if not results.get("cells"):
         sections.insert(0, Section("cells", "Cells", tag("p", "No cell is done yet.", class_="note")))
@@ -162,6 +166,42 @@ def _before(results: Results) -> Iterator[Section]:
         if grid:
             name, _, number = grid.title.partition(" (")
             yield Section(anchor, name, join(tag("p", grid.note, class_="note"), _table(grid)), number.rstrip(")"))
+
+
+def _predictions(album: Album, sides: Sequence[Side]) -> Iterator[Section]:
+    """Test pictures: the labels, then what each variant finds."""
+    figures = []
+    for number, side in enumerate(sides):
+        plain = scaled(side.plain)
+        shots = [album.shot(f"labels-{number:03}", side.labels, f"Labels of {side.name}", plain=plain, title="labels")]
+        rows = []
+        for place, (name, (picture, counts)) in enumerate(side.found.items()):
+            said = "{} found, {} false, {} missed".format(*counts)
+            words = f"{title(name)} on {side.name}: {said}"
+            shots.append(
+                album.shot(
+                    f"found-{number * len(side.found) + place:03}", picture, words, plain=plain, title=title(name)
+                )
+            )
+            rows.append(tag("span", f"{title(name)}: {said}"))
+        ratio = len(shots) * side.plain.width / side.plain.height
+        figures.append(figure(shots, ratio, side.name, tag("div", rows, class_="chips")))
+    if figures:
+        key = [
+            tag("span", dot(hexadecimal(colour), style), words)
+            for colour, style, words in (
+                (TRUE, "solid", "found: IoU of at least 0.5 with an object of its class"),
+                (FALSE, "hatched", "false"),
+            )
+        ]
+        note = (
+            "What the first fine-tuned model of each start finds on the same test pictures: predictions above the score that gives it "
+            "the best F1 on them."
+        )
+        sheet = tag("div", figures, class_="sheet sides")
+        yield Section(
+            "predictions", "Predictions", join(tag("p", note, class_="note"), tag("p", key, class_="key"), sheet)
+        )
 
 
 def _kernels(album: Album, maps: dict[str, np.ndarray]) -> Iterator[Section]:

@@ -1,0 +1,68 @@
+"""The same test pictures with the predictions of several models, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from sprompt.data.errors import DataError
+from sprompt.report.compare import Compared, above, best_threshold, compare
+from sprompt.report.draw import FALSE, IGNORED, TRUE, Mark, overlay
+from sprompt.report.records import masks_of, read_image, read_records
+
+
+@dataclass(frozen=True)
+class Side:
+    """A picture, drawn once with its labels and once with the predictions of each model."""
+
+    name: str
+    plain: Image.Image
+    labels: Image.Image
+    found: dict[
+        str, tuple[Image.Image, tuple[int, int, int]]
+    ]  # by model; objects found, false predictions, missed objects
+
+
+def side_by_side(images: Path, labels: Path, predictions: Mapping[str, Path], limit: int) -> list[Side]:
+    """At most `limit` pictures with labels, evenly from first to last. Drawn are the predictions of a model above the score that gives
+    its best F1 on them. Pictures that cannot be read are left out.
+
+    Args:
+        images: folder of the pictures.
+        labels: their COCO file.
+        predictions: COCO results, by model.
+    """
+    truth = read_records(labels)
+    models = {model: read_records(file, images, truth) for model, file in predictions.items()}
+    labelled = [entry for entry in truth.entries.values() if entry.instances]
+    count = min(limit, len(labelled))
+    pictures: list[tuple[int, Image.Image]] = []
+    compared: dict[str, list[Compared]] = {model: [] for model in models}
+    for entry in (labelled[k * len(labelled) // count] for k in range(count)):
+        try:
+            picture = read_image(images, entry.name)
+        except DataError:
+            continue
+        size = (picture.height, picture.width)
+        own, kept, _ = masks_of(entry.instances, size)
+        for model, records in models.items():
+            masks, instances, _ = masks_of(records.entries[entry.id].instances, size)
+            compared[model].append(compare(masks, instances, own, kept))
+        pictures.append((entry.id, picture))
+    least = {model: best_threshold(all_of) for model, all_of in compared.items()}
+    sides = []
+    for place, (key, picture) in enumerate(pictures):
+        shown = {model: above(all_of[place], least[model]) for model, all_of in compared.items()}
+        own, kept, _ = masks_of(truth.entries[key].instances, (picture.height, picture.width))
+        marked = overlay(picture, own, [Mark(IGNORED if label.crowd else TRUE) for label in kept])
+        found = {model: (_drawn(picture, one), one.counts) for model, one in shown.items()}
+        sides.append(Side(truth.entries[key].name, picture, marked, found))
+    return sides
+
+
+def _drawn(picture: Image.Image, compared: Compared) -> Image.Image:
+    looks = {-1: Mark(FALSE, style="hatched"), -2: Mark(IGNORED)}
+    return overlay(picture, compared.masks, [looks.get(label, Mark(TRUE)) for label in compared.found])
