@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from PIL import Image
 
 from sprompt.files import atomic_write
 from sprompt.report.activation import read_activation, spread
@@ -90,6 +91,9 @@ def draw_predictions(sides: Sequence[Side], out: Path) -> bool:
 
 
 def _save(figure: Figure, out: Path) -> None:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=110)
+    """With 256 colours, at half the size or less; nobody sees the difference."""
+    drawn, file = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=110)
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").quantize(256).save(file, "PNG", optimize=True)
     atomic_write(out, file.getvalue())
