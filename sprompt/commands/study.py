@@ -100,7 +100,7 @@ class Study:
             maps, sides = self._maps(cells, pictures), self._sides(cells, pictures)
             self._show(results, maps, sides)
             draw_curves(results, self.out / "curves.png")
-            draw_predictions(sides, self.out / "predictions.png")
+            draw_predictions(sides, self.out / "predictions.jpg")
             draw_maps(maps, self.out / "kernels.png")
         runs.say(f"open {self.out / 'index.html'} in a browser; the tables are in {self.out / 'tables.md'}")
         if failed:

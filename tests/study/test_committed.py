@@ -20,7 +20,7 @@ def test_tables_are_those_of_the_results(folder: Path) -> None:
     results = json.loads((folder / "results.json").read_text())
     assert (folder / "tables.md").read_text() == markdown(results)
     assert {cell["variant"] for cell in results["cells"]} <= set(VARIANTS) and not results["failed"]
-    assert all((folder / name).is_file() for name in ("curves.png", "predictions.png", "kernels.png"))
+    assert all((folder / name).is_file() for name in ("curves.png", "predictions.jpg", "kernels.png"))
 
 
 def test_the_page_names_every_claim_and_links_to_what_is_there() -> None:

@@ -102,8 +102,8 @@ def test_page_and_picture(files: tuple[Path, Path, dict[str, Path]], tmp_path: P
     assert "pseudo-labels: 0 found, 1 false, 2 missed" in text
     stored = {path.name for path in (tmp_path / "page" / "pictures").iterdir()}
     assert {f"found-00{n}.jpg" for n in range(4)} | {"labels-000.jpg", "labels-001.jpg"} <= stored
-    assert draw_predictions(sides, tmp_path / "predictions.png") and not draw_predictions([], tmp_path / "none.png")
-    with Image.open(tmp_path / "predictions.png") as picture:
+    assert draw_predictions(sides, tmp_path / "predictions.jpg") and not draw_predictions([], tmp_path / "none.png")
+    with Image.open(tmp_path / "predictions.jpg") as picture:
         assert picture.width > picture.height and not (tmp_path / "none.png").exists()
     write_page(tmp_path / "page", {})
     assert not any((tmp_path / "page" / "pictures").iterdir())
