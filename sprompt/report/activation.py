@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +88,39 @@ def spread(maps: np.ndarray) -> np.ndarray:
 
     A uniform map has √(1/6) ≈ 0.41; a map of a single cell about 0, one without activation infinity.
     """
+    centres, squares = _moments(maps)
+    variance = (squares - centres**2).sum(1).clip(min=0)
+    return np.where(np.isnan(variance), np.inf, np.sqrt(variance))
+
+
+def scatter(maps: np.ndarray) -> float:
+    """How far the centres of the maps (N, h, w) lie from their mean: root mean square, in widths of the map; NaN without activation.
+
+    Kernels that all look everywhere alike have 0, kernels that share the picture evenly among themselves up to √(1/6) ≈ 0.41.
+    """
+    centres, _ = _moments(maps)
+    centres = centres[~np.isnan(centres).any(1)]
+    return float(np.sqrt(centres.var(0).sum())) if len(centres) else float("nan")
+
+
+def placed(maps: np.ndarray) -> str:
+    """The two in words, for captions; empty without activation."""
+    far = spread(maps)
+    finite = far[np.isfinite(far)]
+    return f"median spread {np.median(finite):.2f}, centres scattered by {scatter(maps):.2f}" if finite.size else ""
+
+
+def _moments(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 2) means of y and x, and of their squares, weighted by each map (N, h, w), whose sides are 1; NaN without activation."""
     weights = np.nan_to_num(maps.astype(np.float64)).clip(min=0)
     mass = weights.sum((1, 2))
-    safe = np.where(mass > 0, mass, 1)
-    variance = np.zeros(len(maps))
+    safe = np.where(mass > 0, mass, np.nan)
+    first, second = np.empty((2, len(maps), 2))
     for axis, size in ((1, maps.shape[1]), (2, maps.shape[2])):
         place = (np.arange(size) + 0.5) / size
         along = weights.sum(3 - axis)
-        centre = along @ place / safe
-        variance += along @ place**2 / safe - centre**2
-    return np.where(mass > 0, np.sqrt(variance.clip(min=0)), np.inf)
+        first[:, axis - 1], second[:, axis - 1] = along @ place / safe, along @ place**2 / safe
+    return first, second
 
 
 def section(album: Album, maps: np.ndarray) -> Section:
@@ -122,9 +144,8 @@ def section(album: Album, maps: np.ndarray) -> Section:
         class_="note",
     )  # fmt: skip
     sheet = tag("div", figures, class_="maps", style=f"--ar:{maps.shape[2] / maps.shape[1]:.3f}")
-    finite: Sequence[float] = far[np.isfinite(far)].tolist()
-    middle = f", median spread {np.median(finite):.2f}" if finite else ""
-    return Section("kernels", "Kernel activation", join(note, sheet), f"{len(maps)} kernels{middle}")
+    said = ", ".join(filter(None, (f"{len(maps)} kernels", placed(maps))))
+    return Section("kernels", "Kernel activation", join(note, sheet), said)
 
 
 def _stretched(masks: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from sprompt.files import atomic_write
-from sprompt.report.activation import read_activation, spread
+from sprompt.report.activation import placed, read_activation, spread
 from sprompt.study.compare import Results, comparisons, seed_curves
 from sprompt.study.predictions import Side
 from sprompt.study.tables import percent, title
@@ -63,7 +63,7 @@ def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
             axes.imshow(of_kernels[kernel], vmin=0, cmap="viridis")
             axes.set_axis_off()
             if column == 0:
-                axes.set_title(title(name), fontsize=8, loc="left")
+                axes.set_title(f"{title(name)}: {placed(of_kernels)}", fontsize=8, loc="left")
     _save(figure, out)
     return True
 

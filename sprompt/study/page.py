@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from sprompt.report import page as html
-from sprompt.report.activation import read_activation, spread
+from sprompt.report.activation import placed, read_activation, spread
 from sprompt.report.album import Album, dot, figure
 from sprompt.report.curves import Line, chart
 from sprompt.report.draw import FALSE, TRUE, heat_map, hexadecimal, scaled
@@ -220,15 +220,15 @@ def _kernels(album: Album, maps: dict[str, np.ndarray]) -> Iterator[Section]:
             shot = album.map(f"map-{stored:04}", heat_map(of_kernels[k], 0.0, peak), f"Mean activation of {words}")
             figures.append(tag("figure", shot, data_title=words, title=words))
             stored += 1
-        local = far[np.isfinite(far)]
-        middle = f", median spread {np.median(local):.2f}" if local.size else ""
         count = f"{len(figures)} of {len(far)}" if len(figures) < len(far) else f"{len(far)}"
+        said = ", ".join(filter(None, (f"{count} kernels", placed(of_kernels))))
         sheet = tag("div", figures, class_="maps", style=f"--ar:{of_kernels.shape[2] / of_kernels.shape[1]:.3f}")
-        parts.append(tag("div", tag("h3", title(name)), tag("p", f"{count} kernels{middle}"), sheet))
+        parts.append(tag("div", tag("h3", title(name)), tag("p", said), sheet))
     if parts:
         note = tag(
             "p", "Mean mask of kernels over the pictures, each map up to its own peak, the most local first. The spread is how far "
-            "activation lies from its centre, in widths of the picture; 0.41 is everywhere alike.", class_="note",
+            "activation lies from its centre, in widths of the picture; 0.41 is everywhere alike. Centres are scattered by 0 "
+            "where all kernels look at the same places.", class_="note",
         )  # fmt: skip
         yield Section("kernels", "Kernel activation", join(note, tag("div", parts, class_="beside")), "Figure 6")
 

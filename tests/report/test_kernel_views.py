@@ -18,7 +18,7 @@ from sprompt.data.coco import CocoDataset
 from sprompt.data.transforms import MEAN, STD, resize
 from sprompt.methods.saliency_prompt import SaliencyPromptConfig
 from sprompt.models.knet import KNet, KNetConfig
-from sprompt.report.activation import activation_maps, read_activation, save_activation, spread
+from sprompt.report.activation import activation_maps, placed, read_activation, save_activation, scatter, spread
 from sprompt.report.prompts import prompt_matches
 
 
@@ -121,3 +121,13 @@ def test_spread_is_the_distance_from_the_own_centre() -> None:
     maps[4, 1:3, 1:3] = np.nan
     expected = [np.sqrt((1 - 1 / 40**2) / 6), 0, 0.25, np.inf, np.inf]
     np.testing.assert_allclose(spread(maps), expected, atol=1e-9)
+
+
+def test_scatter_is_how_far_centres_lie_from_each_other() -> None:
+    maps = np.zeros((5, 40, 40))
+    maps[0, 0, 0] = maps[1, 0, 20] = 3.0  # half a width apart: each a quarter from their mean
+    assert scatter(maps) == pytest.approx(0.25)  # those without activation have no centre
+    maps[2, 30, 10] = 0.1  # y: 0, 0, 3/4 with variance 1/8, x: 0, 1/2, 1/4 with variance 1/24
+    assert scatter(maps) == pytest.approx(np.sqrt(1 / 8 + 1 / 24))
+    assert scatter(np.ones((7, 4, 4))) == pytest.approx(0) and np.isnan(scatter(np.zeros((2, 4, 4))))
+    assert placed(maps) == "median spread 0.00, centres scattered by 0.41" and placed(np.zeros((2, 4, 4))) == ""
