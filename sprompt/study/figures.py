@@ -54,16 +54,16 @@ def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
     if not maps:
         return False
     figure = Figure(figsize=(1.25 * _MAPS, 1.45 * len(maps)), layout="constrained")
-    for row, (name, given) in enumerate(maps.items()):
+    rows = figure.subfigures(len(maps), 1, squeeze=False)[:, 0]
+    for part, (name, given) in zip(rows, maps.items(), strict=True):
         of_kernels = read_activation(given)
         order = np.argsort(spread(of_kernels), kind="stable")
         chosen = order[np.linspace(0, len(order) - 1, min(_MAPS, len(order))).round().astype(int)]
+        part.suptitle(f"{title(name)}: {placed(of_kernels)}", fontsize=8, x=0.005, ha="left")
         for column, kernel in enumerate(chosen.tolist()):
-            axes = figure.add_subplot(len(maps), _MAPS, row * _MAPS + column + 1)
+            axes = part.add_subplot(1, _MAPS, column + 1)
             axes.imshow(of_kernels[kernel], vmin=0, cmap="viridis")
             axes.set_axis_off()
-            if column == 0:
-                axes.set_title(f"{title(name)}: {placed(of_kernels)}", fontsize=8, loc="left")
     _save(figure, out)
     return True
 
