@@ -60,6 +60,7 @@ figcaption{font-size:.82rem;line-height:1.4;padding:.35rem .1rem 0}
 .meta{color:var(--soft)}
 .chips{display:flex;flex-wrap:wrap;gap:.05rem .7rem;color:var(--soft)}
 .chips span,.key span{white-space:nowrap}
+.sides .chips span{white-space:normal}
 .dot{display:inline-block;width:.62em;height:.62em;border-radius:50%;margin-right:.32em;background:var(--c);box-shadow:0 0 0 1px #0003}
 .dot.hatched{background:repeating-linear-gradient(135deg,var(--c) 0 2px,#0000 2px 4px);border-radius:2px;
 box-shadow:0 0 0 1.5px var(--c)}

@@ -190,7 +190,7 @@ def _predictions(album: Album, sides: Sequence[Side]) -> Iterator[Section]:
         key = [
             tag("span", dot(hexadecimal(colour), style), words)
             for colour, style, words in (
-                (TRUE, "solid", "found: IoU of at least 0.5 with an object of its class"),
+                (TRUE, "solid", "found: right class, IoU of at least 0.5"),
                 (FALSE, "hatched", "false"),
             )
         ]

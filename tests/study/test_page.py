@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sprompt.data.errors import DataError
 from sprompt.study.page import write_page
+from sprompt.study.predictions import Side
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser", "chrome"))), None)
 NAMES = ("scratch", "backbone", "pseudo", "prompts", "site-late", "site-proposal")
@@ -186,7 +188,9 @@ def browse(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_fits_a_browser(width: int, tmp_path: Path) -> None:
-    page = write_page(tmp_path, study(), {"prompts": maps(5), "scratch": maps(7)})
+    grey = Image.new("RGB", (60, 40), "grey")
+    side = Side(f"{'x' * 80}.png", grey, grey, {name: (grey, (1, 2, 3)) for name in NAMES})
+    page = write_page(tmp_path, study(), {"prompts": maps(5), "scratch": maps(7)}, [side] * 2)
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     (tmp_path / "probed.html").write_text(text.replace("</body>", f"{PROBE}</body>"))
     (tmp_path / "frame.html").write_text(FRAME % width)
@@ -195,7 +199,13 @@ def test_the_page_fits_a_browser(width: int, tmp_path: Path) -> None:
     assert found, f"the probe did not finish\n{done.stderr[-2000:]}"
     seen = json.loads(html.unescape(found[1]))
     assert "error" not in seen, seen["error"]
-    assert (seen["width"], seen["images"], seen["broken"], seen["wide"], seen["heads"]) == (width, 12, 0, [], [])
+    assert (seen["width"], seen["images"], seen["broken"], seen["wide"], seen["heads"]) == (
+        width,
+        12 + 2 * 7,
+        0,
+        [],
+        [],
+    )
     assert seen["scroll"] <= width and seen["unfolded"] <= width and seen["boxes"] and seen["held"] and seen["folded"]
     assert seen["tip"].startswith("epoch 40\nfrom scratch  ") and "\nprompts, cosine assignment  " in seen["tip"]
     assert seen["label"].startswith("1 / 5  prompts, cosine assignment, kernel ")
