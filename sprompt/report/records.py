@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,6 +93,12 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
             f"{path.name}: {skipped} of {len(annotations)} masks belong to no known picture or are none"
         )
     return records
+
+
+def evenly(entries: Sequence[Entry], limit: int) -> list[Entry]:
+    """At most `limit` of the entries, evenly from first to last."""
+    count = min(limit, len(entries))
+    return [entries[k * len(entries) // count] for k in range(count)]
 
 
 def read_image(images: Path, name: str) -> Image.Image:

@@ -18,7 +18,7 @@ from sprompt.report.curves import histogram
 from sprompt.report.draw import Mark, hexadecimal
 from sprompt.report.page import Child, Html, Section, join, tag
 from sprompt.report.prompts import Matches
-from sprompt.report.records import Entry, Instance, Records, masks_of, read_image, read_records, seed_grid
+from sprompt.report.records import Entry, Instance, Records, evenly, masks_of, read_image, read_records, seed_grid
 
 _BADGES = 24  # of pictures with more masks than this, none is numbered
 _CHIPS = 8
@@ -280,10 +280,8 @@ def _each(
     entries: Sequence[Entry], limit: int, images: Path, records: Records, add: Callable[[Entry, Image.Image, int], None]
 ) -> None:
     """Calls `add` with at most `limit` of the entries, evenly from first to last, and their pictures; what fails is noted."""
-    count = min(limit, len(entries))
     number = 0
-    for k in range(count):
-        entry = entries[k * len(entries) // count]
+    for entry in evenly(entries, limit):
         try:
             add(entry, read_image(images, entry.name), number)
             number += 1

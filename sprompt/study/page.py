@@ -13,6 +13,7 @@ import numpy as np
 from sprompt.report import page as html
 from sprompt.report.activation import placed, read_activation, spread
 from sprompt.report.album import Album, dot, figure
+from sprompt.report.compare import IOU
 from sprompt.report.curves import Line, chart
 from sprompt.report.draw import FALSE, TRUE, heat_map, hexadecimal, scaled
 from sprompt.report.page import Html, Section, join, tag
@@ -190,7 +191,7 @@ def _predictions(album: Album, sides: Sequence[Side]) -> Iterator[Section]:
         key = [
             tag("span", dot(hexadecimal(colour), style), words)
             for colour, style, words in (
-                (TRUE, "solid", "found: right class, IoU of at least 0.5"),
+                (TRUE, "solid", f"found: right class, IoU of at least {IOU}"),
                 (FALSE, "hatched", "false"),
             )
         ]

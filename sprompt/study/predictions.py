@@ -11,19 +11,17 @@ from PIL import Image
 from sprompt.data.errors import DataError
 from sprompt.report.compare import Compared, above, best_threshold, compare
 from sprompt.report.draw import FALSE, IGNORED, TRUE, Mark, overlay
-from sprompt.report.records import masks_of, read_image, read_records
+from sprompt.report.records import evenly, masks_of, read_image, read_records
 
 
 @dataclass(frozen=True)
 class Side:
-    """A picture, drawn once with its labels and once with the predictions of each model."""
+    """A picture, drawn once with its labels and once with the predictions of each model, whose counts are found, false, missed."""
 
     name: str
     plain: Image.Image
     labels: Image.Image
-    found: dict[
-        str, tuple[Image.Image, tuple[int, int, int]]
-    ]  # by model; objects found, false predictions, missed objects
+    found: dict[str, tuple[Image.Image, tuple[int, int, int]]]
 
 
 def side_by_side(images: Path, labels: Path, predictions: Mapping[str, Path], limit: int) -> list[Side]:
@@ -38,10 +36,9 @@ def side_by_side(images: Path, labels: Path, predictions: Mapping[str, Path], li
     truth = read_records(labels)
     models = {model: read_records(file, images, truth) for model, file in predictions.items()}
     labelled = [entry for entry in truth.entries.values() if entry.instances]
-    count = min(limit, len(labelled))
-    pictures: list[tuple[int, Image.Image]] = []
+    pictures: list[tuple[str, Image.Image, Image.Image]] = []
     compared: dict[str, list[Compared]] = {model: [] for model in models}
-    for entry in (labelled[k * len(labelled) // count] for k in range(count)):
+    for entry in evenly(labelled, limit):
         try:
             picture = read_image(images, entry.name)
         except DataError:
@@ -51,15 +48,14 @@ def side_by_side(images: Path, labels: Path, predictions: Mapping[str, Path], li
         for model, records in models.items():
             masks, instances, _ = masks_of(records.entries[entry.id].instances, size)
             compared[model].append(compare(masks, instances, own, kept))
-        pictures.append((entry.id, picture))
+        marked = overlay(picture, own, [Mark(IGNORED if label.crowd else TRUE) for label in kept])
+        pictures.append((entry.name, picture, marked))
     least = {model: best_threshold(all_of) for model, all_of in compared.items()}
     sides = []
-    for place, (key, picture) in enumerate(pictures):
+    for place, (name, picture, marked) in enumerate(pictures):
         shown = {model: above(all_of[place], least[model]) for model, all_of in compared.items()}
-        own, kept, _ = masks_of(truth.entries[key].instances, (picture.height, picture.width))
-        marked = overlay(picture, own, [Mark(IGNORED if label.crowd else TRUE) for label in kept])
         found = {model: (_drawn(picture, one), one.counts) for model, one in shown.items()}
-        sides.append(Side(truth.entries[key].name, picture, marked, found))
+        sides.append(Side(name, picture, marked, found))
     return sides
 
 
