@@ -84,6 +84,12 @@ class Study:
             before = len(gather(self.out, cells, about, failed)["cells"])
             began = time.monotonic()
 
+            def left(finished: int) -> str:
+                if finished == before:  # so far only cells of an earlier start
+                    return ""
+                each = (time.monotonic() - began) / (finished - before)
+                return f", {each * (len(cells) - finished - len(failed)) / 60:.0f} min left"
+
             def done(cell: Cell, why: str | None) -> None:
                 if why is not None:
                     failed[cell] = why
@@ -91,9 +97,7 @@ class Study:
                 self._show(results)
                 said = f"failed: {why}" if why is not None else _numbers(results, cell)
                 finished = len(results["cells"])
-                rate = max(finished - before, 1) / (time.monotonic() - began)
-                left = (len(cells) - finished - len(failed)) / rate / 60
-                runs.say(f"{cell}: {said}; {finished} of {len(cells)} cells, {left:.0f} min left")
+                runs.say(f"{cell}: {said}; {finished} of {len(cells)} cells{left(finished)}")
 
             runner.run(work, given, self.evaluate_every, done)
             results = gather(self.out, cells, about, failed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
@@ -69,21 +70,32 @@ class Runner:
     ) -> None:  # fmt: skip
         """Calls `done(cell, why it failed or None)` after each cell, in this thread. Cells that are done already are not run."""
         self.running = self.jobs
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                futures = {pool.submit(self._chain, *chain, given, evaluate_every) for chain in chains}
-                while futures:
-                    finished, futures = wait(futures, return_when=FIRST_COMPLETED)
-                    for future in finished:
-                        for cell, why in future.result():
-                            done(cell, why)
-            except BaseException:
-                self.stopping.set()  # commands in progress are ended, those to come not begun
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
+        with self._threads(self.jobs) as pool:
+            futures = {pool.submit(self._chain, *chain, given, evaluate_every) for chain in chains}
+            while futures:
+                finished, futures = wait(futures, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    for cell, why in future.result():
+                        done(cell, why)
 
     def command(self, command: Sequence[str], folder: Path) -> None:
         """Runs one command, what it prints into folder/output.txt."""
+        with self._threads(1) as pool:
+            pool.submit(self._command, command, folder).result()
+
+    @contextlib.contextmanager
+    def _threads(self, number: int) -> Iterator[ThreadPoolExecutor]:
+        """Threads to run commands in, never the main one: there an exception of a signal could come between the start of a process
+        and its name. With an exception commands in progress are ended, and those to come not begun."""
+        with ThreadPoolExecutor(number) as pool:
+            try:
+                yield pool
+            except BaseException:
+                self.stopping.set()
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _command(self, command: Sequence[str], folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         threads = str(max(1, (os.cpu_count() or 1) // self.running))
         with open(folder / LOG, "ab") as log:
@@ -94,15 +106,10 @@ class Runner:
                 stderr=subprocess.STDOUT, env={"OMP_NUM_THREADS": threads, **os.environ},
                 pass_fds=() if self.lock is None else (self.lock.fileno(),),
             )  # fmt: skip
-            try:
-                while (status := process.poll()) is None:
-                    time.sleep(0.05)
-                    if self.stopping.is_set():
-                        process.terminate()
-            except BaseException:  # in preparation, which runs commands in the main thread
-                process.terminate()
-                process.wait()
-                raise
+            while (status := process.poll()) is None:
+                time.sleep(0.05)
+                if self.stopping.is_set():
+                    process.terminate()
         if status:
             why = _last_line(folder / LOG) if status > 0 else f"ended by signal {-status}"
             raise Failed(f"{why} ({folder / LOG})")
@@ -127,7 +134,7 @@ class Runner:
         commands, folder = pretraining.commands(self.out, given), pretraining.folder(self.out)
         if commands and not (folder / CELL).exists():
             for command in commands:
-                self.command(command, folder)
+                self._command(command, folder)
             last = _last(read_log(folder / "log.jsonl"))
             monitors = {n.removeprefix("monitor/"): v for n, v in last.items() if n.startswith("monitor/")}
             metrics = _numbers(read_json(folder / "test" / "metrics.json"))
@@ -136,7 +143,7 @@ class Runner:
     def _finetune(self, cell: Cell, given: Inputs, every: int) -> None:
         command, folder = cell.command(self.out, given, every), cell.folder(self.out)
         if not (folder / CELL).exists():
-            self.command(command, folder)
+            self._command(command, folder)
             metrics = _numbers(read_json(folder / "metrics.json"))
             lines = read_log(folder / "log.jsonl")
             last = _last(lines)
