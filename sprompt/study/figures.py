@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -15,6 +16,7 @@ from sprompt.report.activation import placed, read_activation, spread
 from sprompt.study.compare import Results, comparisons, seed_curves
 from sprompt.study.predictions import Side
 from sprompt.study.tables import percent, title
+from sprompt.study.variants import VARIANTS
 
 _MAPS = 8  # kernels of a variant, from the most local to the least
 _SIDES = 5  # test pictures
@@ -27,7 +29,7 @@ def draw_curves(results: Results, out: Path) -> bool:
     if not asked:
         return False
     rows = -(-len(asked) // 2)
-    figure = Figure(figsize=(11, 3.4 * rows), layout="constrained")
+    figure = Figure(figsize=(11, 3.9 * rows), layout="constrained")
     for place, comparison in enumerate(asked):
         axes = figure.add_subplot(rows, 2, place + 1)
         for row in comparison.rows:
@@ -35,18 +37,23 @@ def draw_curves(results: Results, out: Path) -> bool:
             if not curve:
                 continue
             epochs, seeds = [epoch for epoch, _ in curve], [[100 * v for v in values] for _, values in curve]
-            (line,) = axes.plot(epochs, [statistics.fmean(s) for s in seeds], label=title(row.name))
-            axes.fill_between(
-                epochs, [min(s) for s in seeds], [max(s) for s in seeds], color=line.get_color(), alpha=0.15, lw=0
-            )
+            shade = colour(row.name)
+            axes.plot(epochs, [statistics.fmean(s) for s in seeds], label=title(row.name), color=shade)
+            axes.fill_between(epochs, [min(s) for s in seeds], [max(s) for s in seeds], color=shade, alpha=0.15, lw=0)
         axes.set_title(f"{comparison.question.title}, {percent(comparison.fraction)} of the labels", fontsize=9)
         axes.set_xlabel("epochs of fine-tuning", fontsize=8)
         axes.set_ylabel("AP", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=7, frameon=False)
+        axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     _save(figure, out)
     return True
+
+
+def colour(variant: str) -> tuple[float, ...]:
+    """Of its curves in every panel of every study."""
+    names = list(VARIANTS)
+    return matplotlib.colormaps["tab20"](names.index(variant) % 20 if variant in names else 0)
 
 
 def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
