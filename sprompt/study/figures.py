@@ -37,7 +37,7 @@ def draw_curves(results: Results, out: Path) -> bool:
             if not curve:
                 continue
             epochs, seeds = [epoch for epoch, _ in curve], [[100 * v for v in values] for _, values in curve]
-            shade = colour(row.name)
+            shade = _shade(row.name)
             axes.plot(epochs, [statistics.fmean(s) for s in seeds], label=title(row.name), color=shade)
             axes.fill_between(epochs, [min(s) for s in seeds], [max(s) for s in seeds], color=shade, alpha=0.15, lw=0)
         axes.set_title(f"{comparison.question.title}, {percent(comparison.fraction)} of the labels", fontsize=9)
@@ -48,12 +48,6 @@ def draw_curves(results: Results, out: Path) -> bool:
         axes.legend(fontsize=7, frameon=False, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.18))
     _save(figure, out)
     return True
-
-
-def colour(variant: str) -> tuple[float, ...]:
-    """Of its curves in every panel of every study."""
-    names = list(VARIANTS)
-    return matplotlib.colormaps["tab20"](names.index(variant) % 20 if variant in names else 0)
 
 
 def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
@@ -94,6 +88,12 @@ def draw_predictions(sides: Sequence[Side], out: Path) -> bool:
                 axes.set_title(name, fontsize=8)
     _save(figure, out)
     return True
+
+
+def _shade(variant: str) -> tuple[float, ...]:
+    """The colour of a variant's curves, the same in every panel and study; black where it is not known any more."""
+    names = list(VARIANTS)
+    return matplotlib.colormaps["tab20"](names.index(variant)) if variant in names else (0.0, 0.0, 0.0)
 
 
 def _save(figure: Figure, out: Path) -> None:
