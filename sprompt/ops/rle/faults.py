@@ -44,7 +44,7 @@ def raise_first(faults: Tensor, height: int, width: int) -> None:
     """Raises for the first row of faults, int64 (L, 3) on the CPU, that is not fine."""
     if faults[:, 0].any():
         index = int(faults[:, 0].nonzero()[0])
-        _refuse(f"rles[{index}]", tuple(faults[index].tolist()), height, width)  # type: ignore[arg-type]
+        _refuse(f"rles[{index}]", tuple(faults[index].tolist()), height, width)
 
 
 def _refuse(name: str, fault: Fault, height: int, width: int) -> NoReturn:
