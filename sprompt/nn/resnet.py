@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from torch import Tensor, nn
-from torch.nn.functional import relu
+from torch.nn.functional import conv2d, relu
 
 STRIDES = (4, 8, 16, 32)
 
@@ -149,4 +149,18 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
     """A 1×1 projection where the shape changes, otherwise nothing."""
     if inputs == outputs and stride == 1:
         return None
-    return nn.Sequential(_conv(inputs, outputs, 1, stride), nn.BatchNorm2d(outputs))
+    return nn.Sequential(_Projection(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+
+class _Projection(nn.Conv2d):
+    """A 1×1 convolution whose gradient is right, and stays in its memory, for few channels as well.
+
+    With a stride, channels last and fewer channels than a vector register holds (16 at most), oneDNN's gradient of the weights
+    writes past its workspace (uxlfoundation/oneDNN#6035): there the skipped cells are cut out first.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels >= 16:
+            return super().forward(x)
+        down, right = self.stride
+        return conv2d(x[:, :, ::down, ::right], self.weight)

@@ -1,9 +1,12 @@
 """ResNet against hand-written tables of torchvision's networks and a small functional implementation."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sprompt.nn.resnet import ResNet
 
@@ -124,6 +127,43 @@ def test_values(depth, width):
         again = channels_last(images.contiguous(memory_format=torch.channels_last))
     assert again[-1].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(again, maps, check_stride=False)
+
+
+class Convolutions(TorchDispatchMode):
+    """Records (input channels, side of the kernel, stride) of every convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function == torch.ops.aten.convolution.default:
+            _, weight, _, stride, *_ = args
+            self.seen.append((weight.shape[1], weight.shape[2], stride[0]))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("width", [1, 4, 6, 8, 12, 16])
+def test_gradients_of_narrow_networks(width):
+    """Those of float64, in either layout; and what oneDNN computes wrongly, or not at all, is not asked of it."""
+    torch.manual_seed(width)
+    network = ResNet(18, width=width, frozen_stages=-1)
+    images = torch.randn(3, 3, 32, 32)
+
+    def gradients(images, network):
+        network.zero_grad()
+        sum(m.sum() for m in network(images)).backward()
+        return [p.grad.double() for p in network.parameters()]
+
+    with torch.no_grad(), Convolutions() as convolutions:
+        network(images)
+    assert len(convolutions.seen) == 20
+    assert not [seen for seen in convolutions.seen if seen[0] < 16 and seen[1:] == (1, 2)]
+    wanted = gradients(images.double(), copy.deepcopy(network).double())
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = gradients(images.contiguous(memory_format=layout), network.to(memory_format=layout))
+        for (name, _), a, b in zip(network.named_parameters(), got, wanted, strict=True):
+            assert (a - b).abs().max() <= 1e-4 * b.abs().max().clamp(min=1), (layout, name)
 
 
 @pytest.mark.parametrize("stages", [-1, 0, 1, 2, 3, 4])
