@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -77,6 +78,19 @@ def test_the_chain_leaves_what_it_says(chain: Path) -> None:
     assert 0 <= json.loads((chain / "fine" / "metrics.json").read_text())["AP"] <= 1
     logged = [json.loads(line) for line in (chain / "fine" / "log.jsonl").read_text().splitlines()]
     assert any("val/AP" in line for line in logged)
+
+
+def test_a_broken_picture_does_not_end_the_training_of_a_backbone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = tmp_path / "images"
+    shutil.copytree(folder / "scenes/images", images)
+    (images / "photo.jpg").write_bytes(b"cut off")
+    line = f"backbone --images {images} --out {tmp_path}/out --cpu True --densecl.depth 18 --densecl.width 4 --densecl.queue 16 "
+    assert sprompt(line + "--views.size 32 --train.epochs 1 --train.batch-size 3 --train.workers 0") == 0
+    said = capsys.readouterr()
+    assert said.err.count(f"left out: {images}/photo.jpg: is not a picture that can be read") == 1
+    assert "9 pictures" in said.out and (tmp_path / "out/backbone.safetensors").stat().st_size > 0
 
 
 def test_evaluation_gives_the_numbers_of_fine_tuning(chain: Path, tmp_path: Path) -> None:

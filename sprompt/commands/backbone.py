@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from sprompt.commands import runs
-from sprompt.data.folder import PictureFolder
+from sprompt.data.folder import PictureFolder, Unbroken
 from sprompt.data.loader import Batches
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.train import train
@@ -19,6 +19,7 @@ class Backbone:
     """Trains a ResNet on pictures without labels, by DenseCL, for those who have pictures but no checkpoint.
 
     Writes OUT/backbone.safetensors, which `propose`, `pretrain` and `finetune` take. Started again it goes on where it was.
+    A picture that cannot be read is named, and another takes its place.
     """
 
     images: Path
@@ -60,7 +61,7 @@ class Backbone:
             runs.say(load_backbone(task.backbone, runs.existing(self.init, "init", folder=False)))
         record = runs.begin(self.out, self)
         result = train(
-            task, partial(Batches, pictures, self.views, collate_views), self.train, self.out, cpu=self.cpu,
+            task, partial(Batches, Unbroken(pictures), self.views, collate_views), self.train, self.out, cpu=self.cpu,
             record=record,
             identity={
                 "pictures": runs.listing(pictures.file_names), "densecl": to_plain(self.densecl), "views": to_plain(self.views),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterable
 from copy import copy
 from pathlib import Path
@@ -54,6 +55,32 @@ class PictureFolder(Dataset[Sample]):
         part = copy(self)
         part.image_ids = [self.image_ids[i] for i in indices]
         return part
+
+
+class Unbroken(Dataset[Sample]):
+    """A folder's pictures for training without labels: where one cannot be read, the next that can be takes its place.
+
+    Each process that meets a broken one names it once, on stderr. What takes its place depends on the files only, so that a run
+    taken up again sees the same pictures. Raises DataError if all are broken.
+    """
+
+    def __init__(self, pictures: PictureFolder) -> None:
+        self.pictures = pictures
+        self._broken: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> Sample:
+        for place in (*range(index, len(self)), *range(index)):
+            if place in self._broken:
+                continue
+            try:
+                return self.pictures[place]
+            except DataError as error:
+                self._broken.add(place)
+                print(f"left out: {error}", file=sys.stderr, flush=True)
+        raise DataError(f"{self.pictures.path}: must hold a picture that can be read, all {len(self)} are broken")
 
 
 def _listed(folder: Path, recursive: bool) -> tuple[list[str], list[str]]:

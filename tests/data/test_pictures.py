@@ -13,7 +13,7 @@ from PIL import Image
 
 from sprompt.data import pictures
 from sprompt.data.errors import DataError
-from sprompt.data.folder import PictureFolder
+from sprompt.data.folder import PictureFolder, Unbroken
 from sprompt.data.pictures import picture_size, png, read_picture
 
 RNG = np.random.default_rng(0)
@@ -151,6 +151,24 @@ def test_broken_pictures_of_a_folder(tmp_path: Path) -> None:
     assert folder[0].size == (8, 11)
     with pytest.raises(DataError, match=r"b\.png: is not a picture"):
         folder[1]
+
+
+def test_the_next_picture_steps_in_for_a_broken_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = PictureFolder(_folder(tmp_path))
+    for place in (1, 2, 4):
+        (tmp_path / folder.file_names[place]).write_bytes(b"no")
+    pictures = Unbroken(folder)
+    for _ in range(2):
+        assert [pictures[i].image_id for i in range(len(pictures))] == [0, 3, 3, 3, 0]
+    assert [pictures[i].image_id for i in (4, 2)] == [0, 3]
+    said = capsys.readouterr().err
+    assert said.count("left out: ") == 3
+    for place in (1, 2, 4):
+        assert said.count(f"left out: {tmp_path / folder.file_names[place]}: is not a picture") == 1
+    for place in (0, 3):
+        (tmp_path / folder.file_names[place]).write_bytes(b"no")
+    with pytest.raises(DataError, match="must hold a picture that can be read, all 5 are broken"):
+        Unbroken(folder)[2]
 
 
 def test_no_folder_and_no_pictures(tmp_path: Path) -> None:
