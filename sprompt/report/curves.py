@@ -94,7 +94,7 @@ def chart(title: str, lines: Sequence[Line], large: bool = False, unit: str = "s
         drawn.append(tag("path", d=_path(mean, place), class_=f"mean {shade}"))
     svg = tag("svg", drawn, viewBox="0 0 1000 1000", preserveAspectRatio="none", aria_hidden="true")
     labels = [tag("span", number(t), class_="y", style=f"bottom:{100 * (t - low) / (high - low):.2f}%") for t in ticks]
-    steps = _ticks(x0, x1, 5 if large else 3)
+    steps = [step for step in _ticks(x0, x1, 5 if large else 3) if step == round(step)]  # there is no half epoch
     for step in steps:
         share = 100 * (step - x0) / (x1 - x0)
         labels.append(tag("span", f"{step:,.0f}", class_="x last" if share > 97 else "x", style=f"left:{share:.2f}%"))

@@ -70,6 +70,12 @@ def test_a_band_lies_around_its_line_and_the_axis_holds_it() -> None:
     assert "band" not in chart("AP", [Line("a", [(4, 5.0), (8, 5.0)], 1)])
 
 
+def test_ticks_of_short_curves_are_whole_epochs() -> None:
+    for last, wanted in ((1, ["1", "2"]), (2, ["1", "2"]), (3, ["1", "2", "3"]), (7, ["2", "4", "6"])):
+        html = chart("AP", [Line("a", [(1, 5.0), (last, 6.0)], 1)], unit="epoch")
+        assert re.findall(r'class="x[^>]*>([^<]*)<', html) == wanted
+
+
 @pytest.mark.parametrize(
     "points",
     [[(5, 1.0)], [(5, 0.0), (6, 0.0)], [(1, -3.0), (2, -1.0)], [(1, 1e-30), (9, 2e-30)], [(1, 1e30), (2, 1e31)]],
