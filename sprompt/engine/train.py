@@ -27,6 +27,7 @@ from sprompt.engine.optim import factor_at, make_optimiser, optimiser_tensors, s
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.engine.resume import check_same, restore, versions
+from sprompt.env import has_bf16
 from sprompt.files import atomic_write
 
 
@@ -129,6 +130,13 @@ class _Run:
             warnings.warn(
                 f"warmup_steps: should be well below the {whole} steps of the run, got {config.warmup_steps}: the learning rate "
                 f"never comes to its full value; try warmup_steps {whole // 10}, and a smaller batch_size or more epochs",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        if self.main and config.precision == "bf16" and self.device.type == "cpu" and not has_bf16():
+            warnings.warn(
+                "precision: bf16 can take a hundred times as long as float32 on this CPU, which has no instructions for it; take "
+                "precision no, or a GPU",
                 RuntimeWarning,
                 stacklevel=3,
             )

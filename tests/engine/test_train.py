@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def test_micro_batches_are_averaged(tmp_path: Path) -> None:
         np.testing.assert_allclose(whole, parts, rtol=1e-5)
 
 
-def test_bfloat16_and_sgd_learn(tmp_path: Path) -> None:
+def test_bfloat16_and_sgd_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sprompt.env.CPUINFO", tmp_path / "none")  # a processor that may be fast at it
     run(tmp_path, precision="bf16", optimiser="sgd", learning_rate=0.002, clip=None, epochs=40, drops=())
     values = [v for _, v in losses(tmp_path)]
     assert np.mean(values[-20:]) < 0.7 * np.mean(values[:20])
@@ -307,6 +309,23 @@ def test_the_guard_names_the_first_wrong_step_since_its_last_check() -> None:
 def test_a_warm_up_longer_than_the_run_is_warned_of(tmp_path: Path) -> None:
     with pytest.warns(RuntimeWarning, match="warmup_steps: should be well below the 20 steps of the run, got 20"):
         run(tmp_path, warmup_steps=20, max_steps=1)
+
+
+def test_bfloat16_is_warned_of_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = tmp_path / "cpuinfo"
+    monkeypatch.setattr("sprompt.env.CPUINFO", info)
+    for line, slow in (
+        ("flags : fma avx2 avx512f", True), ("flags : avx512f avx512_bf16", False), ("Features : asimd bf16", False),
+        ("Features : asimd", True), ("processor : 0", False),
+    ):  # fmt: skip
+        info.write_text(f"model name : one\n{line}\n")
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            run(tmp_path / line.replace(" ", ""), precision="bf16", max_steps=1)
+        assert [w for w in said if "bf16 can take a hundred times as long" in str(w.message)] if slow else not said
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(tmp_path / "float32", max_steps=1)
 
 
 def test_early_errors(tmp_path: Path) -> None:
