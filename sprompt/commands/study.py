@@ -71,6 +71,7 @@ class Study:
 
         self._check()
         text = runs.begin(self.out, self)
+        self._say_if_slow()
         with Runner(self.out, self.jobs) as runner:
             pictures = self._pictures()
             names = self._variants(pictures.known is not None)
@@ -127,6 +128,20 @@ class Study:
             raise ValueError("--annotations: must be given with --images, and only with it")
         if (self.val_images is None) != (self.val_annotations is None):
             raise ValueError("--val-annotations: must be given with --val-images, and only with it")
+
+    def _say_if_slow(self) -> None:
+        """Settings that are meant for a GPU, on a machine without. The commands' own warnings go to their output.txt."""
+        import torch
+
+        from sprompt.cli import parse
+        from sprompt.env import has_bf16
+
+        tuned = parse("finetune", ["--preset", self.settings])
+        if tuned.train.precision == "bf16" and (tuned.cpu or not torch.cuda.is_available()) and not has_bf16():
+            runs.say(
+                f"{self.settings}: computes in bf16, for which this CPU has no instructions; that can take a hundred times as long as "
+                "float32, so take a GPU, or --settings study-cpu"
+            )
 
     def _pictures(self) -> prepare.Pictures:
         data = self.out / "data"

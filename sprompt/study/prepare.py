@@ -53,7 +53,9 @@ def labelled(
     known = None
     if unlabelled is None:
         unlabelled, known = link_pictures(images, train, out / "unlabelled"), train
-    return Pictures(images.resolve().name, unlabelled, known, images, train, *val)
+    folder = images.resolve()
+    name = folder.parent.name if folder.name == "images" else folder.name
+    return Pictures(name, unlabelled, known, images, train, *val)
 
 
 def inputs(

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from sprompt.commands.study import Study
+from sprompt.data.synthetic import write_scenes
+
 SETTINGS = """
 backbone:
   cpu: true
@@ -194,6 +197,53 @@ def test_a_preparation_that_fails_is_one_line(settings: Path, tmp_path: Path) ->
     status, said = run(tmp_path, settings, "--variants", "pseudo", "--backbone", str(tmp_path / "broken.safetensors"))
     assert status == 1 and "Traceback" not in said
     assert said.splitlines()[-1].startswith("sprompt study: ") and "broken.safetensors" in said.splitlines()[-1]
+
+
+def test_pictures_of_ones_own(settings: Path, tmp_path: Path) -> None:
+    """With other pictures for pre-training, and without: then those that are not tested on serve for that, with known masks."""
+    write_scenes(tmp_path / "mine", 10, seed=1, size=(64, 64))
+    write_scenes(tmp_path / "more", 8, seed=2, size=(64, 64))
+    mine, more = tmp_path / "mine" / "images", str(tmp_path / "more" / "images")
+    given = (
+        "--images",
+        str(mine),
+        "--annotations",
+        str(mine.parent / "instances.json"),
+        "--val-share",
+        "0.4",
+        "--seeds",
+        "0",
+    )
+
+    status, said = run(tmp_path / "a", settings, *given, "--unlabelled", more, "--variants", "pseudo")
+    assert status == 0, said
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert (results["data"]["name"], results["data"]["train"], results["data"]["val"]) == ("mine", 6, 4)
+    assert results["proposals"]["saliency"]["precision"] is None
+    made = json.loads((tmp_path / "a" / "pretrain" / "pseudo-s0" / "cell.json").read_text())["commands"]
+    assert f"--images {more}" in made[0]
+    status, said = run(tmp_path / "a", settings, *given, "--unlabelled", more, "--variants", "truth-pseudo")
+    assert status == 1 and "needs pictures with known masks; leave out --unlabelled" in said
+
+    status, said = run(tmp_path / "b", settings, *given, "--variants", "truth-pseudo")
+    assert status == 0, said
+    tested = {record["file_name"] for record in json.loads((tmp_path / "b/data/val.json").read_text())["images"]}
+    taken = {path.name for path in (tmp_path / "b" / "data" / "unlabelled").iterdir()}
+    assert tested | taken == {path.name for path in mine.iterdir()} and not tested & taken and len(tested) == 4
+    results = json.loads((tmp_path / "b" / "results.json").read_text())
+    assert results["proposals"]["truth"]["precision"] == results["proposals"]["truth"]["recall"] == 1.0
+
+
+def test_settings_for_a_gpu_are_told_of_on_a_cpu(
+    settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "cpuinfo").write_text("flags : avx2\n")
+    monkeypatch.setattr("sprompt.env.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for name in ("study-gpu", str(settings)):
+        Study(settings=name)._say_if_slow()
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 1 and said[0].startswith("study-gpu: computes in bf16")
 
 
 @pytest.mark.parametrize(
