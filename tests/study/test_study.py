@@ -204,16 +204,8 @@ def test_pictures_of_ones_own(settings: Path, tmp_path: Path) -> None:
     write_scenes(tmp_path / "mine", 10, seed=1, size=(64, 64))
     write_scenes(tmp_path / "more", 8, seed=2, size=(64, 64))
     mine, more = tmp_path / "mine" / "images", str(tmp_path / "more" / "images")
-    given = (
-        "--images",
-        str(mine),
-        "--annotations",
-        str(mine.parent / "instances.json"),
-        "--val-share",
-        "0.4",
-        "--seeds",
-        "0",
-    )
+    labels = str(mine.parent / "instances.json")
+    given = ("--images", str(mine), "--annotations", labels, "--val-share", "0.4", "--seeds", "0")
 
     status, said = run(tmp_path / "a", settings, *given, "--unlabelled", more, "--variants", "pseudo")
     assert status == 0, said
