@@ -11,12 +11,12 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 CHECKED = sprompt tests benchmarks examples setup.py
 NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 
-.PHONY: help venv build test demo bench gpu readme lint format sanitize hooks clean
+.PHONY: help venv build test demo bench gpu gpu-prepare readme lint format sanitize hooks clean
 
 help: ## list the targets
 	@echo "make demo    the whole chain on synthetic scenes     make test    all tests"
 	@echo
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-9s %s\n", $$1, $$2}'
 	@echo
 	@echo "Each sets up what it needs in $(VENV) (VENV=... for another place, PYTHON=... for another interpreter)."
 	@echo "SPROMPT_NO_EXT=1 make ... works without a compiler, on the slow reference."
@@ -63,7 +63,10 @@ format: venv ## let ruff and clang-format rewrite the files
 	@$(BIN)/clang-format -i $(CXX_FILES)
 
 gpu: ## on a machine with an NVIDIA GPU: build, test every promise, measure (OUT=folder, PYTHON=the one with torch)
-	@PYTHON="$(PYTHON)" OUT="$(OUT)" tools/gpu.sh
+	@PYTHON="$(PYTHON)" OUT="$(OUT)" TOTAL="$(TOTAL)" tools/gpu.sh
+
+gpu-prepare: ## on a machine without one: build/gpu-kit, with which `make gpu` compiles nothing there (PYTHON=that machine's version)
+	@PYTHON="$(PYTHON)" tools/gpu_prepare.sh
 
 sanitize: venv ## tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@PYTHON=$(abspath $(BIN))/python tools/sanitize.sh

@@ -64,37 +64,58 @@ def interleaved(
 PAST_L2 = 400_000_000
 
 
-def copies(sample: Sample, most: int = 16) -> list[Sample]:
+def copies(sample: Sample, most: int = 64) -> list[Sample]:
     """The sample, and copies of it in other memory: used in turn, they keep a GPU's L2 cache from holding the inputs."""
-    size = sum(t.nbytes for t in tensors((sample.args, sample.kwargs)))
-    count = max(1, min(16, most, PAST_L2 // max(size, 1)))
+    count = max(1, min(64, most, PAST_L2 // max(_held(sample), 1)))
     return [sample, *(sample.map(torch.clone) for _ in range(count - 1))]
 
 
+def fits_l2(sample: Sample, count: int) -> bool:
+    """Whether the L2 cache of the GPU may still hold some of `count` copies when their turn comes again."""
+    return count * _held(sample) < 2 * torch.cuda.get_device_properties().L2_cache_size
+
+
+def _held(sample: Sample) -> int:
+    return sum(t.nbytes for t in tensors((sample.args, sample.kwargs)))
+
+
+@contextlib.contextmanager
+def side_stream() -> Iterator[None]:
+    """A stream of one's own, whatever a failed capture makes of the current one."""
+    before, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(before)
+    torch.cuda.set_stream(side)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(before)
+        torch.cuda.synchronize()
+
+
 def replay(calls: list[Call]) -> Call | None:
-    """The calls one after the other as a CUDA graph, without the cost of launching from Python; None if they synchronise."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    """The calls one after the other as a CUDA graph on the current stream, without the cost of launching from Python; None if
+    they synchronise."""
+    stream = torch.cuda.current_stream()
+    for call in calls:
+        call()
+    torch.cuda.synchronize()
+    # A capture that fails half-way leaves torch unable to begin another: what would fail is found before.
+    torch.cuda.set_sync_debug_mode("error")
+    try:
         for call in calls:
             call()
+    except RuntimeError:
+        return None
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
-        # A capture that fails half-way leaves torch unable to begin another: what would fail is found before.
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for call in calls:
-                call()
-        except RuntimeError:
-            return None
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             for call in calls:
                 call()
     except RuntimeError:
+        torch.cuda.set_stream(stream)
         torch.cuda.synchronize()
         return None
     graph.replay()

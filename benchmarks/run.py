@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,14 @@ from sprompt.testing.specs import BENCHES, SPECS
 #: eager / ours that every op should reach on a GPU.
 GPU_GOAL = 5.0
 NOT_INSTALLED = "which is not installed"
-MODES = ("forward", "backward", "full", "memory")
+MODES = ("forward", "full", "memory", "backward")
+#: Ops that a GPU, whose time may be short, times first.
+FLAGSHIPS = ("saliency_masks", "match_cost", "mask_update", "mask_nms")
+#: Seconds without a row after which the process of an op is given up.
+SILENCE = 120.0
+
+#: A row to be timed: number of its bench in BENCHES, dtype, mode.
+Job = tuple[int, torch.dtype, str]
 
 
 def main() -> int:
@@ -60,39 +69,30 @@ def main() -> int:
         if op not in known:
             parser.error(f"--op must be one of {', '.join(sorted(known))}, got {op}")
     device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cuda" and not torch.cuda.device_count():
         parser.error("--device cuda: torch finds no CUDA device")
 
-    ceilings = measure.ceilings(device)
-    result = {"machine": env.machine(device), "commit": commit(), "ceilings": ceilings, "rows": [], "empty_calls": []}
-    result["left_out"] = []
+    result: dict[str, Any] = {"machine": "", "commit": commit(), "ceilings": {}, "compiled": not options.no_compile}
+    result |= {"rows": [], "empty_calls": [], "left_out": []}
     end = time.monotonic() + (options.budget or float("inf"))
     with table.progress() as show:
-        for bench, dtype, mode in jobs(options, device):
-            title = f"{bench.function.__name__} {bench.shape} {str(dtype).removeprefix('torch.')} {mode}"
-            if time.monotonic() > end:
-                result["left_out"].append(title)
-                continue
-            show(title)
-            compiled = not options.no_compile and mode != "memory" and bench.vectorised is not False
-            try:
-                line = row(bench, dtype, mode, device, options.seconds, compiled)
-            except Exception as failure:  # one row that fails must not cost the others
-                line = empty_row(bench, dtype, mode) | {
-                    "error": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
-                }
-            result["rows"].append(line)
+        describe(result, device)
+        for line in rows(options, device, end, show):
+            if line.get("late"):
+                result["left_out"].append(title(line))
+            else:
+                result["rows"].append(line)
             write(options.json, result)
         # The machine is shared: the better of two measurements, before and after, is what it can do.
-        ceilings.update({name: max(rate, ceilings[name]) for name, rate in measure.ceilings(device).items()})
+        describe(result, device)
         for line in result["rows"]:
-            put_floor(line, ceilings)
+            put_floor(line, result["ceilings"])
         if not options.op:
             show("empty calls")
-            result["empty_calls"] = empty_calls(device)
+            result["empty_calls"] = apart(device, empty_calls, device) or []
     table.show(result)
-    for title in result["left_out"]:
-        print(f"left out, the budget was over: {title}")
+    for late in result["left_out"]:
+        print(f"left out, the budget was over: {late}")
     write(options.json, result)
     if options.markdown:
         if not options.markdown.exists():
@@ -103,19 +103,128 @@ def main() -> int:
     return 1 if wrong else 0
 
 
-def jobs(options: argparse.Namespace, device: torch.device) -> list[tuple[Bench, torch.dtype, str]]:
-    """Every row that is asked for. On a GPU, where time is short, all forwards come first."""
+def describe(result: dict[str, Any], device: torch.device) -> None:
+    """Puts the machine and the best ceilings seen so far into the result."""
+    result["machine"] = result["machine"] or apart(device, env.machine, device) or str(device)
+    for name, rate in (apart(device, measure.ceilings, device) or {}).items():
+        result["ceilings"][name] = max(rate, result["ceilings"].get(name, 0.0))
+
+
+# -- processes: CUDA keeps no process after an illegal access, so on a GPU every op has one of its own
+
+
+def processes() -> Any:
+    """Forks of a process that has imported everything but has not touched CUDA: they start at once."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["benchmarks.run"])
+    return context
+
+
+def _answer(connection: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    for value in function(*args):
+        connection.send(value)
+
+
+def _once(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
+    yield function(*args)
+
+
+def in_process(function: Callable[..., Iterator[Any]], *args: Any) -> Iterator[Any]:
+    """What the generator function(*args) yields in a process of its own. Ends with a sentence if that process does not end well."""
+    ours, theirs = processes().Pipe(duplex=False)
+    process = processes().Process(target=_answer, args=(theirs, function, args), daemon=True)
+    process.start()
+    theirs.close()
+    silent = False
+    try:
+        while not silent:
+            if ours.poll(SILENCE):
+                yield ours.recv()
+            else:
+                silent = True
+                process.kill()
+    except EOFError:
+        pass
+    process.join()
+    if silent:
+        yield f"nothing was heard of its process for {SILENCE:.0f} s"
+    elif process.exitcode:
+        yield f"its process ended with status {process.exitcode}"
+
+
+def apart(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
+    """function(*args), on a GPU in a process of its own; None if that fails."""
+    if device.type == "cpu":
+        return function(*args)
+    values = list(in_process(_once, function, *args))
+    return values[0] if len(values) == 1 else None
+
+
+def rows(
+    options: argparse.Namespace, device: torch.device, end: float, show: Callable[[str], None]
+) -> Iterator[dict[str, Any]]:
+    """Every line of the table, as it is done; lines that would start after `end` are marked late."""
+    wanted = jobs(options, device)
+    how = (device, options.seconds, not options.no_compile, end)
+    if device.type == "cpu":
+        for job in wanted:
+            show(title(empty_row(job)))
+            yield from timed_rows([job], *how)
+        return
+    for op in dict.fromkeys(BENCHES[number].function.__name__ for number, _, _ in wanted):
+        left = [job for job in wanted if BENCHES[job[0]].function.__name__ == op]
+        while left:  # a job that ends its process is told of, and those behind it get another
+            show(title(empty_row(left[0])))
+            for line in in_process(timed_rows, left, *how):
+                if isinstance(line, str):
+                    line = empty_row(left[0]) | {"error": line}
+                yield line
+                left = left[1:]
+                if not left:
+                    break
+
+
+def timed_rows(
+    wanted: Sequence[Job], device: torch.device, seconds: float, compiled: bool, end: float
+) -> Iterator[dict[str, Any]]:
+    sample, made = None, None
+    for job in wanted:
+        number, dtype, _ = job
+        if time.monotonic() > end:
+            yield empty_row(job) | {"late": True}
+            continue
+        try:
+            if sample is None or made != (number, dtype):
+                sample, made = BENCHES[number].make(device, dtype, 0), (number, dtype)
+            yield row(job, sample, device, seconds, compiled)
+        except Exception as failure:  # one row that fails must not cost the others
+            text = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
+            yield empty_row(job) | {"error": text}
+            if "CUDA error" in text:
+                os._exit(0)  # what is left gets another process
+
+
+def jobs(options: argparse.Namespace, device: torch.device) -> list[Job]:
+    """Every row that is asked for. On a GPU the flagships come first, and every op's forwards before its other modes."""
     found = [
-        (bench, dtype, mode)
-        for bench in BENCHES
+        (number, dtype, mode)
+        for number, bench in enumerate(BENCHES)
         if bench.device == device.type and (not options.op or bench.function.__name__ in options.op)
         for dtype in (bench.dtypes[:1] if options.quick else bench.dtypes)
         if not options.dtype or str(dtype).removeprefix("torch.") in options.dtype
-        for mode in options.mode or MODES
+        for mode in MODES
+        if mode in (options.mode or MODES)
         if mode not in ("backward", "full") or bench.gradients
     ]
-    first = ("forward", "full", "memory", "backward")
-    return found if device.type == "cpu" else sorted(found, key=lambda job: first.index(job[2]))
+    if device.type == "cpu":
+        return found
+    ops = list(dict.fromkeys(BENCHES[number].function.__name__ for number, _, _ in found))
+    order = [*(op for op in FLAGSHIPS if op in ops), *(op for op in ops if op not in FLAGSHIPS)]
+    return sorted(found, key=lambda job: (order.index(BENCHES[job[0]].function.__name__), job[2] != "forward"))
+
+
+def title(line: dict[str, Any]) -> str:
+    return f"{line['op']} {line['shape']} {line['dtype']} {line['mode']}"
 
 
 def write(file: Path | None, result: dict[str, Any]) -> None:
@@ -125,7 +234,8 @@ def write(file: Path | None, result: dict[str, Any]) -> None:
         file.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def empty_row(bench: Bench, dtype: torch.dtype, mode: str) -> dict[str, Any]:
+def empty_row(job: Job) -> dict[str, Any]:
+    bench, dtype, mode = BENCHES[job[0]], job[1], job[2]
     name = str(dtype).removeprefix("torch.")
     return {
         "op": bench.function.__name__, "shape": bench.shape, "dtype": name, "mode": mode, "error": "",
@@ -144,17 +254,10 @@ def commit() -> str:
         return ""
 
 
-def row(
-    bench: Bench,
-    dtype: torch.dtype,
-    mode: str,
-    device: torch.device,
-    seconds: float,
-    compiled: bool,
-) -> dict[str, Any]:
+def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled: bool) -> dict[str, Any]:
     """One line of the table: times in ms, peaks in bytes; `error` says why there are none."""
-    line = empty_row(bench, dtype, mode)
-    sample = bench.make(device, dtype, 0)
+    bench, dtype, mode = BENCHES[job[0]], job[1], job[2]
+    line = empty_row(job)
     if device.type == "cuda":
         line["goal"] = GPU_GOAL if mode == "forward" else None
         line["bytes"] = held_bytes((sample.args, sample.kwargs, bench.function(*sample.args, **sample.kwargs)))
@@ -182,7 +285,7 @@ def row(
     except ModuleNotFoundError as missing:
         line["error"] = f"{rival} needs {missing.name}, {NOT_INSTALLED}"
         return line
-    if compiled:
+    if compiled and mode != "memory" and bench.vectorised is not False:
         torch._dynamo.reset()
         source = bench.vectorised if callable(bench.vectorised) else bench.eager
         try:
@@ -201,16 +304,20 @@ def row(
             rivals.pop("compiled")
 
     calls = {rival: timed(bench, function, sample, mode) for rival, function in rivals.items()}
+    turns = 1
     if mode == "memory":
         line["peak_bytes"] = {rival: measure.peak_bytes(call, device) for rival, call in calls.items()}
         peaks = line["peak_bytes"]
         if peaks["ours"] is not None:
             line["ratio"] = peaks["eager"] / max(peaks["ours"], 4096)
         return line
-    turns = 1
     if device.type == "cuda":
-        calls, turns, line["timing"] = on_gpu(bench, rivals, sample, mode)
-    times = measure.interleaved(calls, device, seconds)
+        with measure.side_stream():  # a backward runs on the stream of its forward, and capture needs one of its own
+            calls, turns, line["timing"] = on_gpu(bench, rivals, sample, mode)
+            line["cached"] = measure.fits_l2(sample, turns)
+            times = measure.interleaved(calls, device, seconds)
+    else:
+        times = measure.interleaved(calls, device, seconds)
     times = {rival: [t / turns for t in each] for rival, each in times.items()}
     line["ms"] = {rival: statistics.median(t) for rival, t in times.items()}
     line["rounds"] = len(times["ours"])
@@ -248,11 +355,12 @@ def sample_device(sample: Sample) -> torch.device:
 
 
 def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:
-    """The time that the machine needs at least for a forward, and its share of ours."""
-    if line["mode"] != "forward" or line["error"]:
+    """The time that the machine needs at least for a forward, and its share of ours where the inputs come from memory."""
+    if line["mode"] != "forward" or line["error"] or not ceilings:
         return
     line["floor_ms"] = measure.floor(line["flops"], line["bytes"], line["dtype"], ceilings)
-    line["floor_share"] = line["floor_ms"] / line["ms"]["ours"]
+    if not line.get("cached"):
+        line["floor_share"] = line["floor_ms"] / line["ms"]["ours"]
 
 
 def closeness(dtype: torch.dtype, gradients: bool = False) -> tuple[float, float]:

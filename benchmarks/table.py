@@ -74,10 +74,17 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 def _heading(result: dict[str, Any]) -> str:
     found = result["ceilings"]
-    return (
-        f"{result['machine']}\nceilings: copy {found['copy']:.0f} GB/s (read + write), product {found['float32']:.0f} GFLOP/s float32, "
-        f"{found['bfloat16']:.0f} GFLOP/s bfloat16"
-    )
+    lines = [result["machine"]]
+    if found:
+        lines.append(
+            f"ceilings: copy {found['copy']:.0f} GB/s (read + write), product {found['float32']:.0f} GFLOP/s float32, "
+            f"{found['bfloat16']:.0f} GFLOP/s bfloat16"
+        )
+    if not result.get("compiled", True):
+        lines.append("torch.compile was not measured")
+    if any(row.get("cached") for row in result["rows"]):
+        lines.append("no share of the floor where the inputs fit the GPU's L2 cache")
+    return "\n".join(lines)
 
 
 def show(result: dict[str, Any]) -> None:

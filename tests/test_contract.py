@@ -26,6 +26,7 @@ from sprompt.testing.calls import (
     with_gradients,
 )
 from sprompt.testing.compare import assert_close, assert_same_bits, error, tensors
+from sprompt.testing.layouts import LAYOUTS, can_be_far, far
 from sprompt.testing.spec import HALVES, OpSpec, Sample
 from sprompt.testing.specs import SPECS
 
@@ -150,21 +151,9 @@ def check_half(spec: OpSpec, sample: Sample, actual: Any, expected: Any) -> None
 # -- 2: any layout of inputs and gradients
 
 
-def sliced(t: Tensor) -> Tensor:
-    return torch.stack((t, t), -1)[..., 0]
-
-
-def transposed(t: Tensor) -> Tensor:
-    return t.mT.contiguous().mT if t.dim() >= 2 else sliced(t)
-
-
-def expanded(t: Tensor) -> Tensor:
-    return t[:1].expand(t.shape) if t.dim() >= 1 and t.shape[0] > 0 else t
-
-
 @by_spec
 @by_backend
-@pytest.mark.parametrize("layout", (sliced, transposed, expanded), ids=lambda f: f.__name__)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda f: f.__name__)
 def test_any_layout(spec: OpSpec, device: torch.device, backend: str, layout: Callable[[Tensor], Tensor]) -> None:
     skip_if_absent(spec, device, backend)
     with forced(backend):
@@ -239,28 +228,10 @@ def test_far_apart(spec: OpSpec, device: torch.device, backend: str) -> None:
     sample = next((s for s in spec.samples(device, dtypes(spec)[0], 4) if can_be_far(s)), None)
     if sample is None:
         pytest.skip("no sample has a batch of at least two")
-    done = False
-
-    def far(t: Tensor) -> Tensor:
-        nonlocal done
-        if done or t.dim() < 2 or t.shape[0] < 2 or t.numel() == 0:
-            return t
-        done = True
-        distance = 2**31 // (t.shape[0] - 1) + 64
-        inner = t[0].numel()
-        memory = torch.empty(((t.shape[0] - 1) * distance + inner) * t.element_size(), dtype=torch.uint8, device=device)
-        view = memory.view(t.dtype).as_strided(t.shape, (distance, *torch.empty(t.shape[1:], device="meta").stride()))
-        view.copy_(t)
-        return view
-
     with forced(backend), told(spec, sample):
-        assert_same_bits(call(spec, sample.map(far)), call(spec, sample))
+        assert_same_bits(call(spec, far(sample)), call(spec, sample))
     if device.type == "cuda":
         torch.cuda.empty_cache()  # other processes test on the same GPU
-
-
-def can_be_far(sample: Sample) -> bool:
-    return any(t.dim() >= 2 and t.shape[0] >= 2 and t.numel() > 0 for t in tensors((sample.args, sample.kwargs)))
 
 
 # -- 5: opcheck, compile, export

@@ -1,147 +1,167 @@
 #!/usr/bin/env bash
-# gpu.sh: on a machine with an NVIDIA GPU, builds, measures, and tests every promise on CUDA, within 9 minutes. Needs Python 3.10
-# to 3.13 with its own torch >= 2.8 and Triton >= 3.4; cmake, ninja, pybind11, pytest and what the tests compare with are
-# installed into build/gpu/site only if they are missing and an index can be reached.
+# gpu.sh: on a machine with an NVIDIA GPU, builds, tests every promise on CUDA, and measures. What matters most comes first, and every
+# part has its share of the time. Needs Python 3.10 to 3.13 with its own torch >= 2.8 and Triton >= 3.4; what else is missing comes
+# from build/gpu-kit (`make gpu-prepare`, on any machine), or from an index if one can be reached.
 #   PYTHON   the interpreter that has torch (default: python3)
 #   OUT      where report.json, report.md and the logs go (default: benchmarks/results/<gpu name>)
 #   TOTAL    seconds in all (default: 530)
+#   PARTS    parts to run (default: "smoke values forward promises modes memcheck compile")
+#   SELECT   what the tests select (pytest -k) and OPS what the benchmark times ("mask_iou mask_nms"); default: all
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
-room=$root/build/gpu
-package=$room/package
-given=${PYTHONPATH:-}
-python=$(command -v "${PYTHON:-python3}") || { echo "gpu.sh: no interpreter ${PYTHON:-python3}" >&2; exit 1; }
 begin=$SECONDS
-
-fail() {
-    echo "gpu.sh: $*" >&2
-    exit 1
-}
-say() {
-    echo
-    echo "== $* ($((SECONDS - begin)) s)"
-}
-left() { # left RESERVE: seconds until RESERVE before the end, at least 10
-    local seconds=$((${TOTAL:-530} - (SECONDS - begin) - $1))
-    echo $((seconds > 10 ? seconds : 10))
-}
+given=${PYTHONPATH:-}
+. tools/gpu_room.sh
+python=$(command -v "${PYTHON:-python3}") || fail "no interpreter ${PYTHON:-python3}"
+total=${TOTAL:-530}
+parts=" ${PARTS:-smoke values forward promises modes memcheck compile} "
 
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
     fail "$python is not Python 3.10 to 3.13; type \`make gpu PYTHON=...\`"
 name=$("$python" - <<'PYTHON'
-import re, torch
+import re, sys, torch
 assert torch.cuda.is_available()
-print(re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-"), "%d%d" % torch.cuda.get_device_capability())
+gpu = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+print(gpu, "%d%d" % torch.cuda.get_device_capability(), "%d%d" % sys.version_info[:2])
 PYTHON
 ) || fail "$python has no torch that sees a GPU; type \`make gpu PYTHON=...\`"
-arch=${name##* }
-out=${OUT:-benchmarks/results/${name%% *}}
-mkdir -p "$out" "$package"
+read -r gpu arch tag <<<"$name"
+out=${OUT:-benchmarks/results/$gpu}
+mkdir -p "$out" "$room"
 out=$(cd "$out" && pwd)
+kit=$(cd "$kit" 2>/dev/null && pwd || echo none)
 
+install() { timeout 40 "$python" -m pip install -q --disable-pip-version-check --no-deps --no-compile --upgrade --target "$room/site" "$@"; }
+if compgen -G "$kit/wheels/*.whl" >/dev/null; then
+    install --no-index --no-cache-dir "$kit"/wheels/*.whl
+fi
+export PYTHONPATH=$room/site${given:+:$given} PATH=$room/site/bin:$(dirname "$python"):$PATH
 missing=$("$python" - <<'PYTHON'
 import importlib.util
 needed = {"cmake": "cmake", "ninja": "ninja", "pybind11": "pybind11", "pytest": "pytest", "xdist": "pytest-xdist", "execnet": "execnet",
-          "iniconfig": "iniconfig", "pluggy": "pluggy", "hypothesis": "hypothesis", "sortedcontainers": "sortedcontainers",
-          "scipy": "scipy", "pycocotools": "pycocotools", "expecttest": "expecttest"}
+          "pytest_timeout": "pytest-timeout", "iniconfig": "iniconfig", "pluggy": "pluggy", "hypothesis": "hypothesis",
+          "sortedcontainers": "sortedcontainers", "scipy": "scipy", "pycocotools": "pycocotools", "expecttest": "expecttest"}
 print(*(package for module, package in needed.items() if importlib.util.find_spec(module) is None))
 PYTHON
 )
 if [ -n "$missing" ]; then
     say "missing: $missing; trying to install"
     # shellcheck disable=SC2086
-    timeout 30 "$python" -m pip install --quiet --disable-pip-version-check --retries 0 --timeout 5 --no-deps \
-        --target "$room/site" $missing 2>/dev/null || echo "could not be installed: what needs them is skipped"
+    install --retries 0 --timeout 5 $missing 2>/dev/null || echo "could not be installed: what needs them is skipped"
 fi
-export PATH=$room/site/bin:$(dirname "$python"):$PATH PYTHONPATH=$room/site${given:+:$given}
 [ ! -d /usr/local/cuda/bin ] || export PATH=$PATH:/usr/local/cuda/bin
 
-say "building in build/gpu"
-for part in sprompt tests benchmarks; do
-    rm -rf "${package:?}/$part"
-    cp -R "$part" "$package/$part"
-done
-cp pyproject.toml "$package/"
-rm -f "$package"/sprompt/_C*
-if ! command -v nvcc >/dev/null; then
-    echo "nvcc is missing: the CUDA C++ kernels are not built, their ops run on the reference, and the tests will say so"
-fi
-if "$python" -c 'import pybind11' 2>/dev/null && command -v cmake >/dev/null; then
-    generator=$(command -v ninja >/dev/null && echo "-G Ninja" || true)
-    # shellcheck disable=SC2086
-    cmake -S "$root" -B "$room/build" $generator -DPython_EXECUTABLE="$python" -DSPROMPT_CUDA_ARCHS="$arch" \
-        -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$package/sprompt" >"$out/build.log" 2>&1 &&
-        cmake --build "$room/build" --target _C -j "$(nproc)" >>"$out/build.log" 2>&1 ||
-        { tail -30 "$out/build.log"; fail "the kernels could not be built; $out/build.log has it all"; }
+furnish
+if compgen -G "$kit/_C.cpython-$tag-*.so" >/dev/null; then
+    say "kernels from $kit"
+    cp "$kit"/_C.cpython-"$tag"-*.so "$package/sprompt/"
+elif "$python" -c 'import pybind11' 2>/dev/null && command -v cmake >/dev/null; then
+    say "building in $room"
+    command -v nvcc >/dev/null || echo "nvcc is missing: the CUDA C++ kernels are not built, and the tests will say so"
+    compile "$python" "$arch" "$package/sprompt" "$out/build.log" || { tail -30 "$out/build.log"; fail "the kernels could not be built"; }
 else
     echo "cmake or pybind11 is missing: the CUDA C++ kernels are not built, their ops run on the reference"
 fi
-cd "$package" # no other sprompt is in reach
-export PYTHONPATH=$package:$PYTHONPATH
+export TRITON_CACHE_DIR=$room/triton # one for all processes: Inductor would give each its own
+[ ! -d "$kit/triton" ] || { rm -rf "$TRITON_CACHE_DIR"; cp -R "$kit/triton" "$TRITON_CACHE_DIR"; }
+export TORCHINDUCTOR_COMPILE_THREADS=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # without it torch refuses products where deterministic ones are asked for
+cd "$package"
 "$python" -m sprompt.env | tee "$out/environment.txt"
+ended= # what every part ended with
 
-status=0
-say "benchmark at the paper's sizes"
-limit=$(left 290)
-timeout "$limit" "$python" -m benchmarks.run --device cuda --no-compile --seconds 0.2 --budget $((limit > 60 ? limit - 40 : limit / 2)) \
-    --json "$out/report.json" --markdown "$out/report.md" >"$out/benchmark.log" 2>&1 || status=$?
-tail -70 "$out/benchmark.log"
-[ $status = 0 ] || echo "benchmark ended with status $status (1: a wrong answer, 124: out of time)"
-
-say "the promises on CUDA, and compute-sanitizer beside them"
-sanitized() { # memory is not cached, so that a write behind a tensor is one behind its allocation
-    local told=
-    for tool in memcheck racecheck; do
-        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 100 compute-sanitizer --tool $tool --report-api-errors no --error-exitcode 9 \
-            --kernel-name kernel_substring=sprompt "$python" -m sprompt.testing.sanitized >"$room/$tool.log" 2>&1 &&
-            told="$told $tool passed" || told="$told $tool ended with status $?"
-    done
-    echo "$told" >"$room/sanitizer.txt"
+part() { # part NAME SHARE: whether it is asked for; says so, and sets `limit`, the seconds until SHARE percent of the time are over
+    limit=$((total * $2 / 100 - (SECONDS - begin)))
+    limit=$((limit > 15 ? limit : 15))
+    case $parts in *" $1 "*) say "$1, within $limit s" ;; *) return 1 ;; esac
 }
-echo "compute-sanitizer is not installed: skipped" >"$room/sanitizer.txt"
-checking=
-if command -v compute-sanitizer >/dev/null; then
-    echo "did not end" >"$room/sanitizer.txt"
-    sanitized &
-    checking=$!
+test_cuda() { # test_cuda NAME pytest-arguments...; ten processes: each takes up to a tenth of the GPU's memory
+    local name=$1 status=0 workers
+    shift
+    workers=$(($(nproc) < 10 ? $(nproc) : 10))
+    local parallel timed
+    parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $workers --dist worksteal" || true)
+    timed=$("$python" -c 'import pytest_timeout' 2>/dev/null && echo "--timeout 90" || true)
+    # shellcheck disable=SC2086
+    timeout -s INT -k 10 "$limit" "$python" -m pytest -p no:cacheprovider -q -rfEs $parallel $timed --junitxml "$room/$name.xml" "$@" \
+        >"$out/$name.log" 2>&1 || status=$?
+    grep -vE '^[.sFEx]+ *(\[|$)|^$|^SKIPPED' "$out/$name.log" | grep -E '^(FAILED|ERROR|[0-9]+ |=|.*CUDA error)' | cut -c1-400 | tail -40 || true
+    ended="$ended $name:$status"
+}
+measure() { # measure NAME benchmark-arguments...
+    local name=$1 status=0
+    shift
+    # shellcheck disable=SC2046
+    timeout -k 5 "$limit" "$python" -m benchmarks.run --device cuda --no-compile --seconds 0.2 --budget $((limit - limit / 8)) \
+        $(printf -- '--op %s ' ${OPS:-}) --json "$out/$name.json" "$@" >"$out/$name.log" 2>&1 || status=$?
+    tail -60 "$out/$name.log"
+    ended="$ended $name:$status"
+}
+rm -f "$room"/*.xml
+chosen=${SELECT:+ and ($SELECT)}
+
+if part smoke 8; then
+    status=0
+    timeout "$limit" "$python" -m sprompt.testing.sanitized >"$out/smoke.log" 2>&1 || status=$?
+    tail -3 "$out/smoke.log"
+    ended="$ended smoke:$status"
 fi
-# Six processes: a test of far offsets takes up to 17 GB of the GPU's memory.
-parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $(($(nproc) < 6 ? $(nproc) : 6)) --dist worksteal" || true)
-tested=0
-# shellcheck disable=SC2086
-timeout -s INT -k 15 "$(left 30)" "$python" -m pytest -p no:cacheprovider -q -rfEs $parallel tests/test_cuda.py tests/test_cuda_step.py \
-    tests/test_contract.py \
-    -k "cuda and not cuda-reference" --junitxml "$room/tests.xml" >"$out/tests.log" 2>&1 || tested=$?
-grep -vE '^[.sFE]+ *(\[|$)|^$' "$out/tests.log" | tail -40 || true
-[ $tested = 0 ] || echo "tests ended with status $tested (2: out of time)"
-if [ -n "$checking" ]; then
-    for _ in $(seq "$(left 8)"); do
-        kill -0 $checking 2>/dev/null || break
-        sleep 1
-    done
-    kill $checking 2>/dev/null || true
-    cat "$room"/*check.log >"$out/sanitizer.log" 2>/dev/null || true
+if part values 28; then
+    test_cuda values tests/test_contract.py -k "cuda and not cuda-reference and (right_on or gradients_equal)$chosen"
 fi
-cat "$room/sanitizer.txt"
+if part forward 55; then
+    measure forward --mode forward
+fi
+if part promises 73; then
+    test_cuda promises tests/test_cuda.py tests/test_cuda_step.py tests/test_contract.py tests/ops/test_linear_assignment.py \
+        tests/ops/test_resize_masks.py tests/ops/test_rle.py \
+        -k "cuda and not cuda-reference and not (right_on or gradients_equal or opcheck or compiled or export)$chosen"
+fi
+if part modes 86; then
+    measure modes --mode full --mode memory --mode backward
+fi
+if part memcheck 93; then # memory is not cached, so that a write behind a tensor is one behind its allocation
+    told="not installed"
+    if command -v compute-sanitizer >/dev/null; then
+        status=0
+        PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout "$limit" compute-sanitizer --tool memcheck --report-api-errors no --error-exitcode 9 \
+            --kernel-name kernel_substring=sprompt "$python" -m sprompt.testing.sanitized >"$out/sanitizer.log" 2>&1 || status=$?
+        told="memcheck ended with status $status (0: nothing found, 124: out of time)"
+    fi
+    echo "$told" | tee "$room/sanitizer.txt"
+fi
+if part compile 99; then
+    test_cuda compile tests/test_contract.py -k "cuda and (opcheck or compiled or export)$chosen"
+fi
 
 say "done: $out"
-"$python" - "$out" "$room" "$status" "$tested" <<'PYTHON'
+"$python" - "$out" "$room" "$ended" <<'PYTHON'
 import json, sys, xml.etree.ElementTree as tree
 from pathlib import Path
 
-out, room, status, tested = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
-file = out / "report.json"
-report = json.loads(file.read_text()) if file.exists() else {"rows": []}
+from benchmarks import table
+
+out, room, ended = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
+report = {"rows": [], "empty_calls": [], "left_out": []}
+for file in ("forward.json", "modes.json"):
+    if (out / file).exists():
+        part = json.loads((out / file).read_text())
+        for name in ("rows", "empty_calls", "left_out"):
+            part[name] = report[name] + part[name]
+        report |= part
 counts = {}
-if (room / "tests.xml").exists():
-    suite = tree.parse(room / "tests.xml").getroot()[0].attrib
-    counts = {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
-sanitizer = (room / "sanitizer.txt").read_text().strip()
-report |= {"command": "make gpu", "tests": counts, "compute_sanitizer": sanitizer, "benchmark_status": status, "test_status": tested}
-file.write_text(json.dumps(report, indent=1) + "\n")
+for file in sorted(room.glob("*.xml")):
+    suite = tree.parse(file).getroot()[0].attrib
+    counts[file.stem] = {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
+sanitizer = (room / "sanitizer.txt").read_text().strip() if (room / "sanitizer.txt").exists() else "not run"
+report |= {"command": "make gpu", "tests": counts, "compute_sanitizer": sanitizer, "parts": ended}
+(out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+if report["rows"]:
+    (out / "report.md").write_text(table.markdown(report) + "\n")
 wrong = [row for row in report["rows"] if row.get("error") and not row["error"].endswith("is not installed")]
-print(f"tests: {counts or 'none finished'}; compute-sanitizer: {sanitizer}; {len(report['rows'])} rows, {len(wrong)} of them wrong")
-sys.exit(1 if status or tested or wrong else 0)
+for row in wrong:
+    print("wrong:", row["op"], row["shape"], row["dtype"], row["mode"], row["error"])
+print(f"tests: {counts or 'none finished'}; {sanitizer}; {len(report['rows'])} rows, {len(wrong)} of them wrong; {' '.join(ended)}")
+sys.exit(1 if wrong or any(not part.endswith(":0") for part in ended) else 0)
 PYTHON

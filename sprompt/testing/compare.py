@@ -47,8 +47,10 @@ def assert_close(actual: Any, expected: Any, relative: float, absolute: float) -
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
+    """The same bits in every tensor (all NaN count as one), and equal strings, bytes and whole numbers beside them (RLEs hold
+    no tensors)."""
     got, want = tensors(actual), tensors(expected)
-    assert len(got) == len(want)
+    assert len(got) == len(want), f"{len(got)} tensors, expected {len(want)}"
     for place, (a, e) in enumerate(zip(got, want, strict=True)):
         assert a.dtype == e.dtype and a.shape == e.shape, (
             f"output {place}: {a.dtype} {a.shape}, expected {e.dtype} {e.shape}"
@@ -56,3 +58,5 @@ def assert_same_bits(actual: Any, expected: Any) -> None:
         assert torch.equal(
             a.nan_to_num(7.0) if a.is_floating_point() else a, e.nan_to_num(7.0) if e.is_floating_point() else e
         ), f"output {place}: {int((a != e).sum())} of {a.numel()} entries differ"
+    said, wanted = ([x for x in pytree.tree_leaves(o) if isinstance(x, str | bytes | int)] for o in (actual, expected))
+    assert said == wanted, "values beside the tensors differ"

@@ -59,7 +59,7 @@ class OpRun(NamedTuple):
     launches: list[Launch]
 
 
-class _LaunchOnly(TorchDispatchMode):
+class LaunchOnly(TorchDispatchMode):
     """Of an op with a Triton kernel the launches are recorded; one without gives zeros; neither runs."""
 
     def __init__(self, arch: int) -> None:
@@ -94,7 +94,7 @@ def runs_of(bench: Bench, sample: Sample, arch: int) -> list[OpRun]:
     """Every Triton op of the row, forward and (if it has gradients) backward, with its launches."""
     bound = sample.bound(bench.function)
     leaves = [bound[name].requires_grad_() for name in bench.gradients]
-    with _LaunchOnly(arch) as mode:
+    with LaunchOnly(arch) as mode:
         output = bench.function(**bound)
         outputs = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, Tensor) and t.requires_grad]
         if leaves and outputs:

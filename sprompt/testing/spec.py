@@ -109,6 +109,24 @@ class Bench:
     goals: dict[str, float] = field(default_factory=dict)
 
 
+class Prepared:
+    """A rival's own form of an input, such as RLEs or float masks: made once an object, so that it is not timed. The objects are
+    kept, since another could get the id of one that is gone."""
+
+    def __init__(self, make: Callable[..., Any]) -> None:
+        self.make = make
+        self.made: list[tuple[Any, tuple[Any, ...], Any]] = []
+
+    def __call__(self, value: Any, *options: Any) -> Any:
+        for known, with_options, form in self.made:
+            if known is value and with_options == options:
+                return form
+        if len(self.made) == 32:  # the copies of a row, of two inputs each
+            self.made.clear()
+        self.made.append((value, options, self.make(value, *options)))
+        return self.made[-1][2]
+
+
 def random(seed: int) -> torch.Generator:
     """A CPU generator: samples are drawn on the CPU and moved, so that every device sees the same numbers."""
     return torch.Generator().manual_seed(seed)

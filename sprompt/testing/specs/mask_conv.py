@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import mask_conv, mask_pool, mask_update, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random
 
 #: B, N, C, H, W. Pixels below, at and behind blocks of 64; channels and kernels that fill no register.
 SIZES = ((2, 5, 7, 4, 8), (1, 1, 1, 1, 1), (2, 13, 40, 9, 15), (1, 7, 130, 8, 8), (1, 30, 20, 5, 39), (2, 2, 3, 1, 65))
@@ -234,15 +234,11 @@ def _eager_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
     return logits, _eager_pool(features, logits)
 
 
-_dense: dict[int, Tensor] = {}
+_floats_of = Prepared(BitMasks.to_dense)
 
 
 def _eager_pool_of_bits(features: Tensor, masks: BitMasks) -> Tensor:
-    """The float masks are eager's own input: made once, not timed."""
-    if id(masks) not in _dense:
-        _dense.clear()
-        _dense[id(masks)] = masks.to_dense(features.dtype)
-    return torch.einsum("bnhw,bchw->bnc", _dense[id(masks)], features)
+    return torch.einsum("bnhw,bchw->bnc", _floats_of(masks, features.dtype), features)
 
 
 _shape = f"B {B}, N {N}, C {C}, {H}x{W}"

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sprompt.backends import use_backend
 from sprompt.masks import BitMasks
 from sprompt.ops import mask_loss, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random
 
 #: (h, w, upsample, kind of target): every kind with every way to upsample, widths around the vector length and the word.
 LAYOUTS = (
@@ -100,19 +100,17 @@ def _oracle(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) ->
     return torch.from_numpy(bce).to(logits.device), torch.from_numpy(dice).to(logits.device)
 
 
-_soft_cache: dict[tuple[int, torch.dtype], tuple[BitMasks, Tensor]] = {}
+def _reduced(targets: BitMasks, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    dense = targets.to_dense(torch.float32).reshape(1, -1, *targets.size)
+    return F.interpolate(dense, size=size, mode="bilinear").reshape(*targets.shape, *size).to(dtype)
+
+
+_reduced_once = Prepared(_reduced)
 
 
 def prepared(targets: BitMasks | Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The released code reduces its targets once, before any loss: made once, not timed."""
-    if not isinstance(targets, BitMasks):
-        return targets.to(dtype)
-    key = (id(targets.words), dtype)
-    if key not in _soft_cache:
-        dense = targets.to_dense(torch.float32).reshape(1, -1, *targets.size)
-        soft = F.interpolate(dense, size=size, mode="bilinear").reshape(*targets.shape, *size).to(dtype)
-        _soft_cache[key] = (targets, soft)
-    return _soft_cache[key][1]
+    """The released code reduces its targets once, before any loss."""
+    return _reduced_once(targets, size, dtype) if isinstance(targets, BitMasks) else targets.to(dtype)
 
 
 def _eager(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,78 @@
+"""The benchmark's processes: on a GPU every op has one of its own, and one that ends badly costs its own row only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import run
+from sprompt.testing.spec import Prepared
+
+
+def counted(number: int, fatal: int) -> Iterator[int]:
+    for i in range(number):
+        if i == fatal:
+            os._exit(7)
+        yield i
+
+
+def test_values_of_a_process_come_back() -> None:
+    assert list(run.in_process(counted, 3, -1)) == [0, 1, 2]
+
+
+def test_a_process_that_ends_badly_says_so() -> None:
+    assert list(run.in_process(counted, 3, 2)) == [0, 1, "its process ended with status 7"]
+
+
+def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    import time
+
+    monkeypatch.setattr(run, "SILENCE", 1.0)
+    assert list(run.in_process(time.sleep, 60)) == ["nothing was heard of its process for 1 s"]
+
+
+def test_a_row_that_ends_its_process_costs_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ops of three and one rows: the second row of the first kills its process."""
+    cuda = [number for number, bench in enumerate(run.BENCHES) if bench.device == "cuda"]
+    first = run.BENCHES[cuda[0]].function.__name__
+    other = next(n for n in cuda if run.BENCHES[n].function.__name__ != first)
+    wanted = [(cuda[0], torch.float32, mode) for mode in ("forward", "full", "memory")] + [
+        (other, torch.float32, "forward")
+    ]
+    deaths = []
+
+    def die_at_full(function: Any, jobs: list[run.Job], *rest: Any) -> Iterator[Any]:
+        for job in jobs:
+            if job[2] == "full":
+                deaths.append(job)
+                yield "its process ended with status -6"
+                return
+            yield run.empty_row(job)
+
+    monkeypatch.setattr(run, "in_process", die_at_full)
+    monkeypatch.setattr(run, "jobs", lambda options, device: wanted)
+    options = argparse.Namespace(seconds=0.1, no_compile=True)
+    lines = list(run.rows(options, torch.device("cuda"), float("inf"), lambda text: None))
+    assert [(line["op"], line["mode"]) for line in lines] == [
+        (run.BENCHES[n].function.__name__, m) for n, _, m in wanted
+    ]
+    assert [line["error"] for line in lines] == ["", "its process ended with status -6", "", ""]
+    assert len(deaths) == 1
+
+
+def test_flagships_come_first_on_a_gpu() -> None:
+    options = argparse.Namespace(op=None, quick=False, dtype=None, mode=None)
+    ops = [run.BENCHES[number].function.__name__ for number, _, _ in run.jobs(options, torch.device("cuda"))]
+    assert list(dict.fromkeys(ops))[:4] == list(run.FLAGSHIPS)
+
+
+def test_a_form_is_made_once_an_object() -> None:
+    made = []
+    prepared = Prepared(lambda value, *options: made.append((value, options)) or len(made))
+    a, b = object(), object()
+    assert [prepared(a), prepared(b), prepared(a), prepared(a, 1), prepared(a, 1)] == [1, 2, 1, 3, 3]
