@@ -5,11 +5,14 @@ run raises and says why. An automatic fallback because something is missing warn
 tells which ran. All of this holds for the whole process (autograd may run a backward on another thread).
 """
 
+import importlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+
+import torch
 
 NAMES = ("reference", "native", "triton", "cuda")
 #: Backends by device type, in the order in which they are tried. The reference takes everything, so what stands behind it runs
@@ -76,8 +79,16 @@ def trace_backends() -> Iterator[list[tuple[str, str]]]:
         _traces.remove(ran)
 
 
-def add(op: str, name: str, run: Callable[..., Any], why_not: Callable[..., str]) -> None:
-    _table.setdefault(op, {})[name] = Backend(name, run, why_not)
+def add(op: str, name: str, run: Callable[..., Any]) -> None:
+    _table.setdefault(op, {})[name] = Backend(name, run, _why_not(name))
+
+
+def _why_not(name: str) -> Callable[..., str]:
+    """What a backend's kernels cannot take: the module of its name says so."""
+    if name == "reference":
+        return lambda *args: ""
+    module = {"native": "sprompt.native", "triton": "sprompt.ops.launch", "cuda": "sprompt.cuda"}[name]
+    return lambda *args: importlib.import_module(module).why_not(*args)
 
 
 def automatic(device: str) -> tuple[str, ...]:
@@ -104,36 +115,50 @@ def available(op: str, device: str) -> dict[str, str]:
     }
 
 
-def run(op: str, device: str, args: tuple[Any, ...]) -> Any:
-    """Runs an op on the first backend that can."""
-    backends = _table[op]
+def choose(op: str, device: torch.device, float64: bool) -> Backend:
+    """The first backend of an op that can run on tensors of a device, and in float64 where that is asked for."""
+    if _forced is None and not _traces:
+        return _automatic.get((op, device, float64)) or _choose(op, device, float64)
     if _forced is not None and (_forced_ops is None or op in _forced_ops):
-        chosen = _forced_backend(op, device, args)
+        chosen = _forced_backend(op, device, float64)
     else:
-        for name in ORDER.get(device, ("reference",)):
-            chosen = backends.get(name)  # type: ignore[assignment]
-            if chosen is not None and not chosen.why_not(*args):
-                break
-        if chosen.name == "reference":
-            _warn_if_missing(op, device, args)
+        chosen = _choose(op, device, float64)
     for trace in _traces:
         trace.append((op, chosen.name))
-    return chosen.run(*args)
+    return chosen
 
 
-def _forced_backend(op: str, device: str, args: tuple[Any, ...]) -> Backend:
+#: What was chosen: nothing that a choice depends on changes within a process.
+_automatic: dict[tuple[str, torch.device, bool], Backend] = {}
+
+
+def _probe(device: torch.device, float64: bool) -> torch.Tensor:
+    return torch.empty(0, dtype=torch.float64 if float64 else torch.float32, device=device)
+
+
+def _choose(op: str, device: torch.device, float64: bool) -> Backend:
+    probe = _probe(device, float64)
+    found = (_table[op][name] for name in ORDER.get(device.type, ("reference",)) if name in _table[op])
+    chosen = next(backend for backend in found if not backend.why_not(probe))
+    if chosen.name == "reference":
+        _warn_if_missing(op, device.type)
+    _automatic[op, device, float64] = chosen
+    return chosen
+
+
+def _forced_backend(op: str, device: torch.device, float64: bool) -> Backend:
     name = str(_forced)
-    if name not in ORDER.get(device, ("reference",)):
-        raise RuntimeError(f"{op}: backend {name} was asked for, but it does not run on {device}")
+    if name not in ORDER.get(device.type, ("reference",)):
+        raise RuntimeError(f"{op}: backend {name} was asked for, but it does not run on {device.type}")
     if name not in _table[op]:
         raise RuntimeError(f"{op}: backend {name} was asked for, but there is no {name} kernel of {op}")
-    reason = _table[op][name].why_not(*args)
+    reason = _table[op][name].why_not(_probe(device, float64))
     if reason:
         raise RuntimeError(f"{op}: backend {name} was asked for, but {reason}")
     return _table[op][name]
 
 
-def _warn_if_missing(op: str, device: str, args: tuple[Any, ...]) -> None:
+def _warn_if_missing(op: str, device: str) -> None:
     """Once a process: the reference ran because something is not installed or not built, not because of the arguments."""
     global _warned
     if _warned or os.environ.get("SPROMPT_NO_EXT", "0") != "0":
@@ -144,5 +169,5 @@ def _warn_if_missing(op: str, device: str, args: tuple[Any, ...]) -> None:
         if missing:
             _warned = True
             where = "the CPU" if device == "cpu" else f"{device}, of {op}"
-            warnings.warn(f"sprompt runs its slow reference on {where}: {missing}", stacklevel=3)
+            warnings.warn(f"sprompt runs its slow reference on {where}: {missing}", stacklevel=4)
             return

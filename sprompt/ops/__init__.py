@@ -18,8 +18,11 @@ from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 # match_cost
 from sprompt.ops.match_cost import match_cost
 
-# prompts
-from sprompt.ops.prompts import PromptMatch, mask_mean, prompt_match, region_mean
+# prompt_match
+from sprompt.ops.prompt_match import PromptMatch, prompt_match
+
+# region_mean
+from sprompt.ops.region_mean import mask_mean, region_mean
 
 # resize_masks
 from sprompt.ops.resize_masks import resize_masks
@@ -56,10 +59,12 @@ __all__ = [
     # match_cost
     "match_cost",
     #
-    # prompts
+    # prompt_match
     "PromptMatch",
-    "mask_mean",
     "prompt_match",
+    #
+    # region_mean
+    "mask_mean",
     "region_mean",
     #
     # resize_masks

@@ -37,25 +37,23 @@ def tensor(op: str, arg: str, value: Any, dtypes: Sequence[torch.dtype], advice:
 
 def shape(op: str, arg: str, value: Tensor, form: str, sizes: Sequence[int | None], advice: str = "") -> None:
     """Holds `value` to sizes (None: any), which `form` shows in letters: shape(op, "scores", s, "(N,)", (12,))."""
-    if value.dim() != len(sizes):
-        bad_value(op, arg, f"have shape {form}", _sizes(value.shape), advice)
-    for got, want in zip(value.shape, sizes, strict=True):
+    found = value.shape
+    if len(found) != len(sizes):
+        bad_value(op, arg, f"have shape {form}", _sizes(found), advice)
+    for got, want in zip(found, sizes, strict=True):
         if want is not None and got != want:
             known = form + ("" if None in sizes else f" = {_sizes([s for s in sizes if s is not None])}")
-            bad_value(op, arg, f"have shape {known}", _sizes(value.shape), advice)
+            bad_value(op, arg, f"have shape {known}", _sizes(found), advice)
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
-    first_name, first = next((name, t) for name, t in tensors.items() if t is not None)
-    for name, value in tensors.items():
-        if value is not None and value.device != first.device:
-            bad_value(
-                op,
-                name,
-                f"be on the device of {first_name} ({first.device})",
-                value.device,
-                "move one of them with .to()",
-            )
+    if all(value is None or value.is_cpu for value in tensors.values()):
+        return
+    given = {name: value.device for name, value in tensors.items() if value is not None}
+    first = next(iter(given))
+    for name, device in given.items():
+        if device != given[first]:
+            bad_value(op, name, f"be on the device of {first} ({given[first]})", device, "move one of them with .to()")
 
 
 def choice(op: str, arg: str, value: object, choices: Sequence[object]) -> None:

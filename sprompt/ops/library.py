@@ -10,7 +10,8 @@ from sprompt import backends, cuda, native
 from sprompt.ops import launch
 from sprompt.ops.schemas import SCHEMAS
 
-LIBRARY = torch.library.Library("sprompt", "DEF")
+from sprompt.ops.declare import LIBRARY
+
 #: The fake kernel of every op: outputs of the right shape and dtype, unwritten.
 FAKES: dict[str, Callable[..., Any]] = {}
 
@@ -42,16 +43,16 @@ def register_op(
     gpu_why_not: what it can take, if that is not what the backend's kernels can take in general.
     """
     LIBRARY.define(f"{name}{SCHEMAS[name]}", tags=(torch.Tag.pt2_compliant_tag,))
-    backends.add(name, "reference", reference, _always)
+    backends.add(name, "reference", reference)
     if native_kernel is not None:
-        backends.add(name, "native", native_kernel, native_why_not)
+        backends.add(name, "native", native_kernel)
     if gpu is not None:
         room = fake.__module__.rpartition(".")[0]  # fake kernels live in the room's registration.py
-        why_not = gpu_why_not or {"triton": launch, "cuda": cuda}[gpu].why_not
-        backends.add(name, gpu, _lazy(f"{room}.{gpu}", name), why_not)
+        backends.add(name, gpu, _lazy(f"{room}.{gpu}", name))
 
     def run(first: torch.Tensor, *rest: Any) -> Any:
-        return backends.run(name, first.device.type, (first, *rest))
+        f64 = any(isinstance(x, torch.Tensor) and x.dtype == torch.float64 for x in (first, *rest))
+        return backends.choose(name, first.device, f64).run(first, *rest)
 
     # One kernel for every device: the device's own backends are chosen inside.
     LIBRARY.impl(name, run, "CompositeExplicitAutograd")

@@ -34,17 +34,6 @@ SCHEMAS = {
     " -> Tensor",
     "saliency_maps": "(Tensor features, Tensor seeds, Tensor? valid, bool cosine) -> Tensor",
     #
-    # prompts
-    # features (B, C, H, W), boxes (B, L, 4) in cells, words (B, L, n) -> (B, L, C); grad (B, L, C) -> (B, C, H, W)
-    "region_mean": "(Tensor features, Tensor boxes, Tensor? counts) -> Tensor",
-    "region_mean_backward": "(Tensor grad, Tensor boxes, Tensor? counts, SymInt height, SymInt width) -> Tensor",
-    "mask_mean": "(Tensor features, Tensor words) -> Tensor",
-    "mask_mean_backward": "(Tensor grad, Tensor words, SymInt height, SymInt width) -> Tensor",
-    # kernels (B, N, C) or (N, C), prompts (B, L, C), keep (B, N) bool, order (N,) int64 -> kernels (B, N, C), index (B, N)
-    "prompt_match": "(Tensor kernels, Tensor prompts, Tensor? counts, Tensor? keep, Tensor? order, bool cosine) -> (Tensor, Tensor)",
-    # grad (B, N, C), index (B, N) -> (B, L, C)
-    "prompt_match_backward": "(Tensor grad, Tensor index, SymInt prompts) -> Tensor",
-    #
     # mask_conv: features (B, C, H, W), kernels (B, N, C) -> logits (B, N, H, W)
     "mask_conv": "(Tensor features, Tensor kernels) -> Tensor",
     # -> gradients of features and kernels, empty where not asked for

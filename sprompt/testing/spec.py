@@ -41,6 +41,16 @@ class ErrorCase:
     message: str  # a regular expression, matched from the start: r"mask_nms: scores must have shape"
 
 
+def refusals(function: Callable[..., Any]) -> Callable[..., ErrorCase]:
+    """A short way to write a function's error cases: bad("a list", r"logits must be a tensor, got list", [x], error=TypeError).
+    The message goes without the function's name; what follows it are the arguments of the call."""
+
+    def bad(name: str, message: str, *args: Any, error: type[Exception] = ValueError, **kwargs: Any) -> ErrorCase:
+        return ErrorCase(name, lambda: function(*args, **kwargs), error, f"{function.__name__}: {message}")
+
+    return bad
+
+
 @dataclass(frozen=True)
 class OpSpec:
     """What is to be tested of one public function.

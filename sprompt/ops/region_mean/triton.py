@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sprompt.ops import tile
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, tiles
 
 BLOCK_L = 32  # boxes or masks a program
@@ -279,11 +280,10 @@ def _spread(
     tl.store(out + place, tile.rounded(acc, out.dtype.element_ty), mask=store)
 
 
-def _cell_mean(features: Tensor, shapes: Tensor, counts: Tensor | None, boxes: bool) -> Tensor:
+def _cell_mean(features: Tensor, shapes: Tensor, counts: Tensor | None, boxes: bool, out: Tensor) -> None:
     B, C, H, W = features.shape
     L, P = shapes.shape[1], H * W
-    out = features.new_empty((B, L, C))
-    shape = dict(config("prompts.mean", features, C))
+    shape = dict(config("region_mean.mean", features, C))
     limit = shape.pop("CHUNK")
     # Chunks follow from the map alone: an image's result is the same in every batch.
     chunk = tiles(tiles(P, shape["BLOCK_P"]), max(tiles(P, limit), 1)) * shape["BLOCK_P"]
@@ -345,15 +345,12 @@ def _cell_mean(features: Tensor, shapes: Tensor, counts: Tensor | None, boxes: b
             BLOCK_C=width,
             num_warps=2,
         )
-    return out
 
 
-def _cell_mean_backward(
-    grad: Tensor, shapes: Tensor, counts: Tensor | None, height: int, width: int, boxes: bool
-) -> Tensor:
+def _cell_mean_backward(grad: Tensor, shapes: Tensor, counts: Tensor | None, boxes: bool, out: Tensor) -> None:
     B, L, C = grad.shape
+    height, width = out.shape[2:]
     P = height * width
-    out = grad.new_empty((B, C, height, width))
     shares = grad.new_empty((B, L, C), dtype=torch.float32)
     spans = grad.new_empty((B, L, 4) if boxes else (0,), dtype=torch.int32)
     held = shapes.numel() * shapes.element_size()
@@ -384,7 +381,7 @@ def _cell_mean_backward(
         BLOCK_W=128,
         num_warps=2,
     )
-    shape = config("prompts.spread", grad)
+    shape = config("region_mean.spread", grad)
     blocks, rows = tiles(P, shape["BLOCK_P"]), tiles(C, shape["BLOCK_C"])
     if boxes:
         shapes, held = spans, spans.nbytes
@@ -411,7 +408,6 @@ def _cell_mean_backward(
         BLOCK_L=BLOCK_L,
         **shape,
     )
-    return out
 
 
 def _boxes(boxes: Tensor) -> Tensor:
@@ -421,17 +417,17 @@ def _boxes(boxes: Tensor) -> Tensor:
     return boxes.to(torch.float32 if boxes.is_floating_point() else torch.int64)
 
 
-def region_mean(features: Tensor, boxes: Tensor, counts: Tensor | None) -> Tensor:
-    return _cell_mean(features, _boxes(boxes), counts, True)
+def region_mean(a: Args, out: Tensor) -> None:
+    _cell_mean(a.features, _boxes(a.boxes), a.counts, True, out)
 
 
-def region_mean_backward(grad: Tensor, boxes: Tensor, counts: Tensor | None, height: int, width: int) -> Tensor:
-    return _cell_mean_backward(grad, _boxes(boxes), counts, height, width, True)
+def region_mean_backward(a: Args, out: Tensor) -> None:
+    _cell_mean_backward(a.grad, _boxes(a.boxes), a.counts, True, out)
 
 
-def mask_mean(features: Tensor, words: Tensor) -> Tensor:
-    return _cell_mean(features, words, None, False)
+def mask_mean(a: Args, out: Tensor) -> None:
+    _cell_mean(a.features, a.words, None, False, out)
 
 
-def mask_mean_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
-    return _cell_mean_backward(grad, words, None, height, width, False)
+def mask_mean_backward(a: Args, out: Tensor) -> None:
+    _cell_mean_backward(a.grad, a.words, None, False, out)

@@ -1,24 +1,18 @@
-"""Triton kernels of prompt_match; those of the means stand in triton_means.py. B images, N kernels, L prompts, C channels."""
+"""Triton kernels of prompt_match. B images, N kernels, L prompts, C channels."""
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sprompt.ops import tile
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, padded, tiles
-from sprompt.ops.prompts.reference import EPSILON, SLOTS
-from sprompt.ops.prompts.triton_means import CANDIDATES as _MEANS
-from sprompt.ops.prompts.triton_means import mask_mean as mask_mean
-from sprompt.ops.prompts.triton_means import mask_mean_backward as mask_mean_backward
-from sprompt.ops.prompts.triton_means import region_mean as region_mean
-from sprompt.ops.prompts.triton_means import region_mean_backward as region_mean_backward
+from sprompt.ops.prompt_match.reference import EPSILON, SLOTS
 
 #: Tile choices to time on a GPU, besides those of configs.json.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
-    **_MEANS,
     "match": [
         {"BLOCK_N": n, "BLOCK_C": 256, "HALVINGS": j, "num_warps": w, "num_stages": s}
         for n, j, w, s in ((4, 4, 4, 2), (4, 3, 2, 2), (2, 4, 2, 2), (4, 5, 4, 2), (8, 3, 4, 2), (2, 5, 4, 3))
@@ -126,15 +120,12 @@ def _match(
         tl.store(out + (b * N + n_far)[:, None] * C + c[None, :], sums, mask=inside)
 
 
-def prompt_match(
-    kernels: Tensor, prompts: Tensor, counts: Tensor | None, keep: Tensor | None, order: Tensor | None, cosine: bool
-) -> tuple[Tensor, Tensor]:
+def prompt_match(a: Args, out: Tensor, index: Tensor) -> None:
+    kernels, prompts, counts, keep, order, cosine = a
     B, L, C = prompts.shape
     shared = kernels.dim() == 2
     N = kernels.shape[-2]
-    out = prompts.new_empty((B, N, C))
-    index = prompts.new_empty((B, N), dtype=torch.int64)
-    shape = config("prompts.match", prompts, C)
+    shape = config("prompt_match.match", prompts, C)
     block_l = min(padded(L), 128)
     blocks, passes = tiles(N, shape["BLOCK_N"]), tiles(L, block_l)
     row = C * prompts.element_size()
@@ -177,7 +168,6 @@ def prompt_match(
         BLOCK_L=block_l,
         **shape,
     )
-    return out, index
 
 
 def _strides(tensor: Any, dims: int) -> tuple[int, ...]:
@@ -210,10 +200,10 @@ def _match_backward(
     tl.store(out + place, tile.rounded(sums, out.dtype.element_ty), mask=(l < L)[:, None] & (c < C)[None, :])
 
 
-def prompt_match_backward(grad: Tensor, index: Tensor, prompts: int) -> Tensor:
+def prompt_match_backward(a: Args, out: Tensor) -> None:
+    grad, index, prompts = a
     B, N, C = grad.shape
-    out = grad.new_empty((B, prompts, C))
-    shape = config("prompts.match_backward", grad)
+    shape = config("prompt_match.match_backward", grad)
     blocks, passes = tiles(C, shape["BLOCK_C"]), tiles(prompts, shape["BLOCK_L"])
     grad_bytes = B * N * C * grad.element_size()
     index_bytes = B * N * 8
@@ -237,4 +227,3 @@ def prompt_match_backward(grad: Tensor, index: Tensor, prompts: int) -> Tensor:
         cost=cost,
         **shape,
     )
-    return out

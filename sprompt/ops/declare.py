@@ -1,0 +1,250 @@
+"""The declaration of an op, and the two ways in which a call reaches its backend.
+
+    @op("triton")                            # GPU backends in the order in which they are tried
+    def twice(x: Tensor, factor: float) -> Tensor:
+        return x.new_empty(x.shape)          # the outputs, unwritten
+
+    @twice.native
+    def _(a: Args, out: Tensor) -> None:     # a: the arguments by name
+        native._C.twice(a.x.contiguous(), a.factor, out, native.threads())
+
+The annotations are the schema of torch.ops.sprompt.twice; the function is its fake kernel and allocates for every backend but the
+reference, which is `twice(a)` of reference.py in the same folder and returns its results. A GPU backend is `twice(a, out)` of
+triton.py or cuda.py there. `twice(x, 2.0)` calls the op.
+
+A call goes straight to the backend where PyTorch does nothing but run it: plain tensors of a CPU or a CUDA device, no compilation,
+export, functorch transform, mode or tracer. Elsewhere it is torch.ops.sprompt.twice. Both run the same code on the same arguments.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+from sprompt import backends
+
+LIBRARY = torch.library.Library("sprompt", "DEF")
+#: Every op by name.
+OPS: dict[str, Op] = {}
+
+Args = Any  # the arguments of an op, a named tuple
+Function = Callable[..., Any]
+
+
+class Op:
+    """One op. Made by `op`, completed by its decorators."""
+
+    def __init__(
+        self, outputs: Function, gpu: tuple[str, ...], computes: tuple[str, ...] | None, dynamic: bool
+    ) -> None:
+        self.name = outputs.__name__
+        self.outputs = outputs
+        self.dynamic = dynamic
+        names = tuple(inspect.signature(outputs).parameters)
+        self.args: Any = collections.namedtuple(f"{self.name}_args", names)  # noqa: PYI024
+        typed = inspect.get_annotations(outputs)
+        computing = computes if computes is not None else tuple(n for n in names if typed[n] in (Tensor, Tensor | None))
+        self.computes = tuple(map(names.index, computing))
+        self.check_values: Function | None = None
+        self.save: Function | None = None
+        self.gradients: Function | None = None
+        self.function = _autograd_function(self)
+        OPS[self.name] = self
+
+        folder = outputs.__module__.rpartition(".")[0]  # sprompt.ops.<folder>.op
+        for name in ("reference", *gpu):
+            backends.add(self.name, name, _lazy(f"{folder}.{name}", self.name))
+        LIBRARY.define(
+            self.name + torch.library.infer_schema(outputs, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
+        )
+        # One kernel for every device: the device's own backends are chosen inside.
+        LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sprompt::{self.name}", outputs, lib=LIBRARY)
+        self.dispatched = getattr(torch.ops.sprompt, self.name).default
+        #: Backward ops of a gradient have none of their own, and say so.
+        self.differentiable = self.name.endswith("_backward")
+        if self.differentiable:
+            self._register_gradient()
+
+    # -- what completes the declaration
+
+    def native(self, function: Function) -> Function:
+        """The CPU kernel: function(a, *outputs)."""
+        backends.add(self.name, "native", function)
+        return function
+
+    def values(self, function: Function) -> Function:
+        """Checks that read values: function(a) raises. Runs on a CPU before every backend; a GPU would have to wait."""
+        self.check_values = function
+        return function
+
+    def saves(self, function: Function) -> Function:
+        """What backward needs of a forward: function(ctx, a, *outputs)."""
+        self.save = function
+        return function
+
+    def backward(self, function: Function) -> Function:
+        """function(ctx, needs, *gradients of the outputs) -> gradients by parameter, those that `needs` asks for."""
+        self.gradients, self.differentiable = function, True
+        self._register_gradient()
+        return function
+
+    def _register_gradient(self) -> None:
+        torch.library.register_autograd(f"sprompt::{self.name}", self._backward, setup_context=self._setup, lib=LIBRARY)
+
+    # -- calls
+
+    def __call__(self, *args: Any) -> Any:
+        if torch.compiler.is_compiling() or _thread_is_special():
+            return self.dispatched(*args)
+        recording = False
+        for x in args:
+            kind = type(x)
+            if kind is Tensor or kind is Parameter:
+                if _keys(x).raw_repr() not in _PLAIN_KEYS and not _is_plain(x):
+                    return self.dispatched(*args)
+                recording = recording or x.requires_grad
+            elif kind not in _SCALARS:  # a subclass, a symbol, or a list, into which autograd.Function does not look
+                return self.dispatched(*args)
+        if torch.autograd.profiler._is_profiler_enabled:
+            with torch._C._profiler._RecordFunctionFast(f"sprompt::{self.name}"):
+                return self._direct(args, recording)
+        return self._direct(args, recording) if recording else self.run(*args)
+
+    def _direct(self, args: tuple[Any, ...], recording: bool) -> Any:
+        if not recording or not torch.is_grad_enabled():
+            return self.run(*args)
+        if self.differentiable:
+            return self.function.apply(*args)
+        with torch.no_grad():
+            return self.run(*args)
+
+    def run(self, *args: Any) -> Any:
+        """Runs the op on the first backend that can."""
+        first = args[0] if isinstance(args[0], Tensor) else args[0][0]
+        float64 = False
+        for i in self.computes:
+            x = args[i]
+            if x is not None and x.dtype is torch.float64:
+                float64 = True
+        backend = backends.choose(self.name, first.device, float64)
+        a = self.args._make(args)
+        if self.check_values is not None and first.is_cpu:
+            self.check_values(a)
+        if self.dynamic or backend.name == "reference":
+            return backend.run(a)
+        out = self.outputs(*args)
+        if type(out) is tuple:
+            backend.run(a, *out)
+        else:
+            backend.run(a, out)
+        return out
+
+    # -- gradients, the same for autograd.Function and for torch.library
+
+    def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if self.save is not None:
+            self.save(ctx, self.args._make(inputs), *(output if isinstance(output, tuple) else (output,)))
+
+    def _backward(self, ctx: Any, *grads: Any) -> Any:
+        if self.gradients is None:
+            raise RuntimeError(f"double backward of {self.name.removesuffix('_backward')} is not supported")
+        found = self.gradients(ctx, self.args._make(ctx.needs_input_grad), *grads)
+        return tuple(found.get(name) for name in self.args._fields)
+
+
+def op(*gpu: str, computes: tuple[str, ...] | None = None, dynamic: bool = False) -> Callable[[Function], Op]:
+    """Declares the op whose outputs the decorated function allocates; its annotated parameters are the schema.
+
+    gpu: its GPU backends, "triton" and "cuda", in the order in which they are tried.
+    computes: the parameters whose float64 keeps compiled kernels from running; default: every tensor.
+    dynamic: sizes of the outputs depend on values: backends make and return them, the function is the fake kernel only.
+    """
+    return lambda outputs: Op(outputs, gpu, computes, dynamic)
+
+
+def new(like: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+    """like.new_empty(sizes, dtype=dtype), by a shorter way for a plain tensor on the CPU: half of what a call costs is allocation."""
+    if type(like) is Tensor and like.is_cpu and not torch.are_deterministic_algorithms_enabled():
+        return _empty_strided_cpu(sizes, _strides(sizes), dtype or like.dtype)
+    return like.new_empty(sizes, dtype=dtype)
+
+
+# What Inductor's programs allocate with. Deterministic algorithms fill new memory, which it does not.
+_empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+
+
+@functools.lru_cache(1024)
+def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for size in reversed(sizes):
+        strides.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(strides))
+
+
+def _lazy(module: str, function: str) -> Function:
+    """The function of that module, which is imported when it first runs."""
+
+    def run(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args)
+
+    return run
+
+
+def _autograd_function(op: Op) -> Any:
+    def forward(ctx: Any, *args: Any) -> Any:
+        out = op.run(*args)
+        op._setup(ctx, args, out)
+        return out
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(op._backward)}
+    return type(op.name, (torch.autograd.Function,), members)
+
+
+# -- whether PyTorch does nothing but run the op
+
+
+_keys = torch._C._dispatch_keys
+_SCALARS = frozenset((int, float, bool, str, type(None)))
+
+
+def _known(device: torch.device) -> set[int]:
+    """What stands between the dispatcher and a plain tensor of the device: its kernel, autograd and autocast. Fake, functional,
+    sparse, negated and functorch's tensors have more."""
+    ordinary = _keys(torch.empty(0, device=device)).raw_repr()
+    with torch.inference_mode():
+        return {ordinary, _keys(torch.empty(0, device=device)).raw_repr()}
+
+
+_PLAIN_KEYS = _known(torch.device("cpu"))
+#: Keys that a thread has by itself. Modes, tracers and functorch's transforms add theirs; inference mode takes one away.
+_PLAIN_THREAD = torch._C._dispatch_tls_local_include_set().raw_repr()
+
+
+def _is_plain(x: Tensor) -> bool:
+    """For keys that are not known yet: the first tensor on a GPU brings them."""
+    if x.is_cuda:
+        known = _known(x.device)
+        if not _PLAIN_KEYS >= known:
+            _PLAIN_KEYS.update(known)
+            return _keys(x).raw_repr() in known
+    return False
+
+
+def _thread_is_special() -> bool:
+    """Whether a mode, a tracer or a transform of this thread wants to see the call."""
+    return (
+        torch._C._dispatch_tls_local_include_set().raw_repr() & ~_PLAIN_THREAD != 0
+        or torch._C._len_torch_function_stack() != 0
+        or forward_ad._current_level >= 0
+    )
