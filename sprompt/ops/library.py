@@ -6,11 +6,9 @@ from typing import Any
 
 import torch
 
-from sprompt import backends, cuda, native
-from sprompt.ops import launch
-from sprompt.ops.schemas import SCHEMAS
-
+from sprompt import backends, native
 from sprompt.ops.declare import LIBRARY
+from sprompt.ops.schemas import SCHEMAS
 
 #: The fake kernel of every op: outputs of the right shape and dtype, unwritten.
 FAKES: dict[str, Callable[..., Any]] = {}
