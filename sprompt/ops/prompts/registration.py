@@ -35,7 +35,7 @@ def _boxes(boxes: Tensor) -> Tensor:
 
 
 def _scratch(like: Tensor, batch: int, length: int, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """runs and heads of csrc/prompts/prompts.h."""
+    """runs and heads of csrc/region_mean/region_mean.h."""
     runs = like.new_empty((batch, length, height * ((width + 3) // 4)), dtype=torch.int64)
     return runs, like.new_empty((batch, length, 3), dtype=torch.int64)
 
