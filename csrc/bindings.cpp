@@ -7,7 +7,7 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
-#include <stdexcept>
+#include <exception>
 #include <tuple>
 #include <type_traits>
 #include <utility>
