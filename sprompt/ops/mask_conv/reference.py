@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from sprompt.ops.masks.reference import pack_masks, unpack_masks
+from sprompt.ops.masks.reference import pack, unpack
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -18,13 +18,13 @@ def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
 
 def mask_pool(features: Tensor, words: Tensor) -> Tensor:
     x = _wide(features).flatten(2)
-    held = unpack_masks(words, x.shape[2]).to(x.dtype)
+    held = unpack(words, x.shape[2]).to(x.dtype)
     return torch.bmm(held, x.mT).to(features.dtype)
 
 
 def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     logits = mask_conv(features, kernels)
-    words = pack_masks(logits, 0.0)
+    words = pack(logits, 0.0)
     return logits, mask_pool(features, words), words
 
 
@@ -44,7 +44,7 @@ def mask_update_backward(
         if grad_logits is not None:
             total = total + torch.bmm(_wide(kernels).mT, _wide(grad_logits).flatten(2))
         if grad_pooled is not None:
-            total = total + torch.bmm(_wide(grad_pooled).mT, unpack_masks(words, pixels).to(total.dtype))
+            total = total + torch.bmm(_wide(grad_pooled).mT, unpack(words, pixels).to(total.dtype))
         grad_features = total.to(features.dtype).unflatten(2, features.shape[2:])
     if to_kernels:
         grad_kernels = kernels.new_zeros(kernels.shape)
@@ -61,6 +61,6 @@ def mask_conv_backward(
 
 
 def mask_pool_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
-    held = unpack_masks(words, height * width)
+    held = unpack(words, height * width)
     wide = _wide(grad)
     return torch.bmm(wide.mT, held.to(wide.dtype)).to(grad.dtype).unflatten(2, (height, width))

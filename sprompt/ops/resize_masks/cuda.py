@@ -6,7 +6,7 @@ from torch import Tensor
 from sprompt import native
 from sprompt.cuda import stream
 from sprompt.masks import words_for
-from sprompt.ops.masks.registration import rows
+from sprompt.ops.masks.op import rows
 
 
 def resize_bits(words: Tensor, h: int, w: int, height: int, width: int) -> Tensor:

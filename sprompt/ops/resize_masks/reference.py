@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sprompt.masks import words_for
-from sprompt.ops.masks.reference import pack_masks, unpack_masks
+from sprompt.ops.masks.reference import pack, unpack
 
 
 class Taps(NamedTuple):
@@ -54,7 +54,7 @@ def resize_masks(
         pixels = interpolate(
             held, height, width, h if crop_height is None else crop_height, w if crop_width is None else crop_width
         )
-        words[i : i + step] = pack_masks(pixels, threshold)
+        words[i : i + step] = pack(pixels, threshold)
     return words.reshape(*batch, n)
 
 
@@ -68,6 +68,6 @@ def resize_bits(words: Tensor, h: int, w: int, height: int, width: int) -> Tenso
     flat = words.reshape(-1, words.shape[-1])
     step = 1 + (1 << 22) // (height * width + h * w)
     for i in range(0, len(flat), step):
-        cells = unpack_masks(flat[i : i + step], h * w).unflatten(-1, (h, w)).float()
+        cells = unpack(flat[i : i + step], h * w).unflatten(-1, (h, w)).float()
         out[i : i + step] = resize_masks(cells, height, width, 0.5, None, None)
     return out.reshape(*batch, n)
