@@ -51,9 +51,6 @@ SCHEMAS = {
     "match_cost": "(Tensor mask_logits, Tensor targets, int ratio, Tensor? class_logits, Tensor? labels, Tensor? counts,"
     " float class_weight, float bce_weight, float dice_weight, SymInt upsample) -> Tensor",
     #
-    # linear_assignment: cost (B, N, G), counts (B,) -> int64 (B, G)
-    "linear_assignment": "(Tensor cost, Tensor? counts) -> Tensor",
-    #
     # mask_loss: logits (M, h, w), targets (M, h*upsample, w*upsample) and ratio 0, or words (M, n) of masks `ratio` times that
     # size -> bce (M,), dice (M,), sums (M, 3) for the gradient, all float32
     "mask_loss": "(Tensor logits, Tensor targets, int ratio, SymInt upsample) -> (Tensor bce, Tensor dice, Tensor sums)",
