@@ -62,8 +62,4 @@ SCHEMAS = {
     # words (..., n') of h x w -> words (..., n) of height x width
     "resize_bits": "(Tensor words, SymInt h, SymInt w, SymInt height, SymInt width) -> Tensor",
     #
-    # rle: words (..., n) of L masks -> characters uint8 (S,), offsets int64 (L + 1,); and back to words (L, n)
-    "rle_encode": "(Tensor words, SymInt height, SymInt width) -> (Tensor characters, Tensor offsets)",
-    "rle_decode": "(Tensor characters, Tensor offsets, SymInt height, SymInt width) -> Tensor",
-    #
 }
