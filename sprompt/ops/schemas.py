@@ -57,9 +57,4 @@ SCHEMAS = {
     "mask_loss_backward": "(Tensor grad_bce, Tensor grad_dice, Tensor logits, Tensor targets, Tensor sums, int ratio,"
     " SymInt upsample) -> Tensor",
     #
-    # resize_masks: soft (..., h, w) -> words (..., n) of height x width; the crop in cells, None: the whole map
-    "resize_masks": "(Tensor soft, SymInt height, SymInt width, float threshold, float? crop_height, float? crop_width) -> Tensor",
-    # words (..., n') of h x w -> words (..., n) of height x width
-    "resize_bits": "(Tensor words, SymInt h, SymInt w, SymInt height, SymInt width) -> Tensor",
-    #
 }
