@@ -160,10 +160,10 @@ class BitMasks:
 
     def resize(self, size: Size) -> BitMasks:
         """Bilinear (half-pixel centres, no antialias) on 0 and 1, then > 0.5: `sprompt.ops.resize_masks` of the 0s and 1s."""
-        from sprompt.ops.resize_masks import checked_size
+        from sprompt.ops.resize_masks import checked_size, op
 
         height, width = checked_size("BitMasks.resize", size, self.size)
-        return BitMasks(torch.ops.sprompt.resize_bits(self.words, *self.size, height, width), (height, width))
+        return BitMasks(op.resize_bits(self.words, *self.size, height, width), (height, width))
 
     def _window(self, top: int, left: int, height: int, width: int, flip: bool = False) -> BitMasks:
         from sprompt.ops.masks import op

@@ -16,7 +16,7 @@ namespace sprompt {
 
 // words (M, n) i32, contiguous, n = ceil(height * width / 32) <- soft (M, h, w) f32/bf16/f16, any strides. h, w, height and
 // width are at least 1. extent_height in (0, h], extent_width in (0, w].
-// scratch (s) i32: what s must be, scratch_words in sprompt/ops/resize_masks/registration.py says.
+// scratch (s) i32: what s must be, scratch_words in sprompt/ops/resize_masks/op.py says.
 SPROMPT_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
                double extent_width, const View& words, const View& scratch, int threads)
 

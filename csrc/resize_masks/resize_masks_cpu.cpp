@@ -55,7 +55,7 @@ struct Row {
     uint8_t common;                       // state that all segments share, below or above
 };
 
-// Hands out parts of the scratch tensor, whole cache lines each. scratch_words in registration.py counts the same way.
+// Hands out parts of the scratch tensor, whole cache lines each. scratch_words in op.py counts the same way.
 struct Scratch {
     char* next;
     template <class T>

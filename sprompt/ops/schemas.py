@@ -23,22 +23,10 @@ SCHEMAS = {
     "match_cost": "(Tensor mask_logits, Tensor targets, int ratio, Tensor? class_logits, Tensor? labels, Tensor? counts,"
     " float class_weight, float bce_weight, float dice_weight, SymInt upsample) -> Tensor",
     #
-    # linear_assignment: cost (B, N, G), counts (B,) -> int64 (B, G)
-    "linear_assignment": "(Tensor cost, Tensor? counts) -> Tensor",
-    #
     # mask_loss: logits (M, h, w), targets (M, h*upsample, w*upsample) and ratio 0, or words (M, n) of masks `ratio` times that
     # size -> bce (M,), dice (M,), sums (M, 3) for the gradient, all float32
     "mask_loss": "(Tensor logits, Tensor targets, int ratio, SymInt upsample) -> (Tensor bce, Tensor dice, Tensor sums)",
     "mask_loss_backward": "(Tensor grad_bce, Tensor grad_dice, Tensor logits, Tensor targets, Tensor sums, int ratio,"
     " SymInt upsample) -> Tensor",
-    #
-    # resize_masks: soft (..., h, w) -> words (..., n) of height x width; the crop in cells, None: the whole map
-    "resize_masks": "(Tensor soft, SymInt height, SymInt width, float threshold, float? crop_height, float? crop_width) -> Tensor",
-    # words (..., n') of h x w -> words (..., n) of height x width
-    "resize_bits": "(Tensor words, SymInt h, SymInt w, SymInt height, SymInt width) -> Tensor",
-    #
-    # rle: words (..., n) of L masks -> characters uint8 (S,), offsets int64 (L + 1,); and back to words (L, n)
-    "rle_encode": "(Tensor words, SymInt height, SymInt width) -> (Tensor characters, Tensor offsets)",
-    "rle_decode": "(Tensor characters, Tensor offsets, SymInt height, SymInt width) -> Tensor",
     #
 }

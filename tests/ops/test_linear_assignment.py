@@ -12,17 +12,18 @@ from hypothesis.extra import numpy as hnp
 from scipy.optimize import linear_sum_assignment
 
 import sprompt
+from sprompt import cuda, native
 from sprompt.ops import linear_assignment
 from sprompt.testing.spec import Sample
 from sprompt.testing.specs.linear_assignment import same_totals, scipy_rows
 
 sides = st.integers(1, 9)
 #: The reference takes seconds for what the kernel does in milliseconds.
-SLOW = bool(sprompt.native.why_not()) or os.environ.get("SPROMPT_BACKEND") == "reference"
+SLOW = bool(native.why_not()) or os.environ.get("SPROMPT_BACKEND") == "reference"
 #: CUDA kernels take CPU tensors (tests/emulation); as for time, see above.
-EMULATED = not SLOW and sprompt.cuda.emulated()
+EMULATED = not SLOW and cuda.emulated()
 #: Those that run on CPU tensors here.
-ON_CPU = ["reference", *(["native"] if not sprompt.native.why_not() else []), *(["cuda"] if EMULATED else [])]
+ON_CPU = ["reference", *(["native"] if not native.why_not() else []), *(["cuda"] if EMULATED else [])]
 by_host = pytest.mark.parametrize("backend", [b for b in ON_CPU if b != "cuda"])
 
 

@@ -18,10 +18,10 @@ from pycocotools import mask as coco
 import sprompt
 from sprompt import BitMasks, backends, cuda, native
 from sprompt.ops import pack_masks, rle_decode, rle_encode
-from sprompt.ops.library import FAKES
+from sprompt.ops.declare import OPS
 from sprompt.ops.rle import _in_one_copy
 from sprompt.ops.rle.faults import MOST_CHARACTERS, MOST_PIXELS
-from sprompt.testing.spec import blobs, random
+from sprompt.testing.spec import ErrorCase, blobs, random
 from sprompt.testing.specs.rle import MALFORMED, coco_encode
 
 BACKENDS = [name for name in ("native", "reference") if not backends.available("rle_encode", "cpu")[name]]
@@ -199,10 +199,10 @@ def test_numbers_need_not_be_short(backend: str) -> None:
         rle_decode([{"size": [2, 3], "counts": b"S" + b"P" * 11 + b"03"}])
 
 
-@pytest.mark.parametrize(("name", "call", "message"), MALFORMED, ids=[m[0] for m in MALFORMED])
-def test_malformed(backend: str, name: str, call: object, message: str) -> None:
-    with pytest.raises(ValueError, match="^rle_decode: " + message):
-        call()  # type: ignore[operator]
+@pytest.mark.parametrize("case", MALFORMED, ids=lambda case: case.name)
+def test_malformed(backend: str, case: ErrorCase) -> None:
+    with pytest.raises(case.error, match="^" + case.message):
+        case.call()
 
 
 def test_every_prefix_and_every_changed_character(backend: str) -> None:
@@ -352,7 +352,7 @@ def test_in_one_copy() -> None:
 
 
 def test_fake_outside_of_tracing() -> None:
-    characters, offsets = FAKES["rle_encode"](torch.zeros(3, 1, dtype=torch.int32), 4, 5)
+    characters, offsets = OPS["rle_encode"].outputs(torch.zeros(3, 1, dtype=torch.int32), 4, 5)
     assert characters.shape == (0,) and offsets.shape == (4,)
 
 

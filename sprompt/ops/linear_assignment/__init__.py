@@ -1,10 +1,9 @@
 """The assignment of least total cost, for a batch of images."""
 
-import torch
 from torch import Tensor
 
 from sprompt.ops import checks
-from sprompt.ops.linear_assignment import registration as registration
+from sprompt.ops.linear_assignment import op
 
 
 def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
@@ -42,5 +41,5 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     if counts is not None:
         checks.counts("linear_assignment", counts, cost.shape[0])
         checks.same_device("linear_assignment", cost=cost, counts=counts)
-    rows = torch.ops.sprompt.linear_assignment((cost if batched else cost[None]).detach(), counts)
+    rows = op.linear_assignment((cost if batched else cost[None]).detach(), counts)
     return rows if batched else rows[0]

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sprompt import native
 from sprompt.cuda import stream
-from sprompt.ops import checks
+from sprompt.ops.declare import Args
 
 #: Bytes of shared memory that a block may use on every architecture from sm_80 on: sm_86 and sm_89 have 99 KB.
 SHARED = 96 * 1024
@@ -21,10 +21,8 @@ def assignment_scratch(N: int, G: int, bytes_per_cost: int) -> int:
     return padded if state <= SHARED else padded + state
 
 
-def linear_assignment(cost: Tensor, counts: Tensor | None) -> Tensor:
-    checks.counts_within("linear_assignment", counts, cost.shape[2])
-    B, N, G = cost.shape
-    rows = cost.new_empty((B, G), dtype=torch.int64)
-    scratch = cost.new_empty((B, assignment_scratch(N, G, max(cost.element_size(), 4))), dtype=torch.uint8)
-    native._C.cuda.linear_assignment(stream(cost), cost, counts, rows, scratch)
-    return rows
+def linear_assignment(a: Args, rows: Tensor) -> None:
+    B, N, G = a.cost.shape
+    size = assignment_scratch(N, G, max(a.cost.element_size(), 4))
+    scratch = a.cost.new_empty((B, size), dtype=torch.uint8)
+    native._C.cuda.linear_assignment(stream(a.cost), a.cost, a.counts, rows, scratch)

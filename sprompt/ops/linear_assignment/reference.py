@@ -3,23 +3,28 @@
 import torch
 from torch import Tensor
 
+from sprompt.ops.declare import Args
+from sprompt.ops.linear_assignment.op import refuse
+
 INFINITY = float("inf")
 
 
-def linear_assignment(cost: Tensor, counts: Tensor | None) -> Tensor:
-    """rows int64 (B, G) <- cost (B, N, G), counts (B,). Copies the costs to the host: waits for a CUDA device."""
-    host = cost.to("cpu", torch.float64)
-    B, _, G = cost.shape
+def linear_assignment(a: Args) -> Tensor:
+    """Copies the costs to the host: waits for a CUDA device."""
+    host = a.cost.to("cpu", torch.float64)
+    B, _, G = host.shape
     rows = torch.full((B, G), -1)
-    for b, count in enumerate([G] * B if counts is None else counts.tolist()):
+    for b, count in enumerate([G] * B if a.counts is None else a.counts.tolist()):
         real = host[b, :, : max(count, 0)]
         if not 0 <= count <= G or not real.isfinite().all():
+            if a.cost.is_cpu:
+                refuse(a, b)
             rows[b] = -2
         else:
             # Sums of numbers near the end of the range would overflow; a power of two changes no comparison.
             near_end = real.numel() > 0 and float(real.abs().max()) > 2.0**1000
             rows[b, :count] = match_columns(real * 2.0**-40 if near_end else real)
-    return rows.to(cost.device)
+    return rows.to(a.cost.device)
 
 
 def match_columns(cost: Tensor) -> Tensor:

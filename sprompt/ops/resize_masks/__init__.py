@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import checks
-from sprompt.ops.resize_masks import registration as registration
+from sprompt.ops.resize_masks import op
 
 _PIXELS = 2**31 - 1
 
@@ -46,7 +45,7 @@ def resize_masks(
     height, width = checked_size("resize_masks", size, (soft.shape[-2], soft.shape[-1]))
     checks.number("resize_masks", "threshold", threshold, "be a number")
     rows, columns = _checked_crop(crop, soft)
-    words = torch.ops.sprompt.resize_masks(soft.detach(), height, width, float(threshold), rows, columns)
+    words = op.resize_masks(soft.detach(), height, width, float(threshold), rows, columns)
     return BitMasks(words, (height, width))
 
 

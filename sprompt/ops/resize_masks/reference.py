@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from sprompt.masks import words_for
+from sprompt.ops.declare import Args
 from sprompt.ops.masks.reference import pack, unpack
+from sprompt.ops.resize_masks.op import extent
 
 
 class Taps(NamedTuple):
@@ -36,10 +38,8 @@ def interpolate(soft: Tensor, height: int, width: int, extent_height: float, ext
     return wide[:, y.first] * y.w0[:, None] + wide[:, y.second] * y.w1[:, None]
 
 
-def resize_masks(
-    soft: Tensor, height: int, width: int, threshold: float, crop_height: float | None, crop_width: float | None
-) -> Tensor:
-    """words (..., n) <- soft (..., h, w). Float64 stays float64; all else is computed in float32. Some masks at a time."""
+def resized(soft: Tensor, height: int, width: int, threshold: float, extent: tuple[float, float]) -> Tensor:
+    """words (..., n) <- soft (..., h, w), of whose cells the first `extent` become the image. Some masks at a time."""
     *batch, h, w = soft.shape
     n = words_for(height * width)
     words = soft.new_empty((torch.Size(batch).numel(), n), dtype=torch.int32)
@@ -51,15 +51,18 @@ def resize_masks(
     step = 1 + (1 << 22) // (height * width)
     for i in range(0, len(words), step):
         held = cells[i : i + step].to(dtype).clamp(-largest, largest)
-        pixels = interpolate(
-            held, height, width, h if crop_height is None else crop_height, w if crop_width is None else crop_width
-        )
-        words[i : i + step] = pack(pixels, threshold)
+        words[i : i + step] = pack(interpolate(held, height, width, *extent), threshold)
     return words.reshape(*batch, n)
 
 
-def resize_bits(words: Tensor, h: int, w: int, height: int, width: int) -> Tensor:
-    """words of height x width <- words (..., n) of h x w pixels: 0 and 1, threshold 1/2. Some masks at a time."""
+def resize_masks(a: Args) -> Tensor:
+    """Float64 stays float64; all else is computed in float32."""
+    return resized(a.soft, a.height, a.width, a.threshold, extent(a))
+
+
+def resize_bits(a: Args) -> Tensor:
+    """0 and 1, threshold 1/2. Some masks at a time."""
+    words, h, w, height, width = a
     batch = words.shape[:-1]
     n = words_for(height * width)
     out = words.new_empty((batch.numel(), n), dtype=torch.int32)
@@ -69,5 +72,5 @@ def resize_bits(words: Tensor, h: int, w: int, height: int, width: int) -> Tenso
     step = 1 + (1 << 22) // (height * width + h * w)
     for i in range(0, len(flat), step):
         cells = unpack(flat[i : i + step], h * w).unflatten(-1, (h, w)).float()
-        out[i : i + step] = resize_masks(cells, height, width, 0.5, None, None)
+        out[i : i + step] = resized(cells, height, width, 0.5, (h, w))
     return out.reshape(*batch, n)

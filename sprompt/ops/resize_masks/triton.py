@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.masks import words_for
 from sprompt.ops import tile
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, padded, tiles
+from sprompt.ops.resize_masks.op import extent
 
 #: Tile choices to time on a GPU, besides those of configs.json.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
@@ -168,18 +169,13 @@ def _window(pixels: int, ratio: float) -> int:
     return padded(int((pixels - 1) * ratio) + 3, 1)
 
 
-def resize_masks(
-    soft: Tensor, height: int, width: int, threshold: float, crop_height: float | None, crop_width: float | None
-) -> Tensor:
-    *batch, h, w = soft.shape
-    n = words_for(height * width)
-    words = soft.new_empty((*batch, n), dtype=torch.int32)
+def resize_masks(a: Args, words: Tensor) -> None:
+    soft, height, width, threshold, *_ = a
     if words.numel() == 0:
-        return words
-    maps = soft.reshape(-1, h, w)
-    M = maps.shape[0]
-    ratios = tuple((cells if crop is None else crop) / size
-                   for cells, crop, size in ((h, crop_height, height), (w, crop_width, width)))  # fmt: skip
+        return
+    maps = soft.reshape(-1, *soft.shape[-2:])
+    M, h, w = maps.shape
+    ratios = tuple(cells / size for cells, size in zip(extent(a), (height, width), strict=True))
     cell = soft.new_empty((width + height,), dtype=torch.int32)
     weight = soft.new_empty((width + height,), dtype=torch.float32)
     launch(
@@ -223,11 +219,11 @@ def resize_masks(
         width,
         h,
         w,
-        n,
+        words.shape[-1],
         row_tiles,
         column_tiles,
         *maps.stride(),
-        float(threshold),
+        threshold,
         cost=Cost(read=read, again=loaded - read, written=words.nbytes, flops=9 * M * height * width),
         fp_fusion=False,
         WINDOW_Y=window[0],
@@ -236,4 +232,3 @@ def resize_masks(
         FAR=far,
         **shape,
     )
-    return words

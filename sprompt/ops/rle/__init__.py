@@ -10,7 +10,7 @@ from torch import Tensor
 from sprompt.masks import BitMasks, Size
 from sprompt.ops import checks
 from sprompt.ops.masks import as_bits
-from sprompt.ops.rle import registration as registration
+from sprompt.ops.rle import op
 from sprompt.ops.rle.faults import too_large, within_limits
 
 
@@ -39,7 +39,7 @@ def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
         checks.bad_value(
             "rle_encode", "masks", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits"
         )
-    characters, offsets = torch.ops.sprompt.rle_encode(bits.words, height, width)
+    characters, offsets = op.rle_encode(bits.words, height, width)
     if characters.device.type != "cpu":
         characters, offsets = _in_one_copy(characters, offsets)
     text = memoryview(characters.numpy())
@@ -94,7 +94,7 @@ def rle_decode(rles: Sequence[Mapping[str, Any]], size: Size | None = None) -> B
     ends = [0, *accumulate(map(len, parts))]
     text = bytearray(b"".join(parts))
     characters = torch.frombuffer(text, dtype=torch.uint8) if text else torch.empty(0, dtype=torch.uint8)
-    return BitMasks(torch.ops.sprompt.rle_decode(characters, torch.tensor(ends, dtype=torch.int64), *size), size)
+    return BitMasks(op.rle_decode(characters, torch.tensor(ends, dtype=torch.int64), *size), size)
 
 
 def _size_of(value: Any, what: str) -> Size:

@@ -1,17 +1,19 @@
-"""rle_encode on its CUDA kernels (csrc/rle/rle_cuda.cu). rle_decode has none: see registration.py."""
+"""rle_encode on its CUDA kernels (csrc/rle/rle_cuda.cu). rle_decode has none: see op.py."""
 
 import torch
 from torch import Tensor
 
 from sprompt import native
 from sprompt.cuda import stream
+from sprompt.ops.declare import Args
 from sprompt.ops.masks.op import rows
 from sprompt.ops.rle import faults
 
 
-def rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+def rle_encode(a: Args) -> tuple[Tensor, Tensor]:
     """characters and offsets on the device of the words. Waits for the device once, for the number of characters."""
-    faults.fits("rle_encode", words.shape[-1], height, width)
+    words, height, width = a
+    faults.fits("rle_encode", words.shape[-1], height, width)  # here too: the device's memory is at stake
     masks, at = rows(words), stream(words)
     count, pixels = masks.shape[0], height * width
     strips, groups = (-(-width // 32), -(-height // 1024)) if pixels > 0 else (1, 0)

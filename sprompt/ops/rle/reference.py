@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from sprompt.masks import words_for
+from sprompt.ops.declare import Args
 from sprompt.ops.masks.reference import pack, unpack
 from sprompt.ops.rle import faults
 from sprompt.ops.rle.faults import Fault
 
 
-def rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    faults.fits("rle_encode", words.shape[-1], height, width)
+def rle_encode(a: Args) -> tuple[Tensor, Tensor]:
+    words, height, width = a
     words = words.reshape(words.shape[:-1].numel(), words.shape[-1])
     strings = [_characters(_runs(unpack(mask, height * width).unflatten(0, (height, width)))) for mask in words]
     lengths = torch.tensor([0, *map(len, strings)], dtype=torch.int64, device=words.device)
@@ -41,9 +42,9 @@ def _characters(runs: Tensor) -> Tensor:
     return table[table > 0].to(torch.uint8)
 
 
-def rle_decode(characters: Tensor, offsets: Tensor, height: int, width: int) -> Tensor:
+def rle_decode(a: Args) -> Tensor:
+    characters, offsets, height, width = a
     count, ends, text = offsets.numel() - 1, offsets.tolist(), characters.cpu().numpy().tobytes()
-    faults.within_limits(height, width, count)
     words = characters.new_zeros((count, words_for(height * width)), dtype=torch.int32)
     found = torch.zeros((count, 3), dtype=torch.int64)
     for index, (start, end) in enumerate(pairwise(ends)):

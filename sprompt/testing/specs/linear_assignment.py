@@ -1,14 +1,14 @@
 """linear_assignment."""
 
+import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import sprompt
 from sprompt.ops import linear_assignment
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, random
+from sprompt.testing.spec import Bench, OpSpec, Sample, random, refusals
 
 
 def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -94,39 +94,36 @@ def _holding(value: float) -> Tensor:
     return cost
 
 
+@functools.wraps(linear_assignment)
 def _on_the_host(cost: Tensor) -> Tensor:
     """By a backend that raises for values: an emulated CUDA kernel, which takes CPU tensors, does not."""
     with sprompt.use_backend("reference" if sprompt.native.why_not() else "native"):
         return linear_assignment(cost)
 
 
-def _error(name: str, args: Callable[[], tuple[Any, ...]], error: type[Exception], message: str) -> ErrorCase:
-    return ErrorCase(name, lambda: linear_assignment(*args()), error, f"linear_assignment: {message}")
-
-
-_FINITE = "linear_assignment: cost must be finite in image 3, got "
-
-
 def _count(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
 
+
+_bad = refusals(linear_assignment)
+_bad_on_the_host = refusals(_on_the_host)
 
 SPECS = [
     OpSpec(
         linear_assignment, _samples, ("linear_assignment",), oracle=scipy_rows, compare=same_totals,
         dtypes=(torch.float32, torch.bfloat16, torch.float16, torch.float64),
         errors=(
-            _error("a list", lambda: ([[1.0]],), TypeError, "cost must be a tensor, got list"),
-            _error("integers", lambda: (_cost.long(),), TypeError, "cost must have dtype float32, "),
-            _error("rank 4", lambda: (_cost[None],), ValueError, r"cost must have shape \(B, N, G\) or \(N, G\), got \(1, 2, 4, 3\)"),
-            _error("rank 1", lambda: (_cost[0, 0],), ValueError, r"cost must have shape .*, got \(3,\)"),
-            _error("counts int32", lambda: (_cost, _count(1, 1, dtype=torch.int32)), TypeError, "counts must have dtype int64, got int32"),
-            _error("counts of 3", lambda: (_cost, _count(1, 1, 1)), ValueError, r"counts must have shape \(B,\) = \(2,\), got \(3,\)"),
-            _error("counts, no batch", lambda: (_cost[0], _count(1)), ValueError, "counts must be None without a batch dimension"),
-            _error("count too large", lambda: (_cost, _count(1, 4)), ValueError, "counts must lie between 0 and 3, got 4"),
-            _error("count negative", lambda: (_cost, _count(-1, 3)), ValueError, "counts must lie between 0 and 3, got -1"),
-            ErrorCase("NaN", lambda: _on_the_host(_holding(float("nan"))), ValueError, _FINITE + "nan at row 5, column 2; "),
-            ErrorCase("inf", lambda: _on_the_host(_holding(float("inf"))), ValueError, _FINITE + "inf at row 5, column 2; "),
+            _bad("a list", "cost must be a tensor, got list", [[1.0]], error=TypeError),
+            _bad("integers", "cost must have dtype float32, ", _cost.long(), error=TypeError),
+            _bad("rank 4", r"cost must have shape \(B, N, G\) or \(N, G\), got \(1, 2, 4, 3\)", _cost[None]),
+            _bad("rank 1", r"cost must have shape .*, got \(3,\)", _cost[0, 0]),
+            _bad("counts int32", "counts must have dtype int64, got int32", _cost, _count(1, 1, dtype=torch.int32), error=TypeError),
+            _bad("counts of 3", r"counts must have shape \(B,\) = \(2,\), got \(3,\)", _cost, _count(1, 1, 1)),
+            _bad("counts, no batch", "counts must be None without a batch dimension", _cost[0], _count(1)),
+            _bad("count too large", "counts must lie between 0 and 3, got 4", _cost, _count(1, 4)),
+            _bad("count negative", "counts must lie between 0 and 3, got -1", _cost, _count(-1, 3)),
+            _bad_on_the_host("NaN", "cost must be finite in image 3, got nan at row 5, column 2; ", _holding(float("nan"))),
+            _bad_on_the_host("inf", "cost must be finite in image 3, got inf at row 5, column 2; ", _holding(float("inf"))),
         ),
     ),
 ]  # fmt: skip

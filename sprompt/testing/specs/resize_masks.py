@@ -1,14 +1,13 @@
 """resize_masks, BitMasks.resize."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sprompt.masks import BitMasks
-from sprompt.ops import resize_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+from sprompt.ops import pack_masks, resize_masks
+from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals
 
 Make = Callable[[torch.device, torch.dtype, int], Sample]
 #: Rounding of the interpolation in float32, relative to the largest cell: closer to the threshold either bit is right.
@@ -83,33 +82,104 @@ def same_but_near(actual: BitMasks, expected: BitMasks, sample: Sample) -> None:
 _soft = torch.zeros(2, 4, 6)
 
 
-def _error(
-    name: str, error: type[Exception], message: str, soft: Any = _soft, size: Any = (2, 2), **options: Any
-) -> ErrorCase:
-    return ErrorCase(name, lambda: resize_masks(soft, size, **options), error, f"resize_masks: {message}")
+_bad = refusals(resize_masks)
 
+
+# -- BitMasks.resize
+
+
+def resize_bits(masks: BitMasks, size: tuple[int, int]) -> BitMasks:
+    """The method as a function: torch.export takes no argument that is called self."""
+    return masks.resize(size)
+
+
+resize_bits.__name__ = "BitMasks.resize"
+
+
+def _bits_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    g = random(seed)
+
+    def noise(*shape: int) -> BitMasks:
+        return pack_masks((torch.rand(shape, generator=g) < 0.5).to(device))
+
+    smooth = pack_masks(blobs(5, 20, 34, seed, device))
+    few = torch.zeros(4, 20, 70, dtype=torch.bool, device=device)  # words of one kind, and those next to a single pixel
+    few[1], few[2, 9, 31], few[3, 19, 69] = True, True, True
+    return [
+        Sample("blobs x 4", (smooth, (80, 136))),
+        Sample("blobs to an odd size", (smooth, (75, 133))),
+        Sample("odd sizes, two leading dimensions", (noise(2, 3, 7, 11), (23, 37))),
+        Sample("smaller", (noise(3, 50, 70), (13, 17))),
+        Sample("much smaller", (noise(2, 40, 300), (3, 5))),
+        Sample("a third, at pixel centres", (noise(2, 12, 30), (4, 10))),
+        Sample("a half, ties", (noise(3, 16, 128), (8, 64))),
+        Sample("wider and flatter", (noise(2, 30, 9), (7, 130))),
+        Sample("the same size", (noise(2, 8, 33), (8, 33))),
+        *(Sample(f"{w} to {W} columns", (noise(3, 5, w), (7, W))) for w, W in ((31, 64), (32, 96), (33, 63), (64, 32), (65, 31), (96, 33))),
+        Sample("nothing, everything, one pixel", (pack_masks(few), (41, 160))),
+        Sample("everything but one pixel", (pack_masks(~few), (23, 64))),
+        Sample("many masks of a word", (noise(70, 3, 3), (5, 6))),
+        Sample("one pixel, to many", (noise(4, 1, 1), (3, 37))),
+        Sample("to one pixel", (noise(4, 5, 6), (1, 1))),
+        Sample("no batch", (noise(5, 6), (10, 11))),
+        Sample("no masks", (noise(0, 5, 6), (10, 11))),
+        Sample("no pixels", (noise(2, 5, 6), (0, 11))),
+        Sample("of no pixels", (noise(2, 0, 6), (0, 0))),
+    ]  # fmt: skip
+
+
+def _interpolated_bits(masks: BitMasks, size: tuple[int, int]) -> Tensor:
+    return interpolated(masks.to_dense(torch.float64), size, None).reshape(*masks.shape, *size)
+
+
+def bits_oracle(masks: BitMasks, size: tuple[int, int]) -> BitMasks:
+    return pack_masks(_interpolated_bits(masks, size) > 0.5)
+
+
+def same_bits_but_near(actual: BitMasks, expected: BitMasks, sample: Sample) -> None:
+    """Equal, but where the float64 interpolation is within rounding of 1/2."""
+    assert actual.size == expected.size and actual.shape == expected.shape
+    off = actual.to_dense() != expected.to_dense()
+    assert bool(((_interpolated_bits(*sample.args)[off] - 0.5).abs() <= NEAR).all()), f"{int(off.sum())} pixels differ"
+
+
+_bits = pack_masks(torch.zeros(2, 4, 6))
+_bad_bits = refusals(resize_bits)
 
 SPECS = [
     OpSpec(
         resize_masks, _samples, ("resize_masks",), compare=same_but_near,
         errors=(
-            _error("a list", TypeError, "soft must be a tensor, got list", [1.0]),
-            _error("bool", TypeError, "soft must have dtype float32, .*got bool; masks that are bits have BitMasks.resize", _soft > 0),
-            _error("one row", ValueError, r"soft must have shape \(..., h, w\), got \(6,\)", _soft[0, 0]),
-            _error("size a number", TypeError, r"size must be \(H, W\), got 8", size=8),
-            _error("size of floats", TypeError, "size must be two whole numbers, at least 0, got 8.0", size=(8.0, 8)),
-            _error("size negative", ValueError, "size must be two whole numbers, at least 0, got -1", size=(8, -1)),
-            _error("2^31 pixels", ValueError, "size must have at most 2147483647 pixels, got 65536x32768", size=(2**16, 2**15)),
-            _error("empty map", ValueError, r"size must be empty for an empty map of 0x6, got \(2, 2\)", _soft[:, :0]),
-            _error("threshold NaN", ValueError, "threshold must be a number, got nan", threshold=float("nan")),
-            _error("crop a number", TypeError, r"crop must be \(ch, cw\) or None, got 2.0", crop=2.0),
-            _error("crop of 0", ValueError, r"crop must lie in \(0, 4\], the map's h, got 0.0", crop=(0.0, 2.0)),
-            _error("crop in pixels", ValueError, r"crop must lie in \(0, 6\], the map's w, got 24; crop counts cells", crop=(4, 24)),
-            _error("crop NaN", ValueError, r"crop must lie in \(0, 6\], the map's w, got nan", crop=(4, float("nan"))),
-            _error("crop of text", TypeError, r"crop must lie in \(0, 4\], the map's h, got '4'", crop=("4", 2)),
+            _bad("a list", "soft must be a tensor, got list", [1.0], (2, 2), error=TypeError),
+            _bad("bool", "soft must have dtype .*, got bool; masks that are bits have BitMasks.resize", _soft > 0, (2, 2), error=TypeError),
+            _bad("one row", r"soft must have shape \(..., h, w\), got \(6,\)", _soft[0, 0], (2, 2)),
+            _bad("size a number", r"size must be \(H, W\), got 8", _soft, 8, error=TypeError),
+            _bad("size of floats", "size must be two whole numbers, at least 0, got 8.0", _soft, (8.0, 8), error=TypeError),
+            _bad("size negative", "size must be two whole numbers, at least 0, got -1", _soft, (8, -1)),
+            _bad("2^31 pixels", "size must have at most 2147483647 pixels, got 65536x32768", _soft, (2**16, 2**15)),
+            _bad("empty map", r"size must be empty for an empty map of 0x6, got \(2, 2\)", _soft[:, :0], (2, 2)),
+            _bad("threshold NaN", "threshold must be a number, got nan", _soft, (2, 2), threshold=float("nan")),
+            _bad("crop a number", r"crop must be \(ch, cw\) or None, got 2.0", _soft, (2, 2), crop=2.0, error=TypeError),
+            _bad("crop of 0", r"crop must lie in \(0, 4\], the map's h, got 0.0", _soft, (2, 2), crop=(0.0, 2.0)),
+            _bad("crop in pixels", r"crop must lie in \(0, 6\], the map's w, got 24; crop counts cells", _soft, (2, 2), crop=(4, 24)),
+            _bad("crop NaN", r"crop must lie in \(0, 6\], the map's w, got nan", _soft, (2, 2), crop=(4, float("nan"))),
+            _bad("crop of text", r"crop must lie in \(0, 4\], the map's h, got '4'", _soft, (2, 2), crop=("4", 2), error=TypeError),
+        ),
+    ),
+    OpSpec(
+        resize_bits, _bits_samples, ("resize_bits",), dtypes=(), oracle=bits_oracle, compare=same_bits_but_near,
+        errors=(
+            _bad_bits("size a number", r"size must be \(H, W\), got 8", _bits, 8, error=TypeError),
+            _bad_bits("size of floats", "size must be two whole numbers, at least 0, got 8.0", _bits, (8.0, 8), error=TypeError),
+            _bad_bits("size negative", "size must be two whole numbers, at least 0, got -1", _bits, (8, -1)),
+            _bad_bits("2^31 pixels", "size must have at most 2147483647 pixels, got 65536x32768", _bits, (2**16, 2**15)),
+            _bad_bits("no pixels", r"size must be empty for an empty map of 0x6, got \(2, 2\)", _bits.crop(0, 0, 0, 6), (2, 2)),
         ),
     ),
 ]  # fmt: skip
+
+
+# -- benchmarks
 
 
 def _logits(

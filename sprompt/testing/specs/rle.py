@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import pack_masks, resize_masks, rle_decode, rle_encode
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random, refusals
 
 Rles = list[dict[str, Any]]
 
@@ -88,88 +88,86 @@ def same_rles(ours: Rles, theirs: Rles, sample: Sample) -> None:
     assert ours == theirs and all(type(r["counts"]) is bytes for r in ours), sample.name
 
 
-def _one(counts: object, size: object = (3, 4)) -> Any:
-    return lambda: rle_decode([{"size": [3, 4], "counts": b"<"}, {"size": size, "counts": counts}])
+_bad_encode, _bad = refusals(rle_encode), refusals(rle_decode)
+
+
+def _second(name: str, message: str, counts: object, size: object = (3, 4)) -> ErrorCase:
+    """Of two entries the second is wrong."""
+    return _bad(name, message, [{"size": [3, 4], "counts": b"<"}, {"size": size, "counts": counts}])
 
 
 _TOO_LONG = r"rles\[1\] must have numbers of at most 12 characters, got a longer one from character "
+_HUGE = BitMasks(torch.zeros(0, 1 << 26, dtype=torch.int32), (1 << 15, 1 << 16))
 _LARGEST = {"size": [1 << 15, (1 << 16) - 1], "counts": b"0"}
 
-#: What is wrong, the second of two entries, and the sentence after "rle_decode: ".
+#: Everything that can be wrong with entries.
 MALFORMED = (
-    ("no counts", _one(b""), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs"),
-    ("too few", _one(b"8"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 8 in 1 runs"),
-    ("too many", _one(b"=00"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
-    ("too many later", _one(b"335"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 11 in 3 runs"),
-    ("one too many", _one(b"337"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 2"),
-    ("runs behind the end", _one(b"<1"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1"),
-    ("broken off", _one(b"3P"), r"rles\[1\] must have counts that end with a whole number, got one that breaks off, from character 1 on"),
-    ("12 groups, broken off", _one(b"P" * 12), _TOO_LONG + "0 on"),
-    ("14 groups", _one(b"3" + b"o" * 13 + b"0"), _TOO_LONG + "1 on"),
-    ("negative", _one(b"3O"), r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 1"),
-    ("negative by difference", _one(b"321M"), r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 3"),
-    ("smallest number", _one(b"o" * 10 + b"P@"), r"rles\[1\] must have runs of at least 0 pixels, got -\d+ in run 0"),
-    ("largest number", _one(b"o" * 11 + b"?"), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
-    ("character below", _one(b"3/9"), r"rles\[1\] must have counts of the characters 0 to o, got b'/' at 1"),
-    ("character above", _one(b"3p"), r"rles\[1\] must have counts of the characters 0 to o, got b'p' at 1"),
-    ("NUL", _one(b"<\0"), r"rles\[1\] must have counts of the characters 0 to o, got b'\\x00' at 1"),
-    ("newline in str", _one("<\n"), r"rles\[1\] must have counts of the characters 0 to o, got b'\\n' at 1"),
-    ("not ASCII", _one("<é"), r"rles\[1\] must have counts of the characters 0 to o, got 'é'"),
-    ("counts None", _one(None), r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got NoneType"),
-    ("counts a number", _one(12), r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got int"),
-    ("list of floats", _one([3.0, 9.0]), r"rles\[1\] must have whole numbers as counts, in run 0 too, got 3.0"),
-    ("list of bools", _one([3, True]), r"rles\[1\] must have whole numbers as counts, in run 1 too, got True"),
-    ("list of strings", _one(["3"]), r"rles\[1\] must have whole numbers as counts, in run 0 too, got '3'"),
-    ("list, negative", _one([13, -1]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
-    ("list, negative first", _one([-1, 13]), r"rles\[1\] must have runs of at least 0 pixels, in run 0 too, got -1"),
-    ("list, too few", _one([3, 4]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 7 in 2 runs"),
-    ("list, too many", _one([3, 10]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1"),
-    ("list, huge", _one([10**40]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0"),
-    ("list, none", _one([]), r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs"),
-    ("another size", _one(b"<", (4, 3)), r"rles\[1\] must have size \[3, 4\], got \[4, 3\]; decode masks of one size at a time"),
-    ("negative size", _one(b"<", (-3, -4)), r"the size of rles\[1\] must be at least 0 on each side, got \[-3, -4\]"),
-    ("one side", _one(b"<", [12]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[12\]"),
-    ("three sides", _one(b"<", [3, 4, 1]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[3, 4, 1\]"),
-    ("size of floats", _one(b"<", [3.0, 4]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[3.0, 4\]"),
-    ("size of bools", _one(b"<", [True, 4]), r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[True, 4\]"),
-    ("size a str", _one(b"<", "34"), r"the size of rles\[1\] must be two whole numbers \[H, W\], got '34'"),
-    ("size None", _one(b"<", None), r"the size of rles\[1\] must be two whole numbers \[H, W\], got None"),
-    ("size a number", _one(b"<", 12), r"the size of rles\[1\] must be two whole numbers \[H, W\], got 12"),
-    ("huge size", _one(b"<", [2**16, 2**15]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[65536, 32768\]"),
-    ("size past int64", _one(b"<", [10**30, 10**30]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got"),
-    ("an infinite line", _one(b"0", [0, 2**31]), r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[0, 2147483648\]"),
-    ("huge in all", lambda: rle_decode([_LARGEST] * 17),
-        r"rles must have at most 2\^35 pixels in all, got 17 x 32768x65535; decode in parts"),
-    ("not a dict", lambda: rle_decode([[3, 4]]), r"rles\[0\] must be a dict with size and counts, got list"),
-    ("no size", lambda: rle_decode([{"counts": b"0"}]), r"rles\[0\] must be a dict with size and counts, got keys \['counts'\]"),
-    ("no counts key", lambda: rle_decode([{"size": [0, 0]}]), r"rles\[0\] must be a dict with size and counts, got keys \['size'\]"),
-    ("empty list, no size", lambda: rle_decode([]), r"size must be given for an empty list, got None; pass size=\(H, W\)"),
-    ("size argument", lambda: rle_decode([], (1, -1)), r"size must be at least 0 on each side, got \[1, -1\]"),
-    ("another size than asked for", lambda: rle_decode([{"size": [3, 4], "counts": b"<"}], (4, 3)),
-        r"rles\[0\] must have size \[4, 3\], got \[3, 4\]"),
+    _second("no counts", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs", b""),
+    _second("too few", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 8 in 1 runs", b"8"),
+    _second("too many", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0", b"=00"),
+    _second("too many later", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 11 in 3 runs", b"335"),
+    _second("one too many", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 2", b"337"),
+    _second("runs behind the end", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1", b"<1"),
+    _second("broken off", r"rles\[1\] must have counts that end with a whole number, got one that breaks off, from character 1 on", b"3P"),
+    _second("12 groups, broken off", _TOO_LONG + "0 on", b"P" * 12),
+    _second("14 groups", _TOO_LONG + "1 on", b"3" + b"o" * 13 + b"0"),
+    _second("negative", r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 1", b"3O"),
+    _second("negative by difference", r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 3", b"321M"),
+    _second("smallest number", r"rles\[1\] must have runs of at least 0 pixels, got -\d+ in run 0", b"o" * 10 + b"P@"),
+    _second("largest number", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0", b"o" * 11 + b"?"),
+    _second("character below", r"rles\[1\] must have counts of the characters 0 to o, got b'/' at 1", b"3/9"),
+    _second("character above", r"rles\[1\] must have counts of the characters 0 to o, got b'p' at 1", b"3p"),
+    _second("NUL", r"rles\[1\] must have counts of the characters 0 to o, got b'\\x00' at 1", b"<\0"),
+    _second("newline in str", r"rles\[1\] must have counts of the characters 0 to o, got b'\\n' at 1", "<\n"),
+    _second("not ASCII", r"rles\[1\] must have counts of the characters 0 to o, got 'é'", "<é"),
+    _second("counts None", r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got NoneType", None),
+    _second("counts a number", r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got int", 12),
+    _second("list of floats", r"rles\[1\] must have whole numbers as counts, in run 0 too, got 3.0", [3.0, 9.0]),
+    _second("list of bools", r"rles\[1\] must have whole numbers as counts, in run 1 too, got True", [3, True]),
+    _second("list of strings", r"rles\[1\] must have whole numbers as counts, in run 0 too, got '3'", ["3"]),
+    _second("list, negative", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0", [13, -1]),
+    _second("list, negative first", r"rles\[1\] must have runs of at least 0 pixels, in run 0 too, got -1", [-1, 13]),
+    _second("list, too few", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 7 in 2 runs", [3, 4]),
+    _second("list, too many", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1", [3, 10]),
+    _second("list, huge", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0", [10**40]),
+    _second("list, none", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs", []),
+    _second("another size", r"rles\[1\] must have size \[3, 4\], got \[4, 3\]; decode masks of one size at a time", b"<", (4, 3)),
+    _second("negative size", r"the size of rles\[1\] must be at least 0 on each side, got \[-3, -4\]", b"<", (-3, -4)),
+    _second("one side", r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[12\]", b"<", [12]),
+    _second("three sides", r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[3, 4, 1\]", b"<", [3, 4, 1]),
+    _second("size of floats", r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[3.0, 4\]", b"<", [3.0, 4]),
+    _second("size of bools", r"the size of rles\[1\] must be two whole numbers \[H, W\], got \[True, 4\]", b"<", [True, 4]),
+    _second("size a str", r"the size of rles\[1\] must be two whole numbers \[H, W\], got '34'", b"<", "34"),
+    _second("size None", r"the size of rles\[1\] must be two whole numbers \[H, W\], got None", b"<", None),
+    _second("size a number", r"the size of rles\[1\] must be two whole numbers \[H, W\], got 12", b"<", 12),
+    _second("huge size", r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[65536, 32768\]", b"<", [2**16, 2**15]),
+    _second("size past int64", r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got", b"<", [10**30, 10**30]),
+    _second("an infinite line", r"the size of rles\[1\] must have at most 2\^31 - 1 pixels, got \[0, 2147483648\]", b"0", [0, 2**31]),
+    _bad("huge in all", r"rles must have at most 2\^35 pixels in all, got 17 x 32768x65535; decode in parts", [_LARGEST] * 17),
+    _bad("not a dict", r"rles\[0\] must be a dict with size and counts, got list", [[3, 4]]),
+    _bad("no size", r"rles\[0\] must be a dict with size and counts, got keys \['counts'\]", [{"counts": b"0"}]),
+    _bad("no counts key", r"rles\[0\] must be a dict with size and counts, got keys \['size'\]", [{"size": [0, 0]}]),
+    _bad("empty list, no size", r"size must be given for an empty list, got None; pass size=\(H, W\)", []),
+    _bad("size argument", r"size must be at least 0 on each side, got \[1, -1\]", [], (1, -1)),
+    _bad("another size than asked for", r"rles\[0\] must have size \[4, 3\], got \[3, 4\]", [{"size": [3, 4], "counts": b"<"}], (4, 3)),
 )  # fmt: skip
 
 SPECS = [
     OpSpec(
         rle_encode, _encode_samples, ("rle_encode",), dtypes=(), oracle=coco_encode, compare=same_rles, dynamic=True, compiles=False,
         errors=(
-            ErrorCase("none", lambda: rle_encode(None), TypeError, r"rle_encode: masks must be a BitMasks or a dense tensor, got NoneType"),
-            ErrorCase("one row", lambda: rle_encode(torch.zeros(4)), ValueError,
-                r"rle_encode: masks must have shape \(..., H, W\), got \(4,\)"),
-            ErrorCase("complex", lambda: rle_encode(torch.zeros(1, 2, 2).cfloat()), TypeError, r"rle_encode: masks must have dtype bool, "),
-            ErrorCase(
-                "huge", lambda: rle_encode(BitMasks(torch.zeros(0, 1 << 26, dtype=torch.int32), (1 << 15, 1 << 16))), ValueError,
-                r"rle_encode: masks must have at most 2\^31 - 1 pixels, got 32768x65536",
-            ),
+            _bad_encode("none", "masks must be a BitMasks or a dense tensor, got NoneType", None, error=TypeError),
+            _bad_encode("one row", r"masks must have shape \(..., H, W\), got \(4,\)", torch.zeros(4)),
+            _bad_encode("complex", "masks must have dtype bool, ", torch.zeros(1, 2, 2).cfloat(), error=TypeError),
+            _bad_encode("huge", r"masks must have at most 2\^31 - 1 pixels, got 32768x65536", _HUGE),
         ),
     ),
     OpSpec(
         rle_decode, _decode_samples, ("rle_decode",), dtypes=(), oracle=coco_decode, dynamic=True, compiles=False,
         errors=(
-            ErrorCase("a dict", lambda: rle_decode({"size": [3, 4], "counts": b"<"}), TypeError,
-                r"rle_decode: rles must be a list of RLEs, got dict"),
-            ErrorCase("bytes", lambda: rle_decode(b"<"), TypeError, r"rle_decode: rles must be a list of RLEs, got bytes"),
-            *(ErrorCase(name, call, ValueError, "rle_decode: " + message) for name, call, message in MALFORMED),
+            _bad("a dict", "rles must be a list of RLEs, got dict", {"size": [3, 4], "counts": b"<"}, error=TypeError),
+            _bad("bytes", "rles must be a list of RLEs, got bytes", b"<", error=TypeError),
+            *MALFORMED,
         ),
     ),
 ]  # fmt: skip
@@ -206,11 +204,11 @@ def _noise_decode_bench(device: torch.device, dtype: torch.dtype, seed: int) -> 
     return Sample("", (rle_encode(_noise_bench(device, dtype, seed).args[0]),))
 
 
-def _plain_decode(rles: Rles) -> BitMasks:
+def _plain_decode(rles: Rles) -> Tensor:
     """What a caller of pycocotools does: decodes to bytes (height, width, count), and keeps them."""
     from pycocotools import mask as coco
 
-    return torch.from_numpy(coco.decode(rles))  # type: ignore[return-value]
+    return torch.from_numpy(coco.decode(rles))
 
 
 def _same_pixels(ours: BitMasks, theirs: Tensor, sample: Sample) -> None:

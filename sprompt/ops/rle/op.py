@@ -1,0 +1,61 @@
+"""The declarations of rle_encode and rle_decode."""
+
+import torch
+from torch import Tensor
+
+from sprompt import native
+from sprompt.masks import words_for
+from sprompt.ops.declare import Args, new, op
+from sprompt.ops.masks.op import rows
+from sprompt.ops.rle import faults
+
+
+@op("cuda", dynamic=True)
+def rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    context = torch.library.get_ctx()
+    size = 0 if context is None else context.new_dynamic_size()  # None: nothing is traced
+    return words.new_empty(size, dtype=torch.uint8), words.new_empty(words.shape[:-1].numel() + 1, dtype=torch.int64)
+
+
+@rle_encode.values
+def _(a: Args) -> None:
+    faults.fits("rle_encode", a.words.shape[-1], a.height, a.width)
+
+
+@rle_encode.native
+def _(a: Args) -> tuple[Tensor, Tensor]:
+    masks, size = rows(a.words), (a.height, a.width)
+    count = masks.shape[0]
+    threads = max(1, min(native.threads(), count))
+    # Every string is written where it surely has room, then all are moved together.
+    starts, offsets = (torch.zeros(count + 1, dtype=torch.int64) for _ in range(2))
+    native._C.rle_bounds(masks, *size, starts[1:], threads)
+    starts.cumsum_(0)
+    buffer = torch.empty(int(starts[-1]), dtype=torch.uint8)  # not kept: hardly a call needs the size of another
+    scratch = native.scratch(threads, native._C.rle_scratch(*size), dtype=torch.int64)
+    native._C.rle_encode(masks, *size, starts, buffer, offsets[1:], scratch, threads)
+    if count and int(offsets.min()) < 0:
+        raise RuntimeError("rle_encode: the masks changed while they were encoded; another thread writes to them")
+    offsets.cumsum_(0)
+    characters = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+    native._C.rle_join(buffer, starts, offsets, characters, threads)
+    return characters, offsets
+
+
+# No GPU kernel: the strings are Python objects, so rle_decode has the characters, and makes the masks, on the CPU.
+@op()
+def rle_decode(characters: Tensor, offsets: Tensor, height: int, width: int) -> Tensor:
+    return new(characters, offsets.shape[0] - 1, words_for(height * width), dtype=torch.int32)
+
+
+@rle_decode.values
+def _(a: Args) -> None:
+    faults.within_limits(a.height, a.width, a.offsets.shape[0] - 1)
+
+
+@rle_decode.native
+def _(a: Args, words: Tensor) -> None:
+    characters, offsets, size = a.characters.contiguous(), a.offsets.contiguous(), (a.height, a.width)
+    found = native.scratch(words.shape[0], 3, dtype=torch.int64)
+    native._C.rle_decode(characters, offsets, *size, words, found, native.threads())
+    faults.raise_first(found, *size)
