@@ -36,24 +36,17 @@ def _forward(features: Tensor, kernels: Any, logits: Any, words: Any, pooled: An
     native._C.mask_update(_flat(features), kernels, _flat(logits), _flat(words), pooled, *lent, native.threads())
 
 
+def _named(needs: Args, grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(needs._fields, grads, strict=True))
+
+
 @op("triton")
 def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
     return new(features, features.shape[0], kernels.shape[1], *features.shape[2:])
 
 
-@mask_conv.native
-def _(a: Args, logits: Tensor) -> None:
-    _forward(a.features, a.kernels, logits, None, None)
-
-
-@mask_conv.saves
-def _(ctx: Any, a: Args, logits: Tensor) -> None:
-    ctx.save_for_backward(*a)
-
-
-@mask_conv.backward
-def _(ctx: Any, needs: Args, grad: Tensor) -> dict[str, Tensor]:
-    return dict(zip(needs._fields, mask_conv_backward(*ctx.saved_tensors, grad, *needs), strict=True))
+mask_conv.native(lambda a, logits: _forward(a.features, a.kernels, logits, None, None))
+mask_conv.saves(lambda ctx, a, logits: ctx.save_for_backward(*a))
 
 
 @op("triton")
@@ -61,9 +54,7 @@ def mask_pool(features: Tensor, words: Tensor) -> Tensor:
     return new(features, features.shape[0], words.shape[1], features.shape[1])
 
 
-@mask_pool.native
-def _(a: Args, pooled: Tensor) -> None:
-    _forward(a.features, None, None, a.words, pooled)
+mask_pool.native(lambda a, pooled: _forward(a.features, None, None, a.words, pooled))
 
 
 @mask_pool.saves
@@ -72,19 +63,17 @@ def _(ctx: Any, a: Args, pooled: Tensor) -> None:
     ctx.size = a.features.shape[2:]
 
 
-@mask_pool.backward
-def _(ctx: Any, needs: Args, grad: Tensor) -> dict[str, Tensor]:
-    return {"features": mask_pool_backward(grad, *ctx.saved_tensors, *ctx.size)}
-
-
 @op("triton")
 def mask_pool_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
     return new(grad, grad.shape[0], grad.shape[2], height, width)
 
 
+mask_pool.backward(lambda ctx, _, grad: {"features": mask_pool_backward(grad, *ctx.saved_tensors, *ctx.size)})
+
+
 @mask_pool_backward.native
 def _(a: Args, out: Tensor) -> None:
-    _backward(mask_update_backward.args(out, None, a.words, None, a.grad, True, False), out, out[:0])
+    _backward(mask_update_backward.args(out, None, a.words, None, a.grad, True, False), out, native.scratch(0))
 
 
 @op("triton")
@@ -94,21 +83,18 @@ def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Tens
     return new(features, B, N, H, W), new(features, B, N, C), words
 
 
-@mask_update.native
-def _(a: Args, logits: Tensor, pooled: Tensor, words: Tensor) -> None:
-    _forward(a.features, a.kernels, logits, words, pooled)
+mask_update.native(lambda a, logits, pooled, words: _forward(a.features, a.kernels, logits, words, pooled))
 
 
 @mask_update.saves
 def _(ctx: Any, a: Args, logits: Tensor, pooled: Tensor, words: Tensor) -> None:
     ctx.save_for_backward(*a, words)
-    ctx.mark_non_differentiable(words)
     ctx.set_materialize_grads(False)
 
 
 @mask_update.backward
 def _(ctx: Any, needs: Args, *grads: Any) -> dict[str, Tensor]:
-    return dict(zip(needs._fields, mask_update_backward(*ctx.saved_tensors, *grads[:2], *needs), strict=True))
+    return _named(needs, mask_update_backward(*ctx.saved_tensors, *grads[:2], *needs))
 
 
 @op("triton")
@@ -158,6 +144,5 @@ def as_update(a: Args) -> Args:
     return mask_update_backward.args(a.features, a.kernels, None, a.grad, None, a.to_features, a.to_kernels)
 
 
-@mask_conv_backward.native
-def _(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> None:
-    _backward(as_update(a), grad_features, grad_kernels)
+mask_conv.backward(lambda ctx, needs, grad: _named(needs, mask_conv_backward(*ctx.saved_tensors, grad, *needs)))
+mask_conv_backward.native(lambda a, *grads: _backward(as_update(a), *grads))

@@ -39,16 +39,14 @@ def _(ctx: Any, a: Args, bce: Tensor, dice: Tensor, sums: Tensor) -> None:
     ctx.sizes = a.ratio, a.upsample
 
 
-@mask_loss.backward
-def _(ctx: Any, needs: Args, *grads: Tensor) -> dict[str, Tensor]:
-    return {"logits": mask_loss_backward(*grads[:2], *ctx.saved_tensors, *ctx.sizes)} if needs.logits else {}
-
-
 @op("triton")
 def mask_loss_backward(
     grad_bce: Tensor, grad_dice: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, ratio: int, upsample: int
 ) -> Tensor:
     return new(logits, *logits.shape)
+
+
+mask_loss.backward(lambda ctx, _, *grads: {"logits": mask_loss_backward(*grads[:2], *ctx.saved_tensors, *ctx.sizes)})
 
 
 @mask_loss_backward.native

@@ -58,9 +58,7 @@ def mask_mean(features: Tensor, words: Tensor) -> Tensor:
     return new(features, *words.shape[:2], features.shape[1])
 
 
-@region_mean.values
-def _(a: Args) -> None:
-    checks.counts_within("region_mean", a.counts, a.boxes.shape[1])
+region_mean.values(lambda a: checks.counts_within("region_mean", a.counts, a.boxes.shape[1]))
 
 
 @region_mean.native
@@ -85,16 +83,6 @@ def _(ctx: Any, a: Args, out: Tensor) -> None:
     ctx.size = a.features.shape[2:]
 
 
-@region_mean.backward
-def _(ctx: Any, needs: Args, grad: Tensor) -> dict[str, Tensor]:
-    return {"features": region_mean_backward(grad, *ctx.saved_tensors, *ctx.size)} if needs.features else {}
-
-
-@mask_mean.backward
-def _(ctx: Any, needs: Args, grad: Tensor) -> dict[str, Tensor]:
-    return {"features": mask_mean_backward(grad, *ctx.saved_tensors, *ctx.size)} if needs.features else {}
-
-
 @op("triton", computes=("grad",))
 def region_mean_backward(grad: Tensor, boxes: Tensor, counts: Tensor | None, height: int, width: int) -> Tensor:
     return new(grad, grad.shape[0], grad.shape[2], height, width)
@@ -103,6 +91,10 @@ def region_mean_backward(grad: Tensor, boxes: Tensor, counts: Tensor | None, hei
 @op("triton")
 def mask_mean_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
     return new(grad, grad.shape[0], grad.shape[2], height, width)
+
+
+region_mean.backward(lambda ctx, _, grad: {"features": region_mean_backward(grad, *ctx.saved_tensors, *ctx.size)})
+mask_mean.backward(lambda ctx, _, grad: {"features": mask_mean_backward(grad, *ctx.saved_tensors, *ctx.size)})
 
 
 @region_mean_backward.native
