@@ -78,11 +78,6 @@ def upsampled(logits: Tensor, upsample: int, dtype: torch.dtype) -> Tensor:
     return F.interpolate(maps, scale_factor=upsample, mode="bilinear", align_corners=False).reshape(size)
 
 
-def unit_stride(x: Tensor) -> Tensor:
-    """What the native kernels read: the last stride is 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
 class ForTriton(NamedTuple):
     """Targets as the Triton kernels take them (sprompt/ops/tile.py, soft_target)."""
 
