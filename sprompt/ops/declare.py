@@ -105,20 +105,25 @@ class Op:
 
     def __call__(self, *args: Any) -> Any:
         if torch.compiler.is_compiling() or _thread_is_special():
-            return self.dispatched(*args)
+            return self._dispatch(args)
         recording = False
         for x in args:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
                 if _keys(x).raw_repr() not in _PLAIN_KEYS and not _is_plain(x):
-                    return self.dispatched(*args)
+                    return self._dispatch(args)
                 recording = recording or x.requires_grad
             elif kind not in _SCALARS:  # a subclass, a symbol, or a list, into which autograd.Function does not look
-                return self.dispatched(*args)
+                return self._dispatch(args)
         if torch.autograd.profiler._is_profiler_enabled:
             with torch._C._profiler._RecordFunctionFast(f"sprompt::{self.name}"):
                 return self._direct(args, recording)
         return self._direct(args, recording) if recording else self.run(*args)
+
+    def _dispatch(self, args: tuple[Any, ...]) -> Any:
+        if not self.differentiable:
+            args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        return self.dispatched(*args)
 
     def _direct(self, args: tuple[Any, ...], recording: bool) -> Any:
         if not recording or not torch.is_grad_enabled():
