@@ -31,8 +31,8 @@ from sprompt.testing.spec import Bench, OpSpec, Sample
 from sprompt.testing.specs import BENCHES, SPECS
 
 CPU = torch.device("cpu")
-#: Seeds that tests/test_contract.py and tests/test_cuda.py give to samples(); only a few of them change what is specialised.
-SEEDS = range(17)
+#: Seeds for samples(): shapes decide what is specialised, and hardly a spec draws them.
+SEEDS = (0, 1, 13)
 
 
 class Target:
@@ -81,7 +81,7 @@ def all_launches(arch: int) -> Iterator[Launch]:
     for spec in SPECS:
         dtypes = spec.dtypes or (torch.float32,)
         for dtype in dtypes:
-            for seed in SEEDS if dtype == dtypes[0] else (0, 13):
+            for seed in SEEDS:
                 for sample in spec.samples(CPU, dtype, seed):
                     yield from launches(spec, sample, arch)
                     if seed == 1:
