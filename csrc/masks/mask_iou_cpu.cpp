@@ -11,7 +11,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int64_t counted_words = 90, start_words = 60;
 #elif defined(__AVX2__)
-constexpr int64_t counted_words = 65, start_words = 60;
+constexpr int64_t counted_words = 57, start_words = 60;
 #else
 constexpr int64_t counted_words = 33, start_words = 4;
 #endif
@@ -127,7 +127,7 @@ void count(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
 }
 }  // namespace
 
-// Tiles as large as the product takes them, each by the product or by tiles of 8 x 8 pairs.
+// Tiles as large as the product takes them: by the product where that pays, then the others by strips of 8 rows.
 void mask_iou(const View& a, const View& b, int64_t width, const View& extents, const View& iou, int threads) {
     const bool self = !b.given();
     const View& other = self ? a : b;
@@ -154,22 +154,39 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& extents, 
     while (rows > 64 && (N + rows - 1) / rows * columns * B < 3 * threads) rows /= 2;
     const int64_t parts = (N + rows - 1) / rows;
     rows = ((N + parts - 1) / parts + tile - 1) / tile * tile;
-    const int64_t cost = rows * BitProduct::columns * (n / 8 + 4);  // about the cycles of a tile, if the boxes overlap by half
-    parallel_for(B * parts * columns, 1 + (1 << 16) / (cost + 1), threads, [&](int64_t begin, int64_t end, int) {
+    const int64_t cost = tile * M * (n / 8 + 4);  // about the cycles of 8 rows, if the boxes overlap by half
+    // Where a row of a tile holds this sign, its pairs are yet to be counted. Only the row itself writes there.
+    constexpr float open = -1.0f;
+    const auto sign = [&](const Pairs& pairs, int64_t i, int64_t j0) -> float& {
+        return pairs.out[i * M + (self && j0 < i ? i : j0)];
+    };
+    parallel_for(B * parts * columns, 1 + (1 << 20) / (rows * BitProduct::columns * (n + 4)), threads,
+                 [&](int64_t begin, int64_t end, int) {
+                     for (int64_t job = begin; job < end; ++job) {
+                         const Pairs pairs = pairs_of(job / (parts * columns));
+                         const int64_t i0 = job / columns % parts * rows, i1 = N < i0 + rows ? N : i0 + rows;
+                         const int64_t j0 = job % columns * BitProduct::columns;
+                         const int64_t j1 = M < j0 + BitProduct::columns ? M : j0 + BitProduct::columns;
+                         if (i0 >= i1 || (self && j1 <= i0)) continue;
+                         const Range range(pairs, i0, i1, j0, j1);
+                         if (n < int64_t{1} << 27 && product_pays(pairs, range, i0, i1, j0, j1))
+                             multiply(pairs, range, i0, i1, j0, j1);
+                         else
+                             for (int64_t i = i0; i < i1; ++i)
+                                 if (!self || i < j1) sign(pairs, i, j0) = open;
+                     }
+                 });
+    const int64_t strips = (N + tile - 1) / tile;
+    parallel_for(B * strips, 1 + (1 << 16) / (cost + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
-            const Pairs pairs = pairs_of(job / (parts * columns));
-            const int64_t i0 = job / columns % parts * rows, i1 = N < i0 + rows ? N : i0 + rows;
-            const int64_t j0 = job % columns * BitProduct::columns;
-            const int64_t j1 = M < j0 + BitProduct::columns ? M : j0 + BitProduct::columns;
-            if (i0 >= i1 || (self && j1 <= i0)) continue;
-            const Range range(pairs, i0, i1, j0, j1);
-            if (n < int64_t{1} << 27 && product_pays(pairs, range, i0, i1, j0, j1)) {
-                multiply(pairs, range, i0, i1, j0, j1);
-                continue;
+            const Pairs pairs = pairs_of(job / strips);
+            const int64_t i0 = job % strips * tile, i1 = N < i0 + tile ? N : i0 + tile;
+            for (int64_t j0 = 0; j0 < M; j0 += BitProduct::columns) {
+                const int64_t j1 = M < j0 + BitProduct::columns ? M : j0 + BitProduct::columns;
+                if ((self && j1 <= i0) || sign(pairs, i0, j0) != open) continue;
+                for (int64_t j = self && j0 < i0 ? i0 : j0; j < j1; j += tile)
+                    count(pairs, i0, i1, j, j1 < j + tile ? j1 : j + tile);
             }
-            for (int64_t i = i0; i < i1; i += tile)
-                for (int64_t j = self && j0 < i ? i : j0; j < j1; j += tile)
-                    count(pairs, i, i1 < i + tile ? i1 : i + tile, j, j1 < j + tile ? j1 : j + tile);
         }
     });
 }
