@@ -13,10 +13,13 @@ def _rows(words: Tensor) -> Tensor:
     return words if words.stride(-1) == 1 or words.shape[-1] <= 1 else words.contiguous()
 
 
-def _scratch(words: Tensor) -> Tensor:
-    """What nms_scratch_per_mask in csrc/mask_nms/mask_nms.h asks for."""
-    batch, masks, _ = words.shape
-    return words.new_empty(batch * (masks + 32) * native._C.nms_scratch_per_mask, dtype=torch.uint8)
+def _scratch(words: Tensor, sketch: bool = False) -> Tensor:
+    """What nms_scratch_per_mask and nms_sketch in csrc/mask_nms/mask_nms.h ask for."""
+    batch, masks, n = words.shape
+    bytes_per_mask = native._C.nms_scratch_per_mask
+    if sketch and n > 512:
+        bytes_per_mask += (n + 255) // 256 * 64
+    return words.new_empty(batch * (masks + 32) * bytes_per_mask, dtype=torch.uint8)
 
 
 def _greedy(
@@ -24,7 +27,7 @@ def _greedy(
 ) -> tuple[Tensor, Tensor]:
     keep = words.new_empty((words.shape[0], max_output), dtype=torch.int64)
     kept = words.new_empty(words.shape[0], dtype=torch.int64)
-    native._C.mask_nms(_rows(words), scores, counts, iou_threshold, keep, kept, _scratch(words), native.threads())
+    native._C.mask_nms(_rows(words), scores, counts, iou_threshold, keep, kept, _scratch(words, True), native.threads())
     return keep, kept
 
 
