@@ -37,12 +37,31 @@ struct Greedy {
     const double threshold, share;
     int64_t kept = 0;
     int64_t* places;  // (kept) by place in the order
+    bool sketched = false;
 
     // Units that a mask of this area must have in common with another, less what the other one must add. Rounded down, as
     // are the products' errors: units of the bound are never less than the pair's pixels.
     SPROMPT_INLINE int16_t need_of(int64_t area) const {
         return static_cast<int16_t>(share * (1 - 1e-9) * static_cast<double>(area) /
                                     static_cast<double>(int64_t{1} << cut.shift));
+    }
+
+    // The sketch of every mask.
+    void draw(int threads) {
+        parallel_for(im.N, 1 + 400000 / cut.n, threads_for(im.N * cut.n / 4, threads), [&](int64_t begin, int64_t end, int) {
+            for (int64_t i = begin; i < end; ++i) {
+                const uint32_t* const mask = im.mask(i);
+                uint8_t* const sketch = im.sketch + i * im.sketch_bytes;
+                int64_t q = 0;
+                for (; 4 * q + 4 <= cut.n; ++q)
+                    sketch[q] = static_cast<uint8_t>(popcount(load64(mask + 4 * q)) + popcount(load64(mask + 4 * q + 2)));
+                for (; q < im.sketch_bytes; ++q) {
+                    sketch[q] = 0;
+                    for (int64_t w = 4 * q; w < cut.n; ++w) sketch[q] += static_cast<uint8_t>(popcount(mask[w]));
+                }
+            }
+        });
+        sketched = true;
     }
 
     // Whether IoU > threshold. Long masks are counted bin by bin until the answer is certain.
@@ -52,7 +71,7 @@ struct Greedy {
         if (cut.width < 64) {
             common = count_common(im, cut, i, j);
         } else {
-            if (im.sketch_bytes != 0) {
+            if (sketched) {
                 const uint8_t *sa = im.sketch + i * im.sketch_bytes, *sb = im.sketch + j * im.sketch_bytes;
                 if (static_cast<double>(sum_of_minima(sa, sb, im.sketch_bytes)) < wanted * (1 - 1e-9)) return false;
             }
@@ -106,7 +125,7 @@ struct Greedy {
         uint32_t* pairs = im.keys;  // (N) counted in the parallel part; `gone`: removed
         int64_t counted = 0;
         for (int64_t begin = 0, end; begin < im.N && kept < most; begin = end) {
-            const int64_t block = begin == 0 ? 32 : BitProduct::columns;
+            const int64_t block = begin == 0 && im.sketch_bytes != 0 ? 32 : BitProduct::columns;
             end = begin + block < im.N ? begin + block : im.N;
             const int64_t before = kept, work = counted * (16 + cut.n / 16) + (end - begin) * kept;
             parallel_for(end - begin, 8, threads_for(work, threads), [&](int64_t first, int64_t last, int) {
@@ -128,6 +147,8 @@ struct Greedy {
                 if (!removed(j, before, found)) keep(j);
                 counted += found;
             }
+            // Sketches cost about as much as counting 4 pairs for each mask; so many are yet to come if as many go on as here.
+            if (im.sketch_bytes != 0 && !sketched && counted * (im.N - end) > 4 * im.N * (end - begin)) draw(threads);
             if (im.sketch_bytes == 0 && product_pays(counted, compared, cut.n)) return run_by_product(end, most, threads);
         }
     }

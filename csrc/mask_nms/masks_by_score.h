@@ -167,7 +167,7 @@ SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
     return nanoseconds > 40000 ? threads : 1;
 }
 
-// Profile, area and sketch of every mask, by place.
+// Profile and area of every mask, by place.
 static inline void describe(const Image& im, const Binning& cut, int threads) {
     const int64_t unit = (int64_t{1} << cut.shift) - 1;
     const int64_t cost = 80 + cut.n / 8;  // about nanoseconds a mask
@@ -184,14 +184,6 @@ static inline void describe(const Image& im, const Binning& cut, int threads) {
                 if (set == 0) continue;
                 if (end_bin == 0) first_bin = bin;
                 end_bin = bin + 1;
-            }
-            for (int64_t q = 0; q < im.sketch_bytes; ++q) {
-                int set = 0;
-                if (4 * q + 4 <= cut.n)
-                    set = popcount(load64(mask + 4 * q)) + popcount(load64(mask + 4 * q + 2));
-                else
-                    for (int64_t w = 4 * q; w < cut.n; ++w) set += popcount(mask[w]);
-                im.sketch[i * im.sketch_bytes + q] = static_cast<uint8_t>(set);
             }
             im.area[i] = area;
             im.span[2 * i] = first_bin;

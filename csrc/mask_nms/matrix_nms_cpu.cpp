@@ -90,7 +90,7 @@ struct Matrix {
                 all += counted[j] + column(j, begin, j);
                 close(j);
             }
-            if (product_pays(all, (end - begin) * (begin + end) / 2, cut.n)) return run_by_product(end, threads);
+            if (im.N >= 128 && product_pays(all, (end - begin) * (begin + end) / 2, cut.n)) return run_by_product(end, threads);
         }
     }
 
@@ -153,7 +153,7 @@ struct Matrix {
         struct Found {
             double c[columns], decay[columns];
         };
-        static_assert(sizeof(Found) <= 16 * 128, "keys, spare_keys and spare hold one for every 128 masks");
+        static_assert(sizeof(Found) <= 16 * 128, "keys, spare_keys and spare hold one for every 128 masks, at least one");
         Found* const found = reinterpret_cast<Found*>(im.keys);
         uint16_t within[columns][columns];
         Block block;
