@@ -153,3 +153,12 @@ def blobs(count: int, height: int, width: int, seed: int, device: torch.device |
     along, across = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
     radius = (along / (0.05 + 0.2 * u[3])) ** 2 + (across / (0.05 + 0.2 * u[4])) ** 2
     return torch.sigmoid(4 * (1 - radius)).to(device)
+
+
+def smooth(
+    count: int, coarse: tuple[int, int], height: int, width: int, seed: int, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Normal noise of size `coarse`, upsampled to (count, height, width). Above a threshold it makes masks that overlap: large
+    areas all over the image, with holes, whose boxes are the whole image."""
+    noise = torch.randn(1, count, *coarse, generator=random(seed))
+    return torch.nn.functional.interpolate(noise, (height, width), mode="bilinear")[0].to(device)

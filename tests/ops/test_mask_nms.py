@@ -3,6 +3,7 @@
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -174,10 +175,100 @@ def test_large_masks(shape: tuple[int, int, int], source: str) -> None:
                 torch.testing.assert_close(matrix_nms(bits, scores, kernel=kernel), decayed, rtol=1e-6, atol=1e-7)
 
 
+def overlapping(n: int, words: int, seed: int) -> tuple[BitMasks, np.ndarray]:
+    """Masks of `words` words, of which the last is not full, as one row of pixels: upsampled noise, some of them near copies,
+    one empty and one full. Also as numpy sees them."""
+    pixels = 32 * words - 5
+    g = torch.Generator().manual_seed(seed)
+    noise = torch.nn.functional.interpolate(torch.randn(n, 1, 3 + words % 11, generator=g), pixels, mode="linear")[:, 0]
+    masks = noise > 0.3
+    copies = torch.arange(n // 5) * 5
+    masks[copies] = masks[torch.randint(n, copies.shape, generator=g)] ^ (
+        torch.rand(len(copies), pixels, generator=g) < 0.04
+    )
+    masks[n // 3] = False
+    masks[n // 2] = True
+    bits = pack_masks(masks[:, None])
+    unpacked = np.unpackbits(bits.words.numpy().view(np.uint8), axis=1, bitorder="little")[:, :pixels].astype(
+        np.float32
+    )
+    return bits, unpacked
+
+
+def numpy_nms(unpacked: np.ndarray, scores: Tensor, threshold: float) -> tuple[list[int], dict[str, np.ndarray]]:
+    """Greedy and matrix results from all pairs, in float64."""
+    order = scores.argsort(descending=True, stable=True).numpy()
+    ordered = unpacked[order]
+    common, area = (ordered @ ordered.T).astype(np.float64), ordered.sum(1, dtype=np.float64)
+    iou = common / np.maximum(area[:, None] + area - common, 1)
+    keep = area > 0
+    for i in range(len(order)):
+        keep[i + 1 :] &= ~(keep[i] & (iou[i, i + 1 :] > threshold))
+    upper = np.triu(iou, 1)
+    c = upper.max(0)[:, None]
+    ratios = {
+        "gaussian": np.exp(-2 * (upper**2 - c**2)),
+        "linear": (1 - upper) / np.maximum(1 - c, 1e-6),
+    }
+    decayed = {}
+    for kernel, ratio in ratios.items():
+        decay = np.where(np.triu(np.ones_like(iou), 1) > 0, ratio, 1).min(0)
+        decayed[kernel] = np.empty(len(order))
+        decayed[kernel][order] = scores.double().numpy()[order] * np.minimum(decay, 1)
+    return order[keep].tolist(), decayed
+
+
+@pytest.mark.parametrize(
+    ("n", "words"),
+    (
+        *((n, words) for n in (3, 5, 129, 390) for words in (1, 2, 7, 25, 27, 64)),
+        *((150, words) for words in (3, 8, 9, 23, 24, 26, 28, 33, 48, 49, 511, 512, 513, 641, 2047, 2048, 4800)),
+    ),
+)
+def test_overlapping_masks_against_numpy(n: int, words: int) -> None:
+    """Row lengths around segments, stretches, bins, sketches and 16-bit counts; rows and columns around tiles of 128."""
+    if not native_runs():
+        n = min(n, 60)
+    if emulated() and words > 64:
+        pytest.skip("slow on an emulated GPU")
+    bits, unpacked = overlapping(n, words, 31 * n + words)
+    scores = torch.rand(n, generator=torch.Generator().manual_seed(words))
+    for threshold in (0.5, 0.3):
+        kept, decayed = numpy_nms(unpacked, scores, threshold)
+        assert mask_nms(bits, scores, threshold).tolist() == kept
+    for kernel, expected in decayed.items():
+        torch.testing.assert_close(
+            matrix_nms(bits, scores, kernel=kernel).double(), torch.from_numpy(expected), rtol=1e-6, atol=1e-7
+        )
+
+
+def test_overlapping_masks_with_labels_counts_and_limits() -> None:
+    bits, unpacked = overlapping(400, 27, 7)
+    n = 400 if native_runs() else 150
+    bits, unpacked = bits[:n], unpacked[:n]
+    scores = torch.randint(50, (n,), generator=torch.Generator().manual_seed(1)) / 50
+    labels = torch.randint(3, (n,), generator=torch.Generator().manual_seed(2))
+    for kernel in ("gaussian", "linear"):
+        actual = matrix_nms(bits, scores, kernel=kernel, labels=labels)
+        for label in range(3):
+            chosen = labels == label
+            _, expected = numpy_nms(unpacked[chosen.numpy()], scores[chosen], 0.5)
+            torch.testing.assert_close(
+                actual[chosen].double(), torch.from_numpy(expected[kernel]), rtol=1e-6, atol=1e-7
+            )
+    real = n - 37
+    kept, _ = numpy_nms(unpacked[:real], scores[:real], 0.45)
+    for most in (1, 130, n):
+        keep, found = batched_mask_nms(bits.reshape(1, n), scores[None], 0.45, torch.tensor([real]), most)
+        assert keep[0, : int(found)].tolist() == kept[:most] and (keep[0, int(found) :] == -1).all()
+
+
 def test_the_same_on_any_number_of_threads() -> None:
     n = 600 if native_runs() else 60  # all pairs are counted: enough for the threads to be used
     masks = torch.rand(n, 30, 40, generator=torch.Generator().manual_seed(0))
     scores = torch.rand(n, generator=torch.Generator().manual_seed(1))
+    holes = overlapping(900 if native_runs() else 90, 27, 4)[0]
+    hole_scores = torch.rand(len(holes), generator=torch.Generator().manual_seed(2))
     batch, batch_scores = pack_masks(saliency(n, 30, 40, 5)).reshape(6, n // 6), scores.reshape(6, n // 6)
     before = torch.get_num_threads()
     results = []
@@ -191,6 +282,8 @@ def test_the_same_on_any_number_of_threads() -> None:
                     matrix_nms(masks, scores, kernel="linear"),
                     *batched_mask_nms(batch, batch_scores),
                     matrix_nms(batch, batch_scores),
+                    mask_nms(holes, hole_scores, 0.4),
+                    matrix_nms(holes, hole_scores, kernel="linear"),
                 )
             )
     finally:

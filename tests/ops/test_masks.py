@@ -210,6 +210,34 @@ def test_bad_input(call, error, message) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    ("n", "m", "words"),
+    (
+        *((n, m, words) for n, m in ((3, 5), (65, 127), (130, 64), (257, 129)) for words in (1, 2, 7, 25, 27, 64)),
+        *((72, 128, words) for words in (8, 23, 24, 26, 28, 33, 49, 512, 2039, 2040, 2041, 4800)),
+    ),
+)
+def test_iou_of_overlapping_masks(n: int, m: int, words: int) -> None:
+    """Against numpy's unpackbits, around the edges of tiles, of stretches of words, and of what 16 bits count."""
+    bits, unpacked = [], []
+    for count, seed in ((n, words), (m, words + 1)):
+        g = torch.Generator().manual_seed(seed)
+        noise = torch.nn.functional.interpolate(torch.randn(count, 1, 9, generator=g), 32 * words, mode="linear")
+        masks = noise > (-0.5 if words in (1, 2041) else 0.4)
+        masks[::11] = True
+        masks[1] = False
+        bits.append(pack_masks(masks))
+        unpacked.append(
+            np.unpackbits(bits[-1].words.numpy().view(np.uint8), axis=1, bitorder="little").astype(np.float32)
+        )
+    for a, b in ((0, 1), (1, 1)):
+        common = unpacked[a] @ unpacked[b].T
+        either = unpacked[a].sum(1)[:, None] + unpacked[b].sum(1) - common
+        expected = np.where(either > 0, common.astype(float) / np.maximum(either, 1), 0).astype(np.float32)
+        actual = mask_iou(bits[a]) if a == b else mask_iou(bits[a], bits[b])
+        assert np.array_equal(actual.numpy(), expected)
+
+
 @pytest.mark.parametrize("size", ((0, 5), (5, 0), (0, 0)))
 def test_no_pixels(size: tuple[int, int]) -> None:
     bits = pack_masks(torch.zeros(3, *size))

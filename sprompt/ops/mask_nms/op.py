@@ -8,9 +8,10 @@ from sprompt.ops import checks
 from sprompt.ops.declare import Args, new, op
 
 
-def _scratch(words: Tensor) -> Tensor:
-    """What nms_scratch_per_mask in csrc/mask_nms/mask_nms.h asks for."""
-    return native.scratch(words.shape[0] * (words.shape[1] + 32) * native._C.nms_scratch_per_mask, dtype=torch.uint8)
+def _scratch(words: Tensor, sketch: int = 0) -> Tensor:
+    """What nms_scratch_per_mask and nms_sketch in csrc/mask_nms/mask_nms.h ask for."""
+    each = native._C.nms_scratch_per_mask + sketch
+    return native.scratch(words.shape[0] * (words.shape[1] + 32) * each, dtype=torch.uint8)
 
 
 @op("cuda")
@@ -23,7 +24,8 @@ def batched_mask_nms(
 @batched_mask_nms.native
 def _greedy(a: Args, keep: Tensor, kept: Tensor) -> None:
     words, scores, threshold, counts, _ = a
-    native._C.mask_nms(native.rows(words), scores, counts, threshold, keep, kept, _scratch(words), native.threads())
+    scratch = _scratch(words, native._C.nms_sketch(words.shape[2]))
+    native._C.mask_nms(native.rows(words), scores, counts, threshold, keep, kept, scratch, native.threads())
 
 
 @op("cuda", dynamic=True)

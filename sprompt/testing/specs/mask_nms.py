@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import batched_mask_nms, mask_nms, matrix_nms, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random, refusals
+from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals, smooth
 
 
 def saliency(count: int, height: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -360,6 +360,15 @@ def _bench(source: Any, count: int, height: int, width: int, packed: bool = Fals
     return make
 
 
+def _overlapping(*coarse: int) -> Any:
+    """A source of masks that overlap, as bool: upsampled noise above 0.6."""
+
+    def masks(count: int, height: int, width: int, seed: int, device: torch.device) -> Tensor:
+        return smooth(count, coarse, height, width, seed, device) > 0.6
+
+    return masks
+
+
 def _eager_matrix_batch(masks: BitMasks, scores: Tensor) -> Tensor:
     return torch.stack([_eager_matrix(masks[b], scores[b]) for b in range(len(scores))])
 
@@ -391,6 +400,14 @@ BENCHES = [
         **_pairs(500, 200, 272), goals={"forward": 100},
     ),
     Bench(
+        mask_nms, "1102 x (25x34) that overlap, from dense", _bench(_overlapping(6, 8), 1102, 25, 34), _eager_greedy,
+        vectorised=False, flops=2.0 * 1102**2 * 850, bytes=1102 * 850, goals={"forward": 25},
+    ),
+    Bench(
+        mask_nms, "500 x (200x272) that overlap, from bits", _bench(_overlapping(8, 10), 500, 200, 272, packed=True),
+        _eager_greedy, vectorised=False, **_pairs(500, 200, 272), goals={"forward": 100},
+    ),
+    Bench(
         batched_mask_nms, "12 x 500 x (25x34) saliency maps, from dense", _bench(saliency, 500, 25, 34, batch=12), _eager_batched,
         vectorised=False, flops=12 * 2.0 * 500**2 * 850, bytes=12 * 500 * 850 * 4, goals={"forward": 25},
     ),
@@ -401,6 +418,10 @@ BENCHES = [
     Bench(
         matrix_nms, "1102 x (25x34) blobs, from bits", _bench(blobs, 1102, 25, 34, packed=True), _eager_matrix, vectorised=False,
         agree=_agree_matrix, **_pairs(1102, 25, 34), goals={"forward": 15},
+    ),
+    Bench(
+        matrix_nms, "1102 x (25x34) that overlap, from dense", _bench(_overlapping(6, 8), 1102, 25, 34), _eager_matrix,
+        vectorised=False, agree=_agree_matrix, flops=2.0 * 1102**2 * 850, bytes=1102 * 850, goals={"forward": 15},
     ),
     Bench(
         mask_nms, "1362 x (25x42) saliency maps, from bits", _bench(saliency, 1362, 25, 42, packed=True), _eager_greedy,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import mask_area, mask_boxes, mask_iou, pack_masks
-from sprompt.testing.spec import Bench, OpSpec, Prepared, Sample, blobs, random, refusals
+from sprompt.testing.spec import Bench, OpSpec, Prepared, Sample, blobs, random, refusals, smooth
 
 SIZES = ((1, 1), (1, 37), (33, 1), (4, 8), (5, 7), (45, 51), (64, 64))
 
@@ -226,6 +226,10 @@ def _noise_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
     return Sample("", tuple(pack_masks(_dense((300, 480, 640), seed + i, device, 0.5)) for i in range(2)))
 
 
+def _overlap_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
+    return Sample("", tuple(pack_masks(smooth(300, (9, 9), 480, 640, seed + i, device) > 0.7) for i in range(2)))
+
+
 BENCHES = [
     Bench(
         pack_masks, "12 x 100 x (100x168)", lambda device, dtype, seed: Sample("", (blobs(1200, 100, 168, seed, device).to(dtype),)),
@@ -237,5 +241,9 @@ BENCHES = [
     Bench(
         mask_iou, "300 x 300 of 480x640 bits, blobs", _iou_bench, _eager_iou, library=("pycocotools", _pycocotools_iou),
         bytes=600 * 307200 / 8, goals={"forward": 20, "library": 2},
+    ),
+    Bench(
+        mask_iou, "300 x 300 of 480x640 bits that overlap", _overlap_bench, _eager_iou, bytes=600 * 307200 / 8,
+        goals={"forward": 20},
     ),
 ]  # fmt: skip

@@ -1,0 +1,195 @@
+#include "common/bit_product.h"
+#include "common/overlap.h"
+#include "common/threads.h"
+#include "masks/masks.h"
+
+namespace sprompt {
+namespace SPROMPT_ISA {
+
+namespace {
+// Words that and + popcount takes in the time in which the product takes 100, and what the start of a pair costs, in words.
+#if defined(__AVX512F__)
+constexpr int64_t counted_words = 90, start_words = 60;
+#elif defined(__AVX2__)
+constexpr int64_t counted_words = 57, start_words = 60;
+#else
+constexpr int64_t counted_words = 33, start_words = 4;
+#endif
+
+// One image: rows are masks of a, columns masks of b, which may be the same masks.
+struct Pairs {
+    const uint32_t *a, *b;
+    int64_t stride_a, stride_b;
+    const Extent *ea, *eb;
+    int64_t n, width;
+    float* out;  // (N, M)
+    int64_t M;
+    bool self;  // pairs below the diagonal are those above it
+
+    SPROMPT_INLINE const uint32_t* row(int64_t i) const { return a + i * stride_a; }
+    SPROMPT_INLINE const uint32_t* column(int64_t j) const { return b + j * stride_b; }
+    SPROMPT_INLINE void put(int64_t i, int64_t j, int64_t both) const {
+        const int64_t either = ea[i].area + eb[j].area - both;
+        const float value = either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / static_cast<double>(either));
+        out[i * M + j] = value;
+        if (self) out[j * M + i] = value;
+    }
+};
+
+// The words outside of which rows [i0, i1) and columns [j0, j1) have nothing in common; first >= last if nothing at all.
+struct Range {
+    int64_t first, last;
+
+    SPROMPT_INLINE Range(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+        const Extent rows = around(pairs.ea, i0, i1), columns = around(pairs.eb, j0, j1);
+        const int64_t top = rows.y1 > columns.y1 ? rows.y1 : columns.y1;
+        const int64_t bottom = rows.y2 < columns.y2 ? rows.y2 : columns.y2;
+        first = top * pairs.width / 32;
+        last = (bottom * pairs.width + 31) / 32;
+    }
+
+private:
+    SPROMPT_INLINE static Extent around(const Extent* extent, int64_t begin, int64_t end) {
+        Extent all{0, int64_t{1} << 62, 0, 0, 0};
+        for (int64_t i = begin; i < end; ++i) {
+            if (extent[i].area == 0) continue;
+            if (extent[i].y1 < all.y1) all.y1 = extent[i].y1;
+            if (extent[i].y2 > all.y2) all.y2 = extent[i].y2;
+        }
+        if (all.y2 == 0) all.y1 = 0;
+        return all;
+    }
+};
+
+// Whether the product of the tile costs less than its pairs one by one, as some of its rows tell.
+bool product_pays(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    constexpr int64_t step = 4;
+    int64_t words = 0, tried = 0;
+    for (int64_t i = i0; i < i1; i += step, ++tried)
+        for (int64_t j = pairs.self && j0 < i ? i : j0; j < j1; ++j) {
+            const Overlap box(pairs.ea[i], pairs.eb[j]);
+            if (box.empty()) continue;
+            const int64_t span = box.last_word(pairs.width) - box.first_word(pairs.width);
+            words += start_words + (box.narrow(pairs.width) ? span / 4 : span);
+        }
+    const int64_t all = BitProduct::columns * (i1 - i0 + 16) * (range.last - range.first);
+    return words * (i1 - i0) / tried * 100 > all * counted_words;
+}
+
+void multiply(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    const auto row = [&](int64_t i) { return pairs.row(i0 + i); };
+    const auto column = [&](int64_t j) { return pairs.column(j0 + j); };
+    BitProduct product;
+    uint32_t total[BitProduct::rows][BitProduct::columns];
+    const int64_t R = i1 - i0, C = j1 - j0, stretch = BitProduct::most_words / 8 * 8;
+    __builtin_memset(total, 0, R * sizeof total[0]);
+    for (int64_t start = range.first; start < range.last; start += stretch) {
+        product.multiply(R, row, C, column, start, start + stretch < range.last ? start + stretch : range.last);
+        for (int64_t i = 0; i < R; ++i)
+            for (int64_t j = 0; j < BitProduct::columns; ++j) total[i][j] += product.counts[i][j];
+    }
+    for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = pairs.self && j0 < i ? i : j0; j < j1; ++j) pairs.put(i, j, total[i - i0][j - j0]);
+}
+
+// Tiles of 8 x 8 masks. Pairs whose boxes do not meet are not read; those that meet in a narrow strip are read row by row;
+// the others in stretches of 2048 words (8 kB), so that the 64 kB of a tile of a and of b stay in the second cache.
+constexpr int64_t tile = 8;
+void count(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    constexpr int64_t stretch = 2048;
+    const int64_t width = pairs.width;
+    int64_t common[tile][tile] = {};
+    bool wide[tile][tile] = {};
+    int64_t first = pairs.n, last = 0;
+    for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = j0; j < j1; ++j) {
+            const Overlap box(pairs.ea[i], pairs.eb[j]);
+            if (box.empty()) continue;
+            if (box.narrow(width)) {
+                common[i - i0][j - j0] = count_rows(pairs.row(i), pairs.column(j), width, box);
+                continue;
+            }
+            wide[i - i0][j - j0] = true;
+            if (box.first_word(width) < first) first = box.first_word(width);
+            if (box.last_word(width) > last) last = box.last_word(width);
+        }
+    for (int64_t start = first; start < last; start += stretch)
+        for (int64_t i = i0; i < i1; ++i)
+            for (int64_t j = j0; j < j1; ++j) {
+                if (!wide[i - i0][j - j0]) continue;
+                const Overlap box(pairs.ea[i], pairs.eb[j]);
+                const int64_t from = box.first_word(width) > start ? box.first_word(width) : start;
+                const int64_t to = box.last_word(width) < start + stretch ? box.last_word(width) : start + stretch;
+                if (from < to) common[i - i0][j - j0] += count_and(pairs.row(i) + from, pairs.column(j) + from, to - from);
+            }
+    for (int64_t i = i0; i < i1; ++i)
+        for (int64_t j = j0; j < j1; ++j) pairs.put(i, j, common[i - i0][j - j0]);
+}
+}  // namespace
+
+// Tiles as large as the product takes them: by the product where that pays, then the others by strips of 8 rows.
+void mask_iou(const View& a, const View& b, int64_t width, const View& extents, const View& iou, int threads) {
+    const bool self = !b.given();
+    const View& other = self ? a : b;
+    const int64_t B = a.size[0], N = a.size[1], M = other.size[1], n = a.size[2], all = self ? N : N + M;
+    Extent* const extent = extents.as<Extent>();  // (B, N + M), or (B, N) if b is a
+    const auto pairs_of = [&](int64_t image) {
+        const Extent* const ea = extent + image * all;
+        return Pairs{a.as<const uint32_t>() + image * a.stride[0], other.as<const uint32_t>() + image * other.stride[0],
+                     a.stride[1], other.stride[1], ea, self ? ea : ea + N, n, width, iou.as<float>() + image * N * M, M, self};
+    };
+
+    parallel_for(B * all, 1 + (1 << 13) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t job = begin; job < end; ++job) {
+            const int64_t i = job % all;
+            const Pairs pairs = pairs_of(job / all);
+            extent[job] = extent_of(i < N ? pairs.row(i) : pairs.column(i - N), n, width);
+        }
+    });
+    if (N == 0 || M == 0) return;
+
+    // As many rows a tile as leave each thread three tiles, in equal parts; which tiles there are changes no result.
+    const int64_t columns = (M + BitProduct::columns - 1) / BitProduct::columns;
+    int64_t rows = BitProduct::rows;
+    while (rows > 64 && (N + rows - 1) / rows * columns * B < 3 * threads) rows /= 2;
+    const int64_t parts = (N + rows - 1) / rows;
+    rows = ((N + parts - 1) / parts + tile - 1) / tile * tile;
+    const int64_t cost = tile * M * (n / 8 + 4);  // about the cycles of 8 rows, if the boxes overlap by half
+    // Where a row of a tile holds this sign, its pairs are yet to be counted. Only the row itself writes there.
+    constexpr float open = -1.0f;
+    const auto sign = [&](const Pairs& pairs, int64_t i, int64_t j0) -> float& {
+        return pairs.out[i * M + (self && j0 < i ? i : j0)];
+    };
+    parallel_for(B * parts * columns, 1 + (1 << 20) / (rows * BitProduct::columns * (n + 4)), threads,
+                 [&](int64_t begin, int64_t end, int) {
+                     for (int64_t job = begin; job < end; ++job) {
+                         const Pairs pairs = pairs_of(job / (parts * columns));
+                         const int64_t i0 = job / columns % parts * rows, i1 = N < i0 + rows ? N : i0 + rows;
+                         const int64_t j0 = job % columns * BitProduct::columns;
+                         const int64_t j1 = M < j0 + BitProduct::columns ? M : j0 + BitProduct::columns;
+                         if (i0 >= i1 || (self && j1 <= i0)) continue;
+                         const Range range(pairs, i0, i1, j0, j1);
+                         if (n < int64_t{1} << 27 && product_pays(pairs, range, i0, i1, j0, j1))
+                             multiply(pairs, range, i0, i1, j0, j1);
+                         else
+                             for (int64_t i = i0; i < i1; ++i)
+                                 if (!self || i < j1) sign(pairs, i, j0) = open;
+                     }
+                 });
+    const int64_t strips = (N + tile - 1) / tile;
+    parallel_for(B * strips, 1 + (1 << 16) / (cost + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t job = begin; job < end; ++job) {
+            const Pairs pairs = pairs_of(job / strips);
+            const int64_t i0 = job % strips * tile, i1 = N < i0 + tile ? N : i0 + tile;
+            for (int64_t j0 = 0; j0 < M; j0 += BitProduct::columns) {
+                const int64_t j1 = M < j0 + BitProduct::columns ? M : j0 + BitProduct::columns;
+                if ((self && j1 <= i0) || sign(pairs, i0, j0) != open) continue;
+                for (int64_t j = self && j0 < i0 ? i0 : j0; j < j1; j += tile)
+                    count(pairs, i0, i1, j, j1 < j + tile ? j1 : j + tile);
+            }
+        }
+    });
+}
+
+}  // namespace SPROMPT_ISA
+}  // namespace sprompt
