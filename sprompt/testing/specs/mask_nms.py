@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import batched_mask_nms, mask_nms, matrix_nms, pack_masks
-from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals, smooth
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random, refusals, smooth
 
 
 def saliency(count: int, height: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
