@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
@@ -35,17 +36,46 @@ def compiler_found() -> bool:
     return any(shutil.which(name) for name in ([asked] if asked else ["c++", "g++", "clang++"]))
 
 
+def prepare(build: Path) -> None:
+    """CMake remembers in its folder what it found at the first call, and does not look again. So a folder serves one place of
+    the sources, one interpreter and one choice of compilers; for any other CMake begins anew."""
+    made_for = "\n".join(
+        [
+            *(str(ROOT), str(build), sys.executable, sys.base_prefix, sys.version),
+            *(f"{name}={os.environ.get(name, '')}" for name in ("CXX", "CXXFLAGS", "CUDACXX")),
+            f"nvcc={shutil.which('nvcc')}",
+        ]
+    )
+    stamp = build / "made_for.txt"
+    if not stamp.exists() or stamp.read_text() != made_for:
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        shutil.rmtree(build / "CMakeFiles", ignore_errors=True)
+    build.mkdir(parents=True, exist_ok=True)
+    stamp.write_text(made_for)
+
+
+class FreshPython(build_py):
+    """setuptools adds to build/lib and never removes, so modules that are gone from the sources would be installed again."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "sprompt", ignore_errors=True)
+        super().run()
+
+
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
-        build.mkdir(parents=True, exist_ok=True)
         require(shutil.which("cmake") is not None, "cmake not found", "type `pip install cmake`")
         require(shutil.which("ninja") is not None, "ninja not found", "type `pip install ninja`")
         require(compiler_found(), "no C++17 compiler found", "install one (Debian: apt-get install g++)")
+        prepare(build)
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE",
             f"-DPython_EXECUTABLE={sys.executable}",
+            # Said anew at every call: in pip's isolated builds ninja lies in a folder that is gone at the next one.
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DSPROMPT_SANITIZE={'ON' if switch('SPROMPT_SANITIZE') else 'OFF'}",
             f"-DSPROMPT_WERROR={'ON' if switch('SPROMPT_WERROR') else 'OFF'}",
@@ -64,5 +94,5 @@ class CMakeBuild(build_ext):
 
 setup(
     ext_modules=[] if switch("SPROMPT_NO_EXT") else [Extension("sprompt._C", sources=[])],
-    cmdclass={"build_ext": CMakeBuild},
+    cmdclass={"build_ext": CMakeBuild, "build_py": FreshPython},
 )

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks import measure, table
 from sprompt import backends, env
+from sprompt.testing.calls import with_gradients
 from sprompt.testing.compare import assert_close, held_bytes, tensors
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES, SPECS
@@ -410,16 +411,29 @@ def timed(bench: Bench, function: Callable[..., Any], sample: Sample, mode: str)
 
 
 def empty_calls(device: torch.device) -> list[dict[str, Any]]:
-    """Microseconds of a call with the least work that an op can have: what dispatch, checks and allocation cost."""
+    """What a call costs with the least work that an op can have: checks, choice, allocation. In multiples of a torch.mul of two
+    tiny tensors, without gradient and recording one, on one thread."""
     lines = []
+    a = torch.ones(1, 4, 8, device=device)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
     for spec in SPECS:
         if device.type == "cuda" and spec.ops[0] in backends.HOST_ONLY:
             continue
         samples = spec.samples(device, spec.dtypes[0] if spec.dtypes else torch.float32, 0)
-        smallest = min(samples, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
-        call = lambda: spec.function(*smallest.args, **smallest.kwargs)  # noqa: B023, E731
-        times = measure.interleaved({"call": call}, device, 0.2)["call"]
-        lines.append({"op": spec.name, "sample": smallest.name, "microseconds": 1e3 * statistics.median(times)})
+        full = [s for s in samples if all(t.numel() for t in tensors((s.args, s.kwargs)))]
+        smallest = min(full, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
+        recorded, leaves = with_gradients(spec, smallest)
+        calls = {"mul": lambda: torch.mul(a, a), "call": lambda: spec.function(*smallest.args, **smallest.kwargs)}  # noqa: B023
+        if leaves:
+            calls["recording"] = lambda: spec.function(**recorded.kwargs)  # noqa: B023
+        times = measure.interleaved(calls, device, 0.2)
+        line = {"op": spec.name, "sample": smallest.name, "microseconds": 1e3 * statistics.median(times["call"])}
+        line |= {
+            name: measure.median_ratio(times[name], times["mul"]) for name in ("call", "recording") if name in times
+        }
+        lines.append(line)
+    torch.set_num_threads(before)
     return lines
 
 

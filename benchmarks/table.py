@@ -94,9 +94,16 @@ def show(result: dict[str, Any]) -> None:
         lost = row.get("ratio", 1) < 1
         styles.append("red" if row["error"] or lost else "yellow" if missed else None)
     draw(_heading(result), HEADER, [cells(row) for row in result["rows"]], styles)
-    calls = "  ".join(f"{line['op']} {line['microseconds']:.0f} µs" for line in result["empty_calls"])
-    if calls:
-        print(f"empty calls: {calls}")
+    if result["empty_calls"]:
+        print(f"{EMPTY}: " + "  ".join(map(_empty_call, result["empty_calls"])))
+
+
+EMPTY = "An empty call, in multiples of a torch.mul of tiny tensors (recording a gradient)"
+
+
+def _empty_call(line: dict[str, Any]) -> str:
+    recording = f" ({line['recording']:.0f})" if "recording" in line else ""
+    return f"{line['op']} {line['call']:.0f}{recording}"
 
 
 def draw(heading: str, header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> None:
@@ -124,9 +131,7 @@ def markdown(result: dict[str, Any]) -> str:
     if result["empty_calls"]:
         lines += [
             "",
-            "Cost of an empty call: "
-            + ", ".join(f"{c['op']} {c['microseconds']:.0f} µs" for c in result["empty_calls"])
-            + ".",
+            f"{EMPTY}: " + ", ".join(map(_empty_call, result["empty_calls"])) + ".",
         ]
     return "\n".join(lines)
 

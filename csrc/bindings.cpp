@@ -1,198 +1,338 @@
-// The Python module sprompt._C: one function a kernel, with the arguments of its header; no logic. Tensors are read by
-// their public methods (data_ptr, shape, stride, dtype), so the module links to no version of torch. The interpreter lock
-// is released while a kernel runs.
-#include <pybind11/pybind11.h>
+// The Python module sprompt._C: one function a kernel, with the arguments of its declaration, by position. No kernel is named
+// here: kernels.h, written by CMake, includes every csrc/<op>/<op>.h, and in this file SPROMPT_KERNEL, SPROMPT_CUDA_KERNEL and
+// SPROMPT_EXPORT (common/isa.h, common/cuda.h) do not only declare, they also bind.
+//
+// Tensors are read through DLPack's table of C functions, or by their public methods, so the module links to no version of
+// torch. The interpreter lock is released while a kernel runs.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
-#include <cstdlib>
+#include <exception>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
+#include "common/cuda.h"
 #include "common/isa.h"
 #include "common/threads.h"
 #include "common/views.h"
-// One header a room.
-// linear_assignment
-#include "linear_assignment/linear_assignment.h"
-// mask_conv
-#include "mask_conv/mask_conv.h"
 
-// mask_loss
-#include "mask_loss/mask_loss.h"
-// masks
-#include "masks/masks.h"
-// mask_nms
-#include "mask_nms/mask_nms.h"
+namespace sprompt {
+namespace python {
 
-// match_cost
-#include "match_cost/match_cost.h"
-// prompts
-#include "prompts/prompts.h"
+// ---- A tensor by DLPack's "C exchange API" (torch 2.10 and later, dlpack.h 1.3): a table of C functions, as a capsule in the
+// attribute __dlpack_c_exchange_api__ of the type. About 20 ns a tensor. The structs are those of dlpack.h.
 
-// resize_masks
-#include "resize_masks/resize_masks.h"
-// rle
-#include "rle/rle.h"
+struct DLTensor {
+    void* data;
+    int32_t device_type, device_id;
+    int32_t rank;
+    uint8_t code, bits;
+    uint16_t lanes;
+    int64_t *shape, *strides;
+    uint64_t byte_offset;
+};
+struct ExchangeApi {
+    uint32_t major, minor;
+    ExchangeApi* previous;
+    void *allocate, *managed_from_object, *managed_to_object;
+    int (*tensor_from_object)(void* object, DLTensor* out);  // borrows; 0, or -1 with a Python exception
+    void* current_stream;
+};
 
-// saliency_masks
-#include "saliency_masks/saliency_masks.h"
+// The table of a type, or null; the last type asked for is remembered.
+const ExchangeApi* exchange_api(PyTypeObject* type) {
+    static PyTypeObject* known = nullptr;
+    static const ExchangeApi* api = nullptr;
+    if (type == known) return api;
+    PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
+    const ExchangeApi* found = nullptr;
+    if (capsule != nullptr && PyCapsule_IsValid(capsule, "dlpack_exchange_api"))
+        found = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+    PyErr_Clear();
+    Py_XDECREF(capsule);
+    while (found != nullptr && found->major != 1) found = found->previous;
+    if (found != nullptr && found->tensor_from_object == nullptr) found = nullptr;
+    Py_INCREF(type);
+    Py_XDECREF(known);
+    known = type;
+    return api = found;
+}
 
-namespace py = pybind11;
+DType dtype_of(const DLTensor& tensor) {
+    static constexpr struct {
+        uint8_t code, bits;
+        DType dtype;
+    } known[] = {{0, 8, DType::i8},   {0, 16, DType::i16}, {0, 32, DType::i32}, {0, 64, DType::i64},  {1, 8, DType::u8},
+                 {2, 16, DType::f16}, {2, 32, DType::f32}, {2, 64, DType::f64}, {4, 16, DType::bf16}, {6, 8, DType::b8}};
+    for (const auto& type : known)
+        if (type.code == tensor.code && type.bits == tensor.bits && tensor.lanes == 1) return type.dtype;
+    return DType::none;
+}
 
-namespace {
+// False with a Python exception, or with none where the kernels have no such tensors.
+bool read_exchanged(const ExchangeApi& api, PyObject* object, View& view) {
+    DLTensor tensor;
+    if (api.tensor_from_object(object, &tensor) != 0) return false;
+    view.dtype = dtype_of(tensor);
+    if (view.dtype == DType::none || tensor.rank > max_rank) return false;
+    view.rank = tensor.rank;
+    for (int i = 0; i < tensor.rank; ++i) {
+        view.size[i] = tensor.shape[i];
+        view.stride[i] = tensor.strides[i];
+    }
+    view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
+    return true;
+}
+
+// ---- A tensor by its public methods: dtype, shape, stride(), data_ptr(). About half a microsecond a tensor.
 
 // torch.dtype objects, by identity, as set_dtypes gives them.
-std::vector<std::pair<PyObject*, sprompt::DType>> dtypes;
+std::vector<std::pair<PyObject*, DType>> dtypes;
 
-void set_dtypes(const py::dict& codes) {
-    dtypes.clear();
-    for (const auto& item : codes) dtypes.emplace_back(item.first.ptr(), static_cast<sprompt::DType>(item.second.cast<int>()));
-    for (const auto& item : dtypes) Py_INCREF(item.first);
+struct Object {  // owns a reference
+    PyObject* pointer;
+    explicit Object(PyObject* owned) : pointer(owned) {}
+    Object(const Object&) = delete;
+    ~Object() { Py_XDECREF(pointer); }
+};
+
+bool read_by_methods(PyObject* tensor, View& view) {
+    static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"),
+                           *const shape_name = PyUnicode_InternFromString("shape"),
+                           *const stride_name = PyUnicode_InternFromString("stride"),
+                           *const data_ptr_name = PyUnicode_InternFromString("data_ptr");
+    const Object dtype(PyObject_GetAttr(tensor, dtype_name));
+    if (dtype.pointer == nullptr) {
+        if (PyErr_ExceptionMatches(PyExc_AttributeError)) PyErr_Clear();
+        return false;
+    }
+    for (const auto& known : dtypes)
+        if (known.first == dtype.pointer) view.dtype = known.second;
+    if (view.dtype == DType::none) return false;
+    const Object shape(PyObject_GetAttr(tensor, shape_name));
+    if (shape.pointer == nullptr) return false;
+    const Object stride(PyObject_CallMethodNoArgs(tensor, stride_name));
+    if (stride.pointer == nullptr) return false;
+    const Object address(PyObject_CallMethodNoArgs(tensor, data_ptr_name));
+    if (address.pointer == nullptr) return false;
+    if (!PyTuple_Check(shape.pointer) || !PyTuple_Check(stride.pointer)) return false;
+    const Py_ssize_t rank = PyTuple_GET_SIZE(shape.pointer);
+    if (rank > max_rank || PyTuple_GET_SIZE(stride.pointer) != rank) return false;
+    view.rank = static_cast<int32_t>(rank);
+    for (Py_ssize_t i = 0; i < rank; ++i) {
+        view.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.pointer, i));
+        view.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.pointer, i));
+    }
+    view.data = PyLong_AsVoidPtr(address.pointer);
+    return PyErr_Occurred() == nullptr;
 }
 
-}  // namespace
+// ---- Arguments. read() sets `out`, or sets a Python exception and returns false.
 
-namespace pybind11::detail {
-
-#ifdef SPROMPT_CUDA
-template <>
-struct type_caster<sprompt::Stream> {
-    PYBIND11_TYPE_CASTER(sprompt::Stream, const_name("tuple[int, int]"));
-
-    bool load(handle pair, bool) {
-        if (!PyTuple_Check(pair.ptr()) || PyTuple_GET_SIZE(pair.ptr()) != 2) return false;
-        value.device = static_cast<int>(PyLong_AsLong(PyTuple_GET_ITEM(pair.ptr(), 0)));
-        value.handle = PyLong_AsVoidPtr(PyTuple_GET_ITEM(pair.ptr(), 1));
-        return !PyErr_Occurred();
-    }
+struct Place {  // of an argument, for messages
+    const char* function;
+    int position;
 };
-#endif
 
-template <>
-struct type_caster<sprompt::View> {
-    PYBIND11_TYPE_CASTER(sprompt::View, const_name("torch.Tensor | None"));
+bool wrong(const Place& place, const char* rule, PyObject* got) {
+    if (PyErr_Occurred() == nullptr)
+        PyErr_Format(PyExc_TypeError, "%s(): argument %d must be %s, got %R", place.function, place.position, rule, got);
+    return false;
+}
 
-    // Runs for every tensor of every call, so it speaks to the interpreter directly: about half a microsecond.
-    bool load(handle tensor, bool) {
-        static PyObject *const dtype_name = PyUnicode_InternFromString("dtype"),
-                               *const shape_name = PyUnicode_InternFromString("shape"),
-                               *const stride_name = PyUnicode_InternFromString("stride"),
-                               *const data_ptr_name = PyUnicode_InternFromString("data_ptr");
-        if (tensor.is_none()) return true;
-        const auto dtype = reinterpret_steal<object>(PyObject_GetAttr(tensor.ptr(), dtype_name));
-        const auto shape = reinterpret_steal<object>(PyObject_GetAttr(tensor.ptr(), shape_name));
-        const auto stride = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), stride_name));
-        const auto address = reinterpret_steal<object>(PyObject_CallMethodNoArgs(tensor.ptr(), data_ptr_name));
-        if (!dtype || !shape || !stride || !address) throw error_already_set();
-        for (const auto& known : dtypes)
-            if (known.first == dtype.ptr()) value.dtype = known.second;
-        if (value.dtype == sprompt::DType::none || !PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) return false;
-        const Py_ssize_t rank = PyTuple_GET_SIZE(shape.ptr());
-        if (rank > sprompt::max_rank) return false;
-        value.rank = static_cast<int32_t>(rank);
-        for (Py_ssize_t i = 0; i < rank; ++i) {
-            value.size[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(shape.ptr(), i));
-            value.stride[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), i));
+bool read(PyObject* object, const Place& place, View& out) {
+    if (object == Py_None) return true;
+    const ExchangeApi* api = exchange_api(Py_TYPE(object));
+    PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (!(api != nullptr ? read_exchanged(*api, object, out) : read_by_methods(object, out)))
+        return wrong(place, "a tensor of at most 6 dimensions and of a type in common/views.h, or None", type);
+    bool readable = out.data != nullptr;
+    for (int i = 0; i < out.rank; ++i) readable = readable || out.size[i] == 0;
+    return readable || wrong(place, "a tensor with memory of its own", type);  // fake and meta tensors have none
+}
+static_assert(max_rank == 6, "the sentence above says 6");
+
+bool read(PyObject* object, const Place& place, Views& out) {
+    const bool list = PyList_Check(object);
+    if (!list && !PyTuple_Check(object)) return wrong(place, "a list or tuple of tensors", object);
+    const Py_ssize_t count = list ? PyList_GET_SIZE(object) : PyTuple_GET_SIZE(object);
+    if (count > max_views) return wrong(place, "a list of at most 8 tensors", object);
+    for (Py_ssize_t i = 0; i < count; ++i)
+        if (!read(list ? PyList_GET_ITEM(object, i) : PyTuple_GET_ITEM(object, i), place, out.view[i])) return false;
+    out.count = static_cast<int32_t>(count);
+    return true;
+}
+static_assert(max_views == 8, "the sentence above says 8");
+
+bool read(PyObject* object, const Place& place, bool& out) {
+    if (!PyBool_Check(object)) return wrong(place, "a bool", object);
+    out = object == Py_True;
+    return true;
+}
+
+bool read(PyObject* object, const Place&, int64_t& out) {
+    out = PyLong_AsLongLong(object);
+    return out != -1 || PyErr_Occurred() == nullptr;
+}
+
+bool read(PyObject* object, const Place& place, int& out) {
+    int64_t value = 0;
+    if (!read(object, place, value)) return false;
+    out = static_cast<int>(value);
+    return out == value || wrong(place, "an int of 32 bits", object);
+}
+
+bool read(PyObject* object, const Place&, double& out) {
+    out = PyFloat_AsDouble(object);
+    return out != -1.0 || PyErr_Occurred() == nullptr;
+}
+
+bool read(PyObject* object, const Place& place, float& out) {
+    double value = 0;
+    if (!read(object, place, value)) return false;
+    out = static_cast<float>(value);
+    return true;
+}
+
+bool read(PyObject* object, const Place& place, Stream& out) {  // (ordinal of the device, cudaStream_t)
+    if (!PyTuple_Check(object) || PyTuple_GET_SIZE(object) != 2) return wrong(place, "a tuple (device, stream)", object);
+    out.handle = PyLong_AsVoidPtr(PyTuple_GET_ITEM(object, 1));
+    return PyErr_Occurred() == nullptr && read(PyTuple_GET_ITEM(object, 0), place, out.device);
+}
+
+// ---- Functions
+
+PyObject* to_python(const char* text) { return PyUnicode_FromString(text); }
+PyObject* to_python(int64_t value) { return PyLong_FromLongLong(value); }
+
+struct Unlocked {  // without the interpreter lock
+    PyThreadState* state = PyEval_SaveThread();
+    Unlocked() = default;
+    Unlocked(const Unlocked&) = delete;
+    ~Unlocked() { PyEval_RestoreThread(state); }
+};
+
+// One function of the module. Its Python object holds this struct in a capsule; it lives as long as the process.
+template <class R, class... A>
+struct Function {
+    PyMethodDef definition;
+    R (*code)(A...);
+
+    static PyObject* call(PyObject* self, PyObject* const* args, Py_ssize_t count) {
+        return call(*static_cast<Function*>(PyCapsule_GetPointer(self, nullptr)), args, count, std::index_sequence_for<A...>());
+    }
+    template <size_t... I>
+    static PyObject* call(const Function& function, PyObject* const* args, Py_ssize_t count, std::index_sequence<I...>) {
+        const char* name = function.definition.ml_name;
+        if (count != static_cast<Py_ssize_t>(sizeof...(A)))
+            return PyErr_Format(PyExc_TypeError, "%s() takes %zu arguments, got %zd", name, sizeof...(A), count);
+        std::tuple<std::decay_t<A>...> values;
+        if (!(... && read(args[I], Place{name, static_cast<int>(I) + 1}, std::get<I>(values)))) return nullptr;
+        try {
+            if constexpr (std::is_void_v<R>) {
+                const Unlocked unlocked;
+                function.code(std::get<I>(values)...);
+            } else {
+                return to_python(function.code(std::get<I>(values)...));
+            }
+        } catch (const std::exception& error) {
+            PyErr_SetString(PyExc_RuntimeError, error.what());
+            return nullptr;
         }
-        value.data = PyLong_AsVoidPtr(address.ptr());
-        return !PyErr_Occurred();
+        Py_RETURN_NONE;
     }
 };
 
-}  // namespace pybind11::detail
-
-// Defines the Python function `name` as the kernel of that name at the level in force.
-#define SPROMPT_DEF(name) module.def(#name, SPROMPT_PICK(name), py::call_guard<py::gil_scoped_release>())
-
-#ifdef SPROMPT_CUDA
-// Defines the Python function `name` as the CUDA kernel of that name.
-#define SPROMPT_DEF_CUDA(name) cuda.def(#name, &sprompt::cuda::name, py::call_guard<py::gil_scoped_release>())
-
-static void define_cuda(py::module_& module) {
-    py::module_ cuda = module.def_submodule("cuda");
-    cuda.attr("emulated") = SPROMPT_CUDA_EMULATED;
-    cuda.attr("architectures") = SPROMPT_CUDA_ARCHITECTURES;
-
-    // masks
-    SPROMPT_DEF_CUDA(pack_masks);
-    SPROMPT_DEF_CUDA(unpack_masks);
-    SPROMPT_DEF_CUDA(mask_area);
-    SPROMPT_DEF_CUDA(mask_boxes);
-    SPROMPT_DEF_CUDA(mask_iou);
-    SPROMPT_DEF_CUDA(window_masks);
-
-    // mask_nms
-    SPROMPT_DEF_CUDA(mask_nms);
-    SPROMPT_DEF_CUDA(matrix_nms);
-
-    // linear_assignment
-    SPROMPT_DEF_CUDA(linear_assignment);
-
-    // resize_masks
-    SPROMPT_DEF_CUDA(resize_bits);
-
-    // rle
-    SPROMPT_DEF_CUDA(rle_measure);
-    SPROMPT_DEF_CUDA(rle_write);
+template <class R, class... A>
+PyObject* make(const char* name, R (*code)(A...)) {
+    auto* function = new Function<R, A...>{{name, nullptr, METH_FASTCALL, nullptr}, code};
+    PyObject* (*const call)(PyObject*, PyObject* const*, Py_ssize_t) = &Function<R, A...>::call;
+    function->definition.ml_meth = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call));
+    const Object self(PyCapsule_New(function, nullptr, nullptr));
+    return self.pointer == nullptr ? nullptr : PyCFunction_New(&function->definition, self.pointer);
 }
-#endif
+PyObject* make(const char*, int64_t value) { return to_python(value); }
 
-PYBIND11_MODULE(_C, module) {
-    if (const char* refusal = sprompt::choose_level()) throw py::import_error(refusal);
-    module.def("set_dtypes", &set_dtypes);
-    module.def("level", [] { return sprompt::level_name(sprompt::level()); });
-    module.def("best_level", [] { return sprompt::level_name(sprompt::best_level()); });
-    module.def("thread_source", &sprompt::thread_source);
-    module.attr("build") = SPROMPT_BUILD;
+// What the headers declare. `make` is called at import, when the level in force is known.
+struct Declared {
+    const char* name;
+    PyObject* (*make)();
+    bool cuda;
+};
+std::vector<Declared>& declared() {
+    static std::vector<Declared> all;
+    return all;
+}
+bool bind(const char* name, bool cuda, PyObject* (*make)()) {
+    declared().push_back({name, make, cuda});
+    return true;
+}
 
+}  // namespace python
+}  // namespace sprompt
+
+// From here on a declaration binds.
+#define SPROMPT_BIND_AS(name, cuda, value)            \
+    [[maybe_unused]] static const bool name##_bound = \
+        ::sprompt::python::bind(#name, cuda, []() -> PyObject* { return ::sprompt::python::make(#name, value); });
+#undef SPROMPT_BIND
+#define SPROMPT_BIND(name) SPROMPT_BIND_AS(name, false, SPROMPT_PICK(name))
+#undef SPROMPT_EXPORT
+#define SPROMPT_EXPORT(name) SPROMPT_BIND_AS(name, false, name)
 #ifdef SPROMPT_CUDA
-    define_cuda(module);
+#undef SPROMPT_BIND_CUDA
+#define SPROMPT_BIND_CUDA(name) SPROMPT_BIND_AS(name, true, &::sprompt::cuda::name)
 #endif
+#include "kernels.h"
 
-    // masks
-    SPROMPT_DEF(pack_masks);
-    SPROMPT_DEF(unpack_masks);
-    SPROMPT_DEF(mask_area);
-    SPROMPT_DEF(mask_boxes);
-    SPROMPT_DEF(mask_iou);
-    SPROMPT_DEF(window_masks);
-    // mask_nms
-    SPROMPT_DEF(mask_nms);
-    SPROMPT_DEF(matrix_nms);
-    module.attr("nms_scratch_per_mask") = sprompt::nms_scratch_per_mask;
+namespace sprompt {
+namespace python {
 
-    // saliency_masks
-    SPROMPT_DEF(saliency_bits);
-    SPROMPT_DEF(saliency_soft);
-    SPROMPT_DEF(saliency_maps);
+PyObject* set_dtypes(PyObject*, PyObject* codes) {  // {torch.dtype: code of DType}
+    PyObject *dtype = nullptr, *code = nullptr;
+    dtypes.clear();
+    for (Py_ssize_t at = 0; PyDict_Next(codes, &at, &dtype, &code);) {
+        Py_INCREF(dtype);
+        dtypes.emplace_back(dtype, static_cast<DType>(PyLong_AsLong(code)));
+    }
+    Py_RETURN_NONE;
+}
+PyMethodDef methods[] = {{"set_dtypes", set_dtypes, METH_O, nullptr}, {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "sprompt._C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
 
-    // prompts
-    SPROMPT_DEF(region_mean);
-    SPROMPT_DEF(mask_mean);
-    SPROMPT_DEF(region_mean_backward);
-    SPROMPT_DEF(mask_mean_backward);
-    SPROMPT_DEF(prompt_match);
-    SPROMPT_DEF(prompt_match_backward);
+bool fill(PyObject* module) {
+    const auto add = [](PyObject* to, const char* name, PyObject* value) {
+        if (value != nullptr && PyModule_AddObject(to, name, value) == 0) return true;
+        Py_XDECREF(value);
+        return false;
+    };
+    if (!add(module, "build", to_python(SPROMPT_BUILD))) return false;
+    if (!add(module, "level", make("level", +[] { return level_name(level()); }))) return false;
+    if (!add(module, "best_level", make("best_level", +[] { return level_name(best_level()); }))) return false;
+    if (!add(module, "thread_source", make("thread_source", &thread_source))) return false;
+    PyObject* cuda = nullptr;
+#ifdef SPROMPT_CUDA
+    cuda = PyModule_New("sprompt._C.cuda");
+    if (!add(module, "cuda", cuda)) return false;
+    if (!add(cuda, "emulated", PyBool_FromLong(SPROMPT_CUDA_EMULATED))) return false;
+    if (!add(cuda, "architectures", to_python(SPROMPT_CUDA_ARCHITECTURES))) return false;
+#endif
+    for (const Declared& it : declared())
+        if (!add(it.cuda ? cuda : module, it.name, it.make())) return false;
+    return true;
+}
 
-    // mask_conv
-    SPROMPT_DEF(mask_update);
-    SPROMPT_DEF(mask_update_backward);
+}  // namespace python
+}  // namespace sprompt
 
-    // match_cost
-    SPROMPT_DEF(match_cost);
-    // linear_assignment
-    SPROMPT_DEF(linear_assignment);
-
-    // mask_loss
-    SPROMPT_DEF(mask_loss);
-    SPROMPT_DEF(mask_loss_backward);
-    // resize_masks
-    SPROMPT_DEF(resize_masks);
-    SPROMPT_DEF(resize_bits);
-
-    // rle
-    SPROMPT_DEF(rle_bounds);
-    SPROMPT_DEF(rle_encode);
-    SPROMPT_DEF(rle_join);
-    SPROMPT_DEF(rle_decode);
-    module.def("rle_scratch", [](int64_t height, int64_t width) { return sprompt::rle_scratch(height, width); });
+PyMODINIT_FUNC PyInit__C() {
+    if (const char* refusal = sprompt::choose_level()) {
+        PyErr_SetString(PyExc_ImportError, refusal);
+        return nullptr;
+    }
+    PyObject* module = PyModule_Create(&sprompt::python::definition);
+    if (module != nullptr && !sprompt::python::fill(module)) Py_CLEAR(module);
+    return module;
 }

@@ -172,7 +172,8 @@ def support_matrix() -> str:
         "| function | CPU | CUDA | floats | gradient to | `torch.compile` | autocast |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for spec in sorted(SPECS, key=lambda spec: spec.name):
+    public = (spec for spec in SPECS if spec.function.__module__.startswith("sprompt.ops."))  # not methods of BitMasks
+    for spec in sorted(public, key=lambda spec: spec.name):
         compiles = "no (returns Python objects)" if not spec.compiles else "yes"
         rows.append(
             f"| `{spec.name}` | {kernels(spec.ops, 'cpu')} | {kernels(spec.ops, 'cuda')} "

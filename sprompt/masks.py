@@ -166,7 +166,9 @@ class BitMasks:
         return BitMasks(op.resize_bits(self.words, *self.size, height, width), (height, width))
 
     def _window(self, top: int, left: int, height: int, width: int, flip: bool = False) -> BitMasks:
-        words = torch.ops.sprompt.window_masks(self.words, *self.size, top, left, height, width, flip)
+        from sprompt.ops.masks import op
+
+        words = op.window_masks(self.words, *self.size, top, left, height, width, flip)
         return BitMasks(words, (height, width))
 
 

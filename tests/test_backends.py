@@ -85,4 +85,4 @@ def test_every_op_has_a_gpu_kernel() -> None:
 
 def test_every_op_has_a_reference_and_a_native_kernel() -> None:
     for op in backends.ops():
-        assert {"reference", "native"} <= set(backends._table[op]), op
+        assert {"reference", "native"} <= set(backends.registered(op)), op

@@ -158,19 +158,100 @@ def test_missing_tool_is_one_sentence(tmp_path: Path, present: tuple[str, ...], 
     assert "Traceback" not in done.stderr
 
 
-def test_sdist_holds_the_sources(tmp_path: Path) -> None:
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """A copy of what a build needs, unbuilt."""
     pytest.importorskip("setuptools")
-    tree = tmp_path / "tree"
-    ignore = shutil.ignore_patterns(
-        ".git", ".venv*", "build", "dist", "_C*", "__pycache__", ".*_cache", "*.egg-info", "demo"
+    tree = tmp_path / "clone"
+    ignore = shutil.ignore_patterns("_C*", "__pycache__")
+    for folder in ("csrc", "sprompt"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=ignore)
+    for file in ("CMakeLists.txt", "setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        shutil.copy(ROOT / file, tree / file)
+    return tree
+
+
+def isolated_build(tree: Path, tools: Path, python: str = sys.executable, **environment: str) -> str:
+    """setup.py with cmake and ninja in a folder that is gone afterwards, as in pip's isolated builds. CMake configures; of the
+    build, ninja reads its file and prints the targets. Returns what CMake's cache holds then."""
+    pytest.importorskip("setuptools")
+    cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
+    if cmake is None or ninja is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        pytest.skip("cmake, ninja or a C++ compiler is missing")
+    tools.mkdir()
+    (tools / "ninja").write_text(f'#!/bin/sh\nexec "{ninja}" "$@"\n')
+    (tools / "cmake").write_text(
+        f'#!/bin/sh\nif [ "$1" = --build ]; then set -- --build "$2" --target help; fi\nexec "{cmake}" "$@"\n'
     )
-    shutil.copytree(ROOT, tree, ignore=ignore)
-    done = run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), cwd=tree)
+    for tool in tools.iterdir():
+        tool.chmod(0o755)
+    site = str(Path(pytest.importorskip("setuptools").__file__).parents[1])
+    found = run(
+        *(python, "setup.py", "-q", "build_ext"),
+        cwd=tree,
+        PATH=f"{tools}{os.pathsep}{os.environ['PATH']}",
+        PYTHONPATH=site,
+        SPROMPT_CUDA="off",
+        **environment,
+    )
+    assert found.returncode == 0, found.stdout + found.stderr
+    assert "_C: phony" in found.stdout, found.stdout
+    shutil.rmtree(tools)
+    (cache,) = tree.glob("build/temp*/CMakeCache.txt")
+    return cache.read_text()
+
+
+def test_the_same_clone_is_built_again(clone: Path, tmp_path: Path) -> None:
+    """By other tools, in another place, by another interpreter, with another compiler. Objects are kept where they are right."""
+    isolated_build(clone, tmp_path / "first")
+    (folder,) = clone.glob("build/temp*/CMakeFiles")
+    (folder / "object.o").touch()
+    cache = isolated_build(clone, tmp_path / "second")
+    assert str(tmp_path / "second/ninja") in cache and (folder / "object.o").exists()
+
+    moved = clone.rename(tmp_path / "moved")
+    cache = isolated_build(moved, tmp_path / "third")
+    assert f"CMAKE_HOME_DIRECTORY:INTERNAL={moved}\n" in cache and str(clone) not in cache
+    assert not (moved / folder.relative_to(clone) / "object.o").exists()
+
+    other = tmp_path / "venv/bin/python"
+    subprocess.run((sys.executable, "-m", "venv", "--without-pip", str(other.parents[1])), check=True)
+    cache = isolated_build(moved, tmp_path / "fourth", python=str(other))
+    assert f"={other}\n" in cache and f"={sys.executable}\n" not in cache
+
+    if (compiler := shutil.which("g++") or shutil.which("clang++")) is not None:
+        cache = isolated_build(moved, tmp_path / "fifth", python=str(other), CXX=compiler)
+        assert (
+            f"CMAKE_CXX_COMPILER:STRING={compiler}\n" in cache or f"CMAKE_CXX_COMPILER:FILEPATH={compiler}\n" in cache
+        )
+
+
+def test_modules_that_are_gone_are_not_installed(clone: Path) -> None:
+    for stale in (True, False):
+        if stale:
+            (clone / "sprompt/gone.py").touch()
+        done = run(sys.executable, "setup.py", "-q", "build", "--build-lib", "build/lib", cwd=clone, SPROMPT_NO_EXT="1")
+        assert done.returncode == 0, done.stderr
+        assert (clone / "build/lib/sprompt/gone.py").exists() == stale
+        (clone / "sprompt/gone.py").unlink(missing_ok=True)
+    assert (clone / "build/lib/sprompt/__init__.py").exists()
+
+
+def test_sdist_holds_the_sources(clone: Path, tmp_path: Path) -> None:
+    """All of them, outside of git, and CMake is content with what is in it."""
+    done = run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), cwd=clone)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         held = {name.partition("/")[2] for name in tar.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/**/*.*") if path.is_file()}
-    package = {str(path.relative_to(ROOT)) for path in ROOT.glob("sprompt/**/*.py")}
+    package = {
+        str(path.relative_to(ROOT))
+        for pattern in ("*.py", "*.json", "*.yaml", "*.safetensors")
+        for path in ROOT.glob(f"sprompt/**/{pattern}")
+    }
     missing = (sources | package | {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}) - held
     assert not missing, f"the sdist lacks {sorted(missing)}"
+    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    isolated_build(unpacked, tmp_path / "tools")

@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 import sprompt
 from sprompt import backends, cuda, native
 from sprompt.ops import launch
+from sprompt.ops.declare import OPS
 from sprompt.testing.calls import (
     CapturedOps,
     as_dtype,
@@ -308,6 +310,49 @@ def test_export(spec: OpSpec, device: torch.device) -> None:
     program = torch.export.export(module, (), inputs, strict=False)
     with told(spec, sample):
         assert_same_bits(program.module()(**inputs), call(spec, sample))
+
+
+# -- a call's two ways: straight to the backend, and through torch.ops
+
+
+class Seeing(TorchFunctionMode):
+    """A mode that changes nothing: under it every call goes through torch.ops."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return function(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def only_straight(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    def dispatched(*args: Any) -> Any:
+        raise AssertionError("the call went through torch.ops")
+
+    with monkeypatch.context() as patch:
+        for op in OPS.values():
+            patch.setattr(op, "dispatched", dispatched)
+        yield
+
+
+@by_spec
+@on_devices
+def test_both_ways_give_the_same_bits(spec: OpSpec, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    for sample in spec.samples(device, dtypes(spec)[0], 17):
+        with only_straight(monkeypatch):
+            straight = call(spec, sample), gradients(spec, sample)
+        with Seeing():
+            dispatched = call(spec, sample), gradients(spec, sample)
+        with told(spec, sample):
+            assert_same_bits(straight, dispatched)
+
+
+@by_spec
+def test_a_profiler_sees_the_op_both_ways(spec: OpSpec) -> None:
+    sample = spec.samples(CPU, dtypes(spec)[0], 18)[0]
+    for way in (contextlib.nullcontext(), Seeing()):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen, way:
+            call(spec, sample), gradients(spec, sample)
+        names = {event.name for event in seen.events()}
+        assert {f"sprompt::{op}" for op in spec.ops} <= names, way
 
 
 # -- 6, which only a GPU can show: tests/test_cuda.py

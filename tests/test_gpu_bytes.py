@@ -10,6 +10,7 @@ import torch
 
 from sprompt import backends
 from sprompt.ops import launch
+from sprompt.ops.declare import OPS
 from sprompt.testing.calls import CapturedOps, call, gradients, told
 from sprompt.testing.compare import tensors
 from sprompt.testing.spec import OpSpec, Sample
@@ -55,7 +56,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[Seen]:
 
 
 def triton_ops(spec: OpSpec) -> bool:
-    return any("triton" in backends._table[op] for op in spec.ops)
+    return any("triton" in backends.registered(op) for op in spec.ops)
 
 
 @pytest.mark.parametrize("spec", [s for s in SPECS if triton_ops(s)], ids=lambda s: s.name)
@@ -64,12 +65,11 @@ def test_cost_is_what_is_loaded_and_stored(spec: OpSpec, seen: Seen) -> None:
     for sample in spec.samples(torch.device("cpu"), torch.float32, 20):
         for op, args in captured(spec, sample):
             name = op._schema.name.removeprefix("sprompt::")
-            kernels = backends._table[name]
-            if "triton" not in kernels:
+            if "triton" not in backends.registered(name):
                 continue
             seen.read = seen.written = 0
-            with launch.recording() as launches, torch.no_grad():
-                kernels["triton"].run(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
+            with launch.recording() as launches, torch.no_grad(), backends.use_backend("triton", [name]):
+                OPS[name].run(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
             costs = [one.cost for one in launches]
             read, written = sum(c.read + c.again for c in costs), sum(c.written for c in costs)
             with told(spec, sample, name):

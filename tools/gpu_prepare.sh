@@ -23,7 +23,7 @@ if [ ! -e "$environment/.ready" ]; then
     say "the GPU machine's packages in $environment (torch alone is gigabytes)"
     "$python" -m venv --clear "$environment"
     "$environment/bin/python" -m pip install -q --disable-pip-version-check "torch==$torch" numpy scipy pytest pytest-xdist \
-        pytest-timeout hypothesis pybind11 cmake ninja accelerate safetensors pyyaml pillow matplotlib tensorboard rich
+        pytest-timeout hypothesis cmake ninja accelerate safetensors pyyaml pillow matplotlib tensorboard rich
     touch "$environment/.ready"
 fi
 python=$(cd "$environment/bin" && pwd)/python

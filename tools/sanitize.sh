@@ -34,8 +34,8 @@ cp pyproject.toml "$room/package/"
 rm -f "$room"/package/sprompt/_C*
 emulate=OFF
 grep -q avx512vpopcntdq /proc/cpuinfo 2>/dev/null || emulate=ON
-"$python" - <<'PYTHON' >/dev/null || { echo "sanitize.sh: $python lacks cmake, ninja or pybind11; type \`make sanitize\`, or pip install them" >&2; exit 1; }
-import shutil, pybind11
+"$python" - <<'PYTHON' >/dev/null || { echo "sanitize.sh: $python lacks cmake or ninja; type \`make sanitize\`, or pip install them" >&2; exit 1; }
+import shutil
 assert shutil.which("cmake") and shutil.which("ninja")
 PYTHON
 cmake -S "$root" -B "$room/build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DSPROMPT_SANITIZE=ON \

@@ -43,7 +43,7 @@ fi
 # Python 3.12 and later start without setuptools; sprompt is put in place without its kernels, which `make build` builds there.
 install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
 echo "installing into $venv (the first time this downloads torch; PIP_INDEX_URL and pip's other settings hold)"
-install setuptools packaging pybind11 cmake ninja
+install setuptools packaging cmake ninja
 # editable_mode=compat: a path, not an import hook, which would lend this tree's kernels to any other copy of sprompt.
 SPROMPT_NO_EXT=1 install --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
 touch "$venv/.ready"

@@ -14,8 +14,10 @@ struct Stream {
 }  // namespace sprompt
 
 // SPROMPT_CUDA_KERNEL(name, parameters...) declares sprompt::cuda::name(const Stream&, parameters...), which launches and
-// returns. Defined in <op>_cuda.cu; there is no such function in a build without CUDA.
+// returns. Defined in <op>_cuda.cu; there is no such function in a build without CUDA. Python sees it as _C.cuda.name.
+#define SPROMPT_BIND_CUDA(name)
 #define SPROMPT_CUDA_KERNEL(name, ...)            \
     namespace cuda {                              \
     void name(const Stream& stream, __VA_ARGS__); \
+    SPROMPT_BIND_CUDA(name)                       \
     }

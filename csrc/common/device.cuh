@@ -14,8 +14,8 @@
 #include <cuda_runtime.h>
 #endif
 
-#include <stdexcept>
-#include <string>
+#include <cstdio>
+#include <exception>
 
 #include "common/cuda.h"
 
@@ -25,6 +25,16 @@ namespace cuda {
 constexpr int warp = 32;
 constexpr unsigned whole_warp = 0xffffffffu;
 constexpr int64_t most_blocks = 0x7fffffff;  // of a grid's first dimension
+
+// What a launcher throws, "CUDA: " before it; RuntimeError in Python. (std::runtime_error takes <string>, of which nvcc would
+// read the text four times a file: a second.)
+class Failure : public std::exception {
+    char text_[160];
+
+  public:
+    explicit Failure(const char* text) { std::snprintf(text_, sizeof text_, "CUDA: %s", text); }
+    const char* what() const noexcept override { return text_; }
+};
 
 #ifndef SPROMPT_EMULATE_CUDA
 
@@ -36,14 +46,14 @@ constexpr int64_t most_blocks = 0x7fffffff;  // of a grid's first dimension
     type* const name = reinterpret_cast<type*>(dynamic_shared)
 
 inline void check(cudaError_t status) {
-    if (status != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(status));
+    if (status != cudaSuccess) throw Failure(cudaGetErrorString(status));
 }
 
 // Starts kernel(args...) with `blocks` blocks of `threads` threads on the stream. Nothing is launched if there are no blocks.
 template <class... Parameters, class... Args>
 void launch(const Stream& stream, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, Args... args) {
     if (blocks <= 0) return;
-    if (blocks > most_blocks) throw std::runtime_error("CUDA: a grid of more than 2^31 - 1 blocks");
+    if (blocks > most_blocks) throw Failure("a grid of more than 2^31 - 1 blocks");
     int before = stream.device;
     check(cudaGetDevice(&before));
     if (before != stream.device) check(cudaSetDevice(stream.device));
@@ -100,7 +110,7 @@ __device__ inline void from_float(float x, f16* out) { out->bits = __half_as_ush
             using T = ::sprompt::cuda::f16;                       \
             __VA_ARGS__;                                          \
         } else {                                                  \
-            throw std::runtime_error("CUDA: not a float tensor"); \
+            throw ::sprompt::cuda::Failure("not a float tensor"); \
         }                                                         \
     } while (false)
 

@@ -17,7 +17,11 @@
 #define SPROMPT_LEVELS(X) X(portable)
 #endif
 
-// SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level.
+// SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level. SPROMPT_EXPORT(name) stands behind an
+// int64_t constant or an inline function of a header. Python sees both under their name: bindings.cpp, which includes every
+// csrc/<op>/<op>.h, gives SPROMPT_BIND and SPROMPT_EXPORT a meaning; elsewhere they are empty.
+#define SPROMPT_BIND(name)
+#define SPROMPT_EXPORT(name)
 #if SPROMPT_X86
 #define SPROMPT_KERNEL(name, ...) \
     namespace portable {          \
@@ -28,7 +32,8 @@
     }                             \
     namespace avx512 {            \
     void name(__VA_ARGS__);       \
-    }
+    }                             \
+    SPROMPT_BIND(name)
 // SPROMPT_PICK(name) is the pointer to the kernel of the level in force.
 #define SPROMPT_PICK(name)                                                     \
     (::sprompt::level() == ::sprompt::Level::avx512 ? &::sprompt::avx512::name \
@@ -38,7 +43,8 @@
 #define SPROMPT_KERNEL(name, ...) \
     namespace portable {          \
     void name(__VA_ARGS__);       \
-    }
+    }                             \
+    SPROMPT_BIND(name)
 #define SPROMPT_PICK(name) (&::sprompt::portable::name)
 #endif
 

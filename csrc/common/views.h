@@ -1,4 +1,5 @@
-// A View is what a kernel sees of a tensor: pointer, element type, int64 sizes and int64 strides (in elements).
+// A View is what a kernel sees of a tensor: pointer, element type, int64 sizes and int64 strides (in elements). Views is what
+// it sees of a list of tensors, such as the levels of a pyramid.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +10,7 @@ namespace sprompt {
 
 enum class DType : int32_t { none = 0, f32, f64, f16, bf16, u8, i8, i16, i32, i64, b8 };
 
-constexpr int max_rank = 5;
+constexpr int max_rank = 6, max_views = 8;
 
 struct View {
     void* data = nullptr;  // null: the argument was None
@@ -23,6 +24,11 @@ struct View {
         return static_cast<T*>(data);
     }
     SPROMPT_INLINE bool given() const { return dtype != DType::none; }
+};
+
+struct Views {
+    int32_t count = 0;
+    View view[max_views];
 };
 
 }  // namespace sprompt

@@ -221,7 +221,7 @@ void match(const Stream& stream, const View& cost, const View& counts, const Vie
     int64_t shared = (state_shared ? state : 0) + (costs_shared ? costs : 0);
     // launch() asks for more than 48 KB where the dynamic part is more; the kernel has some of its own.
     if (shared > 47 * 1024 && shared <= 48 * 1024) shared = 48 * 1024 + 16;
-    if (longer >= occupied || shared > most_shared) throw std::runtime_error("CUDA: linear_assignment: too little scratch");
+    if (longer >= occupied || shared > most_shared) throw Failure("linear_assignment: too little scratch");
     const int64_t wanted = tiles(longer, warp) * warp;
     const int block = static_cast<int>(wanted < warp ? warp : wanted > most_threads ? most_threads : wanted);
     launch(stream, assignment_kernel<T>, G > 0 ? B : 0, block, shared, cost.as<const T>(), cost.stride[0], cost.stride[1],

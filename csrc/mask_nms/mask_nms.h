@@ -11,6 +11,7 @@ namespace sprompt {
 
 // Bytes of scratch that both kernels want for each of B * (N + 32) masks.
 constexpr int64_t nms_scratch_per_mask = 144;
+SPROMPT_EXPORT(nms_scratch_per_mask)
 
 // keep (B, K) i64: indices of the first K kept masks by decreasing score, padded with -1; kept (B) i64: how many
 // <- words (B, N, n) u32, last stride 1; scores (B, N) f32/bf16/f16; counts (B) i64 or none: how many masks are real.

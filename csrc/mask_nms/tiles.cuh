@@ -116,7 +116,7 @@ __device__ inline void for_parts(const uint32_t* const* source, uint32_t* tile, 
 // -- launching
 
 inline void check_size(int64_t n) {
-    if (n >= int64_t{1} << 27) throw std::runtime_error("CUDA: suppression of masks of 2^32 pixels or more");
+    if (n >= int64_t{1} << 27) throw Failure("suppression of masks of 2^32 pixels or more");
 }
 
 template <class T>

@@ -38,6 +38,7 @@ SPROMPT_INLINE int64_t rle_scratch(int64_t height, int64_t width) {
     const int64_t columns = width < 64 ? width : 64, across = width < 1024 ? (width + 63) / 64 : 16;
     return across * ((height + 63) / 64) * (1 + columns);
 }
+SPROMPT_EXPORT(rle_scratch)
 
 // bounds (L) i64 <- words (L, n): bytes that the string of a mask takes at most, with rle_slack.
 SPROMPT_KERNEL(rle_bounds, const View& words, int64_t height, int64_t width, const View& bounds, int threads)

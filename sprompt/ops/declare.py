@@ -50,7 +50,7 @@ class Op:
         self.outputs = outputs
         self.dynamic = dynamic
         names = tuple(inspect.signature(outputs).parameters)
-        self.args: Any = collections.namedtuple(f"{self.name}_args", names)  # noqa: PYI024
+        self.args: Any = collections.namedtuple(f"{self.name}_args", names)
         typed = inspect.get_annotations(outputs)
         computing = computes if computes is not None else tuple(n for n in names if typed[n] in (Tensor, Tensor | None))
         self.computes = tuple(map(names.index, computing))
@@ -235,7 +235,7 @@ def _is_plain(x: Tensor) -> bool:
     """For keys that are not known yet: the first tensor on a GPU brings them."""
     if x.is_cuda:
         known = _known(x.device)
-        if not _PLAIN_KEYS >= known:
+        if not known <= _PLAIN_KEYS:
             _PLAIN_KEYS.update(known)
             return _keys(x).raw_repr() in known
     return False

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from sprompt.masks import BitMasks
 from sprompt.ops import checks
-from sprompt.ops.masks.reference import unpack_masks
+from sprompt.ops.masks.reference import unpack
 
 DENSE = (torch.bool, torch.uint8, *checks.FLOATS)
 RATIOS = (1, 2, 4)
@@ -57,7 +57,7 @@ def soft_targets(targets: Tensor, ratio: int, height: int, width: int, dtype: to
     """Targets as the loss means them, (..., height, width), contiguous: torch's sums depend on the layout."""
     if ratio == 0:
         return (targets if targets.is_floating_point() else targets != 0).to(dtype).contiguous()
-    bits = unpack_masks(targets, ratio * height * ratio * width)
+    bits = unpack(targets, ratio * height * ratio * width)
     bits = bits.reshape(*targets.shape[:-1], ratio * height, ratio * width).to(dtype)
     if ratio == 1:
         return bits
@@ -76,11 +76,6 @@ def upsampled(logits: Tensor, upsample: int, dtype: torch.dtype) -> Tensor:
         return maps.new_zeros(size)
     maps = maps.reshape(1, -1, *maps.shape[-2:])
     return F.interpolate(maps, scale_factor=upsample, mode="bilinear", align_corners=False).reshape(size)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """What the native kernels read: the last stride is 1."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
 class ForTriton(NamedTuple):

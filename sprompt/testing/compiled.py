@@ -24,8 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sprompt import backends
+from sprompt.ops.declare import OPS
 from sprompt.ops.launch import Launch, recording
-from sprompt.ops.library import FAKES
 from sprompt.testing.compare import held_bytes
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES
@@ -71,11 +71,11 @@ class LaunchOnly(TorchDispatchMode):
         if function.namespace != "sprompt":
             return function(*args, **(kwargs or {}))
         name = function._schema.name.removeprefix("sprompt::")
-        kernels = backends._table[name]
-        if "triton" not in kernels:
-            return torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, FAKES[name](*args))
-        with recording(run=False, arch=self.arch) as launches:
-            outputs = torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, kernels["triton"].run(*args))
+        op = OPS[name]
+        if "triton" not in backends.registered(name):
+            return torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, op.outputs(*args))
+        with recording(run=False, arch=self.arch) as launches, backends.use_backend("triton", [name]):
+            outputs = torch.utils._pytree.tree_map_only(Tensor, Tensor.zero_, op.run(*args))
         self.runs.append(OpRun(name, held_bytes((args, outputs)), launches))
         return outputs
 

@@ -10,7 +10,7 @@ from sprompt.testing.specs import SPECS
 def main() -> None:
     device = torch.device("cuda")
     for spec in SPECS:
-        if "cuda" not in backends._table[spec.ops[0]]:
+        if "cuda" not in backends.registered(spec.ops[0]):
             continue
         for sample in spec.samples(device, spec.dtypes[0] if spec.dtypes else torch.float32, 0):
             call(spec, sample)

@@ -46,7 +46,7 @@ def refusals(function: Callable[..., Any]) -> Callable[..., ErrorCase]:
     The message goes without the function's name; what follows it are the arguments of the call."""
 
     def bad(name: str, message: str, *args: Any, error: type[Exception] = ValueError, **kwargs: Any) -> ErrorCase:
-        return ErrorCase(name, lambda: function(*args, **kwargs), error, f"{function.__name__}: {message}")
+        return ErrorCase(name, lambda: function(*args, **kwargs), error, f"{function.__qualname__}: {message}")
 
     return bad
 

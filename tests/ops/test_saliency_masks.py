@@ -15,7 +15,7 @@ from torch import Tensor
 import sprompt
 from sprompt import native
 from sprompt.ops import SaliencyMasks, launch, saliency_maps, saliency_masks
-from sprompt.ops.saliency_masks import reference, registration
+from sprompt.ops.saliency_masks import op, reference
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs.saliency_masks import scene, true_maps, true_seeds, whole_numbers
 
@@ -251,9 +251,9 @@ def test_stripes_equal_the_whole_gram_matrix(monkeypatch: pytest.MonkeyPatch) ->
     features = scene(1, 200, 22, 31, 2)
     with sprompt.use_backend("native"):
         whole = everything(features)
-        monkeypatch.setattr(registration, "_GRAM", 0)
+        monkeypatch.setattr(op, "_GRAM", 0)
         for block in (1, 6 * 31 * 4 * 96):
-            monkeypatch.setattr(registration, "_BLOCK", block)
+            monkeypatch.setattr(op, "_BLOCK", block)
             assert_same_bits(everything(features), whole)
 
 

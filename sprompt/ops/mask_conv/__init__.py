@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import checks
-from sprompt.ops.mask_conv import registration as registration
+from sprompt.ops.mask_conv import op
 from sprompt.ops.masks import as_bits
 
 
@@ -28,7 +28,7 @@ def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
     >>> mask_conv(features, torch.tensor([[[1.0, 0.0], [1.0, -1.0]]])).tolist()
     [[[[1.0, 2.0]], [[-2.0, -2.0]]]]
     """
-    return torch.ops.sprompt.mask_conv(*_features_and_kernels("mask_conv", features, kernels))
+    return op.mask_conv(*_features_and_kernels("mask_conv", features, kernels))
 
 
 def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
             "mask_pool", "masks", f"have the size of the features, {(height, width)}", bits.size, "resize one of them"
         )
     checks.same_device("mask_pool", features=features, masks=bits.words)
-    return torch.ops.sprompt.mask_pool(features, bits.words)
+    return op.mask_pool(features, bits.words)
 
 
 def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,22 +89,22 @@ def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
     >>> logits.tolist(), pooled.tolist()
     ([[[[2.0, -4.0, 6.0]], [[-1.0, 2.0, -3.0]]]], [[[4.0], [-2.0]]])
     """
-    logits, pooled, _ = torch.ops.sprompt.mask_update(*_features_and_kernels("mask_update", features, kernels))
+    logits, pooled, _ = op.mask_update(*_features_and_kernels("mask_update", features, kernels))
     return logits, pooled
 
 
-def _features_and_kernels(op: str, features: Any, kernels: Any) -> tuple[Tensor, Tensor]:
-    checks.tensor(op, "features", features, checks.FLOATS)
-    checks.tensor(op, "kernels", kernels, checks.FLOATS)
-    checks.shape(op, "features", features, "(B, C, H, W)", (None,) * 4)
+def _features_and_kernels(name: str, features: Any, kernels: Any) -> tuple[Tensor, Tensor]:
+    checks.tensor(name, "features", features, checks.FLOATS)
+    checks.tensor(name, "kernels", kernels, checks.FLOATS)
+    checks.shape(name, "features", features, "(B, C, H, W)", (None,) * 4)
     batch, channels = features.shape[:2]
     advice = "drop 1x1 axes with .flatten(2); expand kernels that all images share"
-    checks.shape(op, "kernels", kernels, "(B, N, C)", (None,) * 3, advice)
+    checks.shape(name, "kernels", kernels, "(B, N, C)", (None,) * 3, advice)
     if kernels.shape[0] != batch or kernels.shape[2] != channels:
         checks.bad_value(
-            op, "kernels", f"have shape (B, N, C) with B = {batch} and C = {channels}", tuple(kernels.shape), advice
+            name, "kernels", f"have shape (B, N, C) with B = {batch} and C = {channels}", tuple(kernels.shape), advice
         )
-    checks.same_device(op, features=features, kernels=kernels)
+    checks.same_device(name, features=features, kernels=kernels)
     dtype = torch.promote_types(features.dtype, kernels.dtype)
     device = features.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:

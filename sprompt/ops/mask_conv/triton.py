@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sprompt.masks import words_for
 from sprompt.ops import tile
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, padded, precision, tiles
 from sprompt.ops.mask_conv.triton_backward import CANDIDATES as BACKWARD_CANDIDATES
 from sprompt.ops.mask_conv.triton_backward import mask_conv_backward as mask_conv_backward
@@ -196,31 +197,23 @@ class _Pass(NamedTuple):
         )
 
 
-def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
-    B, N, _ = kernels.shape
-    logits = features.new_empty((B, N, *features.shape[2:]))
-    _Pass.over(features, N).run(kernels, logits, None, None)
-    return logits
+def mask_conv(a: Args, logits: Tensor) -> None:
+    _Pass.over(a.features, a.kernels.shape[1]).run(a.kernels, logits, None, None)
 
 
-def mask_pool(features: Tensor, words: Tensor) -> Tensor:
-    B, N, _ = words.shape
-    task = _Pass.over(features, N)
+def mask_pool(a: Args, pooled: Tensor) -> None:
+    task = _Pass.over(a.features, a.words.shape[1])
     partial = task.partial()
-    task.run(None, None, words, partial)
-    return add_chunks(partial, features.new_empty((B, N, features.shape[1])))
+    task.run(None, None, a.words, partial)
+    add_chunks(partial, pooled)
 
 
-def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    B, N, C = kernels.shape
-    H, W = features.shape[2:]
-    logits = features.new_empty((B, N, H, W))
-    words = features.new_empty((B, N, words_for(H * W)), dtype=torch.int32)
-    task = _Pass.over(features, N)
+def mask_update(a: Args, logits: Tensor, pooled: Tensor, words: Tensor) -> None:
+    task = _Pass.over(a.features, a.kernels.shape[1])
     partial = task.partial()
     if task.whole:
-        task.run(kernels, logits, words, partial)
+        task.run(a.kernels, logits, words, partial)
     else:
-        task.run(kernels, logits, words, None)
+        task.run(a.kernels, logits, words, None)
         task.run(None, None, words, partial)
-    return logits, add_chunks(partial, features.new_empty((B, N, C))), words
+    add_chunks(partial, pooled)

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from sprompt.masks import words_for
 from sprompt.ops import tile
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, padded, precision, tiles
+from sprompt.ops.mask_conv.op import as_update, reached
 from sprompt.ops.mask_conv.triton_chunks import add_chunks, block, cut, rows, split
 
 #: Other tiles for a tuner to try.
@@ -211,44 +213,20 @@ def _to_kernels(out: Tensor, grad: Tensor, features: Tensor) -> None:
     add_chunks(partial, out)
 
 
-def mask_update_backward(
-    features: Tensor,
-    kernels: Tensor,
-    words: Tensor,
-    grad_logits: Tensor | None,
-    grad_pooled: Tensor | None,
-    to_features: bool,
-    to_kernels: bool,
-) -> tuple[Tensor, Tensor]:
-    grad_features = features.new_empty(features.shape if to_features else 0)
-    grad_kernels = kernels.new_empty(kernels.shape if to_kernels else 0)
-    grad = rows(grad_logits.to(features.dtype)) if grad_logits is not None else None
-    if to_features:
-        if grad is None and grad_pooled is None:
-            grad_features.zero_()
-        else:
-            _to_features(
-                grad_features.flatten(2),
-                grad,
-                kernels if grad is not None else None,
-                grad_pooled.to(features.dtype) if grad_pooled is not None else None,
-                words if grad_pooled is not None else None,
-            )
-    if to_kernels:
-        if grad is None:
-            grad_kernels.zero_()
-        else:
-            _to_kernels(grad_kernels, grad, rows(features))
-    return grad_features, grad_kernels
+def mask_update_backward(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> None:
+    grad = None if a.grad_logits is None else rows(a.grad_logits.to(a.features.dtype))
+    pooled = None if a.grad_pooled is None else a.grad_pooled.to(a.features.dtype)
+    kernels, words = None if grad is None else a.kernels, None if pooled is None else a.words
+    to_features, to_kernels = reached(a, grad_features, grad_kernels)
+    if to_features is not None:
+        _to_features(to_features.flatten(2), grad, kernels, pooled, words)
+    if to_kernels is not None:
+        _to_kernels(to_kernels, grad, rows(a.features))
 
 
-def mask_conv_backward(
-    features: Tensor, kernels: Tensor, grad: Tensor, to_features: bool, to_kernels: bool
-) -> tuple[Tensor, Tensor]:
-    return mask_update_backward(features, kernels, None, grad, None, to_features, to_kernels)  # type: ignore[arg-type]
+def mask_conv_backward(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> None:
+    mask_update_backward(as_update(a), grad_features, grad_kernels)
 
 
-def mask_pool_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
-    out = grad.new_empty((grad.shape[0], grad.shape[2], height, width))
-    _to_features(out.flatten(2), None, None, grad, words)
-    return out
+def mask_pool_backward(a: Args, out: Tensor) -> None:
+    _to_features(out.flatten(2), None, None, a.grad, a.words)

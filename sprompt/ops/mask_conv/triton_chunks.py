@@ -68,11 +68,10 @@ def rows(x: Tensor) -> Tensor:
     return flat if flat.stride(2) in (0, 1) or flat.stride(1) == 1 or flat.numel() == 0 else flat.contiguous()
 
 
-def add_chunks(partial: Tensor, out: Tensor) -> Tensor:
+def add_chunks(partial: Tensor, out: Tensor) -> None:
     """partial (B, chunks, N, C) f32 -> out (B, N, C); no chunks give 0."""
     B, chunks, N, C = partial.shape
     block = config("mask_conv.add_chunks", out)
     blocks = tiles(N * C, block["BLOCK"])
     cost = Cost(read=partial.nbytes, written=out.nbytes, flops=partial.numel())
     launch(_add_chunks, (B * blocks,), partial, out, N * C, chunks, blocks, cost=cost, **block)
-    return out

@@ -1,12 +1,11 @@
 """Cross-entropy and dice of predicted masks."""
 
-import torch
 from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import checks
 from sprompt.ops import targets as targets_
-from sprompt.ops.mask_loss import registration as registration
+from sprompt.ops.mask_loss import op
 
 
 def mask_loss(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) -> tuple[Tensor, Tensor]:
@@ -40,5 +39,5 @@ def mask_loss(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) 
     size = (logits.shape[1] * upsample, logits.shape[2] * upsample)
     soft, ratio = targets_.as_targets("mask_loss", targets, (logits.shape[0],), "M,", size)
     checks.same_device("mask_loss", logits=logits, targets=soft)
-    bce, dice, _ = torch.ops.sprompt.mask_loss(logits, soft, ratio, upsample)
+    bce, dice, _ = op.mask_loss(logits, soft, ratio, upsample)
     return bce, dice

@@ -4,17 +4,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sprompt.ops.declare import Args
 from sprompt.ops.targets import loss_dtype, soft_targets, upsampled
 
 
-def _maps(logits: Tensor, targets: Tensor, ratio: int, upsample: int) -> tuple[Tensor, Tensor]:
+def _maps(a: Args) -> tuple[Tensor, Tensor]:
     """z and t, (M, P)."""
-    z = upsampled(logits, upsample, loss_dtype(logits))
-    return z.flatten(1), soft_targets(targets, ratio, z.shape[1], z.shape[2], z.dtype).flatten(1)
+    z = upsampled(a.logits, a.upsample, loss_dtype(a.logits))
+    return z.flatten(1), soft_targets(a.targets, a.ratio, z.shape[1], z.shape[2], z.dtype).flatten(1)
 
 
-def mask_loss(logits: Tensor, targets: Tensor, ratio: int, upsample: int) -> tuple[Tensor, Tensor, Tensor]:
-    z, t = _maps(logits, targets, ratio, upsample)
+def mask_loss(a: Args) -> tuple[Tensor, Tensor, Tensor]:
+    z, t = _maps(a)
     p = z.sigmoid()
     bce = F.binary_cross_entropy_with_logits(z, t, reduction="none").sum(1) / max(z.shape[1], 1)
     sums = torch.stack(((p * t).sum(1), (p * p).sum(1), (t * t).sum(1)), 1)
@@ -22,17 +23,15 @@ def mask_loss(logits: Tensor, targets: Tensor, ratio: int, upsample: int) -> tup
     return bce, dice, sums
 
 
-def mask_loss_backward(
-    grad_bce: Tensor, grad_dice: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, ratio: int, upsample: int
-) -> Tensor:
+def mask_loss_backward(a: Args) -> Tensor:
     """d bce / dz = (p − t) / P; d dice / dp = −2t / D + 4 p Σpt / D², D the denominator; dp / dz = p (1 − p)."""
-    z, t = _maps(logits, targets, ratio, upsample)
+    z, t = _maps(a)
     p, q = z.sigmoid(), (-z).sigmoid()
-    pt, pp, tt = sums[:, :, None].unbind(1)
+    pt, pp, tt = a.sums[:, :, None].unbind(1)
     denominator = (pp + 1e-3) + (tt + 1e-3)
     slope = -2 * t / denominator + 4 * p * pt / denominator**2
-    grad = grad_bce[:, None] * (p - t) / max(z.shape[1], 1) + grad_dice[:, None] * slope * p * q
-    return _transposed(grad, logits, upsample).to(logits.dtype)
+    grad = a.grad_bce[:, None] * (p - t) / max(z.shape[1], 1) + a.grad_dice[:, None] * slope * p * q
+    return _transposed(grad, a.logits, a.upsample).to(a.logits.dtype)
 
 
 def _transposed(grad: Tensor, logits: Tensor, upsample: int) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, tiles
 from sprompt.ops.targets import for_triton, quad_edge
 from sprompt.ops.tile import corners, fraction, rounded, soft_target, target_row
@@ -114,10 +115,10 @@ def _mask_loss_finish(
     tl.store(sums + m * 3 + 2, tt)
 
 
-def mask_loss(logits: Tensor, targets: Tensor, ratio: int, upsample: int) -> tuple[Tensor, Tensor, Tensor]:
+def mask_loss(a: Args, bce: Tensor, dice: Tensor, sums: Tensor) -> None:
+    logits, targets, ratio, upsample = a
     M, h, w = logits.shape
     target = for_triton(targets, ratio)
-    bce, dice, sums = (logits.new_empty(shape, dtype=torch.float32) for shape in ((M,), (M,), (M, 3)))
     tile = config("mask_loss.sums", logits)
     edge = quad_edge(upsample)
     quads = (h + edge) * (w + edge) if h * w > 0 else 0
@@ -155,7 +156,6 @@ def mask_loss(logits: Tensor, targets: Tensor, ratio: int, upsample: int) -> tup
         BLOCK=32,
         num_warps=1,
     )
-    return bce, dice, sums
 
 
 @triton.jit
@@ -248,12 +248,10 @@ def _mask_loss_backward(
             left, right = next_left, next_right
 
 
-def mask_loss_backward(
-    grad_bce: Tensor, grad_dice: Tensor, logits: Tensor, targets: Tensor, sums: Tensor, ratio: int, upsample: int
-) -> Tensor:
+def mask_loss_backward(a: Args, grad: Tensor) -> None:
+    grad_bce, grad_dice, logits, targets, sums, ratio, upsample = a
     M, h, w = logits.shape
     target = for_triton(targets, ratio)
-    grad = logits.new_empty(logits.shape)
     tile = config("mask_loss.backward", logits)
     strips, blocks = tiles(h, tile["ROWS"]), tiles(w, tile["BLOCK"])
     H, W = h * upsample, w * upsample
@@ -289,4 +287,3 @@ def mask_loss_backward(
         U=upsample,
         **tile,
     )
-    return grad

@@ -8,8 +8,8 @@ from torch import Tensor
 from sprompt import native
 from sprompt.cuda import stream
 from sprompt.masks import words_for
-from sprompt.ops.mask_nms import reference
-from sprompt.ops.mask_nms.registration import _rows
+from sprompt.ops.declare import Args
+from sprompt.ops.mask_nms import op
 
 #: Scratch for pairs of masks holds about so many bytes, however many masks there are.
 MOST = 1 << 26
@@ -20,44 +20,29 @@ def _multiple(x: int) -> int:
     return max(-(-x // 32), 1) * 32
 
 
-def _greedy(
-    words: Tensor, scores: Tensor, iou_threshold: float, counts: Tensor | None, max_output: int
-) -> tuple[Tensor, Tensor]:
+def batched_mask_nms(a: Args, keep: Tensor, kept: Tensor) -> None:
+    words, scores, threshold, counts, _ = a
     batch, masks, _ = words.shape
-    keep = words.new_empty((batch, max_output), dtype=torch.int64)
-    kept = words.new_empty(batch, dtype=torch.int64)
     order = words.new_empty((batch, masks), dtype=torch.int64)
     area = words.new_empty((batch, masks))
     removed = words.new_empty((batch, words_for(masks)))
     panel = MOST // (4 * max(removed.numel(), 1)) // 32 * 32
     bits = words.new_empty((batch, min(_multiple(masks), max(panel, 128), 2048), removed.shape[1]))
     native._C.cuda.mask_nms(
-        stream(words), _rows(words), scores, counts, iou_threshold, keep, kept, order, area, removed, bits
+        stream(words), native.rows(words), scores, counts, threshold, keep, kept, order, area, removed, bits
     )
-    return keep, kept
 
 
-def mask_nms(words: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    keep, kept = _greedy(words[None], scores[None], iou_threshold, None, scores.shape[0])
+def mask_nms(a: Args) -> Tensor:
+    a = op.batch_of_one(a)
+    keep, kept = op.batched_mask_nms.outputs(*a)
+    batched_mask_nms(a, keep, kept)
     return keep[0, : int(kept)].clone()  # waits for the device: the result's length is its answer
 
 
-def batched_mask_nms(
-    words: Tensor, scores: Tensor, iou_threshold: float, counts: Tensor | None, max_output: int
-) -> tuple[Tensor, Tensor]:
-    reference.check_values("batched_mask_nms", words, counts)
-    return _greedy(words, scores, iou_threshold, counts, max_output)
-
-
-def matrix_nms(
-    words: Tensor, scores: Tensor, kernel: str, sigma: float, labels: Tensor | None, counts: Tensor | None
-) -> Tensor:
-    if scores.dim() == 1:
-        label_rows = None if labels is None else labels[None]
-        return matrix_nms(words[None], scores[None], kernel, sigma, label_rows, counts)[0]
-    reference.check_values("matrix_nms", words, counts)
+def matrix_nms(a: Args, out: Tensor) -> None:
+    words, scores, kernel, sigma, labels, counts = a
     batch, masks, n = words.shape
-    out = scores.new_empty(scores.shape)
     order = words.new_empty((batch, masks), dtype=torch.int64)
     area = words.new_empty((batch, masks))
     extremes = words.new_empty((2, batch, masks), dtype=torch.int64)
@@ -66,17 +51,6 @@ def matrix_nms(
     side = min(_multiple(masks), max(panel, 128))
     pairs = words.new_empty((batch, side, side), dtype=dtype)
     native._C.cuda.matrix_nms(
-        stream(words),
-        _rows(words),
-        scores,
-        labels,
-        counts,
-        kernel == "gaussian",
-        sigma,
-        out,
-        order,
-        area,
-        extremes,
-        pairs,
-    )
-    return out
+        stream(words), native.rows(words), scores, labels, counts, kernel == "gaussian", sigma, out, order, area,
+        extremes, pairs,
+    )  # fmt: skip

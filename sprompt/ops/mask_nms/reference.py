@@ -5,15 +5,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sprompt.ops import checks
-from sprompt.ops.masks.reference import unpack_masks
+from sprompt.ops.declare import Args
+from sprompt.ops.mask_nms import op
+from sprompt.ops.masks.reference import unpack
 
 #: The linear kernel divides by 1 - c, held to at least this.
 SMALLEST = 1e-6
-
-
-def check_values(op: str, words: Tensor, counts: Tensor | None) -> None:
-    checks.counts_within(op, counts, words.shape[-2])
 
 
 def order_of(scores: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -31,7 +28,7 @@ def order_of(scores: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def overlaps(words: Tensor, order: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
     """Areas int64 (B, N) of the masks in `order`, and a function: j -> IoU float64 (B, j) of mask j with those before it."""
-    dense = unpack_masks(words, 32 * words.shape[-1])
+    dense = unpack(words, 32 * words.shape[-1])
     dense = dense.gather(-2, order[..., None].expand(dense.shape))
     area = dense.sum(-1)
 
@@ -43,41 +40,33 @@ def overlaps(words: Tensor, order: Tensor) -> tuple[Tensor, Callable[[int], Tens
     return area, row
 
 
-def batched_mask_nms(
-    words: Tensor, scores: Tensor, iou_threshold: float, counts: Tensor | None, max_output: int
-) -> tuple[Tensor, Tensor]:
-    check_values("batched_mask_nms", words, counts)
+def batched_mask_nms(a: Args) -> tuple[Tensor, Tensor]:
+    words, scores, threshold, counts, most = a
     order, real = order_of(scores, counts)
     area, row = overlaps(words, order)
     kept = real & (area > 0)
-    for j in range(1, scores.shape[-1]):
-        kept[:, j] &= ~(kept[:, :j] & (row(j) > iou_threshold)).any(-1)
+    for j in range(1, scores.shape[1]):
+        kept[:, j] &= ~(kept[:, :j] & (row(j) > threshold)).any(-1)
     # The r-th kept mask goes to column r, all others to one column more, which is cut off.
     rank = kept.cumsum(-1) - 1
-    column = torch.where(kept & (rank < max_output), rank, max_output)
-    keep = torch.full((scores.shape[0], max_output + 1), -1, dtype=torch.int64, device=scores.device)
-    keep = keep.scatter(-1, column, order)[:, :max_output].contiguous()
-    return keep, kept.sum(-1).clamp(max=max_output)
+    column = torch.where(kept & (rank < most), rank, most)
+    keep = torch.full((scores.shape[0], most + 1), -1, dtype=torch.int64, device=scores.device)
+    return keep.scatter(-1, column, order)[:, :most].contiguous(), kept.sum(-1).clamp(max=most)
 
 
-def mask_nms(words: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    keep, _ = batched_mask_nms(words[None], scores[None], iou_threshold, None, scores.shape[-1])
+def mask_nms(a: Args) -> Tensor:
+    keep, _ = batched_mask_nms(op.batch_of_one(a))
     return keep[keep >= 0]
 
 
-def matrix_nms(
-    words: Tensor, scores: Tensor, kernel: str, sigma: float, labels: Tensor | None, counts: Tensor | None
-) -> Tensor:
-    if scores.dim() == 1:
-        label_rows = None if labels is None else labels[None]
-        return matrix_nms(words[None], scores[None], kernel, sigma, label_rows, counts)[0]
-    check_values("matrix_nms", words, counts)
+def matrix_nms(a: Args) -> Tensor:
+    words, scores, kernel, sigma, labels, counts = a
     order, real = order_of(scores, counts)
     _, row = overlaps(words, order)
     label = torch.zeros_like(order) if labels is None else labels.gather(-1, order)
     most = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)  # c: largest IoU with a mask before
     decay = torch.ones_like(most)
-    for j in range(1, scores.shape[-1]):
+    for j in range(1, scores.shape[1]):
         iou, pairs, c = row(j), label[:, :j] == label[:, j, None], most[:, :j]
         gaussian = kernel == "gaussian"
         ratio = torch.exp(-sigma * (iou**2 - c**2)) if gaussian else (1 - iou) / (1 - c).clamp(min=SMALLEST)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import checks
-from sprompt.ops.masks import registration as registration
+from sprompt.ops.masks import op
 
 DENSE = (torch.bool, *checks.INTEGERS, *checks.FLOATS)
 
@@ -31,12 +31,12 @@ def pack_masks(masks: Tensor, threshold: float = 0.5) -> BitMasks:
     if masks.dim() < 2:
         checks.bad_value("pack_masks", "masks", "have shape (..., H, W)", tuple(masks.shape))
     checks.number("pack_masks", "threshold", threshold, "be a number")
-    return BitMasks(torch.ops.sprompt.pack_masks(masks.detach(), float(threshold)), (masks.shape[-2], masks.shape[-1]))
+    return BitMasks(op.pack_masks(masks.detach(), float(threshold)), (masks.shape[-2], masks.shape[-1]))
 
 
 def unpack_masks(masks: BitMasks, dtype: torch.dtype = torch.bool) -> Tensor:
     """Dense 0 and 1 of a dtype, (..., H, W); the inverse of `pack_masks`. Also `BitMasks.to_dense`."""
-    pixels = torch.ops.sprompt.unpack_masks(masks.words, masks.pixels)
+    pixels = op.unpack_masks(masks.words, masks.pixels)
     return pixels.reshape(*masks.shape, *masks.size).to(dtype)
 
 
@@ -63,7 +63,7 @@ def mask_area(masks: BitMasks | Tensor) -> Tensor:
     >>> mask_area(torch.tensor([[[1, 0], [1, 1]], [[0, 0], [0, 0]]])).tolist()
     [3, 0]
     """
-    return torch.ops.sprompt.mask_area(as_bits("mask_area", "masks", masks).words)
+    return op.mask_area(as_bits("mask_area", "masks", masks).words)
 
 
 def mask_boxes(masks: BitMasks | Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def mask_boxes(masks: BitMasks | Tensor) -> Tensor:
     [[1, 1, 3, 2]]
     """
     bits = as_bits("mask_boxes", "masks", masks)
-    return torch.ops.sprompt.mask_boxes(bits.words, *bits.size)
+    return op.mask_boxes(bits.words, *bits.size)
 
 
 def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor:
@@ -99,7 +99,7 @@ def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor
     if not bits_a.shape:
         checks.bad_value("mask_iou", "a", "be a list of masks, (..., N)", "a single mask", "index it with [None]")
     if b is None:
-        return torch.ops.sprompt.mask_iou(bits_a.words, None, bits_a.size[1])
+        return op.mask_iou(bits_a.words, None, bits_a.size[1])
     bits_b = as_bits("mask_iou", "b", b)
     if not bits_b.shape:
         checks.bad_value("mask_iou", "b", "be a list of masks, (..., M)", "a single mask", "index it with [None]")
@@ -112,4 +112,4 @@ def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor
             "mask_iou", "b", f"have the batch dimensions of a, {tuple(bits_a.shape[:-1])}", tuple(bits_b.shape[:-1])
         )
     checks.same_device("mask_iou", a=bits_a.words, b=bits_b.words)
-    return torch.ops.sprompt.mask_iou(bits_a.words, bits_b.words, bits_a.size[1])
+    return op.mask_iou(bits_a.words, bits_b.words, bits_a.size[1])

@@ -4,9 +4,11 @@ import torch
 from torch import Tensor
 
 from sprompt.masks import words_for
+from sprompt.ops.declare import Args
 
 
-def pack_masks(masks: Tensor, threshold: float) -> Tensor:
+def pack(masks: Tensor, threshold: float) -> Tensor:
+    """Words of (..., H, W)."""
     if masks.is_floating_point():
         level = torch.tensor(threshold, dtype=torch.float32 if masks.dtype != torch.float64 else torch.float64)
         bits = masks.to(level.dtype) > level.item()
@@ -19,22 +21,35 @@ def pack_masks(masks: Tensor, threshold: float) -> Tensor:
     return (bits * weights).sum(-1).to(torch.int32)
 
 
-def unpack_masks(words: Tensor, pixels: int) -> Tensor:
+def unpack(words: Tensor, pixels: int) -> Tensor:
+    """The first pixels of every mask, bool (..., pixels)."""
     shifts = torch.arange(32, device=words.device, dtype=torch.int32)
     bits = (words[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :pixels] != 0
 
 
-def mask_area(words: Tensor) -> Tensor:
-    return unpack_masks(words, 32 * words.shape[-1]).sum(-1)
+def areas(words: Tensor) -> Tensor:
+    return unpack(words, 32 * words.shape[-1]).sum(-1)
 
 
-def mask_boxes(words: Tensor, height: int, width: int) -> Tensor:
-    dense = unpack_masks(words, height * width).unflatten(-1, (height, width))
+def pack_masks(a: Args) -> Tensor:
+    return pack(a.masks, a.threshold)
+
+
+def unpack_masks(a: Args) -> Tensor:
+    return unpack(a.words, a.pixels)
+
+
+def mask_area(a: Args) -> Tensor:
+    return areas(a.words)
+
+
+def mask_boxes(a: Args) -> Tensor:
+    dense = unpack(a.words, a.height * a.width).unflatten(-1, (a.height, a.width))
     sides = []
     for occupied in (dense.any(-2), dense.any(-1)):  # columns, rows
         size = occupied.shape[-1]
-        place = torch.arange(size, device=words.device)
+        place = torch.arange(size, device=dense.device)
         low = torch.where(occupied, place, size).amin(-1) if size else occupied.sum(-1)
         high = torch.where(occupied, place + 1, 0).amax(-1) if size else occupied.sum(-1)
         sides.append((torch.where(high > 0, low, 0), high))
@@ -42,32 +57,27 @@ def mask_boxes(words: Tensor, height: int, width: int) -> Tensor:
     return torch.stack((x1, y1, x2, y2), -1)
 
 
-def mask_iou(a: Tensor, b: Tensor | None, width: int) -> Tensor:
+def mask_iou(a: Args) -> Tensor:
     """One mask of a at a time: the largest temporary is one row of pairs."""
-    b = a if b is None else b
-    dense_b = unpack_masks(b, 32 * b.shape[-1])
-    area_a, area_b = mask_area(a), mask_area(b)
+    x, y = a.a, a.a if a.b is None else a.b
+    dense = unpack(y, 32 * y.shape[-1])
+    area_x, area_y = areas(x), areas(y)
     rows = []
-    for i in range(a.shape[-2]):
-        common = (unpack_masks(a[..., i, :], 32 * a.shape[-1])[..., None, :] & dense_b).sum(-1)
-        either = area_a[..., i, None] + area_b - common
+    for i in range(x.shape[-2]):
+        common = (unpack(x[..., i, :], 32 * x.shape[-1])[..., None, :] & dense).sum(-1)
+        either = area_x[..., i, None] + area_y - common
         rows.append((common.double() / either.clamp(min=1).double()).float())
-    return torch.stack(rows, -2) if rows else a.new_zeros((*a.shape[:-1], b.shape[-2]), dtype=torch.float32)
+    return torch.stack(rows, -2) if rows else x.new_zeros((*x.shape[:-1], y.shape[-2]), dtype=torch.float32)
 
 
-def window_masks(
-    words: Tensor, height: int, width: int, top: int, left: int, out_height: int, out_width: int, flip: bool
-) -> Tensor:
-    dense = unpack_masks(words, height * width).unflatten(-1, (height, width))
+def window_masks(a: Args) -> Tensor:
+    words, height, width, top, left, out_height, out_width, flip = a
+    dense = unpack(words, height * width).unflatten(-1, (height, width))
     edges = (-left, left + out_width - width, -top, top + out_height - height)  # negative: cut off
-    dense = (
-        torch.nn.functional.pad(dense, edges)
-        if min(*_sizes_after(height, width, edges)) > 0
-        else dense.new_zeros((*dense.shape[:-2], out_height, out_width))
-    )
-    return pack_masks(dense.flip(-1) if flip else dense, 0.5)
-
-
-def _sizes_after(height: int, width: int, edges: tuple[int, int, int, int]) -> tuple[int, int]:
-    left, right, top, bottom = edges
-    return height + min(top, 0) + min(bottom, 0), width + min(left, 0) + min(right, 0)
+    kept_height = height + min(edges[2], 0) + min(edges[3], 0)
+    kept_width = width + min(edges[0], 0) + min(edges[1], 0)
+    if min(kept_height, kept_width) > 0:
+        dense = torch.nn.functional.pad(dense, edges)
+    else:
+        dense = dense.new_zeros((*dense.shape[:-2], out_height, out_width))
+    return pack(dense.flip(-1) if flip else dense, 0.5)

@@ -6,7 +6,7 @@ from torch import Tensor
 from sprompt.masks import BitMasks
 from sprompt.ops import checks
 from sprompt.ops import targets as targets_
-from sprompt.ops.match_cost import registration as registration
+from sprompt.ops.match_cost import op
 
 
 def match_cost(
@@ -47,35 +47,35 @@ def match_cost(
     >>> match_cost(logits, torch.tensor([[[[1, 0]]]]).bool()).round(decimals=2).tolist()
     [[[-5.0], [-0.0]]]
     """
-    op = "match_cost"
-    checks.tensor(op, "mask_logits", mask_logits, checks.FLOATS)
+    name = "match_cost"
+    checks.tensor(name, "mask_logits", mask_logits, checks.FLOATS)
     checks.shape(
-        op, "mask_logits", mask_logits, "(B, N, h, w)", (None, None, None, None), "one image: index it with [None]"
+        name, "mask_logits", mask_logits, "(B, N, h, w)", (None, None, None, None), "one image: index it with [None]"
     )
-    targets_.whole_upsample(op, upsample)
+    targets_.whole_upsample(name, upsample)
     B, N, h, w = mask_logits.shape
-    soft, ratio = targets_.as_targets(op, targets, (B, None), "B, G", (h * upsample, w * upsample))
+    soft, ratio = targets_.as_targets(name, targets, (B, None), "B, G", (h * upsample, w * upsample))
     if (class_logits is None) != (labels is None):
         given, missing = ("labels", "class_logits") if class_logits is None else ("class_logits", "labels")
         checks.bad_value(
-            op, missing, f"be given with {given}", "None", "the class term needs both; pass neither to leave it out"
+            name, missing, f"be given with {given}", "None", "the class term needs both; pass neither to leave it out"
         )
     if class_logits is not None and labels is not None:
-        checks.tensor(op, "class_logits", class_logits, checks.FLOATS)
-        checks.shape(op, "class_logits", class_logits, "(B, N, K)", (B, N, None))
+        checks.tensor(name, "class_logits", class_logits, checks.FLOATS)
+        checks.shape(name, "class_logits", class_logits, "(B, N, K)", (B, N, None))
         if class_logits.shape[2] == 0:
-            checks.bad_value(op, "class_logits", "have at least one class", tuple(class_logits.shape))
-        checks.tensor(op, "labels", labels, (torch.int64,), "give the class of every target")
-        checks.shape(op, "labels", labels, "(B, G)", (B, soft.shape[1]))
+            checks.bad_value(name, "class_logits", "have at least one class", tuple(class_logits.shape))
+        checks.tensor(name, "labels", labels, (torch.int64,), "give the class of every target")
+        checks.shape(name, "labels", labels, "(B, G)", (B, soft.shape[1]))
         class_logits = class_logits.detach()
-    checks.counts(op, counts, B)
+    checks.counts(name, counts, B)
     if not isinstance(weights, (tuple, list)) or len(weights) != 3:
-        checks.bad_type(op, "weights", "be three numbers (class, bce, dice)", repr(weights))
+        checks.bad_type(name, "weights", "be three numbers (class, bce, dice)", repr(weights))
     for weight in weights:
-        checks.number(op, "weights", weight, "be three numbers (class, bce, dice)")
+        checks.number(name, "weights", weight, "be three numbers (class, bce, dice)")
     checks.same_device(
-        op, mask_logits=mask_logits, targets=soft, class_logits=class_logits, labels=labels, counts=counts
+        name, mask_logits=mask_logits, targets=soft, class_logits=class_logits, labels=labels, counts=counts
     )
-    return torch.ops.sprompt.match_cost(
+    return op.match_cost(
         mask_logits.detach(), soft, ratio, class_logits, labels, counts, *(float(x) for x in weights), upsample
     )

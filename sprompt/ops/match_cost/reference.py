@@ -3,33 +3,23 @@
 import torch
 from torch import Tensor
 
+from sprompt.ops.declare import Args
 from sprompt.ops.targets import loss_dtype, soft_targets, upsampled
 
 
-def match_cost(
-    mask_logits: Tensor,
-    targets: Tensor,
-    ratio: int,
-    class_logits: Tensor | None,
-    labels: Tensor | None,
-    counts: Tensor | None,
-    class_weight: float,
-    bce_weight: float,
-    dice_weight: float,
-    upsample: int,
-) -> Tensor:
-    z = upsampled(mask_logits, upsample, loss_dtype(mask_logits, class_logits))
-    t = soft_targets(targets, ratio, z.shape[2], z.shape[3], z.dtype).flatten(2)
+def match_cost(a: Args) -> Tensor:
+    z = upsampled(a.mask_logits, a.upsample, loss_dtype(a.mask_logits, a.class_logits))
+    t = soft_targets(a.targets, a.ratio, z.shape[2], z.shape[3], z.dtype).flatten(2)
     p = z.flatten(2).sigmoid()
     pixels = p.shape[2]
     common = p @ t.mT
     bce = -(common + (1 - p) @ (1 - t).mT) / max(pixels, 1)
     dice = -2 * common / (((p * p).sum(2)[:, :, None] + 1e-3) + ((t * t).sum(2)[:, None, :] + 1e-3))
-    cost = bce_weight * bce + dice_weight * dice
-    if class_logits is not None and labels is not None:
-        cost = cost + class_weight * _class_cost(class_logits.to(z.dtype), labels)
-    if counts is not None:
-        padding = torch.arange(t.shape[1], device=t.device) >= counts[:, None]
+    cost = a.bce_weight * bce + a.dice_weight * dice
+    if a.class_logits is not None:
+        cost = cost + a.class_weight * _class_cost(a.class_logits.to(z.dtype), a.labels)
+    if a.counts is not None:
+        padding = torch.arange(t.shape[1], device=t.device) >= a.counts[:, None]
         cost = cost.masked_fill(padding[:, None], 0)
     return cost
 

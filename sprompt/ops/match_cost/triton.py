@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, interpreted, launch, padded, tiles
 from sprompt.ops.targets import for_triton, quad_edge
 from sprompt.ops.tile import INTERPRETED, corners, dot, fraction, soft_target, target_row
@@ -187,23 +188,12 @@ def _match_finish(
     tl.store(cost + row * G + g, tl.where(real, total, 0.0), mask=g < G)
 
 
-def match_cost(
-    mask_logits: Tensor,
-    targets: Tensor,
-    ratio: int,
-    class_logits: Tensor | None,
-    labels: Tensor | None,
-    counts: Tensor | None,
-    class_weight: float,
-    bce_weight: float,
-    dice_weight: float,
-    upsample: int,
-) -> Tensor:
+def match_cost(a: Args, cost: Tensor) -> None:
+    if cost.numel() == 0:
+        return
+    mask_logits, targets, ratio, class_logits, labels, counts, *weights, upsample = a
     B, N, h, w = mask_logits.shape
     G, K = targets.shape[1], class_logits.shape[2] if class_logits is not None else 0
-    cost = mask_logits.new_empty((B, N, G), dtype=torch.float32)
-    if cost.numel() == 0:
-        return cost
     target = for_triton(targets, ratio)
     tile = dict(config("match_cost.sums", mask_logits))
     if interpreted():  # it takes its time per tile: the same chunks in an eighth of them
@@ -275,9 +265,7 @@ def match_cost(
         labels,
         counts,
         cost,
-        class_weight,
-        bce_weight,
-        dice_weight,
+        *weights,
         N,
         G,
         K,
@@ -297,4 +285,3 @@ def match_cost(
         BLOCK_G=block,
         num_warps=1 if block <= 32 else 4,
     )
-    return cost

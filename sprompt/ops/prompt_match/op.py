@@ -19,9 +19,7 @@ def prompt_match(
     return new(prompts, B, N, C), new(prompts, B, N, dtype=torch.int64)
 
 
-@prompt_match.values
-def _(a: Args) -> None:
-    checks.counts_within("prompt_match", a.counts, a.prompts.shape[1])
+prompt_match.values(lambda a: checks.counts_within("prompt_match", a.counts, a.prompts.shape[1]))
 
 
 @prompt_match.native

@@ -16,17 +16,11 @@ def _lanes(features: Tensor) -> Tensor:
     return features if along_x or features.stride(1) == 1 else features.contiguous()
 
 
-def _boxes(boxes: Tensor) -> Tensor:
-    if boxes.dtype not in (torch.float32, torch.float64, torch.int64):
-        boxes = boxes.to(torch.float32 if boxes.is_floating_point() else torch.int64)
-    return boxes.contiguous()
-
-
-def _runs(shapes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
+def _runs(shapes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Scratch, runs and heads of csrc/region_mean/region_mean.h, of boxes or masks (B, L, ...) on a map."""
-    batch, length = shapes.shape[:2]
-    runs = native.scratch(batch, length, size[0] * ((size[1] + 3) // 4), dtype=torch.int64)
-    return runs, native.scratch(batch, length, 3, dtype=torch.int64, slot=1)
+    B, L = shapes.shape[:2]
+    runs = native.scratch(B, L, height * ((width + 3) // 4), dtype=torch.int64)
+    return runs, native.scratch(B, L, 3, dtype=torch.int64, slot=1)
 
 
 def _sums(out: Tensor) -> Tensor | None:
@@ -34,50 +28,59 @@ def _sums(out: Tensor) -> Tensor | None:
     return None if out.dtype == torch.float32 else native.scratch(native.threads(), 4 * out.shape[2] * out.shape[3])
 
 
+def wide_boxes(boxes: Tensor) -> Tensor:
+    """float32, float64 or int64, which hold every other type's values."""
+    if boxes.dtype in (torch.float32, torch.float64, torch.int64):
+        return boxes
+    return boxes.to(torch.float32 if boxes.is_floating_point() else torch.int64)
+
+
 def check_boxes(boxes: Tensor, counts: Tensor | None) -> None:
     """Real boxes are finite. Reads values: on a CPU only."""
-    if boxes.device.type != "cpu" or not boxes.is_floating_point():
+    if not boxes.is_cpu or not boxes.is_floating_point():
         return
     bad = ~boxes.isfinite().all(-1)
     if counts is not None:
         bad &= torch.arange(boxes.shape[1]) < counts[:, None]
     if bool(bad.any()):
         b, l = bad.nonzero()[0].tolist()
-        advice = "leave such boxes out, or behind counts"
-        checks.bad_value("region_mean", "boxes", "be finite", f"{boxes[b, l].tolist()} at [{b}, {l}]", advice)
+        found, advice = f"{boxes[b, l].tolist()} at [{b}, {l}]", "leave such boxes out, or behind counts"
+        checks.bad_value("region_mean", "boxes", "be finite", found, advice)
 
 
-# -- region_mean; float64 boxes are read as they are
-
-
-@op("triton", computes=("features",))
+@op("triton", computes=("features",))  # float64 boxes are read as they are
 def region_mean(features: Tensor, boxes: Tensor, counts: Tensor | None) -> Tensor:
-    return new(features, boxes.shape[0], boxes.shape[1], features.shape[1])
+    return new(features, *boxes.shape[:2], features.shape[1])
 
 
-@region_mean.values
-def _(a: Args) -> None:
-    checks.counts_within("region_mean", a.counts, a.boxes.shape[1])
+@op("triton")
+def mask_mean(features: Tensor, words: Tensor) -> Tensor:
+    return new(features, *words.shape[:2], features.shape[1])
+
+
+region_mean.values(lambda a: checks.counts_within("region_mean", a.counts, a.boxes.shape[1]))
 
 
 @region_mean.native
 def _(a: Args, out: Tensor) -> None:
     problem = native.scratch(1, dtype=torch.int64, slot=2)
-    runs, heads = _runs(a.boxes, a.features.shape[2:])
-    native._C.region_mean(_lanes(a.features), _boxes(a.boxes), a.counts, runs, heads, problem, out, native.threads())
+    boxes, runs = wide_boxes(a.boxes).contiguous(), _runs(a.boxes, *a.features.shape[2:])
+    native._C.region_mean(_lanes(a.features), boxes, a.counts, *runs, problem, out, native.threads())
     if problem.item():
         check_boxes(a.boxes, a.counts)
 
 
+@mask_mean.native
+def _(a: Args, out: Tensor) -> None:
+    runs = _runs(a.words, *a.features.shape[2:])
+    native._C.mask_mean(_lanes(a.features), a.words.contiguous(), *runs, out, native.threads())
+
+
 @region_mean.saves
+@mask_mean.saves
 def _(ctx: Any, a: Args, out: Tensor) -> None:
-    ctx.save_for_backward(a.boxes, a.counts)
+    ctx.save_for_backward(*a[1:])
     ctx.size = a.features.shape[2:]
-
-
-@region_mean.backward
-def _(ctx: Any, needs: Args, grad: Tensor) -> dict[str, Tensor]:
-    return {"features": region_mean_backward(grad, *ctx.saved_tensors, *ctx.size)} if needs.features else {}
 
 
 @op("triton", computes=("grad",))
@@ -85,43 +88,22 @@ def region_mean_backward(grad: Tensor, boxes: Tensor, counts: Tensor | None, hei
     return new(grad, grad.shape[0], grad.shape[2], height, width)
 
 
-@region_mean_backward.native
-def _(a: Args, out: Tensor) -> None:
-    runs, heads = _runs(a.boxes, out.shape[2:])
-    native._C.region_mean_backward(a.grad, _boxes(a.boxes), a.counts, runs, heads, _sums(out), out, native.threads())
-
-
-# -- mask_mean
-
-
-@op("triton")
-def mask_mean(features: Tensor, words: Tensor) -> Tensor:
-    return new(features, words.shape[0], words.shape[1], features.shape[1])
-
-
-@mask_mean.native
-def _(a: Args, out: Tensor) -> None:
-    runs, heads = _runs(a.words, a.features.shape[2:])
-    native._C.mask_mean(_lanes(a.features), a.words.contiguous(), runs, heads, out, native.threads())
-
-
-@mask_mean.saves
-def _(ctx: Any, a: Args, out: Tensor) -> None:
-    ctx.save_for_backward(a.words)
-    ctx.size = a.features.shape[2:]
-
-
-@mask_mean.backward
-def _(ctx: Any, needs: Args, grad: Tensor) -> dict[str, Tensor]:
-    return {"features": mask_mean_backward(grad, *ctx.saved_tensors, *ctx.size)} if needs.features else {}
-
-
 @op("triton")
 def mask_mean_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
     return new(grad, grad.shape[0], grad.shape[2], height, width)
 
 
+region_mean.backward(lambda ctx, _, grad: {"features": region_mean_backward(grad, *ctx.saved_tensors, *ctx.size)})
+mask_mean.backward(lambda ctx, _, grad: {"features": mask_mean_backward(grad, *ctx.saved_tensors, *ctx.size)})
+
+
+@region_mean_backward.native
+def _(a: Args, out: Tensor) -> None:
+    boxes, runs = wide_boxes(a.boxes).contiguous(), _runs(a.boxes, a.height, a.width)
+    native._C.region_mean_backward(a.grad, boxes, a.counts, *runs, _sums(out), out, native.threads())
+
+
 @mask_mean_backward.native
 def _(a: Args, out: Tensor) -> None:
-    runs, heads = _runs(a.words, out.shape[2:])
-    native._C.mask_mean_backward(a.grad, a.words.contiguous(), runs, heads, _sums(out), out, native.threads())
+    runs = _runs(a.words, a.height, a.width)
+    native._C.mask_mean_backward(a.grad, a.words.contiguous(), *runs, _sums(out), out, native.threads())

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sprompt.ops.declare import Args
-from sprompt.ops.masks.reference import unpack_masks
+from sprompt.ops.masks.reference import unpack
 from sprompt.ops.region_mean.op import check_boxes
 
 
@@ -29,7 +29,7 @@ def region_cells(boxes: Tensor, counts: Tensor | None, height: int, width: int) 
 
 
 def mask_cells(words: Tensor, height: int, width: int) -> Tensor:
-    return unpack_masks(words, height * width).unflatten(-1, (height, width))
+    return unpack(words, height * width).unflatten(-1, (height, width))
 
 
 def real(counts: Tensor, length: int) -> Tensor:

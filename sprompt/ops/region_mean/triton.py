@@ -13,6 +13,7 @@ from torch import Tensor
 from sprompt.ops import tile
 from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, tiles
+from sprompt.ops.region_mean.op import wide_boxes
 
 BLOCK_L = 32  # boxes or masks a program
 
@@ -410,19 +411,12 @@ def _cell_mean_backward(grad: Tensor, shapes: Tensor, counts: Tensor | None, box
     )
 
 
-def _boxes(boxes: Tensor) -> Tensor:
-    """f32, f64 or i64, which hold every other type's values."""
-    if boxes.dtype in (torch.float32, torch.float64, torch.int64):
-        return boxes
-    return boxes.to(torch.float32 if boxes.is_floating_point() else torch.int64)
-
-
 def region_mean(a: Args, out: Tensor) -> None:
-    _cell_mean(a.features, _boxes(a.boxes), a.counts, True, out)
+    _cell_mean(a.features, wide_boxes(a.boxes), a.counts, True, out)
 
 
 def region_mean_backward(a: Args, out: Tensor) -> None:
-    _cell_mean_backward(a.grad, _boxes(a.boxes), a.counts, True, out)
+    _cell_mean_backward(a.grad, wide_boxes(a.boxes), a.counts, True, out)
 
 
 def mask_mean(a: Args, out: Tensor) -> None:

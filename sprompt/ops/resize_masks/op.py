@@ -6,7 +6,7 @@ from torch import Tensor
 from sprompt import native
 from sprompt.masks import words_for
 from sprompt.ops.declare import Args, new, op
-from sprompt.ops.masks.registration import rows
+from sprompt.ops.masks.op import rows
 
 
 def scratch_words(w: int, width: int, threads: int) -> int:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sprompt.masks import words_for
 from sprompt.ops.declare import Args
-from sprompt.ops.masks.reference import pack_masks, unpack_masks
+from sprompt.ops.masks.reference import pack, unpack
 from sprompt.ops.resize_masks.op import extent
 
 
@@ -51,7 +51,7 @@ def resized(soft: Tensor, height: int, width: int, threshold: float, extent: tup
     step = 1 + (1 << 22) // (height * width)
     for i in range(0, len(words), step):
         held = cells[i : i + step].to(dtype).clamp(-largest, largest)
-        words[i : i + step] = pack_masks(interpolate(held, height, width, *extent), threshold)
+        words[i : i + step] = pack(interpolate(held, height, width, *extent), threshold)
     return words.reshape(*batch, n)
 
 
@@ -71,6 +71,6 @@ def resize_bits(a: Args) -> Tensor:
     flat = words.reshape(-1, words.shape[-1])
     step = 1 + (1 << 22) // (height * width + h * w)
     for i in range(0, len(flat), step):
-        cells = unpack_masks(flat[i : i + step], h * w).unflatten(-1, (h, w)).float()
+        cells = unpack(flat[i : i + step], h * w).unflatten(-1, (h, w)).float()
         out[i : i + step] = resized(cells, height, width, 0.5, (h, w))
     return out.reshape(*batch, n)

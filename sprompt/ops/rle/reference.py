@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sprompt.masks import words_for
 from sprompt.ops.declare import Args
-from sprompt.ops.masks.reference import pack_masks, unpack_masks
+from sprompt.ops.masks.reference import pack, unpack
 from sprompt.ops.rle import faults
 from sprompt.ops.rle.faults import Fault
 
@@ -15,7 +15,7 @@ from sprompt.ops.rle.faults import Fault
 def rle_encode(a: Args) -> tuple[Tensor, Tensor]:
     words, height, width = a
     words = words.reshape(words.shape[:-1].numel(), words.shape[-1])
-    strings = [_characters(_runs(unpack_masks(mask, height * width).unflatten(0, (height, width)))) for mask in words]
+    strings = [_characters(_runs(unpack(mask, height * width).unflatten(0, (height, width)))) for mask in words]
     lengths = torch.tensor([0, *map(len, strings)], dtype=torch.int64, device=words.device)
     return torch.cat([words.new_empty(0, dtype=torch.uint8), *strings]), lengths.cumsum(0)
 
@@ -56,7 +56,7 @@ def rle_decode(a: Args) -> Tensor:
         if fault[0] == faults.FINE:
             lengths = torch.tensor(runs, dtype=torch.int64, device=characters.device)
             colours = torch.arange(len(runs), device=characters.device) % 2
-            words[index] = pack_masks(colours.repeat_interleave(lengths).reshape(width, height).T, 0.5)
+            words[index] = pack(colours.repeat_interleave(lengths).reshape(width, height).T, 0.5)
     faults.raise_first(found, height, width)
     return words
 

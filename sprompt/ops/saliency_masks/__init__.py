@@ -7,8 +7,9 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import checks
-from sprompt.ops.mask_nms import registration as _mask_nms_registration  # noqa: F401, the two ops used below
-from sprompt.ops.saliency_masks import registration as registration
+from sprompt.ops.mask_nms.op import batched_mask_nms, matrix_nms
+from sprompt.ops.masks.op import mask_boxes
+from sprompt.ops.saliency_masks import op
 from sprompt.ops.saliency_masks.reference import addresses_of, grids
 
 SIMILARITIES = ("cosine", "dot")
@@ -81,25 +82,25 @@ def saliency_masks(
     >>> found.counts.tolist(), found.scores[0, :3].tolist(), found.boxes[0, :2].tolist()
     ([2], [1.0, 1.0, 0.0], [[0, 0, 4, 4], [4, 0, 8, 4]])
     """
-    op = "saliency_masks"
-    _check_features(op, features)
-    grid_height, grid_width = _checked_grid(op, seeds)
-    checks.choice(op, "similarity", similarity, SIMILARITIES)
-    checks.number(op, "threshold", threshold, "lie in (0, 1]", 0, 1)
+    name = "saliency_masks"
+    _check_features(name, features)
+    grid_height, grid_width = _checked_grid(name, seeds)
+    checks.choice(name, "similarity", similarity, SIMILARITIES)
+    checks.number(name, "threshold", threshold, "lie in (0, 1]", 0, 1)
     if threshold == 0:
-        checks.bad_value(op, "threshold", "lie in (0, 1]", threshold)
-    checks.whole(op, "min_area", min_area, "be a whole number of at least 1", 1)
-    checks.choice(op, "nms", nms, NMS)
-    checks.number(op, "iou_threshold", iou_threshold, "lie between 0 and 1", 0, 1)
-    checks.number(op, "sigma", sigma, "be a finite number of at least 0", 0, 3.4e38)
-    checks.whole(op, "max_masks", max_masks, "be a whole number of at least 1", 1)
-    _check_valid(op, valid, features)
+        checks.bad_value(name, "threshold", "lie in (0, 1]", threshold)
+    checks.whole(name, "min_area", min_area, "be a whole number of at least 1", 1)
+    checks.choice(name, "nms", nms, NMS)
+    checks.number(name, "iou_threshold", iou_threshold, "lie between 0 and 1", 0, 1)
+    checks.number(name, "sigma", sigma, "be a finite number of at least 0", 0, 3.4e38)
+    checks.whole(name, "max_masks", max_masks, "be a whole number of at least 1", 1)
+    _check_valid(name, valid, features)
     if not isinstance(return_soft, bool):
-        checks.bad_type(op, "return_soft", "be True or False", repr(return_soft))
+        checks.bad_type(name, "return_soft", "be True or False", repr(return_soft))
 
     features = features.detach()
     cosine = similarity == "cosine"
-    words, areas, scores = torch.ops.sprompt.saliency_bits(
+    words, areas, scores = op.saliency_bits(
         features, valid, grid_height, grid_width, cosine, float(threshold), min_area
     )
     size = (features.shape[2], features.shape[3])
@@ -109,8 +110,8 @@ def saliency_masks(
     addresses = torch.where(real[..., None], addresses_of(index, grids(*size, grid_height, grid_width)), -1)
     soft = None
     if return_soft:
-        soft = torch.ops.sprompt.saliency_soft(features, valid, grid_height, grid_width, cosine, addresses)
-    boxes = torch.ops.sprompt.mask_boxes(masks, *size)
+        soft = op.saliency_soft(features, valid, grid_height, grid_width, cosine, addresses)
+    boxes = mask_boxes(masks, *size)
     return SaliencyMasks(BitMasks(masks, size), torch.where(real, best, 0), soft, addresses, boxes, counts)
 
 
@@ -121,13 +122,13 @@ def _best(
     score 0: they overlap with nothing and come last."""
     missing = max(most - words.shape[1], 0)
     if nms == "greedy":
-        keep, counts = torch.ops.sprompt.batched_mask_nms(words, scores, iou_threshold, None, most)
+        keep, counts = batched_mask_nms(words, scores, iou_threshold, None, most)
         index = keep.clamp(min=0)
         if words.shape[1] == 0:
             return index, scores.new_zeros(index.shape), counts
         return index, scores.gather(1, index), counts
     kernel = "linear" if nms == "matrix_linear" else "gaussian"
-    decayed = torch.ops.sprompt.matrix_nms(words, scores, kernel, sigma, None, None)
+    decayed = matrix_nms(words, scores, kernel, sigma, None, None)
     key = torch.where(areas > 0, decayed, -1)
     # Two stable sorts: equal decayed scores keep the order of the scores before.
     order = scores.argsort(dim=1, descending=True, stable=True)
@@ -167,24 +168,22 @@ def saliency_maps(
     >>> saliency_maps(features, torch.tensor([[[2.0, 0.0]]])).squeeze().tolist()
     [1.0, 0.0, 0.6000000238418579]
     """
-    op = "saliency_maps"
-    _check_features(op, features)
-    checks.tensor(op, "seeds", seeds, checks.FLOATS)
+    name = "saliency_maps"
+    _check_features(name, features)
+    checks.tensor(name, "seeds", seeds, checks.FLOATS)
     checks.shape(
-        op,
+        name,
         "seeds",
         seeds,
         "(B, M, D)",
         (features.shape[0], None, features.shape[1]),
         "give vectors of the features' length",
     )
-    checks.choice(op, "similarity", similarity, SIMILARITIES)
-    _check_valid(op, valid, features)
-    checks.same_device(op, features=features, seeds=seeds)
+    checks.choice(name, "similarity", similarity, SIMILARITIES)
+    _check_valid(name, valid, features)
+    checks.same_device(name, features=features, seeds=seeds)
     dtype = torch.promote_types(features.dtype, seeds.dtype)
-    return torch.ops.sprompt.saliency_maps(
-        features.detach().to(dtype), seeds.detach().to(dtype), valid, similarity == "cosine"
-    )
+    return op.saliency_maps(features.detach().to(dtype), seeds.detach().to(dtype), valid, similarity == "cosine")
 
 
 def _check_features(op: str, features: Any) -> None:

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sprompt.ops.masks.reference import pack_masks
+from sprompt.ops.declare import Args
+from sprompt.ops.masks.reference import pack
 
 #: Norms are held to at least this; maps whose range is below FLAT are flat.
 SMALLEST = 1e-12
@@ -89,43 +90,34 @@ def _seeds(features: Tensor, valid: Tensor, grid_height: int, grid_width: int) -
     return pyramid_seeds(features, valid)
 
 
-def saliency_bits(
-    features: Tensor,
-    valid: Tensor | None,
-    grid_height: int,
-    grid_width: int,
-    cosine: bool,
-    threshold: float,
-    min_area: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    features, inside = wide(features), cells_valid(features, valid)
-    maps, good = normalised_maps(features, inside, *_seeds(features, inside, grid_height, grid_width), cosine)
-    bits = (maps >= threshold) & good[..., None]
+def saliency_bits(a: Args) -> tuple[Tensor, Tensor, Tensor]:
+    features, inside = wide(a.features), cells_valid(a.features, a.valid)
+    maps, good = normalised_maps(features, inside, *_seeds(features, inside, a.grid_height, a.grid_width), a.cosine)
+    bits = (maps >= a.threshold) & good[..., None]
     area = bits.sum(-1)
-    kept = area >= min_area
+    kept = area >= a.min_area
     bits, area = bits & kept[..., None], torch.where(kept, area, 0)
     score = (maps * bits).sum(-1, dtype=torch.float64) / area.clamp(min=1)
-    return pack_masks(bits[..., None, :], 0.5), area, score.to(features.dtype)
+    return pack(bits[..., None, :], 0.5), area, score.to(features.dtype)
 
 
-def saliency_soft(
-    features: Tensor, valid: Tensor | None, grid_height: int, grid_width: int, cosine: bool, addresses: Tensor
-) -> Tensor:
-    inside = cells_valid(features, valid)
+def saliency_soft(a: Args) -> Tensor:
+    features, addresses, inside = wide(a.features), a.addresses, cells_valid(a.features, a.valid)
     height, width = features.shape[2:]
     if height * width == 0:
-        return features.new_zeros((*addresses.shape[:2], height, width))
-    seeds, usable = _seeds(wide(features), inside, grid_height, grid_width)
-    index = indices(addresses, grids(height, width, grid_height, grid_width))
+        return a.features.new_zeros((*addresses.shape[:2], height, width))
+    seeds, usable = _seeds(features, inside, a.grid_height, a.grid_width)
+    index = indices(addresses, grids(height, width, a.grid_height, a.grid_width))
     chosen = seeds.gather(1, index[..., None].expand(*index.shape, seeds.shape[2]))
     usable = usable.gather(1, index) & (addresses[..., 0] >= 0)
-    maps, _ = normalised_maps(wide(features), inside, chosen, usable, cosine)
-    return maps.unflatten(-1, (height, width)).to(features.dtype)
+    maps, _ = normalised_maps(features, inside, chosen, usable, a.cosine)
+    return maps.unflatten(-1, (height, width)).to(a.features.dtype)
 
 
-def saliency_maps(features: Tensor, seeds: Tensor, valid: Tensor | None, cosine: bool) -> Tensor:
-    maps, _ = normalised_maps(wide(features), cells_valid(features, valid), wide(seeds), None, cosine)
-    return maps.unflatten(-1, tuple(features.shape[2:])).to(features.dtype)
+def saliency_maps(a: Args) -> Tensor:
+    features = wide(a.features)
+    maps, _ = normalised_maps(features, cells_valid(features, a.valid), wide(a.seeds), None, a.cosine)
+    return maps.unflatten(-1, tuple(features.shape[2:])).to(a.features.dtype)
 
 
 def indices(addresses: Tensor, sizes: Sequence[tuple[int, int]]) -> Tensor:

@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sprompt.ops import tile
+from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, tiles
-from sprompt.ops.library import FAKES
 from sprompt.ops.saliency_masks.products import Columns, columns_of, gathered, gram, norms_of, product, windows
 
 #: Bytes of products at a time.
@@ -350,18 +350,16 @@ def _blocks(images: int, rows: int, line: int, multiple: int) -> Any:
             yield b, min(b + group, images), r, min(r + step, rows)
 
 
-def saliency_bits(
-    features: Tensor, valid: Tensor | None, grid_height: int, grid_width: int, cosine: bool, threshold: float,
-    min_area: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = FAKES["saliency_bits"](features, valid, grid_height, grid_width, cosine, threshold, min_area)
+def saliency_bits(a: Args, *outputs: Tensor) -> None:
+    features, valid, grid_height, grid_width, cosine, threshold, min_area = a
     words, areas, scores = outputs
     if words.numel() == 0:
-        return words, areas.zero_(), scores.zero_()
-    x, cells, size = columns_of(features), _cells(valid), (features.shape[2], features.shape[3])
+        areas.zero_(), scores.zero_()
+        return
+    x, cells, size = columns_of(features), _cells(valid), features.shape[2:]
     if grid_height == 0:
         _pyramid_bits(x, cells, size, cosine, threshold, min_area, outputs)
-        return outputs
+        return
     rows, usable = windows(x, None, cells, size, (grid_height, grid_width))
     norms, seed_norms = _vector_norms(x, rows, cosine)
     for b0, b1, r0, r1 in _blocks(*words.shape[:2], x.line, 1):
@@ -370,7 +368,6 @@ def saliency_bits(
             products, _part(norms, b0, b1), _part(cells, b0, b1), _part(seed_norms, b0, b1), usable[b0:b1],
             tuple(output[b0:b1] for output in outputs), x.P, threshold, min_area, count=r1 - r0, base=r0, first=r0,
         )  # fmt: skip
-    return outputs
 
 
 def _vector_norms(x: Columns, rows: Tensor, cosine: bool, pooled: int = 1) -> tuple[Tensor | None, Tensor | None]:
@@ -394,24 +391,17 @@ def _write_all(
         )  # fmt: skip
 
 
-def saliency_soft(
-    features: Tensor, valid: Tensor | None, grid_height: int, grid_width: int, cosine: bool, addresses: Tensor
-) -> Tensor:
-    maps = FAKES["saliency_soft"](features, valid, grid_height, grid_width, cosine, addresses)
+def saliency_soft(a: Args, maps: Tensor) -> None:
     if maps.numel() == 0:
-        return maps
-    x, cells, size = columns_of(features), _cells(valid), (features.shape[2], features.shape[3])
-    if grid_height == 0:
-        rows, usable = gathered(x, addresses, cells, *size)
+        return
+    x, cells, size = columns_of(a.features), _cells(a.valid), a.features.shape[2:]
+    if a.grid_height == 0:
+        rows, usable = gathered(x, a.addresses, cells, *size)
     else:
-        rows, usable = windows(x, addresses, cells, size, (grid_height, grid_width))
-    _write_all(x, rows, cells, usable, cosine, maps, 4 if grid_height == 0 else 1)
-    return maps
+        rows, usable = windows(x, a.addresses, cells, size, (a.grid_height, a.grid_width))
+    _write_all(x, rows, cells, usable, a.cosine, maps, 4 if a.grid_height == 0 else 1)
 
 
-def saliency_maps(features: Tensor, seeds: Tensor, valid: Tensor | None, cosine: bool) -> Tensor:
-    maps = FAKES["saliency_maps"](features, seeds, valid, cosine)
-    if maps.numel() == 0:
-        return maps
-    _write_all(columns_of(features), seeds, _cells(valid), None, cosine, maps, 1)
-    return maps
+def saliency_maps(a: Args, maps: Tensor) -> None:
+    if maps.numel() > 0:
+        _write_all(columns_of(a.features), a.seeds, _cells(a.valid), None, a.cosine, maps, 1)

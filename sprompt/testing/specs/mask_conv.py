@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import mask_conv, mask_pool, mask_update, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random, refusals
 
 #: B, N, C, H, W. Pixels below, at and behind blocks of 64; channels and kernels that fill no register.
 SIZES = ((2, 5, 7, 4, 8), (1, 1, 1, 1, 1), (2, 13, 40, 9, 15), (1, 7, 130, 8, 8), (1, 30, 20, 5, 39), (2, 2, 3, 1, 65))
@@ -119,27 +119,21 @@ def _bound(sample: Sample) -> tuple[float, float]:
 
 
 _f, _k, _m = torch.zeros(2, 3, 4, 5), torch.zeros(2, 6, 3), torch.zeros(2, 6, 4, 5)
+_bits = BitMasks(torch.zeros(2, 6, 1, dtype=torch.int32), (4, 5))
+_bad_pool = refusals(mask_pool)
 
 
 def _product_errors(function: Callable[..., object]) -> tuple[ErrorCase, ...]:
-    op = function.__name__
+    bad = refusals(function)
     return (
-        ErrorCase("features None", lambda: function(None, _k), TypeError,
-            f"{op}: features must be a tensor, got NoneType"),
-        ErrorCase("integer features", lambda: function(_f.int(), _k), TypeError,
-            f"{op}: features must have dtype float32, "),
-        ErrorCase("integer kernels", lambda: function(_f, _k.long()), TypeError,
-            f"{op}: kernels must have dtype float32, "),
-        ErrorCase("no batch", lambda: function(_f[0], _k), ValueError,
-            rf"{op}: features must have shape \(B, C, H, W\), got \(3, 4, 5\)"),
-        ErrorCase("1x1 axes", lambda: function(_f, _k[..., None, None]), ValueError,
-            rf"{op}: kernels must have shape \(B, N, C\), got \(2, 6, 3, 1, 1\); drop 1x1 axes"),
-        ErrorCase("batches differ", lambda: function(_f, _k[:1]), ValueError,
-            rf"{op}: kernels must have shape \(B, N, C\) with B = 2 and C = 3, got \(1, 6, 3\); .*expand"),
-        ErrorCase("channels differ", lambda: function(_f, _k[..., :2]), ValueError,
-            rf"{op}: kernels must have shape \(B, N, C\) with B = 2 and C = 3, got \(2, 6, 2\)"),
-        ErrorCase("devices differ", lambda: function(_f, _k.to("meta")), ValueError,
-            rf"{op}: kernels must be on the device of features"),
+        bad("features None", r"features must be a tensor, got NoneType", None, _k, error=TypeError),
+        bad("integer features", r"features must have dtype float32, ", _f.int(), _k, error=TypeError),
+        bad("integer kernels", r"kernels must have dtype float32, ", _f, _k.long(), error=TypeError),
+        bad("no batch", r"features must have shape \(B, C, H, W\), got \(3, 4, 5\)", _f[0], _k),
+        bad("1x1 axes", r"kernels must have shape \(B, N, C\), got \(2, 6, 3, 1, 1\); drop 1x1 axes", _f, _k[..., None, None]),
+        bad("batches differ", r"kernels must have shape \(B, N, C\) with B = 2 and C = 3, got \(1, 6, 3\); .*expand", _f, _k[:1]),
+        bad("channels differ", r"kernels must have shape \(B, N, C\) with B = 2 and C = 3, got \(2, 6, 2\)", _f, _k[..., :2]),
+        bad("devices differ", r"kernels must be on the device of features", _f, _k.to("meta")),
     )  # fmt: skip
 
 
@@ -151,24 +145,15 @@ SPECS = [
     OpSpec(
         mask_pool, _pool_samples, ("mask_pool", "mask_pool_backward"), gradients=("features",), oracle=_pool_oracle, bound=_bound,
         errors=(
-            ErrorCase("features a list", lambda: mask_pool([1], _m), TypeError,
-                r"mask_pool: features must be a tensor, got list"),
-            ErrorCase("integer features", lambda: mask_pool(_f.int(), _m), TypeError,
-                r"mask_pool: features must have dtype float32, "),
-            ErrorCase("no batch", lambda: mask_pool(_f[0], _m), ValueError,
-                r"mask_pool: features must have shape \(B, C, H, W\), got \(3, 4, 5\)"),
-            ErrorCase("masks None", lambda: mask_pool(_f, None), TypeError,
-                r"mask_pool: masks must be a BitMasks or a dense tensor, got NoneType"),
-            ErrorCase("complex masks", lambda: mask_pool(_f, _m.cfloat()), TypeError,
-                r"mask_pool: masks must have dtype bool, "),
-            ErrorCase("masks of one image", lambda: mask_pool(_f, _m[0]), ValueError,
-                r"mask_pool: masks must have batch dimensions \(B, N\) with B = 2, got \(6,\)"),
-            ErrorCase("batches differ", lambda: mask_pool(_f, pack_masks(_m[:1])), ValueError,
-                r"mask_pool: masks must have batch dimensions \(B, N\) with B = 2, got \(1, 6\)"),
-            ErrorCase("sizes differ", lambda: mask_pool(_f, _m.mT), ValueError,
-                r"mask_pool: masks must have the size of the features, \(4, 5\), got \(5, 4\); resize"),
-            ErrorCase("devices differ", lambda: mask_pool(_f.to("meta"), pack_masks(_m)), ValueError,
-                r"mask_pool: masks must be on the device of features"),
+            _bad_pool("features a list", r"features must be a tensor, got list", [1], _m, error=TypeError),
+            _bad_pool("integer features", r"features must have dtype float32, ", _f.int(), _m, error=TypeError),
+            _bad_pool("no batch", r"features must have shape \(B, C, H, W\), got \(3, 4, 5\)", _f[0], _m),
+            _bad_pool("masks None", r"masks must be a BitMasks or a dense tensor, got NoneType", _f, None, error=TypeError),
+            _bad_pool("complex masks", r"masks must have dtype bool, ", _f, _m.cfloat(), error=TypeError),
+            _bad_pool("masks of one image", r"masks must have batch dimensions \(B, N\) with B = 2, got \(6,\)", _f, _m[0]),
+            _bad_pool("batches differ", r"masks must have batch dimensions \(B, N\) with B = 2, got \(1, 6\)", _f, _bits[:1]),
+            _bad_pool("sizes differ", r"masks must have the size of the features, \(4, 5\), got \(5, 4\); resize", _f, _m.mT),
+            _bad_pool("devices differ", r"masks must be on the device of features", _f.to("meta"), _bits),
         ),
     ),
     OpSpec(

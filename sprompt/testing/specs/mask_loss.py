@@ -1,7 +1,5 @@
 """mask_loss, and the samples and truths of targets that match_cost shares."""
 
-# ruff: noqa: E501 (one error case a line)
-
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +10,7 @@ from torch.nn import functional as F
 from sprompt.backends import use_backend
 from sprompt.masks import BitMasks
 from sprompt.ops import mask_loss, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random
+from sprompt.testing.spec import Bench, OpSpec, Prepared, Sample, blobs, random, refusals
 
 #: (h, w, upsample, kind of target): every kind with every way to upsample, widths around the vector length and the word.
 LAYOUTS = (
@@ -124,26 +122,29 @@ def _eager(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) -> 
     return bce.float(), (1 - 2 * a / (b + c)).float()
 
 
-_logits, _targets = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5)
+_z, _t = torch.zeros(3, 4, 5), torch.zeros(3, 4, 5)
+_bits, _bits_of_3 = (BitMasks(torch.zeros(3, n, dtype=torch.int32), size) for n, size in ((1, (4, 5)), (6, (12, 15))))
+_bad = refusals(mask_loss)
+
+_errors = (
+    _bad("a list", r"logits must be a tensor, got list", [_z], _t, error=TypeError),
+    _bad("integer logits", r"logits must have dtype float32, ", _z.long(), _t, error=TypeError),
+    _bad("a batch", r"logits must have shape \(M, h, w\), got \(1, 3, 4, 5\); flatten", _z[None], _t),
+    _bad("no targets", r"targets must be a BitMasks or a dense tensor, got NoneType", _z, None, error=TypeError),
+    _bad("int64 targets", r"targets must have dtype bool, uint8, float32.*got int64; convert", _z, _t.long(), error=TypeError),
+    _bad("fewer targets", r"targets must have shape \(M, h·upsample, w·upsample\) = \(3, 4, 5\), got \(2, 4, 5\)", _z, _t[1:]),
+    _bad("low targets", r"targets must have shape .* = \(3, 8, 10\), got \(3, 4, 5\)", _z, _t, upsample=2),
+    _bad("fewer bits", r"targets must be BitMasks of shape \(M,\) = \(3,\), got \(2,\)", _z, _bits[1:]),
+    _bad("bits of batches", r"targets must be BitMasks of shape \(M,\) = \(3,\), got \(1, 3\)", _z, _bits[None]),
+    _bad("bits of 3 times", r"targets must be BitMasks of 1, 2 or 4 times the size of the loss, \(4, 5\), got \(12, 15\)", _z, _bits_of_3),
+    _bad("upsample 0", r"upsample must be a whole number of at least 1, got 0", _z, _t, upsample=0),
+    _bad("upsample 1.5", r"upsample must be a whole number of at least 1, got 1.5", _z, _t, error=TypeError, upsample=1.5),
+    _bad("devices differ", r"targets must be on the device of logits \(cpu\), got meta", _z, _t.to("meta")),
+)  # fmt: skip
 
 SPECS = [
     OpSpec(
-        mask_loss, _samples, ("mask_loss", "mask_loss_backward"), gradients=("logits",), oracle=_oracle,
-        errors=(
-            ErrorCase("a list", lambda: mask_loss([_logits], _targets), TypeError, r"mask_loss: logits must be a tensor, got list"),  # type: ignore[arg-type]
-            ErrorCase("integer logits", lambda: mask_loss(_logits.long(), _targets), TypeError, r"mask_loss: logits must have dtype float32, "),
-            ErrorCase("a batch", lambda: mask_loss(_logits[None], _targets), ValueError, r"mask_loss: logits must have shape \(M, h, w\), got \(1, 3, 4, 5\); flatten"),
-            ErrorCase("no targets", lambda: mask_loss(_logits, None), TypeError, r"mask_loss: targets must be a BitMasks or a dense tensor, got NoneType"),  # type: ignore[arg-type]
-            ErrorCase("int64 targets", lambda: mask_loss(_logits, _targets.long()), TypeError, r"mask_loss: targets must have dtype bool, uint8, float32.*got int64; convert"),
-            ErrorCase("fewer targets", lambda: mask_loss(_logits, _targets[1:]), ValueError, r"mask_loss: targets must have shape \(M, h·upsample, w·upsample\) = \(3, 4, 5\), got \(2, 4, 5\)"),
-            ErrorCase("low targets", lambda: mask_loss(_logits, _targets, upsample=2), ValueError, r"mask_loss: targets must have shape .* = \(3, 8, 10\), got \(3, 4, 5\)"),
-            ErrorCase("fewer bits", lambda: mask_loss(_logits, pack_masks(_targets[1:])), ValueError, r"mask_loss: targets must be BitMasks of shape \(M,\) = \(3,\), got \(2,\)"),
-            ErrorCase("bits of batches", lambda: mask_loss(_logits, pack_masks(_targets[None])), ValueError, r"mask_loss: targets must be BitMasks of shape \(M,\) = \(3,\), got \(1, 3\)"),
-            ErrorCase("bits of 3 times", lambda: mask_loss(_logits, pack_masks(torch.zeros(3, 12, 15))), ValueError, r"mask_loss: targets must be BitMasks of 1, 2 or 4 times the size of the loss, \(4, 5\), got \(12, 15\)"),
-            ErrorCase("upsample 0", lambda: mask_loss(_logits, _targets, upsample=0), ValueError, r"mask_loss: upsample must be a whole number of at least 1, got 0"),
-            ErrorCase("upsample 1.5", lambda: mask_loss(_logits, _targets, upsample=1.5), TypeError, r"mask_loss: upsample must be a whole number of at least 1, got 1.5"),  # type: ignore[arg-type]
-            ErrorCase("devices differ", lambda: mask_loss(_logits, _targets.to("meta")), ValueError, r"mask_loss: targets must be on the device of logits \(cpu\), got meta"),
-        ),
+        mask_loss, _samples, ("mask_loss", "mask_loss_backward"), gradients=("logits",), oracle=_oracle, errors=_errors,
     ),
 ]  # fmt: skip
 

@@ -1,5 +1,6 @@
 """mask_nms, batched_mask_nms, matrix_nms."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import batched_mask_nms, mask_nms, matrix_nms, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random, refusals
 
 
 def saliency(count: int, height: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -245,79 +246,54 @@ _bm, _bs = _m[None], _s[None]
 _c = torch.tensor([3])
 
 
-def _bad(op: Any, name: str, error: type[Exception], rule: str, *args: Any, **options: Any) -> ErrorCase:
-    return ErrorCase(name, lambda: op(*args, **options), error, f"{op.__name__}: {rule}")
+_greedy_of, _batched_of, _matrix_of = refusals(mask_nms), refusals(batched_mask_nms), refusals(matrix_nms)
+_Bad = Callable[..., ErrorCase]
 
 
-def _shared_errors(op: Any, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
+def _shared_errors(bad: _Bad, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
     """Of masks and scores, in the ranks that the op takes."""
     form, leading = r"masks must have batch dimensions \(", "scores must have the batch dimensions of masks, "
     return (
-        _bad(op, "masks None", TypeError, "masks must be a BitMasks or a dense tensor, got NoneType", None, s),
-        _bad(op, "masks complex", TypeError, "masks must have dtype bool", m.cfloat(), s),
-        _bad(op, "masks of rank 1", ValueError, r"masks must have shape \(..., H, W\), got", m.flatten(), s),
-        _bad(op, "a single mask", ValueError, form, torch.zeros(4, 5), s),
-        _bad(op, "masks of rank 5", ValueError, form, torch.zeros(1, 1, 3, 4, 5), s),
-        _bad(op, "scores a list", TypeError, "scores must be a tensor, got list", m, [0.5]),
-        _bad(op, "scores int64", TypeError, "scores must have dtype float32", m, s.long()),
-        _bad(op, "scores too few", ValueError, leading, m, s[..., :2]),
-        _bad(op, "scores of another rank", ValueError, leading, m, s[None]),
-        _bad(
-            op, "two devices", ValueError, r"scores must be on the device of masks \(cpu\), got meta", m, s.to("meta")
-        ),
+        bad("masks None", "masks must be a BitMasks or a dense tensor, got NoneType", None, s, error=TypeError),
+        bad("masks complex", "masks must have dtype bool", m.cfloat(), s, error=TypeError),
+        bad("masks of rank 1", r"masks must have shape \(..., H, W\), got", m.flatten(), s),
+        bad("a single mask", form, torch.zeros(4, 5), s),
+        bad("masks of rank 5", form, torch.zeros(1, 1, 3, 4, 5), s),
+        bad("scores a list", "scores must be a tensor, got list", m, [0.5], error=TypeError),
+        bad("scores int64", "scores must have dtype float32", m, s.long(), error=TypeError),
+        bad("scores too few", leading, m, s[..., :2]),
+        bad("scores of another rank", leading, m, s[None]),
+        bad("two devices", r"scores must be on the device of masks \(cpu\), got meta", m, s.to("meta")),
     )
 
 
-def _threshold_errors(op: Any, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
+def _threshold_errors(bad: _Bad, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
     rule = "iou_threshold must lie between 0 and 1, got "
     return (
-        _bad(op, "threshold NaN", ValueError, rule + "nan", m, s, float("nan")),
-        _bad(op, "threshold negative", ValueError, rule + "-0.1", m, s, -0.1),
-        _bad(op, "threshold above 1", ValueError, rule + "1.5", m, s, 1.5),
-        _bad(op, "threshold a string", TypeError, rule + "'0.5'", m, s, "0.5"),
+        bad("threshold NaN", rule + "nan", m, s, float("nan")),
+        bad("threshold negative", rule + "-0.1", m, s, -0.1),
+        bad("threshold above 1", rule + "1.5", m, s, 1.5),
+        bad("threshold a string", rule + "'0.5'", m, s, "0.5", error=TypeError),
     )
 
 
-def _counts_errors(op: Any) -> tuple[ErrorCase, ...]:
+def _counts_errors(bad: _Bad) -> tuple[ErrorCase, ...]:
     form, values = r"counts must have shape \(B,\) = \(1,\), got \(", "counts must lie between 0 and 3, got "
     return (
-        _bad(op, "counts a list", TypeError, "counts must be a tensor, got list", _bm, _bs, counts=[3]),
-        _bad(op, "counts int32", TypeError, "counts must have dtype int64, got int32", _bm, _bs, counts=_c.int()),
-        _bad(
-            op,
-            "counts of rank 2",
-            ValueError,
-            r"counts must have shape \(B,\), got \(1, 1\)",
-            _bm,
-            _bs,
-            counts=_c[None],
-        ),
-        _bad(op, "counts too many", ValueError, form + "2", _bm, _bs, counts=_c.repeat(2)),
-        _bad(op, "a count above N", ValueError, values + "4", _bm, _bs, counts=_c + 1),
-        _bad(op, "a negative count", ValueError, values + "-1", _bm, _bs, counts=_c - 4),
-        _bad(
-            op, "counts elsewhere", ValueError, "counts must be on the device of masks", _bm, _bs, counts=_c.to("meta")
-        ),
-    )
-
-
-def _matrix_errors() -> tuple[ErrorCase, ...]:
-    op, sigma = matrix_nms, "sigma must be a finite number of at least 0, got "
-    shape = r"labels must have the shape of scores, \(3,\), got \(1,\)"
-    return (
-        _bad(op, "kernel", ValueError, "kernel must be one of 'gaussian', 'linear', got 'box'", _m, _s, kernel="box"),
-        _bad(op, "sigma negative", ValueError, sigma + "-1", _m, _s, sigma=-1),
-        _bad(op, "sigma infinite", ValueError, sigma + "inf", _m, _s, sigma=float("inf")),
-        _bad(op, "sigma a string", TypeError, sigma + "'2'", _m, _s, sigma="2"),
-        _bad(op, "labels float", TypeError, "labels must have dtype int64, got float32", _m, _s, labels=_s),
-        _bad(op, "labels too few", ValueError, shape, _m, _s, labels=_c),
-        _bad(op, "labels elsewhere", ValueError, "labels must be on the device", _m, _s, labels=_s.long().to("meta")),
-        _bad(op, "counts, no batch", ValueError, "counts must be None where there is no batch", _m, _s, counts=_c),
+        bad("counts a list", "counts must be a tensor, got list", _bm, _bs, counts=[3], error=TypeError),
+        bad("counts int32", "counts must have dtype int64, got int32", _bm, _bs, counts=_c.int(), error=TypeError),
+        bad("counts of rank 2", r"counts must have shape \(B,\), got \(1, 1\)", _bm, _bs, counts=_c[None]),
+        bad("counts too many", form + "2", _bm, _bs, counts=_c.repeat(2)),
+        bad("a count above N", values + "4", _bm, _bs, counts=_c + 1),
+        bad("a negative count", values + "-1", _bm, _bs, counts=_c - 4),
+        bad("counts elsewhere", "counts must be on the device of masks", _bm, _bs, counts=_c.to("meta")),
     )
 
 
 _rank = r"masks must have batch dimensions \("
 _most = "max_output must be a whole number of at least 0, got "
+_sigma = "sigma must be a finite number of at least 0, got "
+_shape = r"labels must have the shape of scores, \(3,\), got \(1,\)"
 
 SPECS = [
     OpSpec(
@@ -327,9 +303,9 @@ SPECS = [
         oracle=_mask_nms_oracle,
         dynamic=True,
         errors=(
-            *_shared_errors(mask_nms, _m, _s),
-            *_threshold_errors(mask_nms, _m, _s),
-            _bad(mask_nms, "a batch", ValueError, _rank + r"N,\), got \(1, 3\)", _bm, _bs),
+            *_shared_errors(_greedy_of, _m, _s),
+            *_threshold_errors(_greedy_of, _m, _s),
+            _greedy_of("a batch", _rank + r"N,\), got \(1, 3\)", _bm, _bs),
         ),
     ),
     OpSpec(
@@ -338,12 +314,12 @@ SPECS = [
         ("batched_mask_nms",),
         oracle=_batched_oracle,
         errors=(
-            *_shared_errors(batched_mask_nms, _bm, _bs),
-            *_threshold_errors(batched_mask_nms, _bm, _bs),
-            *_counts_errors(batched_mask_nms),
-            _bad(batched_mask_nms, "no batch", ValueError, _rank + r"B, N\), got \(3,\)", _m, _s),
-            _bad(batched_mask_nms, "max_output negative", ValueError, _most + "-1", _bm, _bs, max_output=-1),
-            _bad(batched_mask_nms, "max_output a float", TypeError, _most + "2.0", _bm, _bs, max_output=2.0),
+            *_shared_errors(_batched_of, _bm, _bs),
+            *_threshold_errors(_batched_of, _bm, _bs),
+            *_counts_errors(_batched_of),
+            _batched_of("no batch", _rank + r"B, N\), got \(3,\)", _m, _s),
+            _batched_of("max_output negative", _most + "-1", _bm, _bs, max_output=-1),
+            _batched_of("max_output a float", _most + "2.0", _bm, _bs, max_output=2.0, error=TypeError),
         ),
     ),
     OpSpec(
@@ -353,7 +329,18 @@ SPECS = [
         oracle=_matrix_oracle,
         # One float32 exponential and product; sigma * (iou^2 - c^2) is held in float64.
         bound=lambda sample: (2e-6, 1e-7),
-        errors=(*_shared_errors(matrix_nms, _m, _s), *_counts_errors(matrix_nms), *_matrix_errors()),
+        errors=(
+            *_shared_errors(_matrix_of, _m, _s),
+            *_counts_errors(_matrix_of),
+            _matrix_of("kernel", "kernel must be one of 'gaussian', 'linear', got 'box'", _m, _s, kernel="box"),
+            _matrix_of("sigma negative", _sigma + "-1", _m, _s, sigma=-1),
+            _matrix_of("sigma infinite", _sigma + "inf", _m, _s, sigma=float("inf")),
+            _matrix_of("sigma a string", _sigma + "'2'", _m, _s, sigma="2", error=TypeError),
+            _matrix_of("labels float", "labels must have dtype int64, got float32", _m, _s, labels=_s, error=TypeError),
+            _matrix_of("labels too few", _shape, _m, _s, labels=_c),
+            _matrix_of("labels elsewhere", "labels must be on the device", _m, _s, labels=_s.long().to("meta")),
+            _matrix_of("counts, no batch", "counts must be None where there is no batch", _m, _s, counts=_c),
+        ),
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""pack_masks, mask_area, mask_boxes, mask_iou."""
+"""pack_masks, mask_area, mask_boxes, mask_iou, and window_masks, the op of BitMasks.crop, pad and flip."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import mask_area, mask_boxes, mask_iou, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random
+from sprompt.testing.spec import Bench, OpSpec, Prepared, Sample, blobs, random, refusals
 
 SIZES = ((1, 1), (1, 37), (33, 1), (4, 8), (5, 7), (45, 51), (64, 64))
 
@@ -126,59 +126,91 @@ def _pycocotools_iou(a: BitMasks, b: BitMasks) -> Tensor:
     return torch.from_numpy(coco.iou(_rles_of(a), _rles_of(b), [0] * len(b))).float()
 
 
-_masks = torch.zeros(3, 4, 5)
+def window_masks(masks: BitMasks, top: int, left: int, height: int, width: int, flip: bool = False) -> BitMasks:
+    """BitMasks.pad, crop and flip: the window at (top, left), which may reach over the edges."""
+    below, right = top + height - masks.size[0], left + width - masks.size[1]
+    padded = masks.pad(max(-left, 0), max(right, 0), max(-top, 0), max(below, 0))
+    window = padded.crop(max(top, 0), max(left, 0), height, width)
+    return window.flip() if flip else window
 
-_size = r"mask_iou: b must have masks of the size of a, \(4, 5\), got \(2, 5\)"
-_batch = r"mask_iou: b must have the batch dimensions of a, \(1,\), got \(\)"
+
+def _window_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    masks = pack_masks(_dense((2, 3, 45, 77), seed, device))
+    samples = [
+        Sample(f"{h}x{w}, mirrored", (pack_masks(_dense((2, 3, h, w), seed, device)), 0, 0, h, w, True))
+        for h, w in SIZES
+    ]
+    return [
+        Sample("inside", (masks, 3, 5, 40, 71)),
+        *samples,
+        Sample("one column", (masks, 0, 76, 45, 1)),
+        Sample("more on every side", (masks, -1, -3, 50, 120)),
+        Sample("over the lower right corner", (masks[0], 30, 50, 40, 60)),
+        Sample("over the upper left corner, mirrored", (masks[0, 1], -7, -33, 30, 64, True)),
+        Sample("below", (masks, 50, 0, 5, 40)),
+        Sample("no pixels", (masks, 9, 9, 0, 4)),
+        Sample("of masks without pixels", (pack_masks(_dense((3, 0, 7), seed, device)), -1, -1, 3, 9)),
+        Sample("no masks", (masks[:, :0], 1, 2, 8, 9)),
+    ]  # fmt: skip
+
+
+def _window_oracle(masks: BitMasks, top: int, left: int, height: int, width: int, flip: bool = False) -> BitMasks:
+    dense = masks.to_dense()
+    out = dense.new_zeros((*masks.shape, height, width))
+    rows, columns = (
+        slice(max(first, 0), max(min(first + length, size), first, 0))
+        for first, length, size in ((top, height, masks.size[0]), (left, width, masks.size[1]))
+    )
+    part = dense[..., rows, columns]
+    y, x = rows.start - top, columns.start - left
+    out[..., y : y + part.shape[-2], x : x + part.shape[-1]] = part
+    return _pack_oracle(out.flip(-1) if flip else out)
+
+
+_masks = torch.zeros(3, 4, 5)
+_bits = BitMasks(torch.zeros(3, 1, dtype=torch.int32), (4, 5))
 _rank = r"masks must have shape \(..., H, W\), got \(5,\)"
-_none = r"mask_area: masks must be a BitMasks or a dense tensor, got NoneType"
+
+_pack, _area, _boxes, _iou = refusals(pack_masks), refusals(mask_area), refusals(mask_boxes), refusals(mask_iou)
+_crop, _pad = refusals(BitMasks.crop), refusals(BitMasks.pad)
 
 SPECS = [
     OpSpec(
-        pack_masks,
-        _pack_samples,
-        ("pack_masks",),
-        oracle=_pack_oracle,
+        pack_masks, _pack_samples, ("pack_masks",), oracle=_pack_oracle,
         errors=(
-            ErrorCase("list", lambda: pack_masks([1]), TypeError, "pack_masks: masks must be a tensor, got list"),
-            ErrorCase(
-                "complex", lambda: pack_masks(_masks + 1j), TypeError, "pack_masks: masks must have dtype bool, "
-            ),
-            ErrorCase("one row", lambda: pack_masks(_masks[0, 0]), ValueError, "pack_masks: " + _rank),
-            ErrorCase(
-                "threshold NaN", lambda: pack_masks(_masks, float("nan")), ValueError, "pack_masks: threshold must"
-            ),
+            _pack("list", "masks must be a tensor, got list", [1], error=TypeError),
+            _pack("complex", "masks must have dtype bool, ", _masks + 1j, error=TypeError),
+            _pack("one row", _rank, _masks[0, 0]),
+            _pack("threshold NaN", "threshold must", _masks, float("nan")),
         ),
     ),
     OpSpec(
-        mask_area,
-        _bit_samples,
-        ("mask_area",),
-        dtypes=(),
+        mask_area, _bit_samples, ("mask_area",), dtypes=(),
         oracle=lambda masks: (masks.to_dense() if isinstance(masks, BitMasks) else masks).sum((-2, -1)),
-        errors=(ErrorCase("none", lambda: mask_area(None), TypeError, _none),),
+        errors=(_area("none", "masks must be a BitMasks or a dense tensor, got NoneType", None, error=TypeError),),
     ),
     OpSpec(
-        mask_boxes,
-        _bit_samples,
-        ("mask_boxes",),
-        dtypes=(),
-        errors=(ErrorCase("one row", lambda: mask_boxes(_masks[0, 0]), ValueError, "mask_boxes: " + _rank),),
+        mask_boxes, _bit_samples, ("mask_boxes",), dtypes=(), errors=(_boxes("one row", _rank, _masks[0, 0]),),
     ),
     OpSpec(
-        mask_iou,
-        _iou_samples,
-        ("mask_iou",),
-        dtypes=(),
-        oracle=_iou_oracle,
-        bound=lambda sample: (1e-7, 0.0),
+        mask_iou, _iou_samples, ("mask_iou",), dtypes=(), oracle=_iou_oracle, bound=lambda sample: (1e-7, 0.0),
         errors=(
-            ErrorCase("sizes differ", lambda: mask_iou(_masks, _masks[:, :2]), ValueError, _size),
-            ErrorCase("batches differ", lambda: mask_iou(_masks[None], _masks), ValueError, _batch),
-            ErrorCase("one mask", lambda: mask_iou(_masks[0]), ValueError, "mask_iou: a must be a list of masks"),
+            _iou("sizes differ", r"b must have masks of the size of a, \(4, 5\), got \(2, 5\)", _masks, _masks[:, :2]),
+            _iou("batches differ", r"b must have the batch dimensions of a, \(1,\), got \(\)", _masks[None], _masks),
+            _iou("one mask", "a must be a list of masks", _masks[0]),
         ),
     ),
-]
+    OpSpec(
+        window_masks, _window_samples, ("window_masks",), dtypes=(), oracle=_window_oracle,
+        errors=(
+            _crop("higher than the masks", "the window must lie inside 4x5 pixels, got .*, height=5, ", _bits, 0, 0, 5, 4),
+            _crop("left of the masks", "the window must lie inside 4x5 pixels, got top=0, left=-1, ", _bits, 0, -1, 2, 2),
+            _crop("right of the masks", "the window must lie inside 4x5 pixels, got top=1, left=4, ", _bits, 1, 4, 2, 2),
+            _crop("a negative width", "the window must lie inside 4x5 pixels, got .*, width=-1; pad first", _bits, 0, 0, 2, -1),
+            _pad("a negative side", r"every side must be at least 0, got \(0, -1, 0, 0\); use crop", _bits, 0, -1, 0, 0),
+        ),
+    ),
+]  # fmt: skip
 
 
 def _dense_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:

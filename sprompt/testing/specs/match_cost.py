@@ -1,7 +1,5 @@
 """match_cost."""
 
-# ruff: noqa: E501 (one error case a line)
-
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +9,7 @@ from torch.nn import functional as F
 
 from sprompt.masks import BitMasks
 from sprompt.ops import match_cost, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals
 from sprompt.testing.specs.mask_loss import LAYOUTS, exact_targets, exact_upsampled, make_targets, prepared
 
 
@@ -134,42 +132,45 @@ def _vectorised(
     return (2 * focal - agree / p.shape[2] - 4 * dice).float()
 
 
-_logits, _targets, _classes = torch.zeros(2, 3, 4, 5), torch.zeros(2, 6, 4, 5), torch.zeros(2, 3, 7)
-_labels = torch.zeros(2, 6, dtype=torch.int64)
+_z, _t, _c = torch.zeros(2, 3, 4, 5), torch.zeros(2, 6, 4, 5), torch.zeros(2, 3, 7)
+_l = torch.zeros(2, 6, dtype=torch.int64)
 _seven = torch.full((2, 6), 7)
+_b = BitMasks(torch.zeros(2, 6, 1, dtype=torch.int32), (4, 5))
+_bad = refusals(match_cost)
+
+_errors = (
+    _bad("a list", r"mask_logits must be a tensor, got list", [_z], _t, error=TypeError),
+    _bad("bool logits", r"mask_logits must have dtype float32, .* got bool", _z > 0, _t, error=TypeError),
+    _bad("one image", r"mask_logits must have shape \(B, N, h, w\), got \(3, 4, 5\); one image", _z[0], _t),
+    _bad("a string of targets", r"targets must be a BitMasks or a dense tensor, got str", _z, "masks", error=TypeError),
+    _bad("int32 targets", r"targets must have dtype bool, uint8, .* got int32; convert", _z, _t.int(), error=TypeError),
+    _bad("targets of an image", r"targets must have shape \(B, G, h·upsample, w·upsample\), got \(6, 4, 5\)", _z, _t[0]),
+    _bad("low targets", r"targets must have shape .*, got \(2, 6, 4, 5\)", _z, _t, upsample=3),
+    _bad("bits of an image", r"targets must be BitMasks of shape \(B, G\), got \(6,\)", _z, _b[0]),
+    _bad("bits of half", r"targets must be BitMasks of 1, 2 or 4 times the size of the loss, \(8, 10\), got \(4, 5\)", _z, _b, upsample=2),
+    _bad("classes without labels", r"labels must be given with class_logits, got None", _z, _t, _c),
+    _bad("labels without classes", r"class_logits must be given with labels, got None", _z, _t, None, _l),
+    _bad("integer class logits", r"class_logits must have dtype float32", _z, _t, _c.long(), _l, error=TypeError),
+    _bad("classes of other kernels", r"class_logits must have shape \(B, N, K\), got \(2, 2, 7\)", _z, _t, _c[:, 1:], _l),
+    _bad("no classes", r"class_logits must have at least one class, got", _z, _t, _c[..., :0], _l),
+    _bad("int32 labels", r"labels must have dtype int64, got int32", _z, _t, _c, _l.int(), error=TypeError),
+    _bad("fewer labels", r"labels must have shape \(B, G\) = \(2, 6\), got \(2, 5\)", _z, _t, _c, _l[:, 1:]),
+    _bad("a label of K", r"labels must lie between 0 and 6, got 7", _z, _t, _c, _seven),
+    _bad("a real label of K", r"labels must lie between 0 and 6, got 7", _z, _t, _c, _seven, torch.tensor([0, 1])),
+    _bad("float counts", r"counts must have dtype int64, got float32", _z, _t, error=TypeError, counts=torch.ones(2)),
+    _bad("counts of an image", r"counts must have shape \(B,\) = \(2,\), got \(1,\)", _z, _t, counts=torch.ones(1).long()),
+    _bad("counts above G", r"counts must lie between 0 and 6, got 7", _z, _t, counts=torch.tensor([7, 0])),
+    _bad("counts below 0", r"counts must lie between 0 and 6, got -1", _z, _t, counts=torch.tensor([0, -1])),
+    _bad("two weights", r"weights must be three numbers \(class, bce, dice\), got \(1, 2\)", _z, _t, error=TypeError, weights=(1, 2)),
+    _bad("a weight of NaN", r"weights must be three numbers \(class, bce, dice\), got nan", _z, _t, weights=(1, 1, float("nan"))),
+    _bad("upsample True", r"upsample must be a whole number of at least 1, got True", _z, _t, error=TypeError, upsample=True),
+    _bad("upsample -2", r"upsample must be a whole number of at least 1, got -2", _z, _t, upsample=-2),
+    _bad("devices differ", r"labels must be on the device of mask_logits \(cpu\), got meta", _z, _t, _c, _l.to("meta")),
+)  # fmt: skip
 
 SPECS = [
     OpSpec(
-        match_cost, _samples, ("match_cost",), oracle=_oracle,
-        errors=(
-            ErrorCase("a list", lambda: match_cost([_logits], _targets), TypeError, r"match_cost: mask_logits must be a tensor, got list"),  # type: ignore[arg-type]
-            ErrorCase("bool logits", lambda: match_cost(_logits > 0, _targets), TypeError, r"match_cost: mask_logits must have dtype float32, .* got bool"),
-            ErrorCase("one image", lambda: match_cost(_logits[0], _targets), ValueError, r"match_cost: mask_logits must have shape \(B, N, h, w\), got \(3, 4, 5\); one image"),
-            ErrorCase("a string of targets", lambda: match_cost(_logits, "masks"), TypeError, r"match_cost: targets must be a BitMasks or a dense tensor, got str"),  # type: ignore[arg-type]
-            ErrorCase("int32 targets", lambda: match_cost(_logits, _targets.int()), TypeError, r"match_cost: targets must have dtype bool, uint8, .* got int32; convert"),
-            ErrorCase("targets of an image", lambda: match_cost(_logits, _targets[0]), ValueError, r"match_cost: targets must have shape \(B, G, h·upsample, w·upsample\), got \(6, 4, 5\)"),
-            ErrorCase("low targets", lambda: match_cost(_logits, _targets, upsample=3), ValueError, r"match_cost: targets must have shape .*, got \(2, 6, 4, 5\)"),
-            ErrorCase("bits of an image", lambda: match_cost(_logits, pack_masks(_targets[0])), ValueError, r"match_cost: targets must be BitMasks of shape \(B, G\), got \(6,\)"),
-            ErrorCase("bits of half", lambda: match_cost(_logits, pack_masks(_targets), upsample=2), ValueError, r"match_cost: targets must be BitMasks of 1, 2 or 4 times the size of the loss, \(8, 10\), got \(4, 5\)"),
-            ErrorCase("classes without labels", lambda: match_cost(_logits, _targets, _classes), ValueError, r"match_cost: labels must be given with class_logits, got None"),
-            ErrorCase("labels without classes", lambda: match_cost(_logits, _targets, None, _labels), ValueError, r"match_cost: class_logits must be given with labels, got None"),
-            ErrorCase("integer class logits", lambda: match_cost(_logits, _targets, _classes.long(), _labels), TypeError, r"match_cost: class_logits must have dtype float32"),
-            ErrorCase("classes of other kernels", lambda: match_cost(_logits, _targets, _classes[:, 1:], _labels), ValueError, r"match_cost: class_logits must have shape \(B, N, K\), got \(2, 2, 7\)"),
-            ErrorCase("no classes", lambda: match_cost(_logits, _targets, _classes[..., :0], _labels), ValueError, r"match_cost: class_logits must have at least one class, got"),
-            ErrorCase("int32 labels", lambda: match_cost(_logits, _targets, _classes, _labels.int()), TypeError, r"match_cost: labels must have dtype int64, got int32"),
-            ErrorCase("fewer labels", lambda: match_cost(_logits, _targets, _classes, _labels[:, 1:]), ValueError, r"match_cost: labels must have shape \(B, G\) = \(2, 6\), got \(2, 5\)"),
-            ErrorCase("a label of K", lambda: match_cost(_logits, _targets, _classes, _seven), ValueError, r"match_cost: labels must lie between 0 and 6, got 7"),
-            ErrorCase("a real label of K", lambda: match_cost(_logits, _targets, _classes, _seven, torch.tensor([0, 1])), ValueError, r"match_cost: labels must lie between 0 and 6, got 7"),
-            ErrorCase("float counts", lambda: match_cost(_logits, _targets, counts=torch.ones(2)), TypeError, r"match_cost: counts must have dtype int64, got float32"),
-            ErrorCase("counts of an image", lambda: match_cost(_logits, _targets, counts=torch.ones(1).long()), ValueError, r"match_cost: counts must have shape \(B,\) = \(2,\), got \(1,\)"),
-            ErrorCase("counts above G", lambda: match_cost(_logits, _targets, counts=torch.tensor([7, 0])), ValueError, r"match_cost: counts must lie between 0 and 6, got 7"),
-            ErrorCase("counts below 0", lambda: match_cost(_logits, _targets, counts=torch.tensor([0, -1])), ValueError, r"match_cost: counts must lie between 0 and 6, got -1"),
-            ErrorCase("two weights", lambda: match_cost(_logits, _targets, weights=(1.0, 2.0)), TypeError, r"match_cost: weights must be three numbers \(class, bce, dice\), got \(1.0, 2.0\)"),  # type: ignore[arg-type]
-            ErrorCase("a weight of NaN", lambda: match_cost(_logits, _targets, weights=(1, 1, float("nan"))), ValueError, r"match_cost: weights must be three numbers \(class, bce, dice\), got nan"),
-            ErrorCase("upsample True", lambda: match_cost(_logits, _targets, upsample=True), TypeError, r"match_cost: upsample must be a whole number of at least 1, got True"),
-            ErrorCase("upsample -2", lambda: match_cost(_logits, _targets, upsample=-2), ValueError, r"match_cost: upsample must be a whole number of at least 1, got -2"),
-            ErrorCase("devices differ", lambda: match_cost(_logits, _targets, _classes, _labels.to("meta")), ValueError, r"match_cost: labels must be on the device of mask_logits \(cpu\), got meta"),
-        ),
+        match_cost, _samples, ("match_cost",), oracle=_oracle, errors=_errors,
     ),
 ]  # fmt: skip
 
@@ -212,7 +213,8 @@ BENCHES = [
     Bench(
         match_cost, f"12 images, 100 x 20 on (100x168) up 2, {name}", _bench(kind, 12), _eager,
         vectorised=_vectorised if kind != "bits 4" else False, dtypes=(torch.float32, torch.bfloat16), device="cuda",
-        flops=12 * (2 * 100 * 20 * 67200 + 100 * 67200 * 30), bytes=12 * (100 * 16800 * 4 + 20 * 67200 * size), goals={"forward": 8, "memory": 10},
+        flops=12 * (2 * 100 * 20 * 67200 + 100 * 67200 * 30), bytes=12 * (100 * 16800 * 4 + 20 * 67200 * size),
+        goals={"forward": 8, "memory": 10},
     )
     for kind, name, size in (("float", "soft targets", 4.0), ("bits 1", "bits", 1 / 8), ("bits 4", "bits of 800x1344", 2.0))
 ]  # fmt: skip

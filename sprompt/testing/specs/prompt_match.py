@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sprompt.ops import PromptMatch, prompt_match
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, random
+from sprompt.testing.spec import Bench, OpSpec, Sample, random, refusals
 
 
 def _counts(device: torch.device, *values: int) -> Tensor:
@@ -122,116 +122,32 @@ def compare_match(actual: PromptMatch, expected: PromptMatch, sample: Sample) ->
     torch.testing.assert_close(actual.kernels.cpu(), sum_, rtol=0, atol=0, equal_nan=True)
 
 
-_kernels = torch.zeros(2, 5, 8)
-_prompts = torch.zeros(2, 3, 8)
+_k, _p = torch.zeros(2, 5, 8), torch.zeros(2, 3, 8)
+_bad = refusals(prompt_match)
 
 PROMPT_MATCH = OpSpec(
-    prompt_match,
-    _match_samples,
-    ("prompt_match",),
-    gradients=("kernels", "prompts"),
-    oracle=match_oracle,
-    compare=compare_match,
+    prompt_match, _match_samples, ("prompt_match",), gradients=("kernels", "prompts"), oracle=match_oracle, compare=compare_match,
     bound=lambda sample: (1e-5, 1e-5),
     errors=(
-        ErrorCase(
-            "a list",
-            lambda: prompt_match([1], _prompts),
-            TypeError,
-            r"prompt_match: kernels must be a tensor, got list",
-        ),
-        ErrorCase(
-            "integer kernels",
-            lambda: prompt_match(_kernels.long(), _prompts),
-            TypeError,
-            r"prompt_match: kernels must have dtype float32, .*, got int64",
-        ),
-        ErrorCase(
-            "integer prompts",
-            lambda: prompt_match(_kernels, _prompts.long()),
-            TypeError,
-            r"prompt_match: prompts must have dtype float32, .*, got int64",
-        ),
-        ErrorCase(
-            "prompts of one image",
-            lambda: prompt_match(_kernels, _prompts[0]),
-            ValueError,
-            r"prompt_match: prompts must have shape \(B, L, C\), got \(3, 8\)",
-        ),
-        ErrorCase(
-            "one kernel",
-            lambda: prompt_match(_kernels[0, 0], _prompts),
-            ValueError,
-            r"prompt_match: kernels must have shape \(B, N, C\) or \(N, C\)",
-        ),
-        ErrorCase(
-            "kernels of other images",
-            lambda: prompt_match(_kernels[:1], _prompts),
-            ValueError,
-            r"prompt_match: kernels must have shape \(B, N, C\) or \(N, C\), got \(1, 5, 8\); kernels and prompts share",
-        ),
-        ErrorCase(
-            "batch in the middle",
-            lambda: prompt_match(_kernels.transpose(0, 1), _prompts),
-            ValueError,
-            r"prompt_match: kernels must have shape",
-        ),
-        ErrorCase(
-            "other channels",
-            lambda: prompt_match(_kernels[0, :, :7], _prompts),
-            ValueError,
-            r"prompt_match: kernels must have shape \(N, C\), got \(5, 7\)",
-        ),
-        ErrorCase(
-            "float counts",
-            lambda: prompt_match(_kernels, _prompts, torch.ones(2)),
-            TypeError,
-            r"prompt_match: counts must have dtype int64, got float32",
-        ),
-        ErrorCase(
-            "one count",
-            lambda: prompt_match(_kernels, _prompts, torch.tensor([1])),
-            ValueError,
-            r"prompt_match: counts must have shape \(B,\) = \(2,\), got \(1,\)",
-        ),
-        ErrorCase(
-            "negative count",
-            lambda: prompt_match(_kernels, _prompts, torch.tensor([-1, 1])),
-            ValueError,
-            r"prompt_match: counts must lie between 0 and 3, got -1",
-        ),
-        ErrorCase(
-            "unknown assignment",
-            lambda: prompt_match(_kernels, _prompts, assign="euclid"),
-            ValueError,
-            r"prompt_match: assign must be one of 'cosine', 'sequential', 'random', got 'euclid'",
-        ),
-        ErrorCase(
-            "dropout above 1",
-            lambda: prompt_match(_kernels, _prompts, dropout=1.5),
-            ValueError,
-            r"prompt_match: dropout must be a number between 0 and 1, got 1.5",
-        ),
-        ErrorCase(
-            "dropout of text",
-            lambda: prompt_match(_kernels, _prompts, dropout="0.1"),
-            TypeError,
-            r"prompt_match: dropout must be a number between 0 and 1, got '0.1'",
-        ),
-        ErrorCase(
-            "a seed",
-            lambda: prompt_match(_kernels, _prompts, generator=3),
-            TypeError,
-            r"prompt_match: generator must be a torch.Generator or None, got int",
-        ),
-        ErrorCase(
-            "another device",
-            lambda: prompt_match(_kernels, _prompts.to("meta")),
-            ValueError,
-            r"prompt_match: prompts must be on the device of kernels \(cpu\), got meta",
-        ),
+        _bad("a list", r"kernels must be a tensor, got list", [1], _p, error=TypeError),
+        _bad("integer kernels", r"kernels must have dtype float32, .*, got int64", _k.long(), _p, error=TypeError),
+        _bad("integer prompts", r"prompts must have dtype float32, .*, got int64", _k, _p.long(), error=TypeError),
+        _bad("prompts of one image", r"prompts must have shape \(B, L, C\), got \(3, 8\)", _k, _p[0]),
+        _bad("one kernel", r"kernels must have shape \(B, N, C\) or \(N, C\)", _k[0, 0], _p),
+        _bad("kernels of other images",
+            r"kernels must have shape \(B, N, C\) or \(N, C\), got \(1, 5, 8\); kernels and prompts share", _k[:1], _p),
+        _bad("batch in the middle", r"kernels must have shape", _k.transpose(0, 1), _p),
+        _bad("other channels", r"kernels must have shape \(N, C\), got \(5, 7\)", _k[0, :, :7], _p),
+        _bad("float counts", r"counts must have dtype int64, got float32", _k, _p, torch.ones(2), error=TypeError),
+        _bad("one count", r"counts must have shape \(B,\) = \(2,\), got \(1,\)", _k, _p, torch.tensor([1])),
+        _bad("negative count", r"counts must lie between 0 and 3, got -1", _k, _p, torch.tensor([-1, 1])),
+        _bad("unknown assignment", r"assign must be one of 'cosine', 'sequential', 'random', got 'euclid'", _k, _p, assign="euclid"),
+        _bad("dropout above 1", r"dropout must be a number between 0 and 1, got 1.5", _k, _p, dropout=1.5),
+        _bad("dropout of text", r"dropout must be a number between 0 and 1, got '0.1'", _k, _p, error=TypeError, dropout="0.1"),
+        _bad("a seed", r"generator must be a torch.Generator or None, got int", _k, _p, error=TypeError, generator=3),
+        _bad("another device", r"prompts must be on the device of kernels \(cpu\), got meta", _k, _p.to("meta")),
     ),
-)
+)  # fmt: skip
 
 SPECS = [PROMPT_MATCH]
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import mask_mean, pack_masks, region_mean
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals
 
 MAPS = ((1, 1, 1), (5, 9, 1), (9, 25, 42), (16, 4, 8), (3, 11, 70))  # C, H, W
 
@@ -87,95 +87,29 @@ def _mean_bound(sample: Sample) -> tuple[float, float]:
     return (n + 2) * 2.0**-24, (n + 2) * 2.0**-24
 
 
-_map = torch.zeros(2, 3, 4, 5)
+_x = torch.zeros(2, 3, 4, 5)
 _boxes = torch.zeros(2, 6, 4)
 _bad_box = torch.tensor([[[0, 0, 1, 1], [0, 0, math.nan, 1]], [[0, 0, 1, 1], [math.inf, 0, 1, 1]]])
+_bad_region = refusals(region_mean)
 
 REGION_MEAN = OpSpec(
-    region_mean,
-    _region_samples,
-    ("region_mean",),
-    gradients=("features",),
-    oracle=_region_oracle,
-    bound=_mean_bound,
+    region_mean, _region_samples, ("region_mean",), gradients=("features",), oracle=_region_oracle, bound=_mean_bound,
     errors=(
-        ErrorCase(
-            "a list", lambda: region_mean([1], _boxes), TypeError, r"region_mean: features must be a tensor, got list"
-        ),
-        ErrorCase(
-            "integer map",
-            lambda: region_mean(_map.int(), _boxes),
-            TypeError,
-            r"region_mean: features must have dtype float32, .*, got int32",
-        ),
-        ErrorCase(
-            "one map",
-            lambda: region_mean(_map[0], _boxes),
-            ValueError,
-            r"region_mean: features must have shape \(B, C, H, W\), got \(3, 4, 5\); add",
-        ),
-        ErrorCase(
-            "boxes of one image",
-            lambda: region_mean(_map, _boxes[0]),
-            ValueError,
-            r"region_mean: boxes must have shape \(B, L, 4\), got \(6, 4\)",
-        ),
-        ErrorCase(
-            "five numbers",
-            lambda: region_mean(_map, torch.zeros(2, 6, 5)),
-            ValueError,
-            r"region_mean: boxes must have shape \(B, L, 4\), got \(2, 6, 5\)",
-        ),
-        ErrorCase(
-            "boxes of other images",
-            lambda: region_mean(_map, _boxes[:1]),
-            ValueError,
-            r"region_mean: boxes must have shape",
-        ),
-        ErrorCase(
-            "bool boxes",
-            lambda: region_mean(_map, _boxes.bool()),
-            TypeError,
-            r"region_mean: boxes must have dtype .*, got bool",
-        ),
-        ErrorCase(
-            "a NaN box",
-            lambda: region_mean(_map, _bad_box),
-            ValueError,
-            r"region_mean: boxes must be finite, got \[0.0, 0.0, nan, 1.0\] at \[0, 1\]",
-        ),
-        ErrorCase(
-            "an infinite box",
-            lambda: region_mean(_map, _bad_box, torch.tensor([1, 2])),
-            ValueError,
-            r"region_mean: boxes must be finite, got \[inf, 0.0, 1.0, 1.0\] at \[1, 1\]",
-        ),
-        ErrorCase(
-            "int32 counts",
-            lambda: region_mean(_map, _boxes, torch.tensor([1, 2], dtype=torch.int32)),
-            TypeError,
-            r"region_mean: counts must have dtype int64, got int32",
-        ),
-        ErrorCase(
-            "three counts",
-            lambda: region_mean(_map, _boxes, torch.tensor([1, 2, 3])),
-            ValueError,
-            r"region_mean: counts must have shape \(B,\) = \(2,\), got \(3,\)",
-        ),
-        ErrorCase(
-            "too many",
-            lambda: region_mean(_map, _boxes, torch.tensor([1, 7])),
-            ValueError,
-            r"region_mean: counts must lie between 0 and 6, got 7",
-        ),
-        ErrorCase(
-            "another device",
-            lambda: region_mean(_map, _boxes.to("meta")),
-            ValueError,
-            r"region_mean: boxes must be on the device of features \(cpu\), got meta",
-        ),
+        _bad_region("a list", r"features must be a tensor, got list", [1], _boxes, error=TypeError),
+        _bad_region("integer map", r"features must have dtype float32, .*, got int32", _x.int(), _boxes, error=TypeError),
+        _bad_region("one map", r"features must have shape \(B, C, H, W\), got \(3, 4, 5\); add", _x[0], _boxes),
+        _bad_region("boxes of one image", r"boxes must have shape \(B, L, 4\), got \(6, 4\)", _x, _boxes[0]),
+        _bad_region("five numbers", r"boxes must have shape \(B, L, 4\), got \(2, 6, 5\)", _x, torch.zeros(2, 6, 5)),
+        _bad_region("boxes of other images", r"boxes must have shape", _x, _boxes[:1]),
+        _bad_region("bool boxes", r"boxes must have dtype .*, got bool", _x, _boxes.bool(), error=TypeError),
+        _bad_region("a NaN box", r"boxes must be finite, got \[0.0, 0.0, nan, 1.0\] at \[0, 1\]", _x, _bad_box),
+        _bad_region("an infinite box", r"boxes must be finite, got \[inf, 0.0, 1.0, 1.0\] at \[1, 1\]", _x, _bad_box, torch.tensor([1, 2])),
+        _bad_region("int32 counts", r"counts must have dtype int64, got int32", _x, _boxes, torch.tensor([1, 2]).int(), error=TypeError),
+        _bad_region("three counts", r"counts must have shape \(B,\) = \(2,\), got \(3,\)", _x, _boxes, torch.tensor([1, 2, 3])),
+        _bad_region("too many", r"counts must lie between 0 and 6, got 7", _x, _boxes, torch.tensor([1, 7])),
+        _bad_region("another device", r"boxes must be on the device of features \(cpu\), got meta", _x, _boxes.to("meta")),
     ),
-)
+)  # fmt: skip
 
 
 # ---- mask_mean
@@ -218,56 +152,21 @@ def _mask_oracle(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
 
 
 _masks = torch.zeros(2, 6, 4, 5)
+_meta_bits = BitMasks(torch.zeros(2, 6, 1, dtype=torch.int32, device="meta"), (4, 5))
+_bad_mask = refusals(mask_mean)
 
 MASK_MEAN = OpSpec(
-    mask_mean,
-    _mask_samples,
-    ("mask_mean",),
-    gradients=("features",),
-    oracle=_mask_oracle,
-    bound=_mean_bound,
+    mask_mean, _mask_samples, ("mask_mean",), gradients=("features",), oracle=_mask_oracle, bound=_mean_bound,
     errors=(
-        ErrorCase(
-            "a number", lambda: mask_mean(1, _masks), TypeError, r"mask_mean: features must be a tensor, got int"
-        ),
-        ErrorCase(
-            "one map",
-            lambda: mask_mean(_map[0], _masks),
-            ValueError,
-            r"mask_mean: features must have shape \(B, C, H, W\)",
-        ),
-        ErrorCase(
-            "no masks",
-            lambda: mask_mean(_map, None),
-            TypeError,
-            r"mask_mean: masks must be a BitMasks or a dense tensor, got NoneType",
-        ),
-        ErrorCase(
-            "another size",
-            lambda: mask_mean(_map, _masks[..., :4]),
-            ValueError,
-            r"mask_mean: masks must have the size of the map, \(4, 5\), got \(4, 4\); resize",
-        ),
-        ErrorCase(
-            "masks of one image",
-            lambda: mask_mean(_map, _masks[0]),
-            ValueError,
-            r"mask_mean: masks must have batch dimensions \(B, L\) with B = 2, got \(6,\)",
-        ),
-        ErrorCase(
-            "masks of other images",
-            lambda: mask_mean(_map, _masks[:1]),
-            ValueError,
-            r"mask_mean: masks must have batch dimensions \(B, L\) with B = 2, got \(1, 6\)",
-        ),
-        ErrorCase(
-            "another device",
-            lambda: mask_mean(_map, BitMasks(torch.zeros(2, 6, 1, dtype=torch.int32, device="meta"), (4, 5))),
-            ValueError,
-            r"mask_mean: masks must be on the device of features",
-        ),
+        _bad_mask("a number", r"features must be a tensor, got int", 1, _masks, error=TypeError),
+        _bad_mask("one map", r"features must have shape \(B, C, H, W\)", _x[0], _masks),
+        _bad_mask("no masks", r"masks must be a BitMasks or a dense tensor, got NoneType", _x, None, error=TypeError),
+        _bad_mask("another size", r"masks must have the size of the map, \(4, 5\), got \(4, 4\); resize", _x, _masks[..., :4]),
+        _bad_mask("masks of one image", r"masks must have batch dimensions \(B, L\) with B = 2, got \(6,\)", _x, _masks[0]),
+        _bad_mask("masks of other images", r"masks must have batch dimensions \(B, L\) with B = 2, got \(1, 6\)", _x, _masks[:1]),
+        _bad_mask("another device", r"masks must be on the device of features", _x, _meta_bits),
     ),
-)
+)  # fmt: skip
 
 
 SPECS = [REGION_MEAN, MASK_MEAN]

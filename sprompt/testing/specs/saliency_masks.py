@@ -1,7 +1,6 @@
 """saliency_masks, saliency_maps."""
 
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from sprompt.masks import BitMasks
 from sprompt.ops import SaliencyMasks, saliency_maps, saliency_masks
 from sprompt.testing.compare import assert_close
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random
+from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals
 
 #: Sizes with every remainder of 4 on either side, below 4 as well.
 SIZES = ((1, 1), (1, 9), (5, 2), (4, 8), (7, 6))
@@ -323,103 +322,44 @@ _x = torch.zeros(1, 3, 4, 5)
 _s = torch.zeros(1, 2, 3)
 
 
-def _refused(
-    function: Callable[..., Any], *cases: tuple[str, tuple[Any, ...], dict[str, Any], type[Exception], str]
-) -> Any:
-    """(name, arguments, options, error, message behind "op: ")."""
-    return tuple(
-        ErrorCase(name, partial(function, *args, **options), error, f"{function.__name__}: {message}")
-        for name, args, options, error, message in cases
-    )
-
+_masks_of, _maps_of = refusals(saliency_masks), refusals(saliency_maps)
 
 SPECS = [
     OpSpec(
-        saliency_masks,
-        _samples,
-        ("saliency_bits", "saliency_soft", "mask_boxes", "matrix_nms", "batched_mask_nms"),
-        oracle=_oracle,
-        compare=_compare,
-        errors=_refused(
-            saliency_masks,
-            ("a list", ([1],), {}, TypeError, "features must be a tensor, got list"),
-            ("integers", (_x.int(),), {}, TypeError, "features must have dtype float32"),
-            ("no batch", (_x[0],), {}, ValueError, r"features must have shape \(B, D, H, W\), got \(3, 4, 5\)"),
-            (
-                "seeds by a wrong name",
-                (_x,),
-                {"seeds": "grid"},
-                ValueError,
-                "seeds must be one of 'pyramid', got 'grid'",
-            ),
-            ("seeds a number", (_x,), {"seeds": 3}, TypeError, r'seeds must be "pyramid" or a grid \(h, w\), got 3'),
-            (
-                "seeds of 0",
-                (_x,),
-                {"seeds": (3, 0)},
-                ValueError,
-                "seeds must be two whole numbers of at least 1, got 0",
-            ),
-            (
-                "similarity",
-                (_x,),
-                {"similarity": "l2"},
-                ValueError,
-                "similarity must be one of 'cosine', 'dot', got 'l2'",
-            ),
-            ("threshold 0", (_x,), {"threshold": 0}, ValueError, r"threshold must lie in \(0, 1\], got 0"),
-            ("threshold 2", (_x,), {"threshold": 2}, ValueError, r"threshold must lie in \(0, 1\], got 2"),
-            ("min_area 0", (_x,), {"min_area": 0}, ValueError, "min_area must be a whole number of at least 1, got 0"),
-            (
-                "nms",
-                (_x,),
-                {"nms": "soft"},
-                ValueError,
-                "nms must be one of 'matrix', 'matrix_linear', 'greedy', got 'soft'",
-            ),
-            ("iou_threshold", (_x,), {"iou_threshold": 2}, ValueError, "iou_threshold must lie between 0 and 1, got 2"),
-            ("sigma", (_x,), {"sigma": -1}, ValueError, "sigma must be a finite number of at least 0, got -1"),
-            (
-                "max_masks",
-                (_x,),
-                {"max_masks": 2.5},
-                TypeError,
-                "max_masks must be a whole number of at least 1, got 2.5",
-            ),
-            ("valid floats", (_x,), {"valid": _x[:, 0]}, TypeError, "valid must have dtype bool, got float32"),
-            (
-                "valid cut",
-                (_x,),
-                {"valid": _x[:, 0, 1:] > 0},
-                ValueError,
-                r"valid must have shape \(B, H, W\) = \(1, 4, 5\)",
-            ),
-            ("return_soft", (_x,), {"return_soft": 1}, TypeError, "return_soft must be True or False, got 1"),
+        saliency_masks, _samples, ("saliency_bits", "saliency_soft", "mask_boxes", "matrix_nms", "batched_mask_nms"),
+        oracle=_oracle, compare=_compare,
+        errors=(
+            _masks_of("a list", "features must be a tensor, got list", [1], error=TypeError),
+            _masks_of("integers", "features must have dtype float32", _x.int(), error=TypeError),
+            _masks_of("no batch", r"features must have shape \(B, D, H, W\), got \(3, 4, 5\)", _x[0]),
+            _masks_of("seeds by a wrong name", "seeds must be one of 'pyramid', got 'grid'", _x, seeds="grid"),
+            _masks_of("seeds a number", r'seeds must be "pyramid" or a grid \(h, w\), got 3', _x, seeds=3, error=TypeError),
+            _masks_of("seeds of 0", "seeds must be two whole numbers of at least 1, got 0", _x, seeds=(3, 0)),
+            _masks_of("similarity", "similarity must be one of 'cosine', 'dot', got 'l2'", _x, similarity="l2"),
+            _masks_of("threshold 0", r"threshold must lie in \(0, 1\], got 0", _x, threshold=0),
+            _masks_of("threshold 2", r"threshold must lie in \(0, 1\], got 2", _x, threshold=2),
+            _masks_of("min_area 0", "min_area must be a whole number of at least 1, got 0", _x, min_area=0),
+            _masks_of("nms", "nms must be one of 'matrix', 'matrix_linear', 'greedy', got 'soft'", _x, nms="soft"),
+            _masks_of("iou_threshold", "iou_threshold must lie between 0 and 1, got 2", _x, iou_threshold=2),
+            _masks_of("sigma", "sigma must be a finite number of at least 0, got -1", _x, sigma=-1),
+            _masks_of("max_masks", "max_masks must be a whole number of at least 1, got 2.5", _x, max_masks=2.5, error=TypeError),
+            _masks_of("valid floats", "valid must have dtype bool, got float32", _x, valid=_x[:, 0], error=TypeError),
+            _masks_of("valid cut", r"valid must have shape \(B, H, W\) = \(1, 4, 5\)", _x, valid=_x[:, 0, 1:] > 0),
+            _masks_of("return_soft", "return_soft must be True or False, got 1", _x, return_soft=1, error=TypeError),
         ),
     ),
     OpSpec(
-        saliency_maps,
-        _map_samples,
-        ("saliency_maps",),
-        oracle=_maps_oracle,
-        bound=lambda sample: (1e-5, 1e-5),
-        errors=_refused(
-            saliency_maps,
-            ("no batch", (_x[0], _s), {}, ValueError, r"features must have shape \(B, D, H, W\)"),
-            ("seeds a number", (_x, 3), {}, TypeError, "seeds must be a tensor, got int"),
-            ("seeds integers", (_x, _s.long()), {}, TypeError, "seeds must have dtype float32"),
-            (
-                "seeds cut",
-                (_x, _s[..., 1:]),
-                {},
-                ValueError,
-                r"seeds must have shape \(B, M, D\), got \(1, 2, 2\); give vec",
-            ),
-            ("similarity", (_x, _s), {"similarity": ""}, ValueError, "similarity must be one of"),
-            ("valid", (_x, _s), {"valid": _x > 0}, ValueError, r"valid must have shape \(B, H, W\)"),
+        saliency_maps, _map_samples, ("saliency_maps",), oracle=_maps_oracle, bound=lambda sample: (1e-5, 1e-5),
+        errors=(
+            _maps_of("no batch", r"features must have shape \(B, D, H, W\)", _x[0], _s),
+            _maps_of("seeds a number", "seeds must be a tensor, got int", _x, 3, error=TypeError),
+            _maps_of("seeds integers", "seeds must have dtype float32", _x, _s.long(), error=TypeError),
+            _maps_of("seeds cut", r"seeds must have shape \(B, M, D\), got \(1, 2, 2\); give vec", _x, _s[..., 1:]),
+            _maps_of("similarity", "similarity must be one of", _x, _s, similarity=""),
+            _maps_of("valid", r"valid must have shape \(B, H, W\)", _x, _s, valid=_x > 0),
         ),
     ),
-]
+]  # fmt: skip
 
 
 def _bench(height: int, width: int, noise: float, batch: int = 1, **options: Any) -> Any:

@@ -1,7 +1,7 @@
 #include "common/bits.h"
+#include "common/lanes.h"
 #include "common/threads.h"
-#include "prompts/lanes.h"
-#include "prompts/prompts.h"
+#include "region_mean/region_mean.h"
 
 namespace sprompt {
 namespace SPROMPT_ISA {

@@ -1,6 +1,6 @@
+#include "common/lanes.h"
 #include "common/threads.h"
-#include "prompts/lanes.h"
-#include "prompts/prompts.h"
+#include "prompt_match/prompt_match.h"
 
 namespace sprompt {
 namespace SPROMPT_ISA {

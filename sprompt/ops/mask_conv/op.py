@@ -1,0 +1,148 @@
+"""The declarations of mask_conv, mask_pool and mask_update."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sprompt import native
+from sprompt.masks import words_for
+from sprompt.ops.declare import Args, new, op
+
+BLOCK = 64  # pixels: what the kernels work on at a time
+CHUNKS = 32  # about so many in all: work for the threads, and partial sums to add up
+
+
+def _lent(B: int, N: int, C: int, P: int, room: int, product: bool, sums: bool) -> tuple[Any, ...]:
+    """packed, partial, scratch and chunk of csrc/mask_conv/mask_conv.h, whose scratch is `room` floats a thread."""
+    chunks = max(CHUNKS // max(B, 1), 4)  # an image, of the shape alone, so that sums do not depend on threads
+    chunk = max(1, -(-P // (BLOCK * chunks))) * BLOCK
+    packed = native.scratch(B, N * C) if product else None
+    partial = native.scratch(B, -(-P // chunk), N, -(-C // 128) * 128) if sums else None
+    return packed, partial, native.scratch(native.threads(), -(-room // 16) * 16, slot=1), chunk
+
+
+def _flat(x: Any) -> Any:
+    """(B, rows, H, W) -> (B, rows, P) with last stride 1; what has three dimensions keeps them, None stays."""
+    return None if x is None else native.rows(x.flatten(2))
+
+
+def _forward(features: Tensor, kernels: Any, logits: Any, words: Any, pooled: Any) -> None:
+    """Fills logits and words from kernels, or reads words; fills pooled. What is None is left out."""
+    B, C, H, W = features.shape
+    N = (words if kernels is None else kernels).shape[1]
+    lent = _lent(B, N, C, H * W, 96 * (C + 32) + 17 * N + 16384, kernels is not None, pooled is not None)
+    native._C.mask_update(_flat(features), kernels, _flat(logits), _flat(words), pooled, *lent, native.threads())
+
+
+def _named(needs: Args, grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    return dict(zip(needs._fields, grads, strict=True))
+
+
+@op("triton")
+def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
+    return new(features, features.shape[0], kernels.shape[1], *features.shape[2:])
+
+
+mask_conv.native(lambda a, logits: _forward(a.features, a.kernels, logits, None, None))
+mask_conv.saves(lambda ctx, a, logits: ctx.save_for_backward(*a))
+
+
+@op("triton")
+def mask_pool(features: Tensor, words: Tensor) -> Tensor:
+    return new(features, features.shape[0], words.shape[1], features.shape[1])
+
+
+mask_pool.native(lambda a, pooled: _forward(a.features, None, None, a.words, pooled))
+
+
+@mask_pool.saves
+def _(ctx: Any, a: Args, pooled: Tensor) -> None:
+    ctx.save_for_backward(a.words)
+    ctx.size = a.features.shape[2:]
+
+
+@op("triton")
+def mask_pool_backward(grad: Tensor, words: Tensor, height: int, width: int) -> Tensor:
+    return new(grad, grad.shape[0], grad.shape[2], height, width)
+
+
+mask_pool.backward(lambda ctx, _, grad: {"features": mask_pool_backward(grad, *ctx.saved_tensors, *ctx.size)})
+
+
+@mask_pool_backward.native
+def _(a: Args, out: Tensor) -> None:
+    _backward(mask_update_backward.args(out, None, a.words, None, a.grad, True, False), out, native.scratch(0))
+
+
+@op("triton")
+def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    (B, N, C), (H, W) = kernels.shape, features.shape[2:]
+    words = new(features, B, N, words_for(H * W), dtype=torch.int32)
+    return new(features, B, N, H, W), new(features, B, N, C), words
+
+
+mask_update.native(lambda a, logits, pooled, words: _forward(a.features, a.kernels, logits, words, pooled))
+
+
+@mask_update.saves
+def _(ctx: Any, a: Args, logits: Tensor, pooled: Tensor, words: Tensor) -> None:
+    ctx.save_for_backward(*a, words)
+    ctx.set_materialize_grads(False)
+
+
+@mask_update.backward
+def _(ctx: Any, needs: Args, *grads: Any) -> dict[str, Tensor]:
+    return _named(needs, mask_update_backward(*ctx.saved_tensors, *grads[:2], *needs))
+
+
+@op("triton")
+def mask_update_backward(
+    features: Tensor, kernels: Tensor, words: Tensor, grad_logits: Tensor | None, grad_pooled: Tensor | None,
+    to_features: bool, to_kernels: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The gradients of features and kernels, empty where not asked for."""
+    return new(features, *features.shape if to_features else (0,)), new(kernels, *kernels.shape if to_kernels else (0,))
+
+
+@mask_update_backward.native
+def _backward(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> None:
+    to_features, to_kernels = reached(a, grad_features, grad_kernels)
+    if to_features is None and to_kernels is None:
+        return
+    B, C, H, W = a.features.shape
+    N = (a.grad_pooled if a.grad_logits is None else a.grad_logits).shape[1]
+    product = a.grad_logits is not None and to_features is not None
+    lent = _lent(B, N, C, H * W, 128 * (C + 32) + 192 * N + 16384, product, to_kernels is not None)
+    pooled = None if a.grad_pooled is None else pad(a.grad_pooled.float(), (0, -C % 128)).contiguous()
+    native._C.mask_update_backward(
+        _flat(a.grad_logits), pooled, None if to_kernels is None else _flat(a.features), a.kernels, _flat(a.words),
+        _flat(to_features), to_kernels, *lent, native.threads(),
+    )  # fmt: skip
+
+
+def reached(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients that are asked for and that something flows back to; the others are 0, or empty."""
+    to_features = a.to_features and not (a.grad_logits is None and a.grad_pooled is None)
+    to_kernels = a.to_kernels and a.grad_logits is not None
+    for grad, to in ((grad_features, to_features), (grad_kernels, to_kernels)):
+        if not to:
+            grad.zero_()
+    return grad_features if to_features else None, grad_kernels if to_kernels else None
+
+
+@op("triton")
+def mask_conv_backward(
+    features: Tensor, kernels: Tensor, grad: Tensor, to_features: bool, to_kernels: bool
+) -> tuple[Tensor, Tensor]:
+    return mask_update_backward.outputs(features, kernels, None, grad, None, to_features, to_kernels)
+
+
+def as_update(a: Args) -> Args:
+    """The gradient of mask_conv is that of mask_update, of which only the logits were used."""
+    return mask_update_backward.args(a.features, a.kernels, None, a.grad, None, a.to_features, a.to_kernels)
+
+
+mask_conv.backward(lambda ctx, needs, grad: _named(needs, mask_conv_backward(*ctx.saved_tensors, grad, *needs)))
+mask_conv_backward.native(lambda a, *grads: _backward(as_update(a), *grads))

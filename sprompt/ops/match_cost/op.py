@@ -1,0 +1,57 @@
+"""The declaration of match_cost."""
+
+import torch
+from torch import Tensor
+
+from sprompt import native
+from sprompt.ops import checks
+from sprompt.ops.declare import Args, new, op
+from sprompt.ops.targets import loss_dtype
+
+_BLOCK = 4  # masks of a register tile (csrc/match_cost/match_cost_cpu.cpp)
+#: Floats of the probabilities and of the targets that a tile of rows may take: half of a first and of a second cache.
+_TILE_P, _TILE_T = 1400, 65536
+#: Chunks of rows, each one piece of parallel work with its own sums: at most this many, of at least 8 rows.
+_CHUNKS = 32
+
+
+@op("triton")
+def match_cost(
+    mask_logits: Tensor, targets: Tensor, ratio: int, class_logits: Tensor | None, labels: Tensor | None,
+    counts: Tensor | None, class_weight: float, bce_weight: float, dice_weight: float, upsample: int,
+) -> Tensor:  # fmt: skip
+    return new(mask_logits, *mask_logits.shape[:2], targets.shape[1], dtype=loss_dtype(mask_logits, class_logits))
+
+
+@match_cost.values
+def _(a: Args) -> None:
+    checks.counts_within("match_cost", a.counts, a.targets.shape[1])
+    if a.class_logits is None or a.labels.numel() == 0:
+        return
+    last = a.class_logits.shape[2] - 1
+    low, high = a.labels.aminmax()
+    if int(low) >= 0 and int(high) <= last:
+        return
+    outside = (a.labels < 0) | (a.labels > last)
+    if a.counts is not None:  # labels of padding may be anything
+        outside &= torch.arange(a.labels.shape[1]) < a.counts[:, None]
+    if bool(outside.any()):
+        rule, label = f"lie between 0 and {last}", int(a.labels[outside][0])
+        checks.bad_value("match_cost", "labels", rule, label, "class_logits has one column a class")
+
+
+@match_cost.native
+def _(a: Args, cost: Tensor) -> None:
+    if cost.numel() == 0:
+        return
+    B, N, G = cost.shape
+    height, width = (size * a.upsample for size in a.mask_logits.shape[2:])
+    line = -(-width // 64) * 64
+    chunk_rows = max(8, -(-height // _CHUNKS))
+    tile_rows = max(1, min(chunk_rows, _TILE_P // max(line, 1), _TILE_T // max(G * line, 1)))
+    room = (_BLOCK + G) * tile_rows * line + 2 * (line + 2 * a.upsample + 64) + G * (1 + 2 * tile_rows)
+    native._C.match_cost(
+        native.rows(a.mask_logits), native.rows(a.targets), *a[2:], chunk_rows, tile_rows,
+        native.scratch(native.threads(), room), native.scratch(B, -(-height // chunk_rows), N * G + 2 * N + 2 * G), cost,
+        native.threads(),
+    )  # fmt: skip
