@@ -93,9 +93,6 @@ def resize_bits(masks: BitMasks, size: tuple[int, int]) -> BitMasks:
     return masks.resize(size)
 
 
-resize_bits.__name__ = "BitMasks.resize"
-
-
 def _bits_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     g = random(seed)
 
@@ -144,7 +141,7 @@ def same_bits_but_near(actual: BitMasks, expected: BitMasks, sample: Sample) -> 
 
 
 _bits = pack_masks(torch.zeros(2, 4, 6))
-_bad_bits = refusals(resize_bits)
+_bad_bits = refusals(BitMasks.resize)
 
 SPECS = [
     OpSpec(
