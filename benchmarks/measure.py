@@ -7,6 +7,7 @@ import ctypes
 import gc
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -100,7 +101,9 @@ def replay(calls: list[Call]) -> Call | None:
         call()
     torch.cuda.synchronize()
     # A capture that fails half-way leaves torch unable to begin another: what would fail is found before.
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the mode does not see every wait
+        torch.cuda.set_sync_debug_mode("error")
     try:
         for call in calls:
             call()

@@ -82,6 +82,7 @@ def main() -> int:
             if line.get("late"):
                 result["left_out"].append(title(line))
             else:
+                put_floor(line, result["ceilings"])
                 result["rows"].append(line)
             write(options.json, result)
         # The machine is shared: the better of two measurements, before and after, is what it can do.
@@ -117,7 +118,7 @@ def describe(result: dict[str, Any], device: torch.device) -> None:
 def processes() -> Any:
     """Forks of a process that has imported everything but has not touched CUDA: they start at once."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.run"])
+    context.set_forkserver_preload(["benchmarks.measure", "benchmarks.table", "sprompt.testing.specs"])
     return context
 
 
@@ -333,21 +334,18 @@ def on_gpu(
     bench: Bench, rivals: dict[str, Callable[..., Any]], sample: Sample, mode: str
 ) -> tuple[dict[str, Callable[[], Any]], int, str]:
     """Calls over several copies of the sample, how many copies, and how they are launched: by replaying a graph, which
-    leaves out what Python costs, if all rivals can be captured; else one by one."""
+    leaves out what Python costs, if all rivals can be captured; else one by one. Then ours is replayed as well, as "device"."""
     slowest = max(
         measure.once(timed(bench, function, sample, mode), sample_device(sample)) for function in rivals.values()
     )
     samples = measure.copies(sample, most=max(1, int(50 / slowest)))
     calls = {rival: [timed(bench, function, s, mode) for s in samples] for rival, function in rivals.items()}
-    replays: dict[str, Callable[[], Any]] = {}
-    for rival, each in calls.items():
-        replay = measure.replay(each)
-        if replay is None:
-            break
-        replays[rival] = replay
-    if len(replays) == len(calls):
-        return replays, len(samples), "graph"
+    replays = {rival: measure.replay(each) for rival, each in calls.items()}
+    if all(replays.values()):
+        return replays, len(samples), "graph"  # type: ignore[return-value]
     in_turn = {rival: (lambda each=each: [call() for call in each]) for rival, each in calls.items()}  # type: ignore[misc]
+    if replays["ours"]:
+        in_turn["device"] = replays["ours"]
     return in_turn, len(samples), "calls"
 
 
@@ -361,7 +359,7 @@ def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:
         return
     line["floor_ms"] = measure.floor(line["flops"], line["bytes"], line["dtype"], ceilings)
     if not line.get("cached"):
-        line["floor_share"] = line["floor_ms"] / line["ms"]["ours"]
+        line["floor_share"] = line["floor_ms"] / line["ms"].get("device", line["ms"]["ours"])
 
 
 def closeness(dtype: torch.dtype, gradients: bool = False) -> tuple[float, float]:

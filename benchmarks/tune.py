@@ -80,14 +80,15 @@ def fits(bench: Bench, dtype: torch.dtype) -> bool:
 
 def shares_of(bench: Bench, dtype: torch.dtype, name: str, configs: list[Config], seconds: float) -> list[float] | None:
     """Time of a row with each candidate, as a share of the time now; None if the row does not launch the kernel."""
-    sample = bench.make(torch.device("cuda"), dtype, 0)
-    mode = "full" if bench.gradients else "forward"
-    launch.looked_up.clear()
-    timed(bench, bench.function, sample, mode)()
-    if name not in launch.looked_up:
-        return None
-    expected = bench.function(*sample.args, **sample.kwargs)
-    return [share_of(bench, dtype, sample, mode, name, candidate, expected, seconds) for candidate in configs]
+    with measure.side_stream():  # which a graph can be captured on
+        sample = bench.make(torch.device("cuda"), dtype, 0)
+        mode = "full" if bench.gradients else "forward"
+        launch.looked_up.clear()
+        timed(bench, bench.function, sample, mode)()
+        if name not in launch.looked_up:
+            return None
+        expected = bench.function(*sample.args, **sample.kwargs)
+        return [share_of(bench, dtype, sample, mode, name, candidate, expected, seconds) for candidate in configs]
 
 
 def share_of(

@@ -32,8 +32,9 @@ class BitMasks:
     def __post_init__(self) -> None:
         if not isinstance(self.words, Tensor):
             return  # torch rebuilds pytrees with placeholders in the place of tensors
-        height, width = _checked_size("BitMasks", self.size)
-        object.__setattr__(self, "size", (height, width))
+        height, width = size = _checked_size("BitMasks", self.size)
+        if type(self.size) is not tuple:
+            object.__setattr__(self, "size", size)
         if self.words.dtype != torch.int32:
             raise TypeError(
                 f"BitMasks: words must have dtype int32, got {self.words.dtype}; pack masks with BitMasks.from_dense"
@@ -181,6 +182,8 @@ def _checked_size(op: str, size: Any) -> Size:
     if not (isinstance(size, (tuple, list)) and len(size) == 2):
         raise TypeError(f"{op}: size must be (H, W), got {size!r}")
     height, width = size
+    if type(height) is int and type(width) is int and height >= 0 and width >= 0:
+        return height, width
     for side in (height, width):
         if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
             raise TypeError(f"{op}: size must be two whole numbers, got {size!r}")

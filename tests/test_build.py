@@ -47,9 +47,9 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 def kernel_objects(build: Path) -> dict[str, list[Path]]:
     """By level; empty unless every kernel file is there at every level."""
-    kernels = len(list(ROOT.glob("csrc/*/*_cpu.cpp")))
-    found = {level: sorted(build.glob(f"CMakeFiles/kernels_{level}.dir/**/*.o")) for level in LEVELS}
-    return found if all(len(paths) == kernels for paths in found.values()) else {}
+    kernels = [path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/*/*_cpu.cpp"))]
+    found = {level: [build / f"CMakeFiles/kernels_{level}.dir/{kernel}.o" for kernel in kernels] for level in LEVELS}
+    return found if all(path.exists() for paths in found.values() for path in paths) else {}
 
 
 @needs_build

@@ -6,6 +6,7 @@
 #   OUT      where report.json, report.md and the logs go (default: benchmarks/results/<gpu name>)
 #   TOTAL    seconds in all (default: 530)
 #   PARTS    parts to run (default: "smoke values forward promises modes memcheck compile")
+#   TUNE     folders of ops for which the part "tune" tries other tile sizes; OUT/<folder>.json is the new configs.json
 #   SELECT   what the tests select (pytest -k) and OPS what the benchmark times ("mask_iou mask_nms"); default: all
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -130,6 +131,14 @@ if part memcheck 93; then # memory is not cached, so that a write behind a tenso
         told="memcheck ended with status $status (0: nothing found, 124: out of time)"
     fi
     echo "$told" | tee "$room/sanitizer.txt"
+fi
+if part tune 96; then
+    status=0
+    # shellcheck disable=SC2046
+    timeout "$limit" "$python" -m benchmarks.tune --seconds 0.05 $(printf -- '--room %s ' ${TUNE:?}) >"$out/tune.log" 2>&1 || status=$?
+    tail -20 "$out/tune.log"
+    for room_ in $TUNE; do cp "sprompt/ops/$room_/configs.json" "$out/$room_.json"; done
+    ended="$ended tune:$status"
 fi
 if part compile 99; then
     test_cuda compile tests/test_contract.py -k "cuda and (opcheck or compiled or export)$chosen"

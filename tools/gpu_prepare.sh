@@ -6,6 +6,7 @@
 #   TORCH    that machine's torch, which brings its Triton (default: 2.11.0)
 #   ENVIRONMENT  where they are installed (default: build/gpu-env-<Python>-<torch>)
 #   ARCH     its GPU's architecture (default: 90)
+#   TUNE     folders of ops that `make gpu` is to tune (see gpu.sh)
 #   WHEELS   what it lacks (default: pycocotools expecttest tyro docstring_parser typeguard)
 set -euo pipefail
 cd "$(dirname "$0")/.."

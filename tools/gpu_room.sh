@@ -24,6 +24,7 @@ furnish() { # the package, its tests and benchmarks, without kernels; no other s
 }
 compile() { # compile PYTHON ARCHITECTURES FOLDER LOG: sprompt._C for that interpreter and these GPUs into FOLDER
     local generator
+    rm -rf "$room/build" # its cache may be another tree's
     generator=$(command -v ninja >/dev/null && echo "-G Ninja" || true)
     # shellcheck disable=SC2086
     cmake -S "$PWD" -B "$room/build" $generator -DPython_EXECUTABLE="$1" -DSPROMPT_CUDA_ARCHS="$2" \

@@ -105,7 +105,7 @@ static Slopes slopes_of(float grad_bce, float grad_dice, const float* sums, int6
 }
 
 // slope[0 .. width) <- the gradient with respect to row Y of the upsampled logits.
-SPROMPT_INLINE void slope_row(const Mask& mask, const Slopes& slopes, int64_t Y, float* slope) {
+static void slope_row(const Mask& mask, const Slopes& slopes, int64_t Y, float* slope) {
     const float* target = target_of(mask, Y);
     upsampled_low_row(mask.dtype, mask.logits, mask.row_stride, mask.h, mask.w, mask.u, Y, mask.low);
     const vf bce = broadcast(slopes.bce), toward = broadcast(slopes.toward), away = broadcast(slopes.away);

@@ -38,16 +38,22 @@ def tensor(op: str, arg: str, value: Any, dtypes: Sequence[torch.dtype], advice:
 def shape(op: str, arg: str, value: Tensor, form: str, sizes: Sequence[int | None], advice: str = "") -> None:
     """Holds `value` to sizes (None: any), which `form` shows in letters: shape(op, "scores", s, "(N,)", (12,))."""
     found = value.shape
-    if len(found) != len(sizes):
-        bad_value(op, arg, f"have shape {form}", _sizes(found), advice)
-    for got, want in zip(found, sizes, strict=True):
-        if want is not None and got != want:
-            known = form + ("" if None in sizes else f" = {_sizes([s for s in sizes if s is not None])}")
-            bad_value(op, arg, f"have shape {known}", _sizes(found), advice)
+    if len(found) == len(sizes):
+        for got, want in zip(found, sizes):  # noqa: B905, for speed
+            if want is not None and got != want:
+                break
+        else:
+            return
+        if None not in sizes:
+            form += f" = {_sizes(sizes)}"  # type: ignore[arg-type]
+    bad_value(op, arg, f"have shape {form}", _sizes(found), advice)
 
 
 def same_device(op: str, **tensors: Tensor | None) -> None:
-    if all(value is None or value.is_cpu for value in tensors.values()):
+    for value in tensors.values():
+        if value is not None and not value.is_cpu:
+            break
+    else:
         return
     given = {name: value.device for name, value in tensors.items() if value is not None}
     first = next(iter(given))

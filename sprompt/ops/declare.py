@@ -104,21 +104,33 @@ class Op:
     # -- calls
 
     def __call__(self, *args: Any) -> Any:
-        if torch.compiler.is_compiling() or _thread_is_special():
-            return self.dispatched(*args)
+        if (
+            torch.compiler.is_compiling()
+            # A mode, a tracer or a transform of this thread wants to see the call.
+            or _included().raw_repr() & _SPECIAL
+            or torch._C._len_torch_function_stack()
+            or forward_ad._current_level >= 0
+        ):
+            return self._dispatch(args)
         recording = False
         for x in args:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
                 if _keys(x).raw_repr() not in _PLAIN_KEYS and not _is_plain(x):
-                    return self.dispatched(*args)
-                recording = recording or x.requires_grad
+                    return self._dispatch(args)
+                if x.requires_grad:
+                    recording = True
             elif kind not in _SCALARS:  # a subclass, a symbol, or a list, into which autograd.Function does not look
-                return self.dispatched(*args)
+                return self._dispatch(args)
         if torch.autograd.profiler._is_profiler_enabled:
             with torch._C._profiler._RecordFunctionFast(f"sprompt::{self.name}"):
                 return self._direct(args, recording)
         return self._direct(args, recording) if recording else self.run(*args)
+
+    def _dispatch(self, args: tuple[Any, ...]) -> Any:
+        if not self.differentiable:
+            args = tuple(x.detach() if isinstance(x, Tensor) else x for x in args)
+        return self.dispatched(*args)
 
     def _direct(self, args: tuple[Any, ...], recording: bool) -> Any:
         if not recording or not torch.is_grad_enabled():
@@ -227,8 +239,9 @@ def _known(device: torch.device) -> set[int]:
 
 
 _PLAIN_KEYS = _known(torch.device("cpu"))
-#: Keys that a thread has by itself. Modes, tracers and functorch's transforms add theirs; inference mode takes one away.
-_PLAIN_THREAD = torch._C._dispatch_tls_local_include_set().raw_repr()
+_included = torch._C._dispatch_tls_local_include_set
+#: All but the keys that a thread has by itself: those of modes, tracers and functorch's transforms.
+_SPECIAL = ~_included().raw_repr()
 
 
 def _is_plain(x: Tensor) -> bool:
@@ -239,12 +252,3 @@ def _is_plain(x: Tensor) -> bool:
             _PLAIN_KEYS.update(known)
             return _keys(x).raw_repr() in known
     return False
-
-
-def _thread_is_special() -> bool:
-    """Whether a mode, a tracer or a transform of this thread wants to see the call."""
-    return (
-        torch._C._dispatch_tls_local_include_set().raw_repr() & ~_PLAIN_THREAD != 0
-        or torch._C._len_torch_function_stack() != 0
-        or forward_ad._current_level >= 0
-    )

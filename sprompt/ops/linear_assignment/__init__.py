@@ -41,5 +41,5 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     if counts is not None:
         checks.counts("linear_assignment", counts, cost.shape[0])
         checks.same_device("linear_assignment", cost=cost, counts=counts)
-    rows = op.linear_assignment((cost if batched else cost[None]).detach(), counts)
+    rows = op.linear_assignment(cost if batched else cost[None], counts)
     return rows if batched else rows[0]

@@ -35,7 +35,7 @@ def mask_nms(masks: BitMasks | Tensor, scores: Tensor, iou_threshold: float = 0.
     """
     bits = _checked("mask_nms", masks, scores, batched=False)
     checks.number("mask_nms", "iou_threshold", iou_threshold, "lie between 0 and 1", 0, 1)
-    return op.mask_nms(bits.words, scores.detach(), float(iou_threshold))
+    return op.mask_nms(bits.words, scores, float(iou_threshold))
 
 
 def batched_mask_nms(
@@ -70,7 +70,7 @@ def batched_mask_nms(
         max_output = bits.shape[1]
     checks.whole("batched_mask_nms", "max_output", max_output, "be a whole number of at least 0")
     checks.same_device("batched_mask_nms", masks=bits.words, counts=counts)
-    return op.batched_mask_nms(bits.words, scores.detach(), float(iou_threshold), counts, max_output)
+    return op.batched_mask_nms(bits.words, scores, float(iou_threshold), counts, max_output)
 
 
 def matrix_nms(
@@ -121,7 +121,7 @@ def matrix_nms(
     if scores.dim() == 2:
         checks.counts("matrix_nms", counts, bits.shape[0])
     checks.same_device("matrix_nms", masks=bits.words, labels=labels, counts=counts)
-    words, scores = bits.words, scores.detach()
+    words = bits.words
     if scores.dim() == 2:
         return op.matrix_nms(words, scores, kernel, float(sigma), labels, counts)
     labels = None if labels is None else labels[None]

@@ -31,7 +31,7 @@ def pack_masks(masks: Tensor, threshold: float = 0.5) -> BitMasks:
     if masks.dim() < 2:
         checks.bad_value("pack_masks", "masks", "have shape (..., H, W)", tuple(masks.shape))
     checks.number("pack_masks", "threshold", threshold, "be a number")
-    return BitMasks(op.pack_masks(masks.detach(), float(threshold)), (masks.shape[-2], masks.shape[-1]))
+    return BitMasks(op.pack_masks(masks, float(threshold)), (masks.shape[-2], masks.shape[-1]))
 
 
 def unpack_masks(masks: BitMasks, dtype: torch.dtype = torch.bool) -> Tensor:

@@ -13,6 +13,8 @@ PACKED = (torch.bool, torch.uint8, torch.int8, torch.float32, torch.bfloat16, to
 
 def rows(x: Tensor) -> Tensor:
     """(..., n) -> (R, n), contiguous; of a contiguous tensor a view."""
+    if x.dim() == 2 and x.is_contiguous():
+        return x
     return x.reshape(-1, x.shape[-1]).contiguous() if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
 
 
@@ -23,6 +25,8 @@ def pixel_rows(masks: Tensor) -> Tensor:
 
 def lists(x: Tensor) -> Tensor:
     """(..., N, n) -> (B, N, n), contiguous; of a contiguous tensor a view."""
+    if x.dim() == 3 and x.is_contiguous():
+        return x
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:]).contiguous()
 
 

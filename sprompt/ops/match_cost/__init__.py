@@ -67,7 +67,6 @@ def match_cost(
             checks.bad_value(name, "class_logits", "have at least one class", tuple(class_logits.shape))
         checks.tensor(name, "labels", labels, (torch.int64,), "give the class of every target")
         checks.shape(name, "labels", labels, "(B, G)", (B, soft.shape[1]))
-        class_logits = class_logits.detach()
     checks.counts(name, counts, B)
     if not isinstance(weights, (tuple, list)) or len(weights) != 3:
         checks.bad_type(name, "weights", "be three numbers (class, bce, dice)", repr(weights))
@@ -76,6 +75,4 @@ def match_cost(
     checks.same_device(
         name, mask_logits=mask_logits, targets=soft, class_logits=class_logits, labels=labels, counts=counts
     )
-    return op.match_cost(
-        mask_logits.detach(), soft, ratio, class_logits, labels, counts, *(float(x) for x in weights), upsample
-    )
+    return op.match_cost(mask_logits, soft, ratio, class_logits, labels, counts, *(float(x) for x in weights), upsample)

@@ -25,6 +25,8 @@ CANDIDATES = {
         {"BLOCK_N": 64, "BLOCK_G": 64, "BLOCK_Q": 16, "TILES": 16, "num_warps": 4, "num_stages": 1},
         {"BLOCK_N": 64, "BLOCK_G": 64, "BLOCK_Q": 16, "TILES": 16, "num_warps": 8, "num_stages": 1},
         {"BLOCK_N": 64, "BLOCK_G": 64, "BLOCK_Q": 32, "TILES": 8, "num_warps": 8, "num_stages": 1},
+        {"BLOCK_N": 64, "BLOCK_G": 64, "BLOCK_Q": 32, "TILES": 8, "num_warps": 4, "num_stages": 1},
+        {"BLOCK_N": 32, "BLOCK_G": 64, "BLOCK_Q": 32, "TILES": 8, "num_warps": 4, "num_stages": 1},
     ],
 }
 

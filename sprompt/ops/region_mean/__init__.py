@@ -42,7 +42,7 @@ def region_mean(features: Tensor, boxes: Tensor, counts: Tensor | None = None) -
     )
     checks.counts("region_mean", counts, features.shape[0])
     checks.same_device("region_mean", features=features, boxes=boxes, counts=counts)
-    return op.region_mean(features, boxes.detach(), counts)
+    return op.region_mean(features, boxes.detach() if boxes.requires_grad else boxes, counts)
 
 
 def mask_mean(features: Tensor, masks: BitMasks | Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def resize_masks(
     height, width = checked_size("resize_masks", size, (soft.shape[-2], soft.shape[-1]))
     checks.number("resize_masks", "threshold", threshold, "be a number")
     rows, columns = _checked_crop(crop, soft)
-    words = op.resize_masks(soft.detach(), height, width, float(threshold), rows, columns)
+    words = op.resize_masks(soft, height, width, float(threshold), rows, columns)
     return BitMasks(words, (height, width))
 
 

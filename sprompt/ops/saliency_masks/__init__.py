@@ -183,7 +183,7 @@ def saliency_maps(
     _check_valid(name, valid, features)
     checks.same_device(name, features=features, seeds=seeds)
     dtype = torch.promote_types(features.dtype, seeds.dtype)
-    return op.saliency_maps(features.detach().to(dtype), seeds.detach().to(dtype), valid, similarity == "cosine")
+    return op.saliency_maps(features.to(dtype), seeds.to(dtype), valid, similarity == "cosine")
 
 
 def _check_features(op: str, features: Any) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sprompt.masks import BitMasks
 from sprompt.ops import SaliencyMasks, saliency_maps, saliency_masks
 from sprompt.testing.compare import assert_close
-from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals
+from sprompt.testing.spec import HALVES, Bench, OpSpec, Sample, blobs, random, refusals
 
 #: Sizes with every remainder of 4 on either side, below 4 as well.
 SIZES = ((1, 1), (1, 9), (5, 2), (4, 8), (7, 6))
@@ -375,7 +375,11 @@ def _maps_bench(device: torch.device, dtype: torch.dtype, seed: int, batch: int 
 
 
 def _agree(actual: SaliencyMasks, expected: SaliencyMasks, sample: Sample) -> None:
-    """The scores by rank, and the masks where both name the same seed."""
+    """The scores by rank, and the masks where both name the same seed. Eager rounds its maps to half types before it compares
+    them; ours does not, and is held to eager in float32."""
+    features = sample.args[0]
+    if features.dtype in HALVES:
+        expected = _eager(features.float(), **sample.kwargs)
     assert_close(actual.scores, expected.scores, 1e-3, 1e-3)
     same = (actual.seeds == expected.seeds).all(-1)
     assert same.float().mean() >= 0.5, "fewer than half of the proposals come from the same seeds"
