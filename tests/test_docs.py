@@ -4,7 +4,9 @@ import contextlib
 import doctest
 import inspect
 import io
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,3 +108,46 @@ def test_report_names_everything() -> None:
         if op in sprompt.backends.ops():
             assert op in text
     assert text.isascii() or all(ord(c) < 0x2500 for c in text), "the report is plain text"
+
+
+# -- docs/adding_an_op.md
+
+
+def files_of(page: str) -> dict[str, str]:
+    """What a page shows in full: the file's path in bold, and its text."""
+    return dict(
+        re.findall(r"^\*\*`(\S+)`\*\*\n\n```\w+\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
+    )
+
+
+def write_files_of(page: str, folder: Path) -> None:
+    for name, text in files_of(page).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def test_op_of_the_page_works(tmp_path: Path) -> None:
+    """In a copy of the package, without compiled kernels: its own tests, and what its spec promises of the reference."""
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", "weights")
+    shutil.copytree(ROOT / "sprompt", tmp_path / "sprompt", ignore=ignored)
+    write_files_of("docs/adding_an_op.md", tmp_path)
+    shutil.copy(ROOT / "tests/test_contract.py", tmp_path / "tests")
+    with (tmp_path / "sprompt/ops/__init__.py").open("a") as exports:
+        exports.write('from sprompt.ops.padded_mean import padded_mean\n__all__ += ["padded_mean"]\n')
+    chosen = "padded_mean and (reference or bad_input or test_padded_mean)"
+    command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", chosen]
+    options = {"SPROMPT_NO_EXT": "1", "SPROMPT_BACKEND": "reference", "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **options}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_kernel_of_the_page_compiles(tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("c++")
+    if not compiler:
+        pytest.skip("there is no C++ compiler")
+    write_files_of("docs/adding_an_op.md", tmp_path)
+    options = ["-std=gnu++17", "-fsyntax-only", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-DSPROMPT_ISA=portable"]
+    folders, kernel = (tmp_path / "csrc", ROOT / "csrc"), tmp_path / "csrc/padded_mean/padded_mean_cpu.cpp"
+    command = [compiler, *options, *(f"-I{folder}" for folder in folders), str(kernel)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

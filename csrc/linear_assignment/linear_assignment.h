@@ -10,8 +10,8 @@ namespace sprompt {
 // of padded columns are not read. An image with a NaN or an infinity among its real entries, or with a count outside
 // [0, G], gets -2 in all its columns.
 // bad (1) i64 <- the first such image, or -1.
-// scratch (workers, s) f64, contiguous, of at least `threads` workers; s = (min(N, G) + 7) * max(N, G), with max(N, G) rounded up
-// to a multiple of 8.
+// scratch (workers, s) f64, contiguous, of at least `threads` workers. s is (min(N, G) + 7) * M, where M is max(N, G) rounded
+// up to a multiple of 8.
 SPROMPT_KERNEL(linear_assignment, const View& cost, const View& counts, const View& rows, const View& bad, const View& scratch,
                int threads)
 
