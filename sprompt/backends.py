@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 
 NAMES = ("reference", "native", "triton", "cuda")
-#: Backends by device type, in the order in which they are tried. The reference takes everything, so what stands behind it runs
-#: only if asked for by name, which Triton's interpreter allows.
-ORDER = {"cpu": ("native", "reference", "triton", "cuda"), "cuda": ("cuda", "triton", "reference")}
+GPU = ("cuda", "triton")
+#: Backends by device type, in the order in which they are tried; "gpu" stands for those of GPU that an op has, in its own order. The
+#: reference takes everything, so what stands behind it runs only if asked for by name, which Triton's interpreter allows.
+ORDER = {"cpu": ("native", "reference", "gpu"), "cuda": ("gpu", "reference")}
 if os.environ.get("SPROMPT_EMULATE_CUDA", "0") != "0":  # for tests: what a GPU would take, emulated and interpreted
-    ORDER["cpu"] = ("cuda", "triton", "native", "reference")
+    ORDER["cpu"] = ("gpu", "native", "reference")
 
 
 #: Ops without work for a GPU: RLE strings come from files and are parsed where they are.
@@ -91,9 +92,15 @@ def _why_not(name: str) -> Callable[..., str]:
     return lambda *args: importlib.import_module(module).why_not(*args)
 
 
-def automatic(device: str) -> tuple[str, ...]:
-    """The backends that are tried on a device when none is forced: the reference takes everything, so it ends the list."""
-    names = ORDER.get(device, ("reference",))
+def order(device: str, op: str | None = None) -> tuple[str, ...]:
+    """The backends that an op (None: any) can have on a device, in the order in which they are tried."""
+    gpu = GPU if op is None else [name for name in _table[op] if name in GPU]
+    return tuple(each for name in ORDER.get(device, ("reference",)) for each in (gpu if name == "gpu" else (name,)))
+
+
+def automatic(device: str, op: str | None = None) -> tuple[str, ...]:
+    """Those that are tried when none is forced: the reference takes everything, so it ends the list."""
+    names = order(device, op)
     return names[: names.index("reference") + 1]
 
 
@@ -138,7 +145,7 @@ def _probe(device: torch.device, float64: bool) -> torch.Tensor:
 
 def _choose(op: str, device: torch.device, float64: bool) -> Backend:
     probe = _probe(device, float64)
-    found = (_table[op][name] for name in ORDER.get(device.type, ("reference",)) if name in _table[op])
+    found = (_table[op][name] for name in order(device.type, op) if name in _table[op])
     chosen = next(backend for backend in found if not backend.why_not(probe))
     if chosen.name == "reference":
         _warn_if_missing(op, device.type)
@@ -148,7 +155,7 @@ def _choose(op: str, device: torch.device, float64: bool) -> Backend:
 
 def _forced_backend(op: str, device: torch.device, float64: bool) -> Backend:
     name = str(_forced)
-    if name not in ORDER.get(device.type, ("reference",)):
+    if name not in order(device.type):
         raise RuntimeError(f"{op}: backend {name} was asked for, but it does not run on {device.type}")
     if name not in _table[op]:
         raise RuntimeError(f"{op}: backend {name} was asked for, but there is no {name} kernel of {op}")
@@ -163,7 +170,7 @@ def _warn_if_missing(op: str, device: str) -> None:
     global _warned
     if _warned or os.environ.get("SPROMPT_NO_EXT", "0") != "0":
         return
-    for name in automatic(device)[:-1]:
+    for name in automatic(device, op)[:-1]:
         backend = _table[op].get(name)
         missing = backend.why_not() if backend is not None else ""
         if missing:

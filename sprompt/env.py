@@ -165,7 +165,7 @@ def support_matrix() -> str:
     def kernels(ops: tuple[str, ...], device: str) -> str:
         if device == "cuda" and ops[0] in backends.HOST_ONLY:
             return "– (works on the CPU)"
-        return ", ".join(name for name in backends.automatic(device) if name in backends.registered(ops[0]))
+        return ", ".join(name for name in backends.automatic(device, ops[0]) if name in backends.registered(ops[0]))
 
     short = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     rows = [

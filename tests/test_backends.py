@@ -86,3 +86,22 @@ def test_every_op_has_a_gpu_kernel() -> None:
 def test_every_op_has_a_reference_and_a_native_kernel() -> None:
     for op in backends.ops():
         assert {"reference", "native"} <= set(backends.registered(op)), op
+
+
+def test_gpu_backends_are_tried_in_the_order_of_the_declaration() -> None:
+    """Two ops that are declared with both, one the other way round."""
+    (
+        backends.add("order_a", "reference", print),
+        backends.add("order_a", "triton", print),
+        backends.add("order_a", "cuda", print),
+    )
+    (
+        backends.add("order_b", "reference", print),
+        backends.add("order_b", "cuda", print),
+        backends.add("order_b", "triton", print),
+    )
+    try:
+        assert backends.automatic("cuda", "order_a") == ("triton", "cuda", "reference")
+        assert backends.automatic("cuda", "order_b") == ("cuda", "triton", "reference")
+    finally:
+        del backends._table["order_a"], backends._table["order_b"]

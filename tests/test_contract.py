@@ -46,8 +46,8 @@ def cannot(backend: str, device: str) -> str:
 def _backends() -> list[Any]:
     """(device, backend) pairs, those that cannot run here marked with the reason."""
     pairs = []
-    for device, names in backends.ORDER.items():
-        for name in names:
+    for device in backends.ORDER:
+        for name in backends.order(device):
             reason = NO_GPU if device == "cuda" and not torch.cuda.is_available() else cannot(name, device)
             if reason and device == "cpu" and name in ("triton", "cuda"):
                 continue  # their own runs: TRITON_INTERPRET=1, and a build with SPROMPT_EMULATE_CUDA=1
