@@ -8,6 +8,7 @@
 #include <Python.h>
 
 #include <exception>
+#include <new>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -15,6 +16,7 @@
 
 #include "common/cuda.h"
 #include "common/isa.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 #include "common/views.h"
 
@@ -231,12 +233,17 @@ struct Function {
         std::tuple<std::decay_t<A>...> values;
         if (!(... && read(args[I], Place{name, static_cast<int>(I) + 1}, std::get<I>(values)))) return nullptr;
         try {
-            if constexpr (std::is_void_v<R>) {
+            const auto run = [&] {
                 const Unlocked unlocked;
-                function.code(std::get<I>(values)...);
+                return function.code(std::get<I>(values)...);
+            };
+            if constexpr (std::is_void_v<R>) {
+                run();
             } else {
-                return to_python(function.code(std::get<I>(values)...));
+                return to_python(run());
             }
+        } catch (const std::bad_alloc&) {
+            return PyErr_NoMemory();
         } catch (const std::exception& error) {
             PyErr_SetString(PyExc_RuntimeError, error.what());
             return nullptr;
@@ -312,6 +319,7 @@ bool fill(PyObject* module) {
     if (!add(module, "level", make("level", +[] { return level_name(level()); }))) return false;
     if (!add(module, "best_level", make("best_level", +[] { return level_name(best_level()); }))) return false;
     if (!add(module, "thread_source", make("thread_source", &thread_source))) return false;
+    if (!add(module, "poison_scratch", make("poison_scratch", &poison_scratch))) return false;
     PyObject* cuda = nullptr;
 #ifdef SPROMPT_CUDA
     cuda = PyModule_New("sprompt._C.cuda");

@@ -206,3 +206,25 @@ def test_what_does_not_fit_is_refused(probe: Any) -> None:
         probe.probe_scalars(True, 0.0, 0.0, 0, 2**31, out)
     with pytest.raises((RuntimeError, BufferError)):
         probe.probe([one.to_sparse()], out)
+
+
+@pytest.mark.parametrize("size", (2**50, 2**61))
+def test_too_little_memory_is_a_memory_error(size: int) -> None:
+    """Of what a kernel takes itself: more than there can be, and more than int64 counts. The next call works."""
+    features, kernels, logits = (torch.ones(1, n, c) for n, c in ((4, 9), (3, 4), (3, 9)))
+    many = torch.ones(1, 1, 1)
+    with pytest.raises(MemoryError):
+        native._C.mask_update(features, kernels.expand(1, 3, 4), many.expand(1, size, 9), None, None, 1)
+    native._C.mask_update(features, kernels, logits, None, None, 1)
+    assert logits.eq(4).all()
+
+
+def test_memory_that_a_kernel_takes_is_filled_for_tests() -> None:
+    """And kept between calls: the sums over 3 masks of an earlier call do not show in a later one."""
+    features, kernels = torch.ones(2, 4, 9), torch.ones(2, 3, 4)
+    results = []
+    for poison in (False, True, False):
+        native._C.poison_scratch(poison)
+        results.append(torch.zeros(2, 3, 9))
+        native._C.mask_update(features, kernels, results[-1], None, None, 1)
+    assert all(result.eq(4).all() for result in results)

@@ -208,14 +208,17 @@ def test_inputs_untouched_outputs_written(spec: OpSpec, device: torch.device, ba
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty holds NaN (integers: the largest value)."""
+    """Every torch.empty holds NaN (integers: the largest value), and so does what kernels take themselves (integers: -1)."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
     assert torch.empty(1).isnan().all()
+    poison = native._C.poison_scratch if native._C is not None else bool
+    poison(True)
     try:
         yield
     finally:
+        poison(False)
         torch.use_deterministic_algorithms(before)
 
 

@@ -17,22 +17,24 @@
 #define SPROMPT_LEVELS(X) X(portable)
 #endif
 
-// SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level. SPROMPT_EXPORT(name) stands behind an
-// int64_t constant or an inline function of a header. Python sees both under their name: bindings.cpp, which includes every
-// csrc/<op>/<op>.h, gives SPROMPT_BIND and SPROMPT_EXPORT a meaning; elsewhere they are empty.
+// SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level; SPROMPT_KERNEL_OF(type, name, ...)
+// one that returns a `type`, int64_t. SPROMPT_EXPORT(name) stands behind an int64_t constant or an inline function of a header.
+// Python sees all under their name: bindings.cpp, which includes every csrc/<op>/<op>.h, gives SPROMPT_BIND and SPROMPT_EXPORT
+// a meaning; elsewhere they are empty.
 #define SPROMPT_BIND(name)
 #define SPROMPT_EXPORT(name)
+#define SPROMPT_KERNEL(name, ...) SPROMPT_KERNEL_OF(void, name, __VA_ARGS__)
 #if SPROMPT_X86
-#define SPROMPT_KERNEL(name, ...) \
-    namespace portable {          \
-    void name(__VA_ARGS__);       \
-    }                             \
-    namespace avx2 {              \
-    void name(__VA_ARGS__);       \
-    }                             \
-    namespace avx512 {            \
-    void name(__VA_ARGS__);       \
-    }                             \
+#define SPROMPT_KERNEL_OF(type, name, ...) \
+    namespace portable {                   \
+    type name(__VA_ARGS__);                \
+    }                                      \
+    namespace avx2 {                       \
+    type name(__VA_ARGS__);                \
+    }                                      \
+    namespace avx512 {                     \
+    type name(__VA_ARGS__);                \
+    }                                      \
     SPROMPT_BIND(name)
 // SPROMPT_PICK(name) is the pointer to the kernel of the level in force.
 #define SPROMPT_PICK(name)                                                     \
@@ -40,10 +42,10 @@
      : ::sprompt::level() == ::sprompt::Level::avx2 ? &::sprompt::avx2::name   \
                                                     : &::sprompt::portable::name)
 #else
-#define SPROMPT_KERNEL(name, ...) \
-    namespace portable {          \
-    void name(__VA_ARGS__);       \
-    }                             \
+#define SPROMPT_KERNEL_OF(type, name, ...) \
+    namespace portable {                   \
+    type name(__VA_ARGS__);                \
+    }                                      \
     SPROMPT_BIND(name)
 #define SPROMPT_PICK(name) (&::sprompt::portable::name)
 #endif

@@ -8,6 +8,7 @@
 #include "linear_assignment/linear_assignment.h"
 
 #include "common/half.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 
 namespace sprompt {
@@ -18,6 +19,8 @@ constexpr int D = W / 2;  // lanes of 64 bits
 typedef double vd __attribute__((vector_size(8 * D)));
 typedef int64_t vl __attribute__((vector_size(8 * D)));
 constexpr double infinity = __builtin_inf();
+// Up to so many entries one thread is faster: an image of 100 x 20 takes it a few microseconds.
+constexpr int64_t small = 1 << 16;
 
 SPROMPT_INLINE vd load(const double* p) {
     vd v;
@@ -258,15 +261,19 @@ bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_stride, in
 }
 
 template <class T>
-void match_images(const View& cost, const View& counts, const View& rows, const View& scratch, int threads) {
-    const int64_t N = cost.size[1], G = cost.size[2];
+void match_images(const View& cost, const View& counts, const View& rows, int threads) {
+    const int64_t N = cost.size[1], G = cost.size[2], n = N < G ? N : G, m = (N < G ? G : N) + 7;
+    const int64_t room = (n + 7) * (m / 8 * 8);  // the costs, the longer side in whole vectors, and 7 rows
+    if (cost.size[0] * N * G <= small) threads = 1;
+    Scratch memory;
+    double* rooms = memory.take<double>(threads, room);
     parallel_for(cost.size[0], 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t b = begin; b < end; ++b) {
             int64_t* out = rows.as<int64_t>() + b * G;
             const int64_t count = counts.given() ? counts.as<const int64_t>()[b * counts.stride[0]] : G;
             const bool good = count >= 0 && count <= G &&
                               match_image(cost.as<const T>() + b * cost.stride[0], N, count, cost.stride[1], cost.stride[2],
-                                          scratch.as<double>() + worker * scratch.stride[0], out);
+                                          rooms + worker * room, out);
             for (int64_t g = good ? count : 0; g < G; ++g) out[g] = good ? -1 : -2;
         }
     });
@@ -274,12 +281,11 @@ void match_images(const View& cost, const View& counts, const View& rows, const 
 
 }  // namespace
 
-void linear_assignment(const View& cost, const View& counts, const View& rows, const View& bad, const View& scratch,
-                       int threads) {
+int64_t linear_assignment(const View& cost, const View& counts, const View& rows, int threads) {
     if (cost.dtype == DType::f64) {
-        match_images<double>(cost, counts, rows, scratch, threads);
+        match_images<double>(cost, counts, rows, threads);
     } else {
-        SPROMPT_FLOAT_TYPES(cost.dtype, T, match_images<T>(cost, counts, rows, scratch, threads))
+        SPROMPT_FLOAT_TYPES(cost.dtype, T, match_images<T>(cost, counts, rows, threads))
     }
     const int64_t G = cost.size[2];
     int64_t first = -1;
@@ -287,7 +293,7 @@ void linear_assignment(const View& cost, const View& counts, const View& rows, c
         if (G > 0 ? rows.as<const int64_t>()[b * G] == -2
                   : counts.given() && counts.as<const int64_t>()[b * counts.stride[0]] != 0)
             first = b;
-    *bad.as<int64_t>() = first;
+    return first;
 }
 
 }  // namespace SPROMPT_ISA

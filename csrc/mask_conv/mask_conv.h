@@ -1,12 +1,6 @@
 // Dynamic 1x1 convolution, hard mask pooling, both in one read of the features, and their gradients.
 // B images, N kernels or masks, C channels, P pixels, n = ceil(P / 32) words. T is f32, bf16 or f16, one type for all that
 // say T; sums are in float. Last strides are 1, the others are free unless a size below says "contiguous".
-//
-// Work is cut into chunks of `chunk` pixels, a multiple of 64, so that sums do not depend on the number of threads. With
-// K = ceil(P / chunk) chunks an image and C' = C rounded up to a multiple of 128, the caller lends memory:
-//   packed  f32 (B, N * C)           the small operand of the product, rearranged
-//   partial f32 (B, K, N, C')        sums of one chunk each
-//   scratch f32 (threads, S)         S >= mask_update: 96 (C + 32) + 17 N + 16384; backward: 128 (C + 32) + 192 N + 16384
 #pragma once
 
 #include "common/views.h"
@@ -15,17 +9,16 @@ namespace sprompt {
 
 // logits (B, N, P) T = kernels (B, N, C) T times features (B, C, P) T; words (B, N, n) u32, contiguous, set where the
 // stored logits are > 0; pooled (B, N, C) T, contiguous: sum of the features under the words.
-// Without kernels, logits and packed (not given) the words are an input, and only the pooling is done.
-// Without words, pooled and partial only the product is done.
+// Without kernels and logits (not given) the words are an input, and only the pooling is done.
+// Without words and pooled only the product is done.
 SPROMPT_KERNEL(mask_update, const View& features, const View& kernels, const View& logits, const View& words,
-               const View& pooled, const View& packed, const View& partial, const View& scratch, int64_t chunk, int threads)
+               const View& pooled, int threads)
 
 // grad_features (B, C, P) T = kernels^T grad_logits + words^T grad_pooled, and grad_kernels (B, N, C) T, contiguous,
-// = grad_logits features^T. grad_logits (B, N, P) T; grad_pooled (B, N, C') f32, zeros behind C; kernels (B, N, C) T;
-// words (B, N, n) u32. What is not given is left out: grad_logits (with kernels and packed) or grad_pooled (with words);
-// grad_features; grad_kernels (with features and partial).
+// = grad_logits features^T. grad_logits (B, N, P) T; grad_pooled (B, N, C) T; kernels (B, N, C) T; words (B, N, n) u32.
+// What is not given is left out: grad_logits (with kernels) or grad_pooled (with words); grad_features; grad_kernels (with
+// features).
 SPROMPT_KERNEL(mask_update_backward, const View& grad_logits, const View& grad_pooled, const View& features,
-               const View& kernels, const View& words, const View& grad_features, const View& grad_kernels, const View& packed,
-               const View& partial, const View& scratch, int64_t chunk, int threads)
+               const View& kernels, const View& words, const View& grad_features, const View& grad_kernels, int threads)
 
 }  // namespace sprompt

@@ -1,6 +1,7 @@
 #include "mask_conv/mask_conv.h"
 
 #include "common/bits.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 #include "mask_conv/pool.h"
 #include "mask_conv/product.h"
@@ -66,13 +67,25 @@ SPROMPT_INLINE void clear(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i += W) store(x + i, vf{});
 }
 
-// out (B, N, C) contiguous <- the sum over K of partial (B, K, N, C'), first chunk first.
+// How the pixels of an image are cut: about 32 chunks in all, work for the threads and partial sums to add up, at least 4 an
+// image; whole blocks, and of the shape alone, so that sums do not depend on the threads.
+struct Cut {
+    int64_t chunk, chunks;
+
+    SPROMPT_INLINE Cut(int64_t images, int64_t P) {
+        const int64_t wanted = images <= 8 ? 32 / (images > 0 ? images : 1) : 4;
+        chunk = round_up(P > 0 ? (P + wanted - 1) / wanted : 1, block);
+        chunks = (P + chunk - 1) / chunk;
+    }
+};
+
+// out (B, N, C) contiguous <- the sum over K of partial (B, K, N, stride), first chunk first.
 template <class T>
-static void sum_chunks(const View& partial, const View& out, int threads) {
-    const int64_t K = partial.size[1], N = out.size[1], C = out.size[2], stride = partial.size[3];
+static void sum_chunks(const float* partial, int64_t K, int64_t stride, const View& out, int threads) {
+    const int64_t N = out.size[1], C = out.size[2];
     parallel_for(out.size[0] * N, 16, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t row = begin; row < end; ++row) {
-            const float* in = partial.as<const float>() + (row / N * K * N + row % N) * stride;
+            const float* in = partial + (row / N * K * N + row % N) * stride;
             T* to = out.as<T>() + row * C;
             for (int64_t c = 0; c < C; c += W) {
                 vf total = {};
@@ -87,35 +100,40 @@ static void sum_chunks(const View& partial, const View& out, int threads) {
 
 template <class T>
 static void update(const View& features, const View& kernels, const View& logits, const View& words, const View& pooled,
-                   const View& packed, const View& partial, const View& scratch, int64_t chunk, int threads) {
+                   int threads) {
     const int64_t B = features.size[0], C = features.size[1], P = features.size[2], n = words_for(P);
     const bool convolve = logits.given(), pool = pooled.given();
     const int64_t N = convolve ? logits.size[1] : words.size[1], padded = round_up(C, NR);
-    const int64_t chunks = (P + chunk - 1) / chunk, sums_stride = partial.size[3];
+    const Cut cut(B, P);
     if (N == 0) return;
+    const int64_t room = round_up(block * padded + row_count * panel + block / 2 * padded + N + N * block / 4, 16);
+    Scratch memory;
+    float* packed = memory.take<float>(B, convolve ? N : 0, C);                // kernels, rearranged
+    float* partial = memory.take<float>(B, pool ? cut.chunks : 0, N, padded);  // the sums of each chunk
+    float* rooms = memory.take<float>(threads, room);
     if (convolve)
         parallel_for(B, 1, threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t image = begin; image < end; ++image) {
                 const T* in = kernels.as<const T>() + image * kernels.stride[0];
-                float* out = packed.as<float>() + image * N * C;
+                float* out = packed + image * N * C;
                 if constexpr (by_pairs<T>)
                     pack_groups_of_pairs(in, kernels.stride[1], kernels.stride[2], N, C, reinterpret_cast<int32_t*>(out));
                 else
                     pack_groups(in, kernels.stride[1], kernels.stride[2], N, C, out);
             }
         });
-    parallel_for(B * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        float* block_of_features = scratch.as<float>() + worker * scratch.stride[0];  // packed, [slices][padded][NR]
+    parallel_for(B * cut.chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
+        float* block_of_features = rooms + worker * room;  // packed, [slices][padded][NR]
         float* tile = block_of_features + block * padded;
         float* pairs = tile + row_count * panel;
         int32_t* counts = reinterpret_cast<int32_t*>(pairs + block / 2 * padded);
         uint8_t* lists = reinterpret_cast<uint8_t*>(counts + N);
         for (int64_t job = begin; job < end; ++job) {
-            const int64_t image = job / chunks, first = job % chunks * chunk, last = smaller(first + chunk, P);
+            const int64_t image = job / cut.chunks, first = job % cut.chunks * cut.chunk, last = smaller(first + cut.chunk, P);
             const T* in = features.as<const T>() + image * features.stride[0];
-            float* sums = partial.as<float>() + job * N * sums_stride;
+            float* sums = partial + job * N * padded;
             uint32_t* bits = words.as<uint32_t>() + image * words.stride[0];
-            if (pool) clear(sums, N * sums_stride);
+            if (pool) clear(sums, N * padded);
             for (int64_t p = first; p < last; p += block) {
                 const int64_t t = smaller(last - p, block);
                 bool with_sums = false;
@@ -128,23 +146,22 @@ static void update(const View& features, const View& kernels, const View& logits
                         pair_rows(block_of_features, padded, reinterpret_cast<int32_t*>(pairs));
                         operand = pairs;
                     }
-                    block_product(static_cast<const void*>(packed.as<float>() + image * N * C), operand, N, C, padded, t,
+                    block_product(static_cast<const void*>(packed + image * N * C), operand, N, C, padded, t,
                                   logits.as<T>() + image * logits.stride[0] + p, logits.stride[1], pool ? bits : nullptr, n, p,
                                   next);
                     next.rows = 0;
                     if (!pool || !list_block(bits, words.stride[1], n, p, N, lists, counts, with_sums)) continue;
                 }
-                block_pool(block_of_features, C, padded, N, lists, counts, with_sums, tile, sums, sums_stride, next);
+                block_pool(block_of_features, C, padded, N, lists, counts, with_sums, tile, sums, padded, next);
             }
         }
     });
-    if (pool) sum_chunks<T>(partial, pooled, threads);
+    if (pool) sum_chunks<T>(partial, cut.chunks, padded, pooled, threads);
 }
 
 void mask_update(const View& features, const View& kernels, const View& logits, const View& words, const View& pooled,
-                 const View& packed, const View& partial, const View& scratch, int64_t chunk, int threads) {
-    SPROMPT_FLOAT_TYPES(features.dtype, T,
-                        update<T>(features, kernels, logits, words, pooled, packed, partial, scratch, chunk, threads))
+                 int threads) {
+    SPROMPT_FLOAT_TYPES(features.dtype, T, update<T>(features, kernels, logits, words, pooled, threads))
 }
 
 // ---- Gradients.
@@ -246,33 +263,45 @@ static void block_grad_kernels(const float* grad, const float* packed, int64_t N
 
 template <class T>
 static void update_backward(const View& grad_logits, const View& grad_pooled, const View& features, const View& kernels,
-                            const View& words, const View& grad_features, const View& grad_kernels, const View& packed,
-                            const View& partial, const View& scratch, int64_t chunk, int threads) {
+                            const View& words, const View& grad_features, const View& grad_kernels, int threads) {
     const View& shape = grad_features.given() ? grad_features : features;
     const int64_t B = shape.size[0], C = shape.size[1], P = shape.size[2], n = words_for(P);
     const int64_t N = grad_logits.given() ? grad_logits.size[1] : grad_pooled.size[1];
-    const int64_t padded = round_up(C, NR), chunks = (P + chunk - 1) / chunk, sums_stride = partial.size[3];
+    const int64_t padded = round_up(C, NR);
     const bool product = grad_logits.given() && grad_features.given();
+    const Cut cut(B, P);
+    const int64_t room = round_up(2 * block * padded + block * panel + 3 * block * N + block, 16);
+    Scratch memory;
+    float* packed = memory.take<float>(B, product ? N : 0, C);                                 // kernels, rearranged
+    float* pooled = memory.take<float>(B, grad_pooled.given() ? N : 0, padded);                // grad_pooled, zeros behind C
+    float* partial = memory.take<float>(B, grad_kernels.given() ? cut.chunks : 0, N, padded);  // the sums of each chunk
+    float* rooms = memory.take<float>(threads, room);
+    if (grad_pooled.given())
+        for (int64_t row = 0; row < B * N; ++row) {
+            float* out = pooled + row * padded;
+            row_to_float(grad_pooled.as<const T>() + row / N * grad_pooled.stride[0] + row % N * grad_pooled.stride[1], C, out);
+            for (int64_t c = C; c < padded; ++c) out[c] = 0.0f;
+        }
     if (product)
         parallel_for(B, 1, threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t image = begin; image < end; ++image)
                 pack_groups(kernels.as<const T>() + image * kernels.stride[0], kernels.stride[2], kernels.stride[1], C, N,
-                            packed.as<float>() + image * N * C);
+                            packed + image * N * C);
         });
-    parallel_for(B * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        float* block_of_features = scratch.as<float>() + worker * scratch.stride[0];  // packed, [slices][padded][NR]
-        float* addend = block_of_features + block * padded;                           // [padded][64]
-        float* tile = addend + block * padded;                                        // [64][panel]
-        float* grad_rows = tile + block * panel;                                      // [N][64]
-        float* grad_packed = grad_rows + block * N;                                   // packed, [slices][N][NR]
+    parallel_for(B * cut.chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
+        float* block_of_features = rooms + worker * room;    // packed, [slices][padded][NR]
+        float* addend = block_of_features + block * padded;  // [padded][64]
+        float* tile = addend + block * padded;               // [64][panel]
+        float* grad_rows = tile + block * panel;             // [N][64]
+        float* grad_packed = grad_rows + block * N;          // packed, [slices][N][NR]
         int32_t* counts = reinterpret_cast<int32_t*>(grad_packed + block * N);
         int32_t* lists = counts + block;  // [64][N]
         for (int64_t job = begin; job < end; ++job) {
-            const int64_t image = job / chunks, first = job % chunks * chunk, last = smaller(first + chunk, P);
+            const int64_t image = job / cut.chunks, first = job % cut.chunks * cut.chunk, last = smaller(first + cut.chunk, P);
             const T* grad = grad_logits.as<const T>() + image * grad_logits.stride[0];
             const T* features_of_image = features.as<const T>() + image * features.stride[0];
-            float* sums = partial.as<float>() + job * N * sums_stride;
-            if (grad_kernels.given()) clear(sums, N * sums_stride);
+            float* sums = partial + job * N * padded;
+            if (grad_kernels.given()) clear(sums, N * padded);
             for (int64_t p = first; p < last; p += block) {
                 const int64_t t = smaller(last - p, block), following = smaller(last - p - block, block);
                 const Prefetch<T> next_grad(grad + p + block, grad_logits.stride[1], N, following);
@@ -282,13 +311,12 @@ static void update_backward(const View& grad_logits, const View& grad_pooled, co
                     bool add = false;
                     if (grad_pooled.given())
                         add = block_scatter(words.as<const uint32_t>() + image * words.stride[0], words.stride[1], n, p, t, N,
-                                            C, padded, grad_pooled.as<const float>() + image * grad_pooled.stride[0],
-                                            grad_pooled.stride[1], lists, counts, tile, addend);
+                                            C, padded, pooled + image * N * padded, padded, lists, counts, tile, addend);
                     T* out = grad_features.as<T>() + image * grad_features.stride[0] + p;
                     if (product) {
                         pack_block(grad + p, grad_logits.stride[1], N, N, t, grad_packed);
-                        block_grad_features(packed.as<const float>() + image * N * C, grad_packed, N, C, t,
-                                            add ? addend : nullptr, out, grad_features.stride[1], next_features);
+                        block_grad_features(packed + image * N * C, grad_packed, N, C, t, add ? addend : nullptr, out,
+                                            grad_features.stride[1], next_features);
                     } else {
                         if (!add) clear(addend, block * padded);
                         for (int64_t c = 0; c < C; ++c)
@@ -299,21 +327,19 @@ static void update_backward(const View& grad_logits, const View& grad_pooled, co
                     for (int64_t i = 0; i < N; ++i)
                         row_of_block(grad + i * grad_logits.stride[1] + p, t, grad_rows + i * block);
                     pack_block(features_of_image + p, features.stride[1], C, padded, t, block_of_features);
-                    block_grad_kernels(grad_rows, block_of_features, N, C, padded, t, tile, sums, sums_stride, next_grad);
+                    block_grad_kernels(grad_rows, block_of_features, N, C, padded, t, tile, sums, padded, next_grad);
                 }
             }
         }
     });
-    if (grad_kernels.given()) sum_chunks<T>(partial, grad_kernels, threads);
+    if (grad_kernels.given()) sum_chunks<T>(partial, cut.chunks, padded, grad_kernels, threads);
 }
 
 void mask_update_backward(const View& grad_logits, const View& grad_pooled, const View& features, const View& kernels,
-                          const View& words, const View& grad_features, const View& grad_kernels, const View& packed,
-                          const View& partial, const View& scratch, int64_t chunk, int threads) {
+                          const View& words, const View& grad_features, const View& grad_kernels, int threads) {
     const DType dtype = grad_features.given() ? grad_features.dtype : features.dtype;
-    SPROMPT_FLOAT_TYPES(dtype, T,
-                        update_backward<T>(grad_logits, grad_pooled, features, kernels, words, grad_features, grad_kernels,
-                                           packed, partial, scratch, chunk, threads))
+    SPROMPT_FLOAT_TYPES(
+        dtype, T, update_backward<T>(grad_logits, grad_pooled, features, kernels, words, grad_features, grad_kernels, threads))
 }
 
 }  // namespace SPROMPT_ISA

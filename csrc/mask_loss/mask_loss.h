@@ -11,15 +11,12 @@ namespace sprompt {
 // bce (M), dice (M), sums (M, 3) f32: sum(p t), sum(p^2), sum(t^2)
 // <- logits (M, h, w) f32/bf16/f16, last stride 1; targets (M, H, W) u8/b8/f32/bf16/f16, last stride 1 (ratio 0), or words
 // (M, n) i32 of masks of ratio H x ratio W pixels, ratio 1, 2, 4.
-// partial (M, chunks, 4) f32: room for the sums of chunks of chunk_rows of the H rows; a chunk is one piece of parallel work.
-// scratch (threads, 4, S) f32, S >= W + 2 u + 64.
-SPROMPT_KERNEL(mask_loss, const View& logits, const View& targets, int64_t ratio, int64_t upsample, int64_t chunk_rows,
-               const View& scratch, const View& partial, const View& bce, const View& dice, const View& sums, int threads)
+SPROMPT_KERNEL(mask_loss, const View& logits, const View& targets, int64_t ratio, int64_t upsample, const View& bce,
+               const View& dice, const View& sums, int threads)
 
 // grad (M, h, w), contiguous, in the dtype of logits <- grad_bce (M), grad_dice (M) f32, any stride, and the arguments and sums
-// of the forward call. chunk_rows of the h rows are one piece of parallel work. scratch (threads, 8, S) f32, S as above.
+// of the forward call.
 SPROMPT_KERNEL(mask_loss_backward, const View& grad_bce, const View& grad_dice, const View& logits, const View& targets,
-               const View& sums, int64_t ratio, int64_t upsample, int64_t chunk_rows, const View& scratch, const View& grad,
-               int threads)
+               const View& sums, int64_t ratio, int64_t upsample, const View& grad, int threads)
 
 }  // namespace sprompt

@@ -1,5 +1,6 @@
 #include "mask_loss/mask_loss.h"
 
+#include "common/scratch.h"
 #include "common/targets.h"
 #include "common/threads.h"
 #include "common/upsample.h"
@@ -7,6 +8,21 @@
 
 namespace sprompt {
 namespace SPROMPT_ISA {
+
+// Rows of a mask that are one piece of parallel work: of the upsampled map, and of the gradient.
+constexpr int64_t forward_rows = 64, backward_rows = 32;
+
+// Memory of the workers: `count` rows each, of `length` floats, a whole number of cache lines.
+struct Rows {
+    float* data;
+    int64_t count, length;
+
+    SPROMPT_INLINE float* of(int worker) const { return data + worker * count * length; }
+};
+static Rows rows_for(const View& logits, int64_t u, int64_t count, int threads, Scratch& memory) {
+    const int64_t length = (u * logits.size[2] + 2 * u + 64 + 15) / 16 * 16;
+    return {memory.take<float>(threads, count, length), count, length};
+}
 
 // One mask's logits and targets, and a worker's rows.
 struct Mask {
@@ -17,11 +33,11 @@ struct Mask {
     float *low, *stretched, *target_buffer, *zeros;
 };
 
-static Mask mask_of(const View& logits, const View& targets, int64_t ratio, int64_t u, int64_t m, const View& scratch,
+static Mask mask_of(const View& logits, const View& targets, int64_t ratio, int64_t u, int64_t m, const Rows& room,
                     int worker) {
-    const int64_t h = logits.size[1], w = logits.size[2], slot = scratch.stride[1];
+    const int64_t h = logits.size[1], w = logits.size[2], slot = room.length;
     const int64_t bytes = logits.dtype == DType::f32 ? 4 : 2;
-    float* rows = scratch.as<float>() + worker * scratch.stride[0];
+    float* rows = room.of(worker);
     return {logits.as<const char>() + m * logits.stride[0] * bytes,
             logits.dtype,
             logits.stride[1],
@@ -72,22 +88,25 @@ static void chunk_sums(const Mask& mask, int64_t begin, int64_t end, float* out)
     for (int i = 0; i < 4; ++i) out[i] = sum(total[i]);
 }
 
-void mask_loss(const View& logits, const View& targets, int64_t ratio, int64_t upsample, int64_t chunk_rows,
-               const View& scratch, const View& partial, const View& bce, const View& dice, const View& sums, int threads) {
+void mask_loss(const View& logits, const View& targets, int64_t ratio, int64_t upsample, const View& bce, const View& dice,
+               const View& sums, int threads) {
     const int64_t M = logits.size[0], u = upsample, H = u * logits.size[1], pixels = H * u * logits.size[2];
-    const int64_t chunks = pixels > 0 ? (H + chunk_rows - 1) / chunk_rows : 0;
+    const int64_t chunks = pixels > 0 ? (H + forward_rows - 1) / forward_rows : 0;
+    Scratch memory;
+    const Rows room = rows_for(logits, u, 4, threads, memory);
+    float* partial = memory.take<float>(M, chunks, 4);
     parallel_for(M * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t job = begin; job < end; ++job) {
-            const Mask mask = mask_of(logits, targets, ratio, u, job / chunks, scratch, worker);
-            const int64_t first = job % chunks * chunk_rows;
-            clear(mask.zeros, scratch.stride[1]);
-            chunk_sums(mask, first, first + chunk_rows < H ? first + chunk_rows : H, partial.as<float>() + 4 * job);
+            const Mask mask = mask_of(logits, targets, ratio, u, job / chunks, room, worker);
+            const int64_t first = job % chunks * forward_rows;
+            clear(mask.zeros, room.length);
+            chunk_sums(mask, first, first + forward_rows < H ? first + forward_rows : H, partial + 4 * job);
         }
     });
     for (int64_t m = 0; m < M; ++m) {
         double total[4] = {};
         for (int64_t c = 0; c < chunks; ++c)
-            for (int i = 0; i < 4; ++i) total[i] += partial.as<const float>()[4 * (m * chunks + c) + i];
+            for (int i = 0; i < 4; ++i) total[i] += partial[4 * (m * chunks + c) + i];
         bce.as<float>()[m] = static_cast<float>(pixels > 0 ? total[0] / static_cast<double>(pixels) : 0.0);
         dice.as<float>()[m] = static_cast<float>(1.0 - 2.0 * total[1] / (total[2] + total[3] + 2e-3));
         for (int i = 0; i < 3; ++i) sums.as<float>()[3 * m + i] = static_cast<float>(total[1 + i]);
@@ -160,23 +179,24 @@ static void chunk_gradient(const Mask& mask, const Slopes& slopes, int64_t begin
 }
 
 void mask_loss_backward(const View& grad_bce, const View& grad_dice, const View& logits, const View& targets, const View& sums,
-                        int64_t ratio, int64_t upsample, int64_t chunk_rows, const View& scratch, const View& grad,
-                        int threads) {
+                        int64_t ratio, int64_t upsample, const View& grad, int threads) {
     const int64_t M = logits.size[0], h = logits.size[1], w = logits.size[2], u = upsample;
     if (h * w == 0) return;
-    const int64_t chunks = (h + chunk_rows - 1) / chunk_rows;
+    const int64_t chunks = (h + backward_rows - 1) / backward_rows;
+    Scratch memory;
+    const Rows room = rows_for(logits, u, 8, threads, memory);
     parallel_for(M * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t job = begin; job < end; ++job) {
-            const int64_t m = job / chunks, first = job % chunks * chunk_rows;
-            const Mask mask = mask_of(logits, targets, ratio, u, m, scratch, worker);
-            clear(mask.zeros, scratch.stride[1]);
+            const int64_t m = job / chunks, first = job % chunks * backward_rows;
+            const Mask mask = mask_of(logits, targets, ratio, u, m, room, worker);
+            clear(mask.zeros, room.length);
             float* rows[4];
-            for (int i = 0; i < 4; ++i) rows[i] = mask.zeros + (1 + i) * scratch.stride[1];
+            for (int i = 0; i < 4; ++i) rows[i] = mask.zeros + (1 + i) * room.length;
             const Slopes slopes = slopes_of(grad_bce.as<const float>()[m * grad_bce.stride[0]],
                                             grad_dice.as<const float>()[m * grad_dice.stride[0]],
                                             sums.as<const float>() + m * sums.stride[0], u * h * u * w);
             SPROMPT_FLOAT_TYPES(grad.dtype, T, {
-                chunk_gradient(mask, slopes, first, first + chunk_rows < h ? first + chunk_rows : h, rows,
+                chunk_gradient(mask, slopes, first, first + backward_rows < h ? first + backward_rows : h, rows,
                                grad.as<T>() + m * h * w);
             })
         }

@@ -12,12 +12,9 @@ namespace sprompt {
 // cost (B, N, G) f32, contiguous; 0 where g >= counts[b]
 // <- logits (B, N, h, w) f32/bf16/f16, last stride 1; targets (B, G, H, W) u8/b8/f32/bf16/f16, last stride 1 (ratio 0), or
 // words (B, G, n) i32, last stride 1, of masks of ratio H x ratio W pixels, ratio 1, 2, 4; class_logits (B, N, K) f32/bf16/f16
-// and labels (B, G) i64 in [0, K) where g < counts[b], or neither; counts (B) i64 or none. The H rows are cut into chunks of
-// chunk_rows, one piece of parallel work each, whose sums go to partial (B, chunks, N G + 2 N + 2 G) f32. A chunk is worked
-// through in tiles of tile_rows rows, kept by scratch (threads, S) f32, S >= (4 + G) tile_rows V + 2 (V + 2 u + 64) + G (1 + 2
-// tile_rows), V = W rounded up to 64.
+// and labels (B, G) i64 in [0, K) where g < counts[b], or neither; counts (B) i64 or none.
 SPROMPT_KERNEL(match_cost, const View& logits, const View& targets, int64_t ratio, const View& class_logits, const View& labels,
-               const View& counts, float class_weight, float bce_weight, float dice_weight, int64_t upsample,
-               int64_t chunk_rows, int64_t tile_rows, const View& scratch, const View& partial, const View& cost, int threads)
+               const View& counts, float class_weight, float bce_weight, float dice_weight, int64_t upsample, const View& cost,
+               int threads)
 
 }  // namespace sprompt

@@ -1,5 +1,6 @@
 #include "match_cost/match_cost.h"
 
+#include "common/scratch.h"
 #include "common/targets.h"
 #include "common/threads.h"
 #include "common/upsample.h"
@@ -9,6 +10,13 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 constexpr int64_t block = 4, group = 3;  // masks and targets of one register tile: 12 sums, 3 targets, 1 mask
+// Floats of the probabilities and of the targets that a tile of rows may take: half of a first and of a second cache.
+constexpr int64_t most_p = 1400, most_t = 65536;
+// Chunks of rows, each one piece of parallel work with its own sums: at most this many, of at least so many rows.
+constexpr int64_t most_chunks = 32, least_rows = 8;
+
+SPROMPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+SPROMPT_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // Room of one worker. A tile is tile_rows rows of `line` floats, a whole number of vectors: zeros behind the row's end.
 struct Room {
@@ -171,17 +179,22 @@ static void class_costs(const T* logits, int64_t stride, const int64_t* labels, 
 }
 
 void match_cost(const View& logits, const View& targets, int64_t ratio, const View& class_logits, const View& labels,
-                const View& counts, float class_weight, float bce_weight, float dice_weight, int64_t upsample,
-                int64_t chunk_rows, int64_t tile_rows, const View& scratch, const View& partial, const View& cost,
+                const View& counts, float class_weight, float bce_weight, float dice_weight, int64_t upsample, const View& cost,
                 int threads) {
     const int64_t B = logits.size[0], N = logits.size[1], G = targets.size[1], u = upsample;
     const int64_t H = u * logits.size[2], width = u * logits.size[3], pixels = H * width;
+    const int64_t line = (width + 63) / 64 * 64, row = line + 2 * u + 64;
+    const int64_t chunk_rows = larger(least_rows, (H + most_chunks - 1) / most_chunks);
+    const int64_t tile_rows = larger(1, smaller(chunk_rows, smaller(most_p / larger(line, 1), most_t / larger(G * line, 1))));
     const int64_t chunks = pixels > 0 ? (H + chunk_rows - 1) / chunk_rows : 0, per_chunk = N * G + 2 * N + 2 * G;
+    const int64_t per_worker = (2 * row + (block + G) * tile_rows * line + G * (1 + 2 * tile_rows) + 15) / 16 * 16;
+    Scratch memory;
+    float* rooms = memory.take<float>(threads, per_worker);
+    float* partial = memory.take<float>(B, chunks, per_chunk);  // the sums of each chunk
     const auto real_of = [&](int64_t b) { return counts.given() ? counts.as<const int64_t>()[b * counts.stride[0]] : G; };
     const Job job{logits, targets, ratio, u, tile_rows};
     parallel_for(B * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        const int64_t line = (width + 63) / 64 * 64, row = line + 2 * u + 64;
-        float* room_at = scratch.as<float>() + worker * scratch.stride[0];
+        float* room_at = rooms + worker * per_worker;
         Room room;
         room.low = room_at + 16;
         room.stretched = room_at + row;
@@ -192,7 +205,7 @@ void match_cost(const View& logits, const View& targets, int64_t ratio, const Vi
         for (int64_t item = begin; item < end; ++item) {
             const int64_t b = item / chunks, first = item % chunks * chunk_rows, real = real_of(b);
             if (real == 0) continue;
-            float* sums = partial.as<float>() + item * per_chunk;
+            float* sums = partial + item * per_chunk;
             for (int64_t i = 0; i < per_chunk; ++i) sums[i] = 0.0f;
             chunk_sums(job, b, real, first, first + chunk_rows < H ? first + chunk_rows : H, room, sums_at(sums, N, G));
         }
@@ -216,7 +229,7 @@ void match_cost(const View& logits, const View& targets, int64_t ratio, const Vi
                 const int64_t targets_here = real - g0 < many ? real - g0 : many;
                 double pt[many] = {}, t[many] = {}, tt[many] = {}, p = 0, pp = 0;
                 for (int64_t c = 0; c < chunks; ++c) {
-                    const Sums sums = sums_at(partial.as<float>() + (b * chunks + c) * per_chunk, N, G);
+                    const Sums sums = sums_at(partial + (b * chunks + c) * per_chunk, N, G);
                     p += sums.p[n];
                     pp += sums.pp[n];
                     for (int64_t j = 0; j < targets_here; ++j) {

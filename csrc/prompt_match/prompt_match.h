@@ -14,7 +14,7 @@ SPROMPT_KERNEL(prompt_match, const View& kernels, const View& prompts, const Vie
                bool cosine, const View& out, const View& index, int threads)
 
 // out (B, L, C), contiguous <- grad (B, N, C) of out's type, last stride 1; index (B, N) i64, contiguous, in [-1, L):
-// out[b, l] = sum of grad[b, n] over index[b, n] = l, in float32, by increasing n. sums (B, L, C) f32 is scratch of half types.
-SPROMPT_KERNEL(prompt_match_backward, const View& grad, const View& index, const View& sums, const View& out, int threads)
+// out[b, l] = sum of grad[b, n] over index[b, n] = l, in float32, by increasing n.
+SPROMPT_KERNEL(prompt_match_backward, const View& grad, const View& index, const View& out, int threads)
 
 }  // namespace sprompt

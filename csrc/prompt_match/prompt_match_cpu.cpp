@@ -1,4 +1,5 @@
 #include "common/lanes.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 #include "prompt_match/prompt_match.h"
 
@@ -153,32 +154,35 @@ void prompt_match(const View& kernels, const View& prompts, const View& counts, 
 }
 
 template <class T>
-static void match_backward(const View& grad, const View& index, const View& sums, const View& out, int threads) {
+static void match_backward(const View& grad, const View& index, const View& out, int threads) {
     constexpr int64_t chunk = 128;  // channels a job: its part of 20 prompts stays in the nearest cache
     const int64_t N = grad.size[1], L = out.size[1], C = out.size[2], chunks = (C + chunk - 1) / chunk;
-    const View& total = sums.given() ? sums : out;
-    parallel_for(out.size[0] * chunks, 1, threads, [&](int64_t begin, int64_t end, int) {
+    constexpr bool in_place = sizeof(T) == sizeof(float);
+    const int64_t stride = in_place ? C : chunk;
+    Scratch memory;
+    float* sums = memory.take<float>(in_place ? 0 : threads, L, chunk);
+    parallel_for(out.size[0] * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t job = begin; job < end; ++job) {
             const int64_t b = job / chunks, c0 = job % chunks * chunk, width = C - c0 < chunk ? C - c0 : chunk;
-            float* to = total.as<float>() + b * L * C + c0;
-            for (int64_t l = 0; l < L; ++l) __builtin_memset(to + l * C, 0, static_cast<size_t>(4 * width));
+            float* to = in_place ? out.as<float>() + b * L * C + c0 : sums + worker * L * chunk;
+            for (int64_t l = 0; l < L; ++l) __builtin_memset(to + l * stride, 0, static_cast<size_t>(4 * width));
             for (int64_t n = 0; n < N; ++n) {
                 const int64_t l = index.as<const int64_t>()[b * N + n];
                 if (l < 0 || l >= L) continue;
                 const T* g = grad.as<const T>() + b * grad.stride[0] + n * grad.stride[1] + c0;
-                float* row = to + l * C;
+                float* row = to + l * stride;
                 int64_t c = 0;
                 for (; c + W <= width; c += W) store(row + c, load(row + c) + load_as_float(g + c));
                 for (; c < width; ++c) row[c] += to_float(g[c]);
             }
-            if (sums.given())
-                for (int64_t l = 0; l < L; ++l) row_from_float(to + l * C, width, out.as<T>() + (b * L + l) * C + c0);
+            if (!in_place)
+                for (int64_t l = 0; l < L; ++l) row_from_float(to + l * stride, width, out.as<T>() + (b * L + l) * C + c0);
         }
     });
 }
 
-void prompt_match_backward(const View& grad, const View& index, const View& sums, const View& out, int threads) {
-    SPROMPT_FLOAT_TYPES(out.dtype, T, match_backward<T>(grad, index, sums, out, threads))
+void prompt_match_backward(const View& grad, const View& index, const View& out, int threads) {
+    SPROMPT_FLOAT_TYPES(out.dtype, T, match_backward<T>(grad, index, out, threads))
 }
 
 }  // namespace SPROMPT_ISA

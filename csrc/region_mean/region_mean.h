@@ -2,8 +2,7 @@
 //
 // The means work on runs. A run is W lanes of one row of the map, packed as offset << 16 | lanes: `offset` is that of its
 // first cell from the start of a channel's plane, in elements, bit i of `lanes` says whether cell i of the run counts.
-// runs (B, L, H * ceil(W / 4)) i64 and heads (B, L, 3) i64 (runs, leading runs whose W lanes may all be read, cells) are
-// scratch, filled once per call and read once per block of channels, so the cost follows the cells that count.
+// They are listed once per call and read once per block of channels, so the cost follows the cells that count.
 // The sum over one box or mask is in float32, W partial sums side by side, runs in reading order, lanes added at the end.
 #pragma once
 
@@ -13,19 +12,16 @@ namespace sprompt {
 
 // out (B, L, C), contiguous, of features' type <- features (B, C, H, W) f32/bf16/f16, whose rows or whose channels have
 // stride 1; boxes (B, L, 4) f32/f64/i64, contiguous: x1, y1, x2, y2 in cells; counts (B) i64 or none, in [0, L].
-// problem (1) i64: 0, or 1 + b * L + l of the first real box that is not finite; then nothing else is written.
-SPROMPT_KERNEL(region_mean, const View& features, const View& boxes, const View& counts, const View& runs, const View& heads,
-               const View& problem, const View& out, int threads)
+// Returns -1, or b * L + l of the first real box that is not finite; then nothing is written.
+SPROMPT_KERNEL_OF(int64_t, region_mean, const View& features, const View& boxes, const View& counts, const View& out,
+                  int threads)
 
 // out (B, L, C) as above <- features as above, words (B, L, n) u32, contiguous. Empty masks give 0.
-SPROMPT_KERNEL(mask_mean, const View& features, const View& words, const View& runs, const View& heads, const View& out,
-               int threads)
+SPROMPT_KERNEL(mask_mean, const View& features, const View& words, const View& out, int threads)
 
-// out (B, C, H, W), contiguous <- grad (B, L, C) of out's type, any strides. sums (threads, 4 * H * W) f32 is scratch of
-// half types, none for f32. Every cell's sum is in float32, in the order of the boxes.
-SPROMPT_KERNEL(region_mean_backward, const View& grad, const View& boxes, const View& counts, const View& runs,
-               const View& heads, const View& sums, const View& out, int threads)
-SPROMPT_KERNEL(mask_mean_backward, const View& grad, const View& words, const View& runs, const View& heads, const View& sums,
-               const View& out, int threads)
+// out (B, C, H, W), contiguous <- grad (B, L, C) of out's type, any strides. Every cell's sum is in float32, in the order of
+// the boxes.
+SPROMPT_KERNEL(region_mean_backward, const View& grad, const View& boxes, const View& counts, const View& out, int threads)
+SPROMPT_KERNEL(mask_mean_backward, const View& grad, const View& words, const View& out, int threads)
 
 }  // namespace sprompt

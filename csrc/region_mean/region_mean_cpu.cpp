@@ -1,5 +1,6 @@
 #include "common/bits.h"
 #include "common/lanes.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 #include "region_mean/region_mean.h"
 
@@ -82,13 +83,25 @@ static void runs_of_mask(const uint32_t* words, int64_t n, const Plane& plane, R
         }
 }
 
+// The runs of every box or mask, and their heads.
+struct Listed {
+    int64_t *runs, *heads;
+    int64_t most;  // runs of one mask
+
+    SPROMPT_INLINE const int64_t* of(int64_t i) const { return runs + i * most; }
+    SPROMPT_INLINE const int64_t* head(int64_t i) const { return heads + 3 * i; }
+};
+
 // Runs of every box (words none) or mask; those behind counts get none.
-static void make_runs(const View& boxes, const View& words, const View& counts, const Plane& plane, const View& runs,
-                      const View& heads, int threads) {
-    const int64_t B = heads.size[0], L = heads.size[1], n = words.given() ? words.size[2] : 0;
+static Listed list_runs(const View& boxes, const View& words, const View& counts, const Plane& plane, int threads,
+                        Scratch& memory) {
+    const View& shapes = words.given() ? words : boxes;
+    const int64_t B = shapes.size[0], L = shapes.size[1], n = words.given() ? words.size[2] : 0;
+    const int64_t most = plane.height * ((plane.width + W - 1) / W);
+    const Listed listed{memory.take<int64_t>(B, L, most), memory.take<int64_t>(B, L, 3), most};
     parallel_for(B * L, 32, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
-            Runs r(runs.as<int64_t>() + i * runs.size[2], heads.as<int64_t>() + 3 * i, plane.end);
+            Runs r(listed.runs + i * most, listed.heads + 3 * i, plane.end);
             if (plane.height == 0 || plane.width == 0 ||
                 (counts.given() && i % L >= counts.as<const int64_t>()[i / L * counts.stride[0]]))
                 continue;
@@ -98,6 +111,7 @@ static void make_runs(const View& boxes, const View& words, const View& counts, 
                 runs_of_box(boxes, i, plane, r);
         }
     });
+    return listed;
 }
 
 // ---- forward
@@ -135,8 +149,7 @@ static void prefetch_part(const void* data, int64_t bytes, int64_t part, int64_t
 // Boxes jump about in a plane, where the hardware foresees little: while one block of channels is summed the next is fetched,
 // if it fits and if most of it will be used.
 template <class T>
-static void mean_along_x(const View& features, const View& runs, const View& heads, const Plane& plane, const View& out,
-                         int threads) {
+static void mean_along_x(const View& features, const Listed& listed, const Plane& plane, const View& out, int threads) {
     const int64_t L = out.size[1], C = out.size[2], blocks = (C + block - 1) / block, stride = features.stride[1];
     const int64_t jobs = out.size[0] * blocks, bytes = block * stride * static_cast<int64_t>(sizeof(T));
     const bool fits = stride >= plane.end && bytes <= 1 << 18;
@@ -145,12 +158,11 @@ static void mean_along_x(const View& features, const View& runs, const View& hea
             const int64_t b = job / blocks, c0 = job % blocks * block;
             const T* planes = features.as<const T>() + b * features.stride[0] + c0 * stride;
             int64_t cells = 0;
-            for (int64_t l = b * L; l < (b + 1) * L; ++l) cells += heads.as<const int64_t>()[3 * l + 2];
+            for (int64_t l = b * L; l < (b + 1) * L; ++l) cells += listed.head(l)[2];
             const bool fetch = fits && job + 1 < end && c0 + 2 * block <= C && 2 * cells > plane.height * plane.width;
             for (int64_t l = 0; l < L; ++l) {
                 if (fetch) prefetch_part(planes + block * stride, bytes, l, L);
-                const int64_t* run = runs.as<const int64_t>() + (b * L + l) * runs.size[2];
-                const int64_t* head = heads.as<const int64_t>() + 3 * (b * L + l);
+                const int64_t *run = listed.of(b * L + l), *head = listed.head(b * L + l);
                 vf acc[block] = {};
                 if (c0 + block <= C)
                     add_runs<block>(planes, stride, run, head, plane.end, acc);
@@ -169,15 +181,13 @@ static void mean_along_x(const View& features, const View& runs, const View& hea
 // Channels are neighbours in memory: W of them side by side, one accumulator for each lane of a run, so that every sum has
 // the order of mean_along_x, to the bit.
 template <class T>
-static void mean_along_channels(const View& features, const View& runs, const View& heads, const Plane& plane, const View& out,
-                                int threads) {
+static void mean_along_channels(const View& features, const Listed& listed, const Plane& plane, const View& out, int threads) {
     const int64_t L = out.size[1], C = out.size[2], chunks = (C + W - 1) / W;
     parallel_for(out.size[0] * L * chunks, 16, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
             const int64_t l = job / chunks, c0 = job % chunks * W, left = C - c0;
             const T* in = features.as<const T>() + l / L * features.stride[0] + c0;
-            const int64_t* run = runs.as<const int64_t>() + l * runs.size[2];
-            const int64_t* head = heads.as<const int64_t>() + 3 * l;
+            const int64_t *run = listed.of(l), *head = listed.head(l);
             vf acc[W] = {};
             for (int64_t i = 0; i < head[0]; ++i) {
                 const uint32_t lanes = static_cast<uint32_t>(run[i] & 0xffff);
@@ -202,39 +212,34 @@ static void mean_along_channels(const View& features, const View& runs, const Vi
     });
 }
 
-static void mean(const View& features, const View& runs, const View& heads, const Plane& plane, const View& out, int threads) {
+static void mean(const View& features, const View& boxes, const View& words, const View& counts, const View& out, int threads) {
+    const Plane plane = plane_of(features);
+    Scratch memory;
+    const Listed listed = list_runs(boxes, words, counts, plane, threads, memory);
     SPROMPT_FLOAT_TYPES(features.dtype, T, {
         if (plane.along_x)
-            mean_along_x<T>(features, runs, heads, plane, out, threads);
+            mean_along_x<T>(features, listed, plane, out, threads);
         else
-            mean_along_channels<T>(features, runs, heads, plane, out, threads);
+            mean_along_channels<T>(features, listed, plane, out, threads);
     })
 }
 
 static bool finite(double x) { return x - x == 0.0; }
 
-void region_mean(const View& features, const View& boxes, const View& counts, const View& runs, const View& heads,
-                 const View& problem, const View& out, int threads) {
+int64_t region_mean(const View& features, const View& boxes, const View& counts, const View& out, int threads) {
     const int64_t B = boxes.size[0], L = boxes.size[1];
-    problem.as<int64_t>()[0] = 0;
     if (boxes.dtype != DType::i64)
         for (int64_t b = 0; b < B; ++b) {
             const int64_t real = counts.given() ? counts.as<const int64_t>()[b * counts.stride[0]] : L;
             for (int64_t i = 4 * b * L; i < 4 * (b * L + real); ++i)
-                if (!finite(coordinate(boxes, i))) {
-                    problem.as<int64_t>()[0] = 1 + i / 4;
-                    return;
-                }
+                if (!finite(coordinate(boxes, i))) return i / 4;
         }
-    const Plane plane = plane_of(features);
-    make_runs(boxes, View{}, counts, plane, runs, heads, threads);
-    mean(features, runs, heads, plane, out, threads);
+    mean(features, boxes, View{}, counts, out, threads);
+    return -1;
 }
 
-void mask_mean(const View& features, const View& words, const View& runs, const View& heads, const View& out, int threads) {
-    const Plane plane = plane_of(features);
-    make_runs(View{}, words, View{}, plane, runs, heads, threads);
-    mean(features, runs, heads, plane, out, threads);
+void mask_mean(const View& features, const View& words, const View& out, int threads) {
+    mean(features, View{}, words, View{}, out, threads);
 }
 
 // ---- backward
@@ -260,43 +265,44 @@ static void spread_runs(const int64_t* runs, const int64_t* head, const float* v
 }
 
 template <class T>
-static void spread(const View& grad, const View& runs, const View& heads, const View& sums, const View& out, int threads) {
+static void spread(const View& grad, const Listed& listed, const View& out, int threads, Scratch& memory) {
     const int64_t L = grad.size[1], C = out.size[1], P = out.size[2] * out.size[3],
                   blocks = (C + spread_block - 1) / spread_block;
+    constexpr bool in_place = sizeof(T) == sizeof(float);
+    float* sums = memory.take<float>(in_place ? 0 : threads, spread_block, P);
     parallel_for(out.size[0] * blocks, 2, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t job = begin; job < end; ++job) {
             const int64_t b = job / blocks, c0 = job % blocks * spread_block,
                           channels = C - c0 < spread_block ? C - c0 : spread_block;
             T* to = out.as<T>() + (b * C + c0) * P;
-            float* planes = sums.given() ? sums.as<float>() + worker * spread_block * P : out.as<float>() + (b * C + c0) * P;
+            float* planes = in_place ? out.as<float>() + (b * C + c0) * P : sums + worker * spread_block * P;
             __builtin_memset(planes, 0, static_cast<size_t>(4 * channels * P));
             for (int64_t l = 0; l < L; ++l) {
-                const int64_t* head = heads.as<const int64_t>() + 3 * (b * L + l);
+                const int64_t* head = listed.head(b * L + l);
                 if (head[0] == 0) continue;
                 const T* g = grad.as<const T>() + b * grad.stride[0] + l * grad.stride[1] + c0 * grad.stride[2];
                 float value[spread_block];
                 for (int64_t c = 0; c < channels; ++c) value[c] = to_float(g[c * grad.stride[2]]) / static_cast<float>(head[2]);
-                spread_runs(runs.as<const int64_t>() + (b * L + l) * runs.size[2], head, value, channels, P, planes);
+                spread_runs(listed.of(b * L + l), head, value, channels, P, planes);
             }
-            if (sums.given()) row_from_float(planes, channels * P, to);
+            if (!in_place) row_from_float(planes, channels * P, to);
         }
     });
 }
 
-static void mean_backward(const View& grad, const View& boxes, const View& words, const View& counts, const View& runs,
-                          const View& heads, const View& sums, const View& out, int threads) {
-    make_runs(boxes, words, counts, plane_of(out), runs, heads, threads);
-    SPROMPT_FLOAT_TYPES(out.dtype, T, spread<T>(grad, runs, heads, sums, out, threads))
+static void mean_backward(const View& grad, const View& boxes, const View& words, const View& counts, const View& out,
+                          int threads) {
+    Scratch memory;
+    const Listed listed = list_runs(boxes, words, counts, plane_of(out), threads, memory);
+    SPROMPT_FLOAT_TYPES(out.dtype, T, spread<T>(grad, listed, out, threads, memory))
 }
 
-void region_mean_backward(const View& grad, const View& boxes, const View& counts, const View& runs, const View& heads,
-                          const View& sums, const View& out, int threads) {
-    mean_backward(grad, boxes, View{}, counts, runs, heads, sums, out, threads);
+void region_mean_backward(const View& grad, const View& boxes, const View& counts, const View& out, int threads) {
+    mean_backward(grad, boxes, View{}, counts, out, threads);
 }
 
-void mask_mean_backward(const View& grad, const View& words, const View& runs, const View& heads, const View& sums,
-                        const View& out, int threads) {
-    mean_backward(grad, View{}, words, View{}, runs, heads, sums, out, threads);
+void mask_mean_backward(const View& grad, const View& words, const View& out, int threads) {
+    mean_backward(grad, View{}, words, View{}, out, threads);
 }
 
 }  // namespace SPROMPT_ISA

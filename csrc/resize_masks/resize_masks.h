@@ -14,15 +14,13 @@
 
 namespace sprompt {
 
-// words (M, n) i32, contiguous, n = ceil(height * width / 32) <- soft (M, h, w) f32/bf16/f16, any strides. h, w, height and
-// width are at least 1. extent_height in (0, h], extent_width in (0, w].
-// scratch (s) i32: what s must be, scratch_words in sprompt/ops/resize_masks/op.py says.
+// words (M, n) i32, contiguous, n = ceil(height * width / 32) <- soft (M, h, w) f32/bf16/f16, any strides. Where words
+// are not empty, h and w are at least 1. extent_height in (0, h], extent_width in (0, w].
 SPROMPT_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
-               double extent_width, const View& words, const View& scratch, int threads)
+               double extent_width, const View& words, int threads)
 
 // The same from bits: cells of 0 and 1, threshold 1/2, the whole map. in (M, ceil(h * w / 32)) i32 -> words (M, n).
-SPROMPT_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words,
-               const View& scratch, int threads)
+SPROMPT_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words, int threads)
 
 // On CUDA; both contiguous.
 SPROMPT_CUDA_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words)

@@ -6,6 +6,7 @@
 
 #include "common/bits.h"
 #include "common/half.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 
 namespace sprompt {
@@ -53,17 +54,6 @@ struct Row {
     uint32_t *below_cells, *above_cells;  // bit i: cell i is below `low`, above `high`
     uint8_t* state;                       // (segments)
     uint8_t common;                       // state that all segments share, below or above
-};
-
-// Hands out parts of the scratch tensor, whole cache lines each. scratch_words in op.py counts the same way.
-struct Scratch {
-    char* next;
-    template <class T>
-    SPROMPT_INLINE T* take(int64_t bytes) {
-        T* part = reinterpret_cast<T*>(next);
-        next += round_up(bytes, 64);
-        return part;
-    }
 };
 
 SPROMPT_INLINE vf held(vf x) {  // +-2^127 at most; NaN stays
@@ -309,7 +299,8 @@ struct Worker {
 // source_of(m) is the source of mask m.
 template <class SourceOf>
 void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, double extent_height,
-                double extent_width, const View& words, const View& scratch, int threads, const SourceOf& source_of) {
+                double extent_width, const View& words, int threads, const SourceOf& source_of) {
+    if (masks == 0 || height == 0 || width == 0) return;
     Plan plan;
     plan.h = h;
     plan.w = w;
@@ -326,12 +317,12 @@ void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t wid
     plan.segments = (width + segment - 1) / segment;
 
     const int64_t columns = plan.segments * segment;
-    Scratch memory{scratch.as<char>()};
-    plan.first = memory.take<int32_t>(4 * columns);
-    plan.second = memory.take<int32_t>(4 * columns);
-    plan.pair = memory.take<int32_t>(4 * columns);
-    plan.w0 = memory.take<float>(4 * columns);
-    plan.w1 = memory.take<float>(4 * columns);
+    Scratch memory;
+    plan.first = memory.take<int32_t>(columns);
+    plan.second = memory.take<int32_t>(columns);
+    plan.pair = memory.take<int32_t>(columns);
+    plan.w0 = memory.take<float>(columns);
+    plan.w1 = memory.take<float>(columns);
     for (int64_t x = 0; x < columns; ++x) {
         const Tap tap = tap_of(x < width ? x : width - 1, plan.step_x, w);
         plan.first[x] = static_cast<int32_t>(tap.first);
@@ -344,27 +335,29 @@ void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t wid
     for (int64_t x = 0; x < columns; ++x)
         plan.pair[x] = plan.first[x] < plan.used - 2 ? plan.first[x] : static_cast<int32_t>(plan.used) - 2;
 
-    const int64_t padded = round_up(w, 32),
-                  worker_bytes = 2 * (round_up(4 * padded, 64) + round_up(4 * columns, 64) + 2 * round_up(padded / 8 + 8, 64) +
-                                      round_up(plan.segments, 64)) +
-                                 round_up(plan.segments, 64) + round_up(4 * plan.segments, 64);
-    char* const worker_memory = memory.next;
+    // A worker's lines, twice but for the last two, each of whole cache lines.
+    const int64_t padded = round_up(w, 32), bit_words = round_up(padded / 32 + 2, 16), states = round_up(plan.segments, 64);
+    float* buffers = memory.take<float>(threads, 2, padded);
+    float* wides = memory.take<float>(threads, 2, columns);
+    uint32_t* cell_bits = memory.take<uint32_t>(threads, 4, bit_words);
+    uint8_t* row_states = memory.take<uint8_t>(threads, 3, states);
+    int32_t* run_ends = memory.take<int32_t>(threads, round_up(plan.segments, 16));
 
     // Bands of rows begin at whole words: 64 rows of any width are a multiple of 32 pixels.
     const int64_t band = masks >= 64 ? round_up(height, 64) : 64, bands = (height + band - 1) / band;
     const int64_t n = words_for(height * width), rows = band < height ? band : height;
     parallel_for(masks * bands, 1 + (1 << 16) / (rows * width), threads, [&](int64_t begin, int64_t end, int index) {
-        Scratch own{worker_memory + index * worker_bytes};
         Worker worker;
-        for (Row& row : worker.rows) {
-            row.buffer = own.take<float>(4 * padded);
-            row.wide = own.take<float>(4 * columns);
-            row.below_cells = own.take<uint32_t>(padded / 8 + 8);
-            row.above_cells = own.take<uint32_t>(padded / 8 + 8);
-            row.state = own.take<uint8_t>(plan.segments);
+        for (int64_t i = 0; i < 2; ++i) {
+            Row& row = worker.rows[i];
+            row.buffer = buffers + (2 * index + i) * padded;
+            row.wide = wides + (2 * index + i) * columns;
+            row.below_cells = cell_bits + (4 * index + 2 * i) * bit_words;
+            row.above_cells = row.below_cells + bit_words;
+            row.state = row_states + (3 * index + i) * states;
         }
-        worker.run_state = own.take<uint8_t>(plan.segments);
-        worker.run_end = own.take<int32_t>(4 * plan.segments);
+        worker.run_state = row_states + (3 * index + 2) * states;
+        worker.run_end = run_ends + index * round_up(plan.segments, 16);
         for (int64_t job = begin; job < end; ++job) {
             const int64_t mask = job / bands, top = job % bands * band, bottom = top + band < height ? top + band : height;
             worker.resize(plan, source_of(mask), top, bottom, words.as<uint32_t>() + mask * n + top * width / 32);
@@ -375,18 +368,16 @@ void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t wid
 }  // namespace
 
 void resize_masks(const View& soft, int64_t height, int64_t width, float threshold, double extent_height, double extent_width,
-                  const View& words, const View& scratch, int threads) {
-    SPROMPT_FLOAT_TYPES(soft.dtype, T,
-                        resize_all(soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height,
-                                   extent_width, words, scratch, threads, [&](int64_t mask) {
-                                       return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1],
-                                                       soft.stride[2]};
-                                   }))
+                  const View& words, int threads) {
+    SPROMPT_FLOAT_TYPES(
+        soft.dtype, T,
+        resize_all(
+            soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height, extent_width, words, threads,
+            [&](int64_t mask) { return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1], soft.stride[2]}; }))
 }
 
-void resize_bits(const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words, const View& scratch,
-                 int threads) {
-    resize_all(in.size[0], h, w, height, width, 0.5f, static_cast<double>(h), static_cast<double>(w), words, scratch, threads,
+void resize_bits(const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words, int threads) {
+    resize_all(in.size[0], h, w, height, width, 0.5f, static_cast<double>(h), static_cast<double>(w), words, threads,
                [&](int64_t mask) { return Bits{in.as<const uint32_t>() + mask * in.stride[0], in.size[1], w}; });
 }
 

@@ -33,21 +33,21 @@ SPROMPT_INLINE int64_t rle_pixels(int64_t height, int64_t width) {
     return height * width <= rle_most_pixels ? height * width : -1;
 }
 
-// 64-bit words of scratch that rle_encode needs for each of its threads: at most about twice the mask and 0.1 MB.
+// 64-bit words of memory that rle_encode takes for each of its threads: at most about twice the mask and 0.1 MB.
 SPROMPT_INLINE int64_t rle_scratch(int64_t height, int64_t width) {
     const int64_t columns = width < 64 ? width : 64, across = width < 1024 ? (width + 63) / 64 : 16;
     return across * ((height + 63) / 64) * (1 + columns);
 }
-SPROMPT_EXPORT(rle_scratch)
 
-// bounds (L) i64 <- words (L, n): bytes that the string of a mask takes at most, with rle_slack.
-SPROMPT_KERNEL(rle_bounds, const View& words, int64_t height, int64_t width, const View& bounds, int threads)
+// starts (L + 1) i64 <- words (L, n): where each string surely has room, one behind the other, with rle_slack. Returns the
+// last, the bytes of all.
+SPROMPT_KERNEL_OF(int64_t, rle_bounds, const View& words, int64_t height, int64_t width, const View& starts, int threads)
 
-// buffer (S) u8, lengths (L) i64 <- words (L, n), starts (L + 1) i64: string l is written at starts[l] and must end, slack
-// included, before starts[l + 1]; its length is -1 where it does not (the words changed after rle_bounds).
-// scratch (threads, rle_scratch) i64.
-SPROMPT_KERNEL(rle_encode, const View& words, int64_t height, int64_t width, const View& starts, const View& buffer,
-               const View& lengths, const View& scratch, int threads)
+// buffer (S) u8, offsets (L + 1) i64 <- words (L, n), starts (L + 1) i64: string l is written at starts[l] and must end, slack
+// included, before starts[l + 1]; offsets are the sums of the lengths. Returns the last, or -1 where a string does not end
+// there (the words changed after rle_bounds); then offsets mean nothing.
+SPROMPT_KERNEL_OF(int64_t, rle_encode, const View& words, int64_t height, int64_t width, const View& starts, const View& buffer,
+                  const View& offsets, int threads)
 
 // bytes (offsets[L]) u8 <- buffer (S) u8, starts (L + 1) i64, offsets (L + 1) i64: the strings without the gaps.
 SPROMPT_KERNEL(rle_join, const View& buffer, const View& starts, const View& offsets, const View& bytes, int threads)

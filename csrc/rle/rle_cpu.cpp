@@ -4,6 +4,7 @@
 #include "rle/rle.h"
 
 #include "common/bits.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 
 namespace sprompt {
@@ -46,16 +47,27 @@ static int64_t count_changes(const Pixels& m) {
     return total;
 }
 
-void rle_bounds(const View& words, int64_t height, int64_t width, const View& bounds, int threads) {
+// offsets[0] = 0, and the lengths behind it become their sums. Returns the last, or -1 if a length is negative.
+static int64_t sum_lengths(int64_t* offsets, int64_t count) {
+    offsets[0] = 0;
+    for (int64_t l = 0; l < count; ++l) {
+        if (offsets[l + 1] < 0) return -1;
+        offsets[l + 1] += offsets[l];
+    }
+    return offsets[count];
+}
+
+int64_t rle_bounds(const View& words, int64_t height, int64_t width, const View& starts, int threads) {
     const int64_t P = height * width, n = words.size[1];
     parallel_for(words.size[0], 1 + (1 << 12) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t l = begin; l < end; ++l) {
             const int64_t runs = 1 + count_changes({words.as<const uint32_t>() + l * words.stride[0], n, height, width});
             // A number v takes at most 1 + |v| / 16 characters, and the |v| sum to at most 2 P.
             const int64_t few = rle_most_written * runs, many = runs + P / 8 + 1;
-            bounds.as<int64_t>()[l] = (few < many ? few : many) + rle_slack;
+            starts.as<int64_t>()[l + 1] = (few < many ? few : many) + rle_slack;
         }
     });
+    return sum_lengths(starts.as<int64_t>(), words.size[0]);
 }
 
 // out[0..count) 64-bit words: the bits from `first` on; those behind the mask's last word are 0. The vectors written are
@@ -193,16 +205,20 @@ static int64_t encode(const Pixels& m, uint64_t* scratch, uint8_t* out, int64_t 
     return writer.out - out;
 }
 
-void rle_encode(const View& words, int64_t height, int64_t width, const View& starts, const View& buffer, const View& lengths,
-                const View& scratch, int threads) {
-    const int64_t *start = starts.as<const int64_t>(), n = words.size[1];
+int64_t rle_encode(const View& words, int64_t height, int64_t width, const View& starts, const View& buffer,
+                   const View& offsets, int threads) {
+    const int64_t *start = starts.as<const int64_t>(), n = words.size[1], room = rle_scratch(height, width);
+    if (threads > words.size[0]) threads = static_cast<int>(words.size[0]);
+    Scratch memory;
+    uint64_t* rooms = memory.take<uint64_t>(threads, room);
     parallel_for(words.size[0], 1 + (1 << 10) / (n + 1), threads, [&](int64_t begin, int64_t end, int worker) {
-        uint64_t* own = scratch.as<uint64_t>() + worker * scratch.stride[0];
+        uint64_t* own = rooms + worker * room;
         for (int64_t l = begin; l < end; ++l) {
             const Pixels m{words.as<const uint32_t>() + l * words.stride[0], n, height, width};
-            lengths.as<int64_t>()[l] = encode(m, own, buffer.as<uint8_t>() + start[l], start[l + 1] - start[l]);
+            offsets.as<int64_t>()[l + 1] = encode(m, own, buffer.as<uint8_t>() + start[l], start[l + 1] - start[l]);
         }
     });
+    return sum_lengths(offsets.as<int64_t>(), words.size[0]);
 }
 
 void rle_join(const View& buffer, const View& starts, const View& offsets, const View& bytes, int threads) {

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "common/half.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 
 namespace sprompt {
@@ -26,8 +27,9 @@ struct Panels {
         return data + block * depth * columns() + index * rows_of(block) * panel;
     }
 };
-SPROMPT_INLINE Panels panels_of(const View& scratch, int64_t rows, int64_t columns) {
-    return {scratch.as<float>(), rows, (columns + panel - 1) / panel};
+static Panels take_panels(Scratch& memory, int64_t rows, int64_t columns) {
+    const int64_t count = (columns + panel - 1) / panel;
+    return {memory.take<float>(rows, count * panel), rows, count};
 }
 
 // c (tile, panel) (+)= a' b over `rows` rows of two panels, a at the tile's first column.

@@ -5,10 +5,8 @@
 // grid_height = 0: the seeds of the pyramid (scales 1, 1/2, 1/4 in that order, each row by row); else the means over the
 // windows of adaptive pooling to grid_height x grid_width.
 //
-// Scratch, f32, contiguous; line = P rounded up to a multiple of 96, L = max(line, seed columns rounded up likewise):
-//   packed (D, line); packed_seeds (D, seed columns rounded up) where seeds are vectors; products (R, line), R a multiple
-//   of 48: with R >= line the pyramid uses the symmetry of the Gram matrix, else it goes by stripes of 4k rows of cells,
-//   which needs R >= 4 width + 96; lines (threads + 3, L).
+// About `held` products are held at a time. The pyramid holds up to four times as many, the whole Gram matrix, whose other half
+// it then does not compute; where that is more it goes by stripes of rows of cells.
 #pragma once
 
 #include "common/views.h"
@@ -18,17 +16,16 @@ namespace sprompt {
 // words (B, M, n) i32, areas (B, M) i64 and scores (B, M) f32 (mean of the map over its bits) of every seed's map, bit =
 // [Norm(map) >= threshold]. All 0 where a map is flat, not finite or has fewer than min_area bits, or its seed is not valid.
 SPROMPT_KERNEL(saliency_bits, const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height,
-               int64_t grid_width, bool cosine, float threshold, int64_t min_area, const View& packed, const View& packed_seeds,
-               const View& products, const View& lines, const View& words, const View& areas, const View& scores, int threads)
+               int64_t grid_width, bool cosine, float threshold, int64_t min_area, int64_t held, const View& words,
+               const View& areas, const View& scores, int threads)
 
 // maps (B, K, P) of the features' type: Norm(map) of the seeds with the addresses (B, K, 3) i64 (scale, row, column),
-// 0 where the scale is -1; equal to the bit to what saliency_bits compared. Pyramid: packed_seeds has room for 4 K columns.
+// 0 where the scale is -1; equal to the bit to what saliency_bits compared.
 SPROMPT_KERNEL(saliency_soft, const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height,
-               int64_t grid_width, bool cosine, const View& addresses, const View& packed, const View& packed_seeds,
-               const View& products, const View& lines, const View& maps, int threads)
+               int64_t grid_width, bool cosine, const View& addresses, int64_t held, const View& maps, int threads)
 
 // maps (B, M, P) of the features' type: Norm(map) of the seeds (B, M, D), same type, last stride 1.
-SPROMPT_KERNEL(saliency_maps, const View& features, const View& valid, const View& seeds, bool cosine, const View& packed,
-               const View& packed_seeds, const View& products, const View& lines, const View& maps, int threads)
+SPROMPT_KERNEL(saliency_maps, const View& features, const View& valid, const View& seeds, bool cosine, int64_t held,
+               const View& maps, int threads)
 
 }  // namespace sprompt

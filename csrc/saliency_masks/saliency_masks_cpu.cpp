@@ -10,6 +10,42 @@ typedef double vd __attribute__((vector_size(4 * W)));  // W / 2 lanes
 
 static const float flat_range = 1e-6f;
 
+constexpr int64_t whole = 96;  // columns: whole panels and whole words at every level
+
+SPROMPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+SPROMPT_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+SPROMPT_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Memory of a call, used for one image after another.
+struct Room {
+    Panels features, seeds;  // (D, P), and (D, seed vectors)
+    int64_t line, rows;      // P rounded up
+    float* products;         // (rows, line)
+    float* norms;            // (line)
+    int32_t* inside;         // (line)
+    float* seed_norms;       // (seed vectors)
+    float* lines;            // (threads, line)
+
+    SPROMPT_INLINE float* line_of(int worker) const { return lines + worker * line; }
+};
+static Room take_room(Scratch& memory, int64_t D, int64_t P, int64_t seeds, int64_t rows, int threads) {
+    const int64_t line = round_up(P, whole);
+    const Panels features = take_panels(memory, D, P), columns = take_panels(memory, D, seeds);
+    return {features,
+            columns,
+            line,
+            rows,
+            memory.take<float>(rows, line),
+            memory.take<float>(line),
+            memory.take<int32_t>(line),
+            memory.take<float>(columns.columns()),
+            memory.take<float>(threads, line)};
+}
+// Rows of products of so many seed vectors that are held at a time.
+static int64_t rows_of_seeds(int64_t seeds, int64_t P, int64_t held) {
+    return smaller(round_up(seeds, group), larger(held / larger(round_up(P, whole), 1) / group, 1) * group);
+}
+
 // What one image's maps need: features in panels, norms (1 for the plain product) and which cells are inside.
 struct Image {
     Panels features;
@@ -101,19 +137,14 @@ static void write_map(const Image& image, const Map& map, T* out) {
 }
 
 // Packs an image's features. False if it has no valid cell, and then so has no map.
-static bool open_image(const View& features, const View& valid, int64_t b, int64_t height, int64_t width, const View& packed,
-                       const View& lines, Image& image, int threads) {
-    const int64_t D = features.size[1], P = height * width;
-    image = {panels_of(packed, D, P),
-             lines.as<float>(),
-             reinterpret_cast<int32_t*>(lines.as<float>() + lines.stride[0]),
-             height,
-             width,
-             P};
+static bool open_image(const View& features, const View& valid, int64_t b, int64_t height, int64_t width, const Room& room,
+                       Image& image, int threads) {
+    const int64_t P = height * width;
+    image = {room.features, room.norms, room.inside, height, width, P};
     const uint8_t* cells = valid.given() ? valid.as<const uint8_t>() + b * valid.stride[0] : nullptr;
     int64_t first = -1;
     bool all = true;
-    for (int64_t p = 0; p < lines.size[1]; ++p) {
+    for (int64_t p = 0; p < room.line; ++p) {
         const bool in = p < P && (cells == nullptr || cells[p] != 0);
         image.inside[p] = in ? -1 : 0;
         if (in && first < 0) first = p;
@@ -182,12 +213,16 @@ struct Outputs {
     }
 };
 
-static void pyramid_bits(const Image& image, bool cosine, const View& products, const View& lines, const Outputs& out,
-                         int threads) {
-    const int64_t stride = products.stride[0], P = image.P, width = image.width;
-    float* c = products.as<float>();
-    const bool symmetric = products.size[0] >= image.features.columns();
-    const int64_t stripe = symmetric ? image.height : (products.size[0] - 2 * group) / width / 4 * 4;
+// Rows of cells whose products are held at a time: all where the Gram matrix fits, else a multiple of 4.
+static int64_t pyramid_stripe(int64_t height, int64_t width, int64_t held) {
+    const int64_t line = round_up(height * width, whole);
+    return line * line <= 4 * held ? height : 4 * larger(held / larger(4 * width * line, 1), 1);
+}
+
+static void pyramid_bits(const Image& image, bool cosine, const Room& room, int64_t stripe, const Outputs& out, int threads) {
+    const int64_t stride = room.line, P = image.P, width = image.width;
+    float* c = room.products;
+    const bool symmetric = stripe >= image.height;
     if (symmetric)
         multiply_gram(image.features, P, c, stride, threads);
     else
@@ -213,7 +248,7 @@ static void pyramid_bits(const Image& image, bool cosine, const View& products, 
             skipped += (image.height >> scale) * columns;
         }
         parallel_for(count[0] + count[1] + count[2], 8, threads, [&](int64_t begin, int64_t end, int worker) {
-            float* y = lines.as<float>() + (3 + worker) * lines.stride[0];
+            float* y = room.line_of(worker);
             for (int64_t i = begin; i < end; ++i) {
                 int64_t scale = 0, at = i;
                 while (at >= count[scale]) at -= count[scale++];
@@ -233,9 +268,9 @@ static void pyramid_bits(const Image& image, bool cosine, const View& products, 
 // Packs the means of the features over the valid cells of windows (row, column) = place(i) of the grid, zeros for row < 0.
 template <class T, class Place>
 static void pack_windows(const T* x, int64_t stride, const Image& image, int64_t grid_height, int64_t grid_width, int64_t seeds,
-                         const Place& place, const Panels& out, const View& lines, int threads) {
+                         const Place& place, const Panels& out, const Room& room, int threads) {
     parallel_for(out.blocks(), 1, threads, [&](int64_t block, int64_t, int worker) {
-        float* line = lines.as<float>() + (3 + worker) * lines.stride[0];
+        float* line = room.line_of(worker);
         for (int64_t k = 0; k < out.rows_of(block); ++k) {
             row_to_float(x + (block * depth + k) * stride, image.P, line);
             for (int64_t i = 0; i < out.columns(); ++i) {
@@ -262,50 +297,50 @@ static void pack_windows(const T* x, int64_t stride, const Image& image, int64_t
 
 // Calls f(seed, map) for every column of `seeds`, by as many rows of products as there is room for.
 template <class F>
-static void each_map(const Image& image, const Panels& seeds, int64_t count, bool cosine, const View& products,
-                     const View& lines, int threads, const F& f) {
-    const int64_t stride = products.stride[0], room = products.size[0] / group * group / panel;
-    float* norms = lines.as<float>() + 2 * lines.stride[0];
+static void each_map(const Image& image, int64_t count, bool cosine, const Room& room, int threads, const F& f) {
+    const int64_t stride = room.line, panels = room.rows / panel;
+    const Panels& seeds = room.seeds;
+    float* norms = room.seed_norms;
     set_norms(image.features, cosine, image.norms, threads);
     set_norms(seeds, cosine, norms, threads);
-    for (int64_t first = 0; first < seeds.count; first += room) {
-        const int64_t last = first + room < seeds.count ? first + room : seeds.count, begin_seed = first * panel;
+    for (int64_t first = 0; first < seeds.count; first += panels) {
+        const int64_t last = smaller(first + panels, seeds.count), begin_seed = first * panel;
         const int64_t here = (last * panel < count ? last * panel : count) - begin_seed;
-        multiply(seeds, first, last, image.features, products.as<float>(), stride, threads);
+        multiply(seeds, first, last, image.features, room.products, stride, threads);
         parallel_for(here, 4, threads, [&](int64_t begin, int64_t end, int worker) {
             for (int64_t i = begin; i < end; ++i) {
-                const float* row = products.as<const float>() + i * stride;
-                f(begin_seed + i,
-                  make_map<1>(image, &row, norms[begin_seed + i], 1.0f, lines.as<float>() + (3 + worker) * lines.stride[0]));
+                const float* row = room.products + i * stride;
+                f(begin_seed + i, make_map<1>(image, &row, norms[begin_seed + i], 1.0f, room.line_of(worker)));
             }
         });
     }
 }
 
 void saliency_bits(const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height,
-                   int64_t grid_width, bool cosine, float threshold, int64_t min_area, const View& packed,
-                   const View& packed_seeds, const View& products, const View& lines, const View& words, const View& areas,
-                   const View& scores, int threads) {
-    const int64_t M = words.size[1], n = words.size[2];
+                   int64_t grid_width, bool cosine, float threshold, int64_t min_area, int64_t held, const View& words,
+                   const View& areas, const View& scores, int threads) {
+    const int64_t M = words.size[1], n = words.size[2], P = height * width, stripe = pyramid_stripe(height, width, held);
+    // A stripe begins and ends inside a panel.
+    const int64_t rows = grid_height > 0 ? rows_of_seeds(M, P, held) : smaller(stripe, height) * width + 2 * panel;
+    Scratch memory;
+    const Room room = take_room(memory, features.size[1], P, grid_height > 0 ? M : 0, rows, threads);
     for (int64_t b = 0; b < features.size[0]; ++b) {
         const Outputs out{
             threshold, min_area, words.as<uint32_t>() + b * M * n, areas.as<int64_t>() + b * M, scores.as<float>() + b * M, n};
         Image image;
-        if (!open_image(features, valid, b, height, width, packed, lines, image, threads)) {
+        if (!open_image(features, valid, b, height, width, room, image, threads)) {
             for (int64_t m = 0; m < M; ++m) out.cut(image, Map{nullptr, 0.0f, 0.0f, false}, m);
         } else if (grid_height == 0) {
-            pyramid_bits(image, cosine, products, lines, out, threads);
+            pyramid_bits(image, cosine, room, stripe, out, threads);
         } else {
-            const Panels seeds = panels_of(packed_seeds, features.size[1], M);
             const auto place = [&](int64_t i, int64_t& row, int64_t& column) {
                 row = i / grid_width;
                 column = i % grid_width;
             };
             SPROMPT_FLOAT_TYPES(features.dtype, T,
                                 pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image,
-                                             grid_height, grid_width, M, place, seeds, lines, threads))
-            each_map(image, seeds, M, cosine, products, lines, threads,
-                     [&](int64_t m, const Map& map) { out.cut(image, map, m); });
+                                             grid_height, grid_width, M, place, room.seeds, room, threads))
+            each_map(image, M, cosine, room, threads, [&](int64_t m, const Map& map) { out.cut(image, map, m); });
         }
     }
 }
@@ -322,49 +357,49 @@ static void clear_maps(const View& maps, int64_t b) {
 }
 
 void saliency_soft(const View& features, const View& valid, int64_t height, int64_t width, int64_t grid_height,
-                   int64_t grid_width, bool cosine, const View& addresses, const View& packed, const View& packed_seeds,
-                   const View& products, const View& lines, const View& maps, int threads) {
-    const int64_t D = features.size[1], K = addresses.size[1];
+                   int64_t grid_width, bool cosine, const View& addresses, int64_t held, const View& maps, int threads) {
+    const int64_t K = addresses.size[1], P = height * width, columns = grid_height > 0 ? K : 4 * K;
+    const int64_t rows = grid_height > 0 ? rows_of_seeds(K, P, held) : round_up(columns, group);
+    Scratch memory;
+    const Room room = take_room(memory, features.size[1], P, columns, rows, threads);
     for (int64_t b = 0; b < features.size[0]; ++b) {
         const int64_t* address = addresses.as<const int64_t>() + b * K * 3;
         Image image;
-        if (!open_image(features, valid, b, height, width, packed, lines, image, threads)) {
+        if (!open_image(features, valid, b, height, width, room, image, threads)) {
             clear_maps(maps, b);
         } else if (grid_height > 0) {
-            const Panels seeds = panels_of(packed_seeds, D, K);
             const auto place = [&](int64_t i, int64_t& row, int64_t& column) {
                 row = address[3 * i + 1];
                 column = address[3 * i + 2];
             };
             SPROMPT_FLOAT_TYPES(features.dtype, T,
                                 pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image,
-                                             grid_height, grid_width, K, place, seeds, lines, threads))
-            each_map(image, seeds, K, cosine, products, lines, threads,
-                     [&](int64_t k, const Map& map) { write_to(maps, b, k, image, map); });
+                                             grid_height, grid_width, K, place, room.seeds, room, threads))
+            each_map(image, K, cosine, room, threads, [&](int64_t k, const Map& map) { write_to(maps, b, k, image, map); });
         } else {
             // Four columns a seed, copied from the packed features: the same products, to the bit, as the Gram matrix has.
-            const Panels columns = panels_of(packed_seeds, D, 4 * K);
+            const Panels& seeds = room.seeds;
             const auto seed_of = [&](int64_t k) {
                 return cells_of(address[3 * k], address[3 * k + 1], address[3 * k + 2], width);
             };
-            parallel_for(columns.blocks(), 1, threads, [&](int64_t block, int64_t, int) {
-                for (int64_t i = 0; i < columns.columns(); ++i) {
-                    float* to = columns.at(block, i / panel) + i % panel;
+            parallel_for(seeds.blocks(), 1, threads, [&](int64_t block, int64_t, int) {
+                for (int64_t i = 0; i < seeds.columns(); ++i) {
+                    float* to = seeds.at(block, i / panel) + i % panel;
                     const bool real = i < 4 * K && address[i / 4 * 3] >= 0 && i % 4 < seed_of(i / 4).count;
                     const int64_t cell = real ? seed_of(i / 4).cell[i % 4] : 0;
                     const float* from = image.features.at(block, cell / panel) + cell % panel;
-                    for (int64_t k = 0; k < columns.rows_of(block); ++k) to[k * panel] = real ? from[k * panel] : 0.0f;
+                    for (int64_t k = 0; k < seeds.rows_of(block); ++k) to[k * panel] = real ? from[k * panel] : 0.0f;
                 }
             });
             set_norms(image.features, cosine, image.norms, threads);
-            multiply(columns, 0, columns.count, image.features, products.as<float>(), products.stride[0], threads);
+            multiply(seeds, 0, seeds.count, image.features, room.products, room.line, threads);
             parallel_for(K, 1, threads, [&](int64_t k, int64_t, int worker) {
-                float* y = lines.as<float>() + (3 + worker) * lines.stride[0];
+                float* y = room.line_of(worker);
                 Map map{y, 0.0f, 0.0f, false};
                 if (address[3 * k] >= 0) {
                     const Cells seed = seed_of(k);
                     const float* rows[4];
-                    for (int64_t r = 0; r < 4; ++r) rows[r] = products.as<const float>() + (4 * k + r) * products.stride[0];
+                    for (int64_t r = 0; r < 4; ++r) rows[r] = room.products + (4 * k + r) * room.line;
                     if (all_inside(image, seed)) map = pooled_map(image, seed, rows, cosine, y);
                 }
                 write_to(maps, b, k, image, map);
@@ -388,20 +423,20 @@ static void pack_seeds(const T* seeds, int64_t stride, int64_t M, const Panels& 
     });
 }
 
-void saliency_maps(const View& features, const View& valid, const View& seeds, bool cosine, const View& packed,
-                   const View& packed_seeds, const View& products, const View& lines, const View& maps, int threads) {
-    const int64_t M = seeds.size[1];
+void saliency_maps(const View& features, const View& valid, const View& seeds, bool cosine, int64_t held, const View& maps,
+                   int threads) {
+    const int64_t M = seeds.size[1], P = features.size[2];
+    Scratch memory;
+    const Room room = take_room(memory, features.size[1], P, M, rows_of_seeds(M, P, held), threads);
     for (int64_t b = 0; b < features.size[0]; ++b) {
         Image image;
-        if (!open_image(features, valid, b, 1, features.size[2], packed, lines, image, threads)) {
+        if (!open_image(features, valid, b, 1, P, room, image, threads)) {
             clear_maps(maps, b);
             continue;
         }
-        const Panels columns = panels_of(packed_seeds, features.size[1], M);
         SPROMPT_FLOAT_TYPES(features.dtype, T,
-                            pack_seeds(seeds.as<const T>() + b * seeds.stride[0], seeds.stride[1], M, columns, threads))
-        each_map(image, columns, M, cosine, products, lines, threads,
-                 [&](int64_t m, const Map& map) { write_to(maps, b, m, image, map); });
+                            pack_seeds(seeds.as<const T>() + b * seeds.stride[0], seeds.stride[1], M, room.seeds, threads))
+        each_map(image, M, cosine, room, threads, [&](int64_t m, const Map& map) { write_to(maps, b, m, image, map); });
     }
 }
 

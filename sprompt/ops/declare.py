@@ -22,6 +22,7 @@ import collections
 import functools
 import importlib
 import inspect
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,7 +94,8 @@ class Op:
         return function
 
     def backward(self, function: Function) -> Function:
-        """function(ctx, needs, *gradients of the outputs) -> gradients by parameter, those that `needs` asks for."""
+        """function(ctx, needs, *gradients of the outputs) -> the gradient of the first parameter, or a tuple of those of the first
+        few; None and what nobody asked for count as none. `needs` says who asked."""
         self.gradients, self.differentiable = function, True
         self._register_gradient()
         return function
@@ -170,8 +172,10 @@ class Op:
     def _backward(self, ctx: Any, *grads: Any) -> Any:
         if self.gradients is None:
             raise RuntimeError(f"double backward of {self.name.removesuffix('_backward')} is not supported")
-        found = self.gradients(ctx, self.args._make(ctx.needs_input_grad), *grads)
-        return tuple(found.get(name) for name in self.args._fields)
+        needs = self.args._make(ctx.needs_input_grad)
+        found = self.gradients(ctx, needs, *grads)
+        found = found if isinstance(found, tuple) else (found,)
+        return tuple(grad if need else None for need, grad in itertools.zip_longest(needs, found))
 
 
 def op(*gpu: str, computes: tuple[str, ...] | None = None, dynamic: bool = False) -> Callable[[Function], Op]:

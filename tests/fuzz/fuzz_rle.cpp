@@ -152,24 +152,22 @@ Fault decode(const Kernels& kernels, const std::string& text, int64_t height, in
 std::string encode(const Kernels& kernels, const uint32_t* mask, int64_t n, int64_t height, int64_t width) {
     Block<uint32_t> words(n);
     if (n > 0) std::memcpy(words.data.get(), mask, static_cast<size_t>(4 * n));
-    Block<int64_t> starts(2), bounds(1), lengths(1), offsets(2), scratch(sprompt::rle_scratch(height, width));
-    kernels.bounds(words.view(DType::i32, 1), height, width, bounds.view(DType::i64), 1);
-    starts[0] = offsets[0] = 0;
-    starts[1] = bounds[0];
-    Block<uint8_t> buffer(bounds[0]);
-    kernels.encode(words.view(DType::i32, 1), height, width, starts.view(DType::i64), buffer.view(DType::u8),
-                   lengths.view(DType::i64), scratch.view(DType::i64, 1), 1);
-    if (lengths[0] < 0 || lengths[0] > bounds[0] - sprompt::rle_slack) return "";
-    offsets[1] = lengths[0];
-    Block<uint8_t> bytes(lengths[0]);
+    Block<int64_t> starts(2), offsets(2);
+    const int64_t bound = kernels.bounds(words.view(DType::i32, 1), height, width, starts.view(DType::i64), 1);
+    if (starts[0] != 0 || starts[1] != bound) return "";
+    Block<uint8_t> buffer(bound);
+    const int64_t length = kernels.encode(words.view(DType::i32, 1), height, width, starts.view(DType::i64),
+                                          buffer.view(DType::u8), offsets.view(DType::i64), 1);
+    if (length < 0 || length > bound - sprompt::rle_slack || offsets[0] != 0 || offsets[1] != length) return "";
+    Block<uint8_t> bytes(length);
     kernels.join(buffer.view(DType::u8), starts.view(DType::i64), offsets.view(DType::i64), bytes.view(DType::u8), 1);
     // With less room than it needs it must say so, and stay inside.
     const int64_t room = sprompt::rle_slack + bytes.count / 3;
     starts[1] = room;
     Block<uint8_t> small(room);
-    kernels.encode(words.view(DType::i32, 1), height, width, starts.view(DType::i64), small.view(DType::u8),
-                   lengths.view(DType::i64), scratch.view(DType::i64, 1), 1);
-    if (lengths[0] >= 0 && lengths[0] != bytes.count) return "";
+    const int64_t shorter = kernels.encode(words.view(DType::i32, 1), height, width, starts.view(DType::i64),
+                                           small.view(DType::u8), offsets.view(DType::i64), 1);
+    if (shorter >= 0 && shorter != bytes.count) return "";
     return {reinterpret_cast<const char*>(bytes.data.get()), static_cast<size_t>(bytes.count)};
 }
 

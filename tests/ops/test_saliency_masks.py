@@ -251,9 +251,8 @@ def test_stripes_equal_the_whole_gram_matrix(monkeypatch: pytest.MonkeyPatch) ->
     features = scene(1, 200, 22, 31, 2)
     with sprompt.use_backend("native"):
         whole = everything(features)
-        monkeypatch.setattr(op, "_GRAM", 0)
-        for block in (1, 6 * 31 * 4 * 96):
-            monkeypatch.setattr(op, "_BLOCK", block)
+        for held in (1, 6 * 31 * 4 * 96):
+            monkeypatch.setattr(op, "_HELD", held)
             assert_same_bits(everything(features), whole)
 
 

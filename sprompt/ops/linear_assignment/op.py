@@ -7,30 +7,20 @@ from sprompt import native
 from sprompt.ops import checks
 from sprompt.ops.declare import Args, new, op
 
-#: Up to so many entries one thread is faster: an image of 100 x 20 takes it a few microseconds.
-SMALL = 1 << 16
-
 
 @op("cuda", computes=())  # compiled kernels take float64 too: all of them compute in it
 def linear_assignment(cost: Tensor, counts: Tensor | None) -> Tensor:
     return new(cost, cost.shape[0], cost.shape[2], dtype=torch.int64)
 
 
-@linear_assignment.values
-def _(a: Args) -> None:
-    checks.counts_within("linear_assignment", a.counts, a.cost.shape[2])
+linear_assignment.values(lambda a: checks.counts_within("linear_assignment", a.counts, a.cost.shape[2]))
 
 
 @linear_assignment.native
 def _(a: Args, rows: Tensor) -> None:
-    B, N, G = a.cost.shape
-    workers = min(native.threads(), max(B, 1)) if a.cost.numel() > SMALL else 1
-    numbers = (min(N, G) + 7) * (-(-max(N, G) // 8) * 8)  # the costs, the longer side in whole vectors, and 7 rows
-    scratch, bad = native.scratch(workers, numbers, dtype=torch.float64), native.scratch(1, dtype=torch.int64)
-    native._C.linear_assignment(a.cost, a.counts, rows, bad, scratch, workers)
-    image = int(bad.item())
-    if image >= 0:
-        refuse(a, image)
+    bad = native._C.linear_assignment(a.cost, a.counts, rows, native.threads())
+    if bad >= 0:
+        refuse(a, bad)
 
 
 def refuse(a: Args, image: int) -> None:

@@ -4,23 +4,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from sprompt import native
 from sprompt.masks import words_for
 from sprompt.ops.declare import Args, new, op
-
-BLOCK = 64  # pixels: what the kernels work on at a time
-CHUNKS = 32  # about so many in all: work for the threads, and partial sums to add up
-
-
-def _lent(B: int, N: int, C: int, P: int, room: int, product: bool, sums: bool) -> tuple[Any, ...]:
-    """packed, partial, scratch and chunk of csrc/mask_conv/mask_conv.h, whose scratch is `room` floats a thread."""
-    chunks = max(CHUNKS // max(B, 1), 4)  # an image, of the shape alone, so that sums do not depend on threads
-    chunk = max(1, -(-P // (BLOCK * chunks))) * BLOCK
-    packed = native.scratch(B, N * C) if product else None
-    partial = native.scratch(B, -(-P // chunk), N, -(-C // 128) * 128) if sums else None
-    return packed, partial, native.scratch(native.threads(), -(-room // 16) * 16, slot=1), chunk
 
 
 def _flat(x: Any) -> Any:
@@ -30,14 +17,7 @@ def _flat(x: Any) -> Any:
 
 def _forward(features: Tensor, kernels: Any, logits: Any, words: Any, pooled: Any) -> None:
     """Fills logits and words from kernels, or reads words; fills pooled. What is None is left out."""
-    B, C, H, W = features.shape
-    N = (words if kernels is None else kernels).shape[1]
-    lent = _lent(B, N, C, H * W, 96 * (C + 32) + 17 * N + 16384, kernels is not None, pooled is not None)
-    native._C.mask_update(_flat(features), kernels, _flat(logits), _flat(words), pooled, *lent, native.threads())
-
-
-def _named(needs: Args, grads: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
-    return dict(zip(needs._fields, grads, strict=True))
+    native._C.mask_update(_flat(features), kernels, _flat(logits), _flat(words), pooled, native.threads())
 
 
 @op("triton")
@@ -68,12 +48,14 @@ def mask_pool_backward(grad: Tensor, words: Tensor, height: int, width: int) -> 
     return new(grad, grad.shape[0], grad.shape[2], height, width)
 
 
-mask_pool.backward(lambda ctx, _, grad: {"features": mask_pool_backward(grad, *ctx.saved_tensors, *ctx.size)})
+mask_pool.backward(lambda ctx, _, grad: mask_pool_backward(grad, *ctx.saved_tensors, *ctx.size))
 
 
 @mask_pool_backward.native
 def _(a: Args, out: Tensor) -> None:
-    _backward(mask_update_backward.args(out, None, a.words, None, a.grad, True, False), out, native.scratch(0))
+    native._C.mask_update_backward(
+        None, native.rows(a.grad), None, None, _flat(a.words), _flat(out), None, native.threads()
+    )
 
 
 @op("triton")
@@ -92,11 +74,6 @@ def _(ctx: Any, a: Args, logits: Tensor, pooled: Tensor, words: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-@mask_update.backward
-def _(ctx: Any, needs: Args, *grads: Any) -> dict[str, Tensor]:
-    return _named(needs, mask_update_backward(*ctx.saved_tensors, *grads[:2], *needs))
-
-
 @op("triton")
 def mask_update_backward(
     features: Tensor, kernels: Tensor, words: Tensor, grad_logits: Tensor | None, grad_pooled: Tensor | None,
@@ -106,19 +83,17 @@ def mask_update_backward(
     return new(features, *features.shape if to_features else (0,)), new(kernels, *kernels.shape if to_kernels else (0,))
 
 
+mask_update.backward(lambda ctx, needs, *grads: mask_update_backward(*ctx.saved_tensors, *grads[:2], *needs))
+
+
 @mask_update_backward.native
 def _backward(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> None:
     to_features, to_kernels = reached(a, grad_features, grad_kernels)
     if to_features is None and to_kernels is None:
         return
-    B, C, H, W = a.features.shape
-    N = (a.grad_pooled if a.grad_logits is None else a.grad_logits).shape[1]
-    product = a.grad_logits is not None and to_features is not None
-    lent = _lent(B, N, C, H * W, 128 * (C + 32) + 192 * N + 16384, product, to_kernels is not None)
-    pooled = None if a.grad_pooled is None else pad(a.grad_pooled.float(), (0, -C % 128)).contiguous()
     native._C.mask_update_backward(
-        _flat(a.grad_logits), pooled, None if to_kernels is None else _flat(a.features), a.kernels, _flat(a.words),
-        _flat(to_features), to_kernels, *lent, native.threads(),
+        _flat(a.grad_logits), _flat(a.grad_pooled), None if to_kernels is None else _flat(a.features), a.kernels,
+        _flat(a.words), _flat(to_features), to_kernels, native.threads(),
     )  # fmt: skip
 
 
@@ -144,5 +119,5 @@ def as_update(a: Args) -> Args:
     return mask_update_backward.args(a.features, a.kernels, None, a.grad, None, a.to_features, a.to_kernels)
 
 
-mask_conv.backward(lambda ctx, needs, grad: _named(needs, mask_conv_backward(*ctx.saved_tensors, grad, *needs)))
+mask_conv.backward(lambda ctx, needs, grad: mask_conv_backward(*ctx.saved_tensors, grad, *needs))
 mask_conv_backward.native(lambda a, *grads: _backward(as_update(a), *grads))

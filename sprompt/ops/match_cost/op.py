@@ -8,12 +8,6 @@ from sprompt.ops import checks
 from sprompt.ops.declare import Args, new, op
 from sprompt.ops.targets import loss_dtype
 
-_BLOCK = 4  # masks of a register tile (csrc/match_cost/match_cost_cpu.cpp)
-#: Floats of the probabilities and of the targets that a tile of rows may take: half of a first and of a second cache.
-_TILE_P, _TILE_T = 1400, 65536
-#: Chunks of rows, each one piece of parallel work with its own sums: at most this many, of at least 8 rows.
-_CHUNKS = 32
-
 
 @op("triton")
 def match_cost(
@@ -42,16 +36,4 @@ def _(a: Args) -> None:
 
 @match_cost.native
 def _(a: Args, cost: Tensor) -> None:
-    if cost.numel() == 0:
-        return
-    B, N, G = cost.shape
-    height, width = (size * a.upsample for size in a.mask_logits.shape[2:])
-    line = -(-width // 64) * 64
-    chunk_rows = max(8, -(-height // _CHUNKS))
-    tile_rows = max(1, min(chunk_rows, _TILE_P // max(line, 1), _TILE_T // max(G * line, 1)))
-    room = (_BLOCK + G) * tile_rows * line + 2 * (line + 2 * a.upsample + 64) + G * (1 + 2 * tile_rows)
-    native._C.match_cost(
-        native.rows(a.mask_logits), native.rows(a.targets), *a[2:], chunk_rows, tile_rows,
-        native.scratch(native.threads(), room), native.scratch(B, -(-height // chunk_rows), N * G + 2 * N + 2 * G), cost,
-        native.threads(),
-    )  # fmt: skip
+    native._C.match_cost(native.rows(a.mask_logits), native.rows(a.targets), *a[2:], cost, native.threads())

@@ -36,13 +36,9 @@ def _(ctx: Any, a: Args, out: Tensor, index: Tensor) -> None:
 
 
 @prompt_match.backward
-def _(ctx: Any, needs: Args, grad: Tensor, _: Any) -> dict[str, Tensor]:
-    grads = {}
-    if needs.kernels:
-        grads["kernels"] = grad.sum(0) if ctx.shared else grad
-    if needs.prompts:
-        grads["prompts"] = prompt_match_backward(grad, *ctx.saved_tensors, ctx.prompts)
-    return grads
+def _(ctx: Any, needs: Args, grad: Tensor, _: Any) -> tuple[Tensor, Tensor | None]:
+    to_kernels = grad.sum(0) if ctx.shared and needs.kernels else grad
+    return to_kernels, prompt_match_backward(grad, *ctx.saved_tensors, ctx.prompts) if needs.prompts else None
 
 
 @op("triton")
@@ -52,5 +48,4 @@ def prompt_match_backward(grad: Tensor, index: Tensor, prompts: int) -> Tensor:
 
 @prompt_match_backward.native
 def _(a: Args, out: Tensor) -> None:
-    sums = None if out.dtype == torch.float32 else native.scratch(*out.shape)
-    native._C.prompt_match_backward(native.rows(a.grad), a.index.contiguous(), sums, out, native.threads())
+    native._C.prompt_match_backward(native.rows(a.grad), a.index.contiguous(), out, native.threads())

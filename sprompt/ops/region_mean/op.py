@@ -16,18 +16,6 @@ def _lanes(features: Tensor) -> Tensor:
     return features if along_x or features.stride(1) == 1 else features.contiguous()
 
 
-def _runs(shapes: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Scratch, runs and heads of csrc/region_mean/region_mean.h, of boxes or masks (B, L, ...) on a map."""
-    B, L = shapes.shape[:2]
-    runs = native.scratch(B, L, height * ((width + 3) // 4), dtype=torch.int64)
-    return runs, native.scratch(B, L, 3, dtype=torch.int64, slot=1)
-
-
-def _sums(out: Tensor) -> Tensor | None:
-    """Scratch for float32 sums of results in half types; float32 results are summed where they stand."""
-    return None if out.dtype == torch.float32 else native.scratch(native.threads(), 4 * out.shape[2] * out.shape[3])
-
-
 def wide_boxes(boxes: Tensor) -> Tensor:
     """float32, float64 or int64, which hold every other type's values."""
     if boxes.dtype in (torch.float32, torch.float64, torch.int64):
@@ -63,17 +51,14 @@ region_mean.values(lambda a: checks.counts_within("region_mean", a.counts, a.box
 
 @region_mean.native
 def _(a: Args, out: Tensor) -> None:
-    problem = native.scratch(1, dtype=torch.int64, slot=2)
-    boxes, runs = wide_boxes(a.boxes).contiguous(), _runs(a.boxes, *a.features.shape[2:])
-    native._C.region_mean(_lanes(a.features), boxes, a.counts, *runs, problem, out, native.threads())
-    if problem.item():
+    boxes = wide_boxes(a.boxes).contiguous()
+    if native._C.region_mean(_lanes(a.features), boxes, a.counts, out, native.threads()) >= 0:
         check_boxes(a.boxes, a.counts)
 
 
 @mask_mean.native
 def _(a: Args, out: Tensor) -> None:
-    runs = _runs(a.words, *a.features.shape[2:])
-    native._C.mask_mean(_lanes(a.features), a.words.contiguous(), *runs, out, native.threads())
+    native._C.mask_mean(_lanes(a.features), a.words.contiguous(), out, native.threads())
 
 
 @region_mean.saves
@@ -93,17 +78,15 @@ def mask_mean_backward(grad: Tensor, words: Tensor, height: int, width: int) -> 
     return new(grad, grad.shape[0], grad.shape[2], height, width)
 
 
-region_mean.backward(lambda ctx, _, grad: {"features": region_mean_backward(grad, *ctx.saved_tensors, *ctx.size)})
-mask_mean.backward(lambda ctx, _, grad: {"features": mask_mean_backward(grad, *ctx.saved_tensors, *ctx.size)})
+region_mean.backward(lambda ctx, _, grad: region_mean_backward(grad, *ctx.saved_tensors, *ctx.size))
+mask_mean.backward(lambda ctx, _, grad: mask_mean_backward(grad, *ctx.saved_tensors, *ctx.size))
 
 
 @region_mean_backward.native
 def _(a: Args, out: Tensor) -> None:
-    boxes, runs = wide_boxes(a.boxes).contiguous(), _runs(a.boxes, a.height, a.width)
-    native._C.region_mean_backward(a.grad, boxes, a.counts, *runs, _sums(out), out, native.threads())
+    native._C.region_mean_backward(a.grad, wide_boxes(a.boxes).contiguous(), a.counts, out, native.threads())
 
 
 @mask_mean_backward.native
 def _(a: Args, out: Tensor) -> None:
-    runs = _runs(a.words, a.height, a.width)
-    native._C.mask_mean_backward(a.grad, a.words.contiguous(), *runs, _sums(out), out, native.threads())
+    native._C.mask_mean_backward(a.grad, a.words.contiguous(), out, native.threads())

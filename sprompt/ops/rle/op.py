@@ -17,27 +17,19 @@ def rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     return words.new_empty(size, dtype=torch.uint8), words.new_empty(words.shape[:-1].numel() + 1, dtype=torch.int64)
 
 
-@rle_encode.values
-def _(a: Args) -> None:
-    faults.fits("rle_encode", a.words.shape[-1], a.height, a.width)
+rle_encode.values(lambda a: faults.fits("rle_encode", a.words.shape[-1], a.height, a.width))
 
 
 @rle_encode.native
 def _(a: Args) -> tuple[Tensor, Tensor]:
-    masks, size = rows(a.words), (a.height, a.width)
-    count = masks.shape[0]
-    threads = max(1, min(native.threads(), count))
+    masks, size, threads = rows(a.words), (a.height, a.width), native.threads()
     # Every string is written where it surely has room, then all are moved together.
-    starts, offsets = (torch.zeros(count + 1, dtype=torch.int64) for _ in range(2))
-    native._C.rle_bounds(masks, *size, starts[1:], threads)
-    starts.cumsum_(0)
-    buffer = torch.empty(int(starts[-1]), dtype=torch.uint8)  # not kept: hardly a call needs the size of another
-    scratch = native.scratch(threads, native._C.rle_scratch(*size), dtype=torch.int64)
-    native._C.rle_encode(masks, *size, starts, buffer, offsets[1:], scratch, threads)
-    if count and int(offsets.min()) < 0:
+    starts, offsets = (torch.empty(masks.shape[0] + 1, dtype=torch.int64) for _ in range(2))
+    buffer = torch.empty(native._C.rle_bounds(masks, *size, starts, threads), dtype=torch.uint8)
+    length = native._C.rle_encode(masks, *size, starts, buffer, offsets, threads)
+    if length < 0:
         raise RuntimeError("rle_encode: the masks changed while they were encoded; another thread writes to them")
-    offsets.cumsum_(0)
-    characters = torch.empty(int(offsets[-1]), dtype=torch.uint8)
+    characters = torch.empty(length, dtype=torch.uint8)
     native._C.rle_join(buffer, starts, offsets, characters, threads)
     return characters, offsets
 
@@ -48,14 +40,12 @@ def rle_decode(characters: Tensor, offsets: Tensor, height: int, width: int) -> 
     return new(characters, offsets.shape[0] - 1, words_for(height * width), dtype=torch.int32)
 
 
-@rle_decode.values
-def _(a: Args) -> None:
-    faults.within_limits(a.height, a.width, a.offsets.shape[0] - 1)
+rle_decode.values(lambda a: faults.within_limits(a.height, a.width, a.offsets.shape[0] - 1))
 
 
 @rle_decode.native
 def _(a: Args, words: Tensor) -> None:
     characters, offsets, size = a.characters.contiguous(), a.offsets.contiguous(), (a.height, a.width)
-    found = native.scratch(words.shape[0], 3, dtype=torch.int64)
+    found = torch.empty(words.shape[0], 3, dtype=torch.int64)
     native._C.rle_decode(characters, offsets, *size, words, found, native.threads())
     faults.raise_first(found, *size)

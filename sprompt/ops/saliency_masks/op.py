@@ -1,4 +1,4 @@
-"""The declarations of the saliency ops, and the scratch memory of the native ones. B images, M or K seeds, P cells."""
+"""The declarations of the saliency ops. B images, M or K seeds, P cells."""
 
 import torch
 from torch import Tensor
@@ -8,16 +8,8 @@ from sprompt.masks import words_for
 from sprompt.ops.declare import Args, new, op
 from sprompt.ops.saliency_masks.reference import grids
 
-#: Columns that every level's panels divide, and rows that one chunk of a product has (csrc/saliency_masks/panels.h).
-_LINE, _GROUP = 96, 48
-#: Up to this many cells the pyramid keeps the whole Gram matrix (64 MB) and computes half of it; beyond, stripes.
-_GRAM = 4096
-#: Elements of the stripes and blocks of products (16 MB).
-_BLOCK = 1 << 22
-
-
-def _line(columns: int) -> int:
-    return (columns + _LINE - 1) // _LINE * _LINE
+#: Products that a native call holds at a time (16 MB); of a whole Gram matrix up to four times as many.
+_HELD = 1 << 22
 
 
 def _cells(a: Args) -> tuple[Tensor, Tensor | None]:
@@ -28,22 +20,6 @@ def _cells(a: Args) -> tuple[Tensor, Tensor | None]:
         x = x.contiguous()
     x = x.as_strided((*x.shape[:2], height * width), (*x.stride()[:2], 1))
     return x, None if valid is None else valid.flatten(1).contiguous()
-
-
-def _scratch(features: Tensor, columns: int, rows: int = 0) -> tuple[Tensor, ...]:
-    """packed, packed_seeds (for `columns` seed vectors), products, lines; as saliency_masks.h has them. rows of products at a
-    time, 0: as many as a block holds."""
-    depth, line, seed_line = features.shape[1], _line(features.shape[2] * features.shape[3]), _line(columns)
-    rows = rows or min(seed_line, max(_BLOCK // max(line, 1) // _GROUP, 1) * _GROUP)
-    sizes = (depth, line), (depth, seed_line), (rows, line), (3 + native.threads(), max(line, seed_line))
-    return tuple(native.scratch(*size, slot=slot) for slot, size in enumerate(sizes))
-
-
-def _pyramid_rows(height: int, width: int) -> int:
-    line = _line(height * width)
-    if line <= _GRAM:
-        return line
-    return _line(4 * width * max(_BLOCK // line // (4 * width), 1)) + 2 * _LINE
 
 
 @op("triton")
@@ -59,13 +35,8 @@ def saliency_bits(
 
 
 @saliency_bits.native
-def _(a: Args, words: Tensor, areas: Tensor, scores: Tensor) -> None:
-    if words.numel() == 0:
-        areas.zero_(), scores.zero_()
-        return
-    size = a.features.shape[2:]
-    scratch = _scratch(a.features, words.shape[1]) if a.grid_height else _scratch(a.features, 0, _pyramid_rows(*size))
-    native._C.saliency_bits(*_cells(a), *size, *a[2:], *scratch, words, areas, scores, native.threads())
+def _(a: Args, *out: Tensor) -> None:
+    native._C.saliency_bits(*_cells(a), *a.features.shape[2:], *a[2:], _HELD, *out, native.threads())
 
 
 @op("triton")
@@ -78,12 +49,8 @@ def saliency_soft(
 
 @saliency_soft.native
 def _(a: Args, maps: Tensor) -> None:
-    if maps.numel() == 0:
-        return
-    columns = maps.shape[1] if a.grid_height else 4 * maps.shape[1]
-    scratch = _scratch(a.features, columns, 0 if a.grid_height else _line(columns))
-    call = *_cells(a), *maps.shape[2:], *a[2:5], a.addresses.contiguous(), *scratch
-    native._C.saliency_soft(*call, maps.flatten(2), native.threads())
+    call = *_cells(a), *maps.shape[2:], *a[2:5], a.addresses.contiguous()
+    native._C.saliency_soft(*call, _HELD, maps.flatten(2), native.threads())
 
 
 @op("triton")
@@ -93,7 +60,4 @@ def saliency_maps(features: Tensor, seeds: Tensor, valid: Tensor | None, cosine:
 
 @saliency_maps.native
 def _(a: Args, maps: Tensor) -> None:
-    if maps.numel() == 0:
-        return
-    call = *_cells(a), native.rows(a.seeds), a.cosine, *_scratch(a.features, maps.shape[1])
-    native._C.saliency_maps(*call, maps.flatten(2), native.threads())
+    native._C.saliency_maps(*_cells(a), native.rows(a.seeds), a.cosine, _HELD, maps.flatten(2), native.threads())
