@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -83,19 +84,24 @@ def test_a_header_concerns_what_includes_it(tree: Path) -> None:
     assert changed.affected(["csrc/common/alone.h"], tree)[0] == []
 
 
-def test_the_working_tree_is_compared_with_a_commit(tree: Path) -> None:
+@pytest.fixture
+def git(tree: Path) -> Callable[..., str]:
+    """git in the tree, which is its first commit."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
 
-    def git(*arguments: str) -> str:
+    def run(*arguments: str) -> str:
         identity = ("-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false")
-        return subprocess.run(
-            ("git", *identity, *arguments), cwd=tree, check=True, capture_output=True, text=True
-        ).stdout.strip()
+        done = subprocess.run(("git", *identity, *arguments), cwd=tree, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
 
-    git("init", "-q")
-    git("add", "-A")
-    git("commit", "-q", "-m", "first")
+    run("init", "-q")
+    run("add", "-A")
+    run("commit", "-q", "-m", "first")
+    return run
+
+
+def test_the_working_tree_is_compared_with_a_commit(tree: Path, git: Callable[..., str]) -> None:
     base = git("rev-parse", "HEAD")
     assert changed.since(base, tree)[0] == []
     (tree / "csrc/b").mkdir()
@@ -109,6 +115,29 @@ def test_the_working_tree_is_compared_with_a_commit(tree: Path) -> None:
     for commit in (base, "", "0" * 40):  # shared; none named; unknown, as in a shallow clone
         found, why = changed.since(commit, tree)
         assert found == ["a", "b", "c", "d"] and why
+
+
+def test_a_commit_is_named_only_if_it_is_what_was_tested(tree: Path, git: Callable[..., str]) -> None:
+    (tree / "README.md").write_text("changed")
+    assert "not committed" in changed.passed(tree) and not (tree / ".ci").exists()
+    git("commit", "-q", "-am", "second")
+    assert "commit it" in changed.passed(tree)
+    named = (tree / ".ci/base").read_text().strip()
+    assert named == git("rev-parse", "HEAD")
+    git("add", "-A")
+    git("commit", "-q", "-m", "third")
+    assert changed.since(named, tree)[0] == []
+
+
+def test_ops_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["changed.py"])
+    for asked, printed in (("masks  rle", "masks rle"), ("all", "all"), ("none", "")):
+        monkeypatch.setenv("SPROMPT_TEST_OPS", asked)
+        changed.main()
+        assert capsys.readouterr().out == printed + "\n"
+    monkeypatch.setenv("SPROMPT_TEST_OPS", "masks nonsense")
+    with pytest.raises(SystemExit, match="no op 'nonsense'"):
+        changed.main()
 
 
 def test_every_op_of_this_tree_has_its_files() -> None:

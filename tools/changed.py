@@ -1,6 +1,6 @@
 """Names the ops whose slow tests must run again: `python tools/changed.py` prints them in one line, or "all", and says why on stderr.
 What is compared is the commit SPROMPT_BASE (default: the one that .ci/base names) and the working tree, uncommitted files included.
-SPROMPT_TEST_OPS ("mask_nms masks", "all", "none") is printed instead where it is set.
+SPROMPT_TEST_OPS ("mask_nms masks", "all", "none") is printed instead where it is set. `--passed` writes .ci/base.
 
 A file belongs to an op if it lies in the op's folders; an op is affected as well by the headers that its kernels include, and by
 the ops that it imports. What is neither an op's nor known to be far from the kernels is shared: then every op is affected.
@@ -143,7 +143,22 @@ def since(base: str, root: Path = ROOT) -> tuple[list[str], str]:
     return affected(filter(None, (tracked + untracked).split("\0")), root)
 
 
+def passed(root: Path = ROOT) -> str:
+    """After every level passed for every op: names the commit in .ci/base if it is what was tested. Returns what was done."""
+    head, changes = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain")
+    if head is None or changes is None:
+        return "all levels passed; .ci/base is left as it is: this is no git repository"
+    if changes.strip():
+        return "all levels passed; .ci/base is left as it is: the working tree has changes that are not committed"
+    (root / ".ci").mkdir(exist_ok=True)
+    (root / ".ci/base").write_text(head)
+    return f"all levels passed: .ci/base now names {head[:12]}; commit it, and later runs begin there"
+
+
 def main() -> None:
+    if sys.argv[1:] == ["--passed"]:
+        print(passed())
+        return
     asked = os.environ.get("SPROMPT_TEST_OPS", "").split()
     if asked:
         unknown = [] if asked in (["all"], ["none"]) else sorted(set(asked) - set(ops()))
