@@ -11,12 +11,12 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 CHECKED = sprompt tests benchmarks examples setup.py
 NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 
-.PHONY: help venv build test demo bench gpu gpu-prepare readme lint format sanitize hooks clean
+.PHONY: help venv build test test-all demo bench gpu gpu-prepare readme lint format sanitize hooks clean
 
 help: ## list the targets
 	@echo "make demo    the whole chain on synthetic scenes     make test    all tests"
 	@echo
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-9s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-11s %s\n", $$1, $$2}'
 	@echo
 	@echo "Each sets up what it needs in $(VENV) (VENV=... for another place, PYTHON=... for another interpreter)."
 	@echo "SPROMPT_NO_EXT=1 make ... works without a compiler, on the slow reference."
@@ -39,8 +39,13 @@ $(VENV)/.built: $(VENV)/.ready $(NATIVE)
 	@touch $@
 endif
 
-test: build ## all tests, at every instruction set of this CPU (ARGS="-k iou" goes to pytest)
+test: build ## all tests, and the slow levels for the ops that changed (ARGS="-k iou" goes to pytest)
 	@tools/test.sh $(BIN) $(ARGS)
+
+test-all: build ## all tests, slow levels and sanitizers of every op; then .ci/base names the commit
+	@SPROMPT_TEST_OPS=all tools/test.sh $(BIN)
+	@SPROMPT_TEST_OPS=all PYTHON=$(abspath $(BIN))/python tools/sanitize.sh
+	@$(BIN)/python tools/changed.py --passed
 
 demo: build ## scenes, proposals, pre-training, fine-tuning, AP table and gallery in demo/ (about five minutes on two cores)
 	@$(BIN)/python -m sprompt.cli demo $(ARGS)
@@ -68,7 +73,7 @@ gpu: ## on a machine with an NVIDIA GPU: build, test every promise, measure (OUT
 gpu-prepare: ## on a machine without one: build/gpu-kit, with which `make gpu` compiles nothing there (PYTHON=that machine's version)
 	@PYTHON="$(PYTHON)" tools/gpu_prepare.sh
 
-sanitize: venv ## tests of the kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+sanitize: venv ## tests of the ops that changed, under AddressSanitizer and UndefinedBehaviorSanitizer
 	@PYTHON=$(abspath $(BIN))/python tools/sanitize.sh
 
 hooks: venv ## run lint before every commit (installs pre-commit into the environment)

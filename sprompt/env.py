@@ -39,8 +39,11 @@ SWITCHES = {
     "on the CPU take the backends that a GPU would",
     "SPROMPT_EMULATION_SEED": "for tests: another order of the emulated CUDA threads and blocks",
     "SPROMPT_EMULATE_AVX512": "`1` at build, for tests: the avx512 level on an AVX2 machine, its instructions emulated",
+    "SPROMPT_TEST_OPS": "ops whose slow levels `make test` and `make sanitize` run: `mask_nms masks`, `all` or `none`; default: those "
+    "that changed",
+    "SPROMPT_BASE": "the commit since which ops count as changed; default: the one in .ci/base",
     "SPROMPT_SANITIZE_LEVELS": "instruction sets of `make sanitize`; default `avx512 avx2 portable`",
-    "SPROMPT_FUZZ_INPUTS": "inputs of the fuzz driver of `make sanitize`; default 1000000",
+    "SPROMPT_FUZZ_INPUTS": "inputs of the fuzz driver of `make sanitize`; default 300000",
     "SPROMPT_BUILD_JOBS": "compilers that `make sanitize` runs at once",
     "SPROMPT_TEST_WORKERS": "processes of `make test`; default 2",
 }

@@ -1,4 +1,7 @@
+import functools
+import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +20,42 @@ def pytest_configure(config: pytest.Config) -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """SPROMPT_TEST_OPS="mask_nms masks": tests of other ops are left out, in tests/ops and of parametrisation by spec."""
+    chosen = os.environ.get("SPROMPT_TEST_OPS", "all").split()
+    if chosen == ["all"]:
+        return
+    kept, left = [], []
+    for item in items:
+        op = _op_of(item)
+        (kept if op is None or op in chosen else left).append(item)
+    config.hook.pytest_deselected(items=left)
+    items[:] = kept
+
+
+def _op_of(item: pytest.Item) -> str | None:
+    """The op (its folder's name) that a test is about, None if it is about no single one."""
+    if item.path.parent.name == "ops":
+        return item.path.stem.removeprefix("test_")
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    if "spec" in parameters:
+        return _op_of_specs()[parameters["spec"].name]
+    if "case" in parameters:  # an error case, whose id begins with its spec's name
+        return _op_of_specs().get(item.callspec.id.partition(",")[0])  # type: ignore[attr-defined]
+    return None
+
+
+@functools.cache
+def _op_of_specs() -> dict[str, str]:
+    """By the name of a spec: the module of sprompt/testing/specs that has it."""
+    from sprompt.testing import specs
+
+    modules = [
+        importlib.import_module(f"{specs.__name__}.{module.name}") for module in pkgutil.iter_modules(specs.__path__)
+    ]
+    return {spec.name: module.__name__.rpartition(".")[2] for module in modules for spec in module.SPECS}
 
 
 @pytest.hookimpl(hookwrapper=True)

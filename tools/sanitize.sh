@@ -2,10 +2,12 @@
 # sanitize.sh [pytest arguments]: the ops' tests and the fuzz driver under AddressSanitizer and UndefinedBehaviorSanitizer.
 #
 # Everything happens in build/sanitize: the sanitized kernels lie beside a copy of the package, so the ordinary build is neither
-# used nor overwritten. On a CPU without AVX-512 that level is compiled with its instructions emulated (tests/emulation).
+# used nor overwritten. Tested are the ops that tools/changed.py names; where it names none, nothing is built. On a CPU without AVX-512 that level is compiled with its instructions emulated (tests/emulation).
 #   PYTHON                   the interpreter (default: python3)
+#   SPROMPT_TEST_OPS         ops to test instead: "mask_nms masks", "all", or "none"
+#   SPROMPT_BASE             commit to compare with instead of the one in .ci/base
 #   SPROMPT_SANITIZE_LEVELS  instruction sets to test (default: "avx512 avx2 portable")
-#   SPROMPT_FUZZ_INPUTS      inputs of the fuzz driver, half of them on each of two seeds (default: 1000000)
+#   SPROMPT_FUZZ_INPUTS      inputs of the fuzz driver of rle, half of them on each of two seeds (default: 300000)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -23,6 +25,13 @@ if [ ! -e "$asan" ]; then
     echo "sanitize.sh: $CXX has no libasan (Fedora: dnf install libasan libubsan; Debian's g++ brings it)" >&2
     exit 1
 fi
+
+ops=$("$python" tools/changed.py)
+if [ -z "$ops" ]; then
+    echo "== sanitizers: left out, no op changed; \`SPROMPT_TEST_OPS=all make sanitize\` tests every op"
+    exit
+fi
+export SPROMPT_TEST_OPS=$ops # read by tests/conftest.py
 
 echo "== building in build/sanitize"
 mkdir -p "$room/package" "$room/build"
@@ -80,12 +89,17 @@ grep -q heap-buffer-overflow "$room/seeded.log" && grep -q "WRITE of size 8" "$r
     exit 1
 }
 
-echo "== fuzzing"
-inputs=$((${SPROMPT_FUZZ_INPUTS:-1000000} / 2))
-"$room/build/fuzz_rle" "$inputs" 1 &
-first=$!
-"$room/build/fuzz_rle" "$inputs" 2
-wait $first
+case " $ops " in
+*" rle "* | " all ")
+    echo "== fuzzing"
+    inputs=$((${SPROMPT_FUZZ_INPUTS:-300000} / 2))
+    "$room/build/fuzz_rle" "$inputs" 1 &
+    first=$!
+    "$room/build/fuzz_rle" "$inputs" 2
+    wait $first
+    ;;
+*) echo "== fuzzing: left out, rle has not changed" ;;
+esac
 
 for level in ${SPROMPT_SANITIZE_LEVELS:-avx512 avx2 portable}; do
     if ! SPROMPT_CPU=$level sanitized "$python" -c 'import sprompt' 2>/dev/null; then
@@ -93,5 +107,5 @@ for level in ${SPROMPT_SANITIZE_LEVELS:-avx512 avx2 portable}; do
         continue
     fi
     echo "== SPROMPT_CPU=$level"
-    SPROMPT_CPU=$level sanitized "$python" -m pytest -p no:cacheprovider -n 2 --dist worksteal tests/ops "$@"
+    SPROMPT_CPU=$level sanitized "$python" -m pytest -p no:cacheprovider -n 2 --dist worksteal --durations=10 --durations-min=1 tests/ops "$@"
 done

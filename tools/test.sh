@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # test.sh BIN [pytest arguments]: with the environment whose programs lie in BIN, the whole suite at the best instruction set
-# of this CPU, what depends on the instruction set again at each lower one, and the ops' own tests on the reference. On a CPU
-# with AVX2 but no AVX-512 the avx512 level runs as well, on a build that emulates its instructions (tests/emulation). The same
-# build runs the GPU's kernels on this CPU: CUDA C++ emulated, Triton interpreted.
+# of this CPU. Then the slow levels, for the ops that tools/changed.py names: what depends on the instruction set at each lower
+# one, and the ops' own tests on the reference. On a CPU with AVX2 but no AVX-512 the avx512 level runs as well, on a build that
+# emulates its instructions (tests/emulation). The same build runs the GPU's kernels on this CPU: CUDA C++ emulated, in two orders
+# of its threads, Triton interpreted.
+#   SPROMPT_TEST_OPS  ops of the slow levels instead: "mask_nms masks", "all", or "none"
+#   SPROMPT_BASE      commit to compare with instead of the one in .ci/base
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bin=$1
@@ -20,13 +23,15 @@ suite() { # suite TITLE pytest-arguments...
     echo
     echo "== $1 ($((SECONDS / 60)) min $((SECONDS % 60)) s)"
     shift
-    "$bin/pytest" -n "$workers" --dist worksteal "$@"
+    "$bin/pytest" -n "$workers" --dist worksteal --durations=10 --durations-min=1 "$@"
 }
 
 runs() { # runs LEVEL: whether this CPU has it
     SPROMPT_CPU=$1 "$bin/python" -c 'import sprompt' 2>/dev/null
 }
 
+ops=$("$bin/python" tools/changed.py)
+unset SPROMPT_TEST_OPS # the first run has every op
 best=$("$bin/python" -c 'from sprompt import native; print(native._C.best_level() if native._C else "none")')
 if [ "$best" = none ]; then
     suite "no compiled kernels: the whole suite on the reference" "$@"
@@ -46,6 +51,12 @@ emulated() { # emulated COMMAND...: runs it with a build that emulates CUDA, and
 }
 
 SPROMPT_CPU=$best suite "SPROMPT_CPU=$best, the best of this CPU: the whole suite" "$@"
+if [ -z "$ops" ]; then
+    echo
+    echo "== the slow levels (lower instruction sets, reference, emulation, interpreter): left out, no op changed; \`make test-all\` has them"
+    exit
+fi
+export SPROMPT_TEST_OPS=$ops # read by tests/conftest.py
 for level in avx512 avx2 portable; do
     [ "$level" = "$best" ] && continue
     if runs "$level"; then
