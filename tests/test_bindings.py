@@ -208,13 +208,12 @@ def test_what_does_not_fit_is_refused(probe: Any) -> None:
         probe.probe([one.to_sparse()], out)
 
 
-@pytest.mark.parametrize("size", (2**50, 2**61))
-def test_too_little_memory_is_a_memory_error(size: int) -> None:
-    """Of what a kernel takes itself: more than there can be, and more than int64 counts. The next call works."""
-    features, kernels, logits = (torch.ones(1, n, c) for n, c in ((4, 9), (3, 4), (3, 9)))
-    many = torch.ones(1, 1, 1)
+@pytest.mark.parametrize("images", (2**40, 2**51))
+def test_too_little_memory_is_a_memory_error(images: int) -> None:
+    """Of what a kernel takes itself: more than there can be, and more bytes than int64 counts. The next call works."""
+    features, kernels, logits = (torch.ones(1, *size) for size in ((4, 1), (512, 4), (512, 1)))
     with pytest.raises(MemoryError):
-        native._C.mask_update(features, kernels.expand(1, 3, 4), many.expand(1, size, 9), None, None, 1)
+        native._C.mask_update(*(x.expand(images, -1, -1) for x in (features, kernels, logits)), None, None, 1)
     native._C.mask_update(features, kernels, logits, None, None, 1)
     assert logits.eq(4).all()
 
