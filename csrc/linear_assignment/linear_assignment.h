@@ -5,16 +5,19 @@
 
 namespace sprompt {
 
-// rows (B, G) i64, contiguous <- cost (B, N, G), or (N, G) for one image, f32/bf16/f16/f64, any strides; counts (B) i64, or not
-// given (all G are real). rows[b, g] is the row matched to column g; -1 where g >= counts[b], and where counts[b] > N leaves
-// column g out. Entries of padded columns are not read. An image with a NaN or an infinity among its real entries, or with a
-// count outside [0, G], gets -2 in all its columns. bad (1) i64 <- the first such image, or -1. scratch (workers, s) f64,
-// contiguous, of at least `threads` workers; s = (min(N, G) + 7) * max(N, G), with max(N, G) rounded up to a multiple of 8.
+// rows (B, G) i64, contiguous <- cost (B, N, G) f32/bf16/f16/f64, any strides; counts (B) i64, or not given (all G are real).
+// cost (N, G) is one image.
+// rows[b, g] is the row matched to column g; -1 where g >= counts[b], and where counts[b] > N leaves column g out. Entries
+// of padded columns are not read. An image with a NaN or an infinity among its real entries, or with a count outside
+// [0, G], gets -2 in all its columns.
+// bad (1) i64 <- the first such image, or -1.
+// scratch (workers, s) f64, contiguous, of at least `threads` workers; s = (min(N, G) + 7) * max(N, G), with max(N, G) rounded
+// up to a multiple of 8.
 SPROMPT_KERNEL(linear_assignment, const View& cost, const View& counts, const View& rows, const View& bad, const View& scratch,
                int threads)
 
-// CUDA: the same without `bad`; cost has a batch dimension. scratch (B, s) u8, contiguous, aligned to 16 bytes: what s must be,
-// assignment_scratch in sprompt/ops/linear_assignment/cuda.py says.
+// CUDA: the same without `bad`, and cost has a batch dimension. scratch (B, s) u8, contiguous, aligned to 16 bytes: what s
+// must be, assignment_scratch in sprompt/ops/linear_assignment/cuda.py says.
 SPROMPT_CUDA_KERNEL(linear_assignment, const View& cost, const View& counts, const View& rows, const View& scratch)
 
 }  // namespace sprompt

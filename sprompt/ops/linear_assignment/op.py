@@ -45,7 +45,9 @@ def _(a: Args, rows: Tensor) -> None:
     short, long = (N, G) if N < G else (G, N)
     numbers = (short + 7) * ((long + 7) // 8 * 8)  # the costs, the longer side in whole vectors, and 7 rows
     bad = _found.bad
-    native._C.linear_assignment(a.cost, a.counts, rows, bad, native.scratch(workers, numbers, dtype=torch.float64), workers)
+    native._C.linear_assignment(
+        a.cost, a.counts, rows, bad, native.scratch(workers, numbers, dtype=torch.float64), workers
+    )
     image = bad.item()
     if image >= 0:
         refuse(a, image)
