@@ -1,4 +1,4 @@
-"""Times every op against eager PyTorch, torch.compile of it, and the library that one would pick instead.
+"""Times every op against eager PyTorch, torch.compile of it, and the libraries that one would pick instead.
 
 Equality comes first: a row whose outputs do not agree has no time, and the command ends with status 1.
 """
@@ -243,7 +243,7 @@ def empty_row(job: Job) -> dict[str, Any]:
         "op": bench.function.__name__, "shape": bench.shape, "dtype": name, "mode": mode, "error": "",
         "flops": bench.flops, "bytes": bench.bytes,
         "goal": bench.goals.get(f"{mode} {name}", bench.goals.get(mode) if dtype not in HALVES else None),
-        "library_goal": bench.goals.get("library") if mode == "forward" else None,
+        "libraries": {},
     }  # fmt: skip
 
 
@@ -257,25 +257,28 @@ def commit() -> str:
 
 
 def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled: bool) -> dict[str, Any]:
-    """One line of the table: times in ms, peaks in bytes; `error` says why there are none."""
+    """One line of the table: times in ms, peaks in bytes; `error` says why there are none. `libraries` has by name the ratio to
+    ours and the wanted one, or which module is missing."""
     bench, dtype, mode = BENCHES[job[0]], job[1], job[2]
     line = empty_row(job)
     if device.type == "cuda":
         line["goal"] = GPU_GOAL if mode == "forward" else None
         line["bytes"] = held_bytes((sample.args, sample.kwargs, bench.function(*sample.args, **sample.kwargs)))
     rivals: dict[str, Callable[..., Any]] = {"ours": bench.function, "eager": bench.eager}
-    if bench.library is not None and mode in ("forward", "memory"):
-        line["library"] = bench.library[0]
-        rivals["library"] = bench.library[1]
+    if mode in ("forward", "memory"):
+        rivals |= bench.libraries
+        line["libraries"] = {name: {"goal": bench.goals.get(name)} for name in bench.libraries}
     try:
         for rival in list(rivals)[1:]:
-            agree(
-                bench,
-                sample,
-                dtype,
-                bench.function(*sample.args, **sample.kwargs),
-                rivals[rival](*sample.args, **sample.kwargs),
-            )
+            try:
+                theirs = rivals[rival](*sample.args, **sample.kwargs)
+            except ModuleNotFoundError as missing:
+                if rival == "eager":
+                    raise
+                line["libraries"][rival]["missing"] = missing.name
+                rivals.pop(rival)
+                continue
+            agree(bench, sample, dtype, bench.function(*sample.args, **sample.kwargs), theirs)
         if mode in ("backward", "full"):
             for ours, eager in zip(
                 gradient(bench, bench.function, sample)(), gradient(bench, bench.eager, sample)(), strict=True
@@ -285,7 +288,7 @@ def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled
         line["error"] = f"outputs disagree with {rival}: {failure}"
         return line
     except ModuleNotFoundError as missing:
-        line["error"] = f"{rival} needs {missing.name}, {NOT_INSTALLED}"
+        line["error"] = f"eager needs {missing.name}, {NOT_INSTALLED}"
         return line
     if compiled and mode != "memory" and bench.vectorised is not False:
         torch._dynamo.reset()
@@ -324,9 +327,10 @@ def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled
     line["ms"] = {rival: statistics.median(t) for rival, t in times.items()}
     line["rounds"] = len(times["ours"])
     line["ratio"] = measure.median_ratio(times["eager"], times["ours"])
-    for rival in ("compiled", "library"):
-        if rival in times:
-            line[f"{rival}_ratio"] = measure.median_ratio(times[rival], times["ours"])
+    if "compiled" in times:
+        line["compiled_ratio"] = measure.median_ratio(times["compiled"], times["ours"])
+    for name in line["libraries"].keys() & times.keys():
+        line["libraries"][name]["ratio"] = measure.median_ratio(times[name], times["ours"])
     return line
 
 

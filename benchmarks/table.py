@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-HEADER = ("op", "shape", "dtype", "mode", "eager", "compiled", "library", "ours", "eager/ours", "goal", "floor/ours")
+HEADER = ("op", "shape", "dtype", "mode", "eager", "compiled", "libraries", "ours", "eager/ours", "goal", "floor/ours")
 MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 
 
@@ -49,13 +49,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row["error"]:
         return (*first, row["error"], "", "", "", "", "", "")
     unit, values = (size, row["peak_bytes"]) if row["mode"] == "memory" else (milliseconds, row["ms"])
-    library = ""
-    if "library" in values:
-        library = f"{row['library']} {unit(values['library'])}"
-        if row.get("library_ratio") is not None:
-            library += f" = {times(row['library_ratio'])}"
-            if row.get("library_goal"):
-                library += f" (goal {row['library_goal']:g}×)"
+    libraries = "; ".join(_library(name, found, unit, values) for name, found in row["libraries"].items())
     compiled = unit(values["compiled"]) if "compiled" in values else ""
     goal = row["goal"]
     goal_text = "" if goal is None else f"≥ {goal:g}×" + ("" if row.get("ratio", 0) >= goal else " missed")
@@ -69,12 +63,23 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
         *first,
         unit(values["eager"]),
         compiled,
-        library,
+        libraries,
         ours,
         times(row.get("ratio")),
         goal_text,
         share,
     )
+
+
+def _library(name: str, found: dict[str, Any], unit: Callable[[float], str], values: dict[str, float]) -> str:
+    if found.get("missing"):
+        return f"{name}: " + ("" if found["missing"] == name else f"{found['missing']} ") + "not installed"
+    text = f"{name} {unit(values[name])}"
+    if found.get("ratio") is not None:
+        text += f" = {times(found['ratio'])}"
+        if found.get("goal"):
+            text += f" (goal {found['goal']:g}×)"
+    return text
 
 
 def _heading(result: dict[str, Any]) -> str:

@@ -55,6 +55,9 @@ def rows(x: torch.Tensor) -> torch.Tensor:
 _KEPT_BYTES, _KEPT_SHAPES = 1 << 18, 64
 
 
+_deterministic = torch._C._get_deterministic_algorithms  # torch.are_deterministic_algorithms_enabled, without its call
+
+
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.tensors: dict[tuple[Any, ...], torch.Tensor] = {}
@@ -66,7 +69,7 @@ _kept = _Kept()
 def scratch(*sizes: int, dtype: torch.dtype = torch.float32, slot: int = 0) -> torch.Tensor:
     """Memory on the CPU that one native call needs while it runs. A thread gets the same memory again, so two tensors for one call
     that may have the same sizes take different slots."""
-    if torch.are_deterministic_algorithms_enabled():  # which fills new memory, for tests that nothing unwritten is read
+    if _deterministic():  # which fills new memory, for tests that nothing unwritten is read
         return torch.empty(sizes, dtype=dtype, device="cpu")
     key = (sizes, dtype, slot)
     found = _kept.tensors.get(key)

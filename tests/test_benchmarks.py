@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import run
-from sprompt.testing.spec import Prepared
+from benchmarks import run, table
+from sprompt.testing.spec import Bench, Prepared, Sample
 
 
 def counted(number: int, fatal: int) -> Iterator[int]:
@@ -76,3 +76,50 @@ def test_a_form_is_made_once_an_object() -> None:
     prepared = Prepared(lambda value, *options: made.append((value, options)) or len(made))
     a, b = object(), object()
     assert [prepared(a), prepared(b), prepared(a), prepared(a, 1), prepared(a, 1)] == [1, 2, 1, 3, 3]
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x + x
+
+
+def _absent(x: torch.Tensor) -> torch.Tensor:
+    raise ModuleNotFoundError("No module named 'swift'", name="swift")
+
+
+def row_with(monkeypatch: pytest.MonkeyPatch, mode: str = "forward", **options: Any) -> dict[str, Any]:
+    bench = Bench(_double, "3", lambda *rest: Sample("", (torch.arange(3.0),)), **{"eager": _double, **options})
+    monkeypatch.setattr(run, "BENCHES", [bench])
+    (line,) = run.timed_rows([(0, torch.float32, mode)], torch.device("cpu"), 0.01, False, float("inf"))
+    return line
+
+
+@pytest.mark.parametrize("mode", ("forward", "memory"))
+def test_a_library_that_is_missing_costs_its_column_only(monkeypatch: pytest.MonkeyPatch, mode: str) -> None:
+    libraries = {"one": lambda x: 2 * x, "swift": _absent, "fast": _absent, "two": _double}
+    line = row_with(monkeypatch, mode, libraries=libraries, goals={"two": 1.5, "swift": 3.0})
+    assert not line["error"] and "eager" in line["ms" if mode == "forward" else "peak_bytes"]
+    assert list(line["libraries"]) == list(libraries)
+    assert [found.get("missing") for found in line["libraries"].values()] == [None, "swift", "swift", None]
+    text = table.cells(line)[table.HEADER.index("libraries")]
+    one, swift, fast, two = text.split("; ")
+    assert (swift, fast) == ("swift: not installed", "fast: swift not installed")
+    assert one.startswith("one ") and two.startswith("two ")
+    if mode == "forward":
+        assert line["libraries"]["one"]["ratio"] > 0 and "= " in one and "(goal" not in one
+        assert two.endswith("× (goal 1.5×)")
+
+
+def test_a_library_that_computes_something_else_has_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    line = row_with(monkeypatch, libraries={"one": _double, "two": lambda x: x})
+    assert line["error"].startswith("outputs disagree with two: ") and "ms" not in line
+
+
+def test_a_row_needs_what_eager_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert row_with(monkeypatch, eager=_absent)["error"] == "eager needs swift, which is not installed"
+
+
+def test_goals_are_of_modes_and_libraries() -> None:
+    for bench in run.BENCHES:
+        known = {*run.MODES, *(f"{mode} {str(d).removeprefix('torch.')}" for mode in run.MODES for d in bench.dtypes)}
+        assert bench.goals.keys() <= known | bench.libraries.keys(), bench.shape
+        assert not bench.libraries.keys() & {"ours", "eager", "compiled", "device"}

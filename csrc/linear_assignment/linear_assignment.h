@@ -6,12 +6,13 @@
 namespace sprompt {
 
 // rows (B, G) i64, contiguous <- cost (B, N, G) f32/bf16/f16/f64, any strides; counts (B) i64, or not given (all G are real).
+// cost (N, G) is one image.
 // rows[b, g] is the row matched to column g; -1 where g >= counts[b], and where counts[b] > N leaves column g out. Entries
 // of padded columns are not read. An image with a NaN or an infinity among its real entries, or with a count outside
 // [0, G], gets -2 in all its columns. Returns the first such image, or -1.
 SPROMPT_KERNEL_OF(int64_t, linear_assignment, const View& cost, const View& counts, const View& rows, int threads)
 
-// CUDA: the same, but nothing is returned. scratch (B, s) u8, contiguous, aligned to 16 bytes: what s must be,
+// CUDA: the same, but nothing is returned, and cost has a batch dimension. scratch (B, s) u8, contiguous, aligned to 16 bytes: what s must be,
 // assignment_scratch in sprompt/ops/linear_assignment/cuda.py says.
 SPROMPT_CUDA_KERNEL(linear_assignment, const View& cost, const View& counts, const View& rows, const View& scratch)
 

@@ -213,18 +213,19 @@ double read_costs(const T* cost, int64_t row_stride, int64_t column_stride, bool
             for (int64_t j = j0; j < last; ++j) out[j] = to_double(in[j * of_job]);
         }
     }
-    vd largest{}, poison{};  // x - x is 0, and NaN for what is not finite
+    vd largest{};
+    vl poison{};  // x - x is 0, and NaN for what is not finite
     for (int64_t i = 0; i < match.n; ++i) {
         double* out = match.cost + i * match.padded;
         for (int64_t j = match.m; j < match.padded; ++j) out[j] = 0.0;
         for (int64_t j = 0; j < match.padded; j += D) {
             const vd x = load(out + j);
-            poison += x - x;
+            poison |= (vl)(x - x);
             largest = greater((vd)((vl)x & INT64_MAX), largest);
         }
         for (int64_t j = match.m; j < match.padded; ++j) out[j] = infinity;
     }
-    return -least(-largest) + total(poison);
+    return -least(-largest) + total((vd)poison);
 }
 
 // rows[0..count) of one image; false, and nothing written, if an entry is not finite.
@@ -281,7 +282,21 @@ void match_images(const View& cost, const View& counts, const View& rows, int th
 
 }  // namespace
 
-int64_t linear_assignment(const View& cost, const View& counts, const View& rows, int threads) {
+// cost (N, G) as (1, N, G).
+static View with_batch(const View& cost) {
+    View images = cost;
+    images.rank = 3;
+    images.size[0] = 1;
+    images.stride[0] = 0;
+    for (int i = 0; i < 2; ++i) {
+        images.size[i + 1] = cost.size[i];
+        images.stride[i + 1] = cost.stride[i];
+    }
+    return images;
+}
+
+int64_t linear_assignment(const View& given, const View& counts, const View& rows, int threads) {
+    const View cost = given.rank == 2 ? with_batch(given) : given;
     if (cost.dtype == DType::f64) {
         match_images<double>(cost, counts, rows, threads);
     } else {

@@ -1,5 +1,9 @@
 #include "masks/masks.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "common/bits.h"
 #include "common/half.h"
 #include "common/overlap.h"
@@ -64,19 +68,53 @@ void pack_masks(const View& pixels, float threshold, const View& words, int thre
     SPROMPT_FLOAT_TYPES(pixels.dtype, T, pack_rows<T>(pixels, threshold, words, threads))
 }
 
+// One word -> 32 pixels of 0 or 1.
+SPROMPT_INLINE void unpack_word(uint32_t word, uint8_t* pixels) {
+#if defined(__AVX512BW__) && defined(__AVX512VL__)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(pixels), _mm256_maskz_set1_epi8(word, 1));
+#elif defined(__AVX2__)
+    const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+    const __m256i bit_of = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201u));
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(word)), byte_of);
+    const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(pixels), _mm256_and_si256(set, _mm256_set1_epi8(1)));
+#else
+    for (int i = 0; i < 4; ++i) {  // 8 bits -> 8 bytes: each keeps its own bit, then != 0
+        const uint64_t byte = (word >> (8 * i)) & 0xff;
+        uint64_t spread = (byte * 0x0101010101010101u) & 0x8040201008040201u;
+        spread = ((spread + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
+        __builtin_memcpy(pixels + 8 * i, &spread, 8);
+    }
+#endif
+}
+
+constexpr int64_t huge_page = 1 << 21;
+
+// Memory of this size comes new from the system, which then clears it a page at a time: 2 MB pages instead of 4 kB ones save
+// most of that. Only advice, for the whole pages in it; without them, or elsewhere than on Linux, nothing changes.
+static bool ask_for_huge_pages(uint8_t* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+    const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t first = (at + huge_page - 1) / huge_page * huge_page, last = (at + bytes) / huge_page * huge_page;
+    return bytes >= 2 * huge_page && madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) == 0;
+#else
+    return false;
+#endif
+}
+
 void unpack_masks(const View& words, const View& pixels, int threads) {
-    const int64_t P = pixels.size[1];
-    parallel_for(pixels.size[0], 1 + (1 << 16) / (P + 1), threads, [&](int64_t begin, int64_t end, int) {
-        for (int64_t row = begin; row < end; ++row) {
+    const int64_t rows = pixels.size[0], P = pixels.size[1], n = words_for(P);
+    // Two threads that meet in a new page would both clear one: chunks are not smaller than pages.
+    const int64_t chunk = ask_for_huge_pages(pixels.as<uint8_t>(), rows * P) ? huge_page : 1 << 16;
+    const int64_t block = chunk / 32, blocks = (n + block - 1) / block;  // words; a long row is several jobs
+    parallel_for(rows * blocks, 1 + chunk / (P + 1), threads, [&](int64_t begin, int64_t end, int) {
+        for (int64_t job = begin; job < end; ++job) {
+            const int64_t row = job / blocks, first = job % blocks * block, last = first + block < n ? first + block : n;
             const uint32_t* in = words.as<const uint32_t>() + row * words.stride[0];
             uint8_t* out = pixels.as<uint8_t>() + row * pixels.stride[0];
-            for (int64_t i = 0; i < P / 8; ++i) {  // 8 bits -> 8 bytes of 0 or 1: each byte keeps its own bit, then != 0
-                const uint64_t byte = (in[i / 4] >> (8 * (i % 4))) & 0xff;
-                uint64_t spread = (byte * 0x0101010101010101u) & 0x8040201008040201u;
-                spread = ((spread + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
-                __builtin_memcpy(out + 8 * i, &spread, 8);
-            }
-            for (int64_t p = P / 8 * 8; p < P; ++p) out[p] = (in[p / 32] >> (p % 32)) & 1;
+            const int64_t whole = last < P / 32 ? last : P / 32;
+            for (int64_t i = first; i < whole; ++i) unpack_word(in[i], out + 32 * i);
+            for (int64_t p = 32 * whole; p < P && whole < last; ++p) out[p] = (in[whole] >> (p % 32)) & 1;
         }
     });
 }

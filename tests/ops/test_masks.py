@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pycocotools import mask as coco
 
-from sprompt import BitMasks
+from sprompt import BitMasks, native
 from sprompt.masks import words_for
 from sprompt.ops import mask_area, mask_boxes, mask_iou, pack_masks
-from sprompt.testing.spec import blobs
+from sprompt.testing.spec import blobs, random
 
 images = hnp.arrays(bool, st.tuples(st.integers(1, 4), st.integers(1, 40), st.integers(1, 80)))
 
@@ -50,6 +50,30 @@ def test_float_threshold_is_strict(dtype: torch.dtype) -> None:
 def test_integers_are_set_where_not_zero(dtype: torch.dtype) -> None:
     values = torch.tensor([[0, 1, 2, 127, 0]] * 8, dtype=dtype)
     assert pack_masks(values, 100.0).to_dense()[7].int().tolist() == [0, 1, 1, 1, 0], "the threshold is for floats"
+
+
+@pytest.mark.skipif(bool(native.why_not()), reason="a test of the compiled kernel")
+@pytest.mark.parametrize("threads", (1, 2, 3, 7))
+@pytest.mark.parametrize(
+    ("count", "pixels"),
+    (
+        *((3, p) for p in (0, 1, 7, 31, 32, 33, 63, 64, 65, 96, 100)),
+        (300, 1057),
+        (5, 1048573),  # these are given huge pages
+        (2, 2 * 2097152 + 37),  # and a row is several jobs
+        (1, 5000011),
+    ),
+)
+def test_unpacking_reads_the_bits(count: int, pixels: int, threads: int) -> None:
+    """From words that lie apart and from one row for all, with other bits behind the last pixel, into a part of some memory."""
+    n = words_for(pixels)
+    wide = torch.randint(-(2**31), 2**31, (count, n + 3), dtype=torch.int32, generator=random(pixels))
+    for words in (wide[:, :n], wide[:1, :n].expand(count, n)):
+        memory = torch.full((count * pixels + 80,), 7, dtype=torch.uint8)
+        native._C.unpack_masks(words, memory[5 : 5 + count * pixels].view(torch.bool).view(count, pixels), threads)
+        bits = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=-1, bitorder="little")[:, :pixels]
+        assert np.array_equal(memory[5 : 5 + count * pixels].numpy().reshape(count, pixels), bits)
+        assert (memory[:5] == 7).all() and (memory[5 + count * pixels :] == 7).all()
 
 
 @settings(deadline=None, max_examples=50)

@@ -33,13 +33,11 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     checks.tensor("linear_assignment", "cost", cost, checks.FLOATS)
     if cost.dim() not in (2, 3):
         checks.bad_value("linear_assignment", "cost", "have shape (B, N, G) or (N, G)", tuple(cost.shape))
-    batched = cost.dim() == 3
-    if not batched and counts is not None:
-        checks.bad_value(
-            "linear_assignment", "counts", "be None without a batch dimension", "a tensor", "give cost as (1, N, G)"
-        )
     if counts is not None:
+        if cost.dim() == 2:
+            checks.bad_value(
+                "linear_assignment", "counts", "be None without a batch dimension", "a tensor", "give cost as (1, N, G)"
+            )
         checks.counts("linear_assignment", counts, cost.shape[0])
         checks.same_device("linear_assignment", cost=cost, counts=counts)
-    rows = op.linear_assignment(cost if batched else cost[None], counts)
-    return rows if batched else rows[0]
+    return op.linear_assignment(cost, counts)

@@ -6,6 +6,7 @@ from torch import Tensor
 from sprompt import native
 from sprompt.cuda import stream
 from sprompt.ops.declare import Args
+from sprompt.ops.linear_assignment.op import images
 
 #: Bytes of shared memory that a block may use on every architecture from sm_80 on: sm_86 and sm_89 have 99 KB.
 SHARED = 96 * 1024
@@ -22,7 +23,8 @@ def assignment_scratch(N: int, G: int, bytes_per_cost: int) -> int:
 
 
 def linear_assignment(a: Args, rows: Tensor) -> None:
-    B, N, G = a.cost.shape
-    size = assignment_scratch(N, G, max(a.cost.element_size(), 4))
-    scratch = a.cost.new_empty((B, size), dtype=torch.uint8)
-    native._C.cuda.linear_assignment(stream(a.cost), a.cost, a.counts, rows, scratch)
+    cost = images(a.cost)
+    B, N, G = cost.shape
+    size = assignment_scratch(N, G, max(cost.element_size(), 4))
+    scratch = cost.new_empty((B, size), dtype=torch.uint8)
+    native._C.cuda.linear_assignment(stream(cost), cost, a.counts, rows.view(B, G), scratch)

@@ -10,10 +10,16 @@ from sprompt.ops.declare import Args, new, op
 
 @op("cuda", computes=())  # compiled kernels take float64 too: all of them compute in it
 def linear_assignment(cost: Tensor, counts: Tensor | None) -> Tensor:
-    return new(cost, cost.shape[0], cost.shape[2], dtype=torch.int64)
+    size = cost.shape
+    if len(size) == 2:  # one image
+        return new(cost, size[1], dtype=torch.int64)
+    return new(cost, size[0], size[2], dtype=torch.int64)
 
 
-linear_assignment.values(lambda a: checks.counts_within("linear_assignment", a.counts, a.cost.shape[2]))
+@linear_assignment.values
+def _(a: Args) -> None:
+    if a.counts is not None:
+        checks.counts_within("linear_assignment", a.counts, a.cost.shape[-1])
 
 
 @linear_assignment.native
@@ -23,9 +29,15 @@ def _(a: Args, rows: Tensor) -> None:
         refuse(a, bad)
 
 
+def images(cost: Tensor) -> Tensor:
+    """(B, N, G), where (N, G) is one image."""
+    return cost if cost.dim() == 3 else cost[None]
+
+
 def refuse(a: Args, image: int) -> None:
     """The error of an image with an entry that is not finite."""
-    real = a.cost[image] if a.counts is None else a.cost[image, :, : int(a.counts[image])]
+    cost = images(a.cost)[image]
+    real = cost if a.counts is None else cost[:, : int(a.counts[image])]
     row, column = (~real.isfinite()).nonzero()[0].tolist()
     got = f"{float(real[row, column])} at row {row}, column {column}"
     advice = "look for a diverged loss or a division by zero upstream"

@@ -4,14 +4,14 @@ import torch
 from torch import Tensor
 
 from sprompt.ops.declare import Args
-from sprompt.ops.linear_assignment.op import refuse
+from sprompt.ops.linear_assignment.op import images, refuse
 
 INFINITY = float("inf")
 
 
 def linear_assignment(a: Args) -> Tensor:
     """Copies the costs to the host: waits for a CUDA device."""
-    host = a.cost.to("cpu", torch.float64)
+    host = images(a.cost).to("cpu", torch.float64)
     B, _, G = host.shape
     rows = torch.full((B, G), -1)
     for b, count in enumerate([G] * B if a.counts is None else a.counts.tolist()):
@@ -24,7 +24,7 @@ def linear_assignment(a: Args) -> Tensor:
             # Sums of numbers near the end of the range would overflow; a power of two changes no comparison.
             near_end = real.numel() > 0 and float(real.abs().max()) > 2.0**1000
             rows[b, :count] = match_columns(real * 2.0**-40 if near_end else real)
-    return rows.to(a.cost.device)
+    return rows.view(*a.cost.shape[:-2], G).to(a.cost.device)
 
 
 def match_columns(cost: Tensor) -> Tensor:

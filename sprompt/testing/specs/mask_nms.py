@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.ops import batched_mask_nms, mask_nms, matrix_nms, pack_masks
-from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Sample, blobs, random, refusals, smooth
+from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random, refusals, smooth
 
 
 def saliency(count: int, height: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
@@ -369,6 +369,21 @@ def _overlapping(*coarse: int) -> Any:
     return masks
 
 
+def _predictions(scores: Tensor) -> Any:
+    """supervision's: boxes, which it does not read, and a score."""
+    return np.c_[np.zeros((len(scores), 4)), scores.numpy()]
+
+
+_predictions_of, _rows_of = Prepared(_predictions), Prepared(lambda masks: _dense(masks).numpy())
+
+
+def _supervision(masks: BitMasks | Tensor, scores: Tensor) -> Tensor:
+    from supervision.detection.utils.iou_and_nms import mask_non_max_suppression
+
+    kept = torch.from_numpy(mask_non_max_suppression(_predictions_of(scores), _rows_of(masks), 0.5)).nonzero()[:, 0]
+    return kept[scores[kept].argsort(descending=True)]
+
+
 def _eager_matrix_batch(masks: BitMasks, scores: Tensor) -> Tensor:
     return torch.stack([_eager_matrix(masks[b], scores[b]) for b in range(len(scores))])
 
@@ -393,6 +408,7 @@ BENCHES = [
     ),
     Bench(
         mask_nms, "500 x (200x272) blobs, from dense", _bench(blobs, 500, 200, 272), _eager_greedy, vectorised=False,
+        libraries={"supervision": _supervision},
         flops=2.0 * 500**2 * 54400, bytes=500 * 54400 * 4, goals={"forward": 40},
     ),
     Bench(

@@ -193,20 +193,20 @@ _numbers = _B * _C * (2 * _N + _L)
 BENCHES = [
     Bench(
         prompt_match, "B 16, N 100, L 20, C 256", _bench(_B, False), _match_eager, vectorised=_match_vectorised,
-        library=("vectorised eager", _match_vectorised), agree=compare_match, dtypes=(torch.float32, torch.bfloat16, torch.float16),
+        libraries={"vectorised eager": _match_vectorised}, agree=compare_match, dtypes=(torch.float32, torch.bfloat16, torch.float16),
         flops=2.0 * _B * _N * _L * _C, bytes=4.0 * _numbers, gradients=("kernels", "prompts"),
-        goals={"forward": 150, "library": 4},
+        goals={"forward": 150, "vectorised eager": 4},
     ),
     Bench(
         prompt_match, "B 16, N 100 shared, L 20, C 256", _bench(_B, True), _match_eager, vectorised=_match_vectorised,
-        library=("vectorised eager", _match_vectorised), agree=compare_match,
+        libraries={"vectorised eager": _match_vectorised}, agree=compare_match,
         flops=2.0 * _B * _N * _L * _C, bytes=4.0 * (_numbers - (_B - 1) * _N * _C), gradients=("kernels", "prompts"),
-        goals={"forward": 150, "library": 4},
+        goals={"forward": 150, "vectorised eager": 4},
     ),
     *(
         Bench(
             prompt_match, f"B {_B_GPU}, N 100{' shared' if shared else ''}, L 20, C 256", _bench(_B_GPU, shared), _match_eager,
-            vectorised=_match_vectorised, library=("vectorised eager", _match_vectorised), agree=compare_match,
+            vectorised=_match_vectorised, libraries={"vectorised eager": _match_vectorised}, agree=compare_match,
             dtypes=(torch.float32, torch.bfloat16), device="cuda", gradients=("kernels", "prompts"),
             flops=2.0 * _B_GPU * _N * _L * _C,
             bytes=4.0 * _C * (_B_GPU * (_N + _L) + (1 if shared else _B_GPU) * _N),

@@ -239,18 +239,18 @@ _map_bytes = 4.0 * _B * _C * _H * _W
 BENCHES = [
     Bench(
         region_mean, "B 16, L 20, C 256, 25x42", _region_bench, _region_eager, vectorised=_region_vectorised,
-        library=("one product", _region_vectorised), dtypes=_all_floats, bytes=_map_bytes, gradients=("features",),
+        libraries={"one product": _region_vectorised}, dtypes=_all_floats, bytes=_map_bytes, gradients=("features",),
         goals={"forward": 10, "full": 5},
     ),
     Bench(
         mask_mean, "B 16, L 20, C 256, 25x42, blobs", _mask_bench, _mask_eager, vectorised=_mask_vectorised,
-        library=("one product", _mask_vectorised), dtypes=_all_floats, bytes=_map_bytes, gradients=("features",),
+        libraries={"one product": _mask_vectorised}, dtypes=_all_floats, bytes=_map_bytes, gradients=("features",),
         goals={"forward": 10, "full": 5},
     ),
     *(
         Bench(
             function, f"B {_B_GPU}, L 20, C 256, {h}x{w}{note}", _bench(_B_GPU, h, w, function is region_mean), eager,
-            vectorised=vectorised, library=("one product", vectorised), dtypes=(torch.float32, torch.bfloat16), device="cuda",
+            vectorised=vectorised, libraries={"one product": vectorised}, dtypes=(torch.float32, torch.bfloat16), device="cuda",
             bytes=4.0 * _B_GPU * _C * h * w, gradients=("features",),
         )
         for function, eager, vectorised, note in (

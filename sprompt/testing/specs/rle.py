@@ -1,6 +1,8 @@
 """rle_encode, rle_decode, and resize_masks followed by rle_encode."""
 
+import importlib
 import importlib.util
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -211,6 +213,26 @@ def _plain_decode(rles: Rles) -> Tensor:
     return torch.from_numpy(coco.decode(rles))
 
 
+def _decoder(module: str) -> Callable[[Rles], Tensor]:
+    """The same by a module that has pycocotools' decode."""
+
+    def decode(rles: Rles) -> Tensor:
+        return torch.from_numpy(importlib.import_module(module).decode(rles))
+
+    return decode
+
+
+_DECODERS = {"hotcoco": _decoder("hotcoco.mask"), "rlemasklib": _decoder("rlemasklib")}
+
+
+def decode_to_dense(rles: Rles) -> Tensor:
+    return rle_decode(rles).to_dense()
+
+
+def _same_dense(ours: Tensor, theirs: Tensor, sample: Sample) -> None:
+    assert torch.equal(ours.view(torch.uint8), theirs.permute(2, 0, 1))
+
+
 def _same_pixels(ours: BitMasks, theirs: Tensor, sample: Sample) -> None:
     assert torch.equal(ours.to_dense(torch.uint8), theirs.permute(2, 0, 1))
 
@@ -229,6 +251,25 @@ def _coco_only(masks: BitMasks | Tensor) -> Rles:
     from pycocotools import mask as coco
 
     return coco.encode(_fortran_of(masks))
+
+
+def _hotcoco_encode(masks: BitMasks | Tensor) -> Rles:
+    from hotcoco import mask as hotcoco
+
+    return hotcoco.encode(_fortran_of(masks))
+
+
+_rows_of = Prepared(lambda masks: _dense(masks).cpu().numpy())
+
+
+def _rlemasklib_encode(masks: BitMasks | Tensor) -> Rles:
+    import rlemasklib
+
+    return rlemasklib.encode(_rows_of(masks), batch_first=True)
+
+
+#: Each from bytes in the order that it likes best: columns for the first two.
+_ENCODERS = {"pycocotools": _coco_only, "hotcoco": _hotcoco_encode, "rlemasklib": _rlemasklib_encode}
 
 
 def resize_and_encode(logits: Tensor, size: tuple[int, int]) -> Rles:
@@ -260,19 +301,23 @@ _P = 800 * 1333
 BENCHES = [
     Bench(
         rle_encode, "100 x (800x1333), from dense", _blob_bench, coco_encode, vectorised=False, agree=same_rles,
-        library=("pycocotools, from its own layout", _coco_only), bytes=100 * _P, goals={"forward": 8, "library": 8},
+        libraries=_ENCODERS, bytes=100 * _P, goals={"forward": 8, "pycocotools": 8},
     ),
     Bench(
         rle_encode, "100 x (800x1333), from bits", _bits_bench, coco_encode, vectorised=False, agree=same_rles,
-        library=("pycocotools, from its own layout", _coco_only), bytes=100 * _P / 8, goals={"forward": 8, "library": 8},
+        libraries=_ENCODERS, bytes=100 * _P / 8, goals={"forward": 8, "pycocotools": 8},
     ),
     Bench(
         rle_encode, "10 x (800x1333) of noise, from dense", _noise_bench, coco_encode, vectorised=False, agree=same_rles,
-        library=("pycocotools, from its own layout", _coco_only), bytes=10 * _P * 1.5,
+        libraries={"pycocotools": _coco_only}, bytes=10 * _P * 1.5,
     ),
     Bench(
         rle_decode, "100 x (800x1333)", _decode_bench, _plain_decode, vectorised=False, agree=_same_pixels,
-        bytes=100 * _P / 8, goals={"forward": 4},
+        libraries=_DECODERS, bytes=100 * _P / 8, goals={"forward": 4},
+    ),
+    Bench(
+        decode_to_dense, "100 x (800x1333)", _decode_bench, _plain_decode, vectorised=False, agree=_same_dense,
+        libraries=_DECODERS, bytes=100 * _P, goals={"forward": 4, "rlemasklib": 1},
     ),
     Bench(
         rle_decode, "10 x (800x1333) of noise", _noise_decode_bench, _plain_decode, vectorised=False, agree=_same_pixels,
@@ -284,11 +329,11 @@ BENCHES = [
     ),
     Bench(
         rle_encode, "12 x 100 x (800x1333), from bits", _batch_bench, coco_encode, vectorised=False, agree=same_rles, device="cuda",
-        library=("pycocotools, from its own layout", _coco_only), bytes=1200 * _P / 8,
+        libraries={"pycocotools": _coco_only}, bytes=1200 * _P / 8,
     ),
     Bench(
         rle_encode, "12 x 10 x (800x1333) of noise, from bits", _noise_batch_bench, coco_encode, vectorised=False, agree=same_rles,
-        device="cuda", library=("pycocotools, from its own layout", _coco_only), bytes=120 * _P * (1 / 8 + 1 / 2),
+        device="cuda", libraries={"pycocotools": _coco_only}, bytes=120 * _P * (1 / 8 + 1 / 2),
     ),
     Bench(
         resize_and_encode, "12 x 100 x (200x336 -> 800x1333)", _resize_batch_bench, _eager_resize_and_encode, vectorised=False,
