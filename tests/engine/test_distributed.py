@@ -107,4 +107,6 @@ def test_a_picture_of_the_other_process_is_named(tmp_path: Path) -> None:
     processes = pair("toy.py", str(tmp_path), json.dumps({"broken": broken}))
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode != 0 for process in processes)
-    assert f"step 1: the loss must be finite, got NaN or infinity, on picture {order[2]}, picture {broken};" in errors[1]
+    assert (
+        f"step 1: the loss must be finite, got NaN or infinity, on picture {order[2]}, picture {broken};" in errors[1]
+    )
