@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
 
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
-CHECKED = sprompt tests benchmarks examples setup.py
+CHECKED = sprompt tests benchmarks examples tools setup.py
 NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 
 .PHONY: help venv build test test-all demo bench gpu gpu-prepare readme lint format sanitize hooks clean

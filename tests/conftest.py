@@ -37,8 +37,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _op_of(item: pytest.Item) -> str | None:
     """The op (its folder's name) that a test is about, None if it is about no single one."""
-    if item.path.parent.name == "ops":
-        return item.path.stem.removeprefix("test_")
+    if item.path.parent.name == "ops" and (op := item.path.stem.removeprefix("test_")) in _op_of_specs().values():
+        return op
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "spec" in parameters:
         return _op_of_specs()[parameters["spec"].name]

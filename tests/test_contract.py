@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from variants import cover, forms, variants
 
 import sprompt
 from sprompt import backends, cuda, native
@@ -31,9 +32,6 @@ from sprompt.testing.compare import assert_close, assert_same_bits, error, tenso
 from sprompt.testing.layouts import LAYOUTS, can_be_far, far
 from sprompt.testing.spec import HALVES, OpSpec, Sample
 from sprompt.testing.specs import SPECS
-
-if launch.interpreted():
-    from variants import covering
 
 CPU = torch.device("cpu")
 F32, F64 = torch.float32, torch.float64
@@ -86,7 +84,9 @@ def fewer(
 ) -> list[Sample]:
     """Triton's interpreter takes seconds a sample. It sees those that reach every choice in the kernels, or every combination of
     choices; in float32 all samples are compared with the truth and their gradients with the reference."""
-    return covering(spec, samples, together) if (device.type, backend) == ("cpu", "triton") else samples
+    if (device.type, backend) != ("cpu", "triton"):
+        return samples
+    return cover(samples, [variants(spec, sample, together) for sample in samples])
 
 
 def skip_if_absent(spec: OpSpec, device: torch.device, backend: str) -> None:
@@ -282,22 +282,13 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def one_a_graph(samples: list[Sample]) -> list[Sample]:
-    """Samples that differ in more than sizes and values: test_opcheck holds the shapes of every sample's outputs to those that a
-    compiler is told."""
-    kept: dict[Any, Sample] = {}
-    for sample in samples:
-        leaves, tree = torch.utils._pytree.tree_flatten((sample.args, sample.kwargs))
-        form = [(v.dtype, v.dim(), v.numel() == 0, v.is_contiguous()) if isinstance(v, Tensor) else v for v in leaves]
-        kept.setdefault((repr(form), str(tree)), sample)
-    return list(kept.values())
-
-
 @by_compiled
 @on_devices
 def test_compiled_equals_eager(spec: OpSpec, device: torch.device, fresh_compiler: None) -> None:
-    """Forward and backward, traced whole; the first sample also through Inductor."""
-    for number, sample in enumerate(one_a_graph(spec.samples(device, dtypes(spec)[0], 6))):
+    """Forward and backward, traced whole; the first sample also through Inductor. Samples that only differ in sizes and values are
+    not compiled again: test_opcheck holds the shapes of every sample's outputs to those that a compiler is told."""
+    samples = spec.samples(device, dtypes(spec)[0], 6)
+    for number, sample in enumerate(cover(samples, [forms(sample) for sample in samples])):
         torch._dynamo.reset()
         compiled = torch.compile(
             spec.function, fullgraph=True, backend="inductor" if number == 0 else "aot_eager", dynamic=False

@@ -1,4 +1,4 @@
-"""Which samples reach every variant of a spec's Triton kernels. The launches are recorded, nothing runs."""
+"""The fewest samples that show everything: every variant of a spec's Triton kernels, every form of an argument."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 
 from sprompt.ops.launch import DEFAULT_ARCH
 from sprompt.testing.calls import call, differentiable_outputs, with_gradients
-from sprompt.testing.compiled import LaunchOnly
 from sprompt.testing.spec import OpSpec, Sample
 
 #: Integer constants up to this one choose a way through a kernel; larger ones are sizes of tiles.
@@ -26,7 +25,10 @@ def _kind(value: Any) -> Any:
 
 
 def variants(spec: OpSpec, sample: Sample, together: bool) -> set[Any]:
-    """Of every launch of a forward and backward: kernel, and the kinds of all arguments together or of each by itself."""
+    """Of every launch of a forward and backward: kernel, and the kinds of all arguments together or of each by itself. The launches
+    are recorded, nothing runs."""
+    from sprompt.testing.compiled import LaunchOnly  # needs Triton
+
     changed, leaves = with_gradients(spec, sample)
     with LaunchOnly(DEFAULT_ARCH) as mode:
         outputs = differentiable_outputs(call(spec, changed))
@@ -42,14 +44,22 @@ def variants(spec: OpSpec, sample: Sample, together: bool) -> set[Any]:
     return found
 
 
-def covering(spec: OpSpec, samples: list[Sample], together: bool) -> list[Sample]:
-    """Samples that reach every variant which one of `samples` reaches, the one with most new variants first; and all that launch
-    nothing, since empty inputs cost nothing."""
-    reached = [variants(spec, sample, together) for sample in samples]
-    missing = set().union(*reached)
-    chosen = {i for i, found in enumerate(reached) if not found}
+def forms(sample: Sample) -> set[Any]:
+    """What a compiler makes graphs of: of every argument by itself, dtype, dimensions, layout, whether it is empty; or its value."""
+    leaves, _ = torch.utils._pytree.tree_flatten_with_path((sample.args, sample.kwargs))
+    return {
+        (str(path), (v.dtype, v.dim(), v.numel() == 0, v.is_contiguous()) if isinstance(v, Tensor) else repr(v))
+        for path, v in leaves
+    }
+
+
+def cover(samples: list[Sample], shown: list[set[Any]]) -> list[Sample]:
+    """Samples that show all that one of `samples` shows, chosen one after the other by how much is new; and all that show nothing,
+    since they launch nothing."""
+    missing: set[Any] = set().union(*shown)
+    chosen = {i for i, found in enumerate(shown) if not found}
     while missing:
-        best = max(range(len(samples)), key=lambda i: len(reached[i] & missing))
+        best = max(range(len(samples)), key=lambda i: len(shown[i] & missing))
         chosen.add(best)
-        missing -= reached[best]
+        missing -= shown[best]
     return [samples[i] for i in sorted(chosen)]

@@ -2,7 +2,8 @@
 # sanitize.sh [pytest arguments]: the ops' tests and the fuzz driver under AddressSanitizer and UndefinedBehaviorSanitizer.
 #
 # Everything happens in build/sanitize: the sanitized kernels lie beside a copy of the package, so the ordinary build is neither
-# used nor overwritten. Tested are the ops that tools/changed.py names; where it names none, nothing is built. On a CPU without AVX-512 that level is compiled with its instructions emulated (tests/emulation).
+# used nor overwritten. Tested are the ops that tools/changed.py names; where it names none, nothing is built. On a CPU without
+# AVX-512 that level is compiled with its instructions emulated (tests/emulation).
 #   PYTHON                   the interpreter (default: python3)
 #   SPROMPT_TEST_OPS         ops to test instead: "mask_nms masks", "all", or "none"
 #   SPROMPT_BASE             commit to compare with instead of the one in .ci/base
@@ -47,7 +48,7 @@ grep -q avx512vpopcntdq /proc/cpuinfo 2>/dev/null || emulate=ON
 import shutil
 assert shutil.which("cmake") and shutil.which("ninja")
 PYTHON
-cmake -S "$root" -B "$room/build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DSPROMPT_SANITIZE=ON \
+cmake -S "$root" -B "$room/build" -G Ninja -DPython_EXECUTABLE="$(command -v "$python")" -DSPROMPT_SANITIZE=ON -DSPROMPT_CUDA=off \
     -DSPROMPT_EMULATE_AVX512=$emulate -DCMAKE_LIBRARY_OUTPUT_DIRECTORY="$room/package/sprompt" >"$room/configure.log" || {
     cat "$room/configure.log"
     exit 1
@@ -84,10 +85,10 @@ then
     echo "sanitize.sh: a write behind the end of a tensor was not seen" >&2
     exit 1
 fi
-grep -q heap-buffer-overflow "$room/seeded.log" && grep -q "WRITE of size 8" "$room/seeded.log" || {
+if ! grep -q heap-buffer-overflow "$room/seeded.log" || ! grep -q "WRITE of size 8" "$room/seeded.log"; then
     cat "$room/seeded.log"
     exit 1
-}
+fi
 
 case " $ops " in
 *" rle "* | " all ")

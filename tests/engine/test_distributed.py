@@ -22,24 +22,38 @@ from sprompt.engine.log import read_log
 HERE = Path(__file__).parent
 
 
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
+    everywhere = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1]), **environment}
+    return subprocess.Popen(command, env=everywhere, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def launch(script: str, *arguments: str) -> subprocess.Popen[str]:
     """The script in two processes. `--multi_gpu` is the launcher's word for several processes; with its `--cpu` it needs MPI, and
     starts a single one without. The script asks for the CPU itself."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[1])}
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
-        "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", str(port), str(HERE / script), *arguments,
+        "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", free_port(), str(HERE / script), *arguments,
     ]  # fmt: skip
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return start(command)
 
 
-def finish(process: subprocess.Popen[str]) -> str:
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors
-    return errors
+def pair(script: str, *arguments: str) -> list[subprocess.Popen[str]]:
+    """The two processes as the launcher starts them, without it: it takes as long to start as one of them."""
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    command = [sys.executable, str(HERE / script), *arguments]
+    return [start(command, RANK=rank, LOCAL_RANK=rank, **world) for rank in ("0", "1")]
+
+
+def finish(*processes: subprocess.Popen[str]) -> None:
+    for process in processes:
+        _, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, errors
 
 
 def numbers(out: Path, name: str = "loss") -> list[float]:
@@ -57,7 +71,7 @@ def test_two_processes_are_one_and_a_killed_worker_is_no_loss(tmp_path: Path) ->
     end = time.monotonic() + 300
     while not ((out / "log.jsonl").exists() and len((out / "log.jsonl").read_text().splitlines()) > 4):
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
-        time.sleep(0.01)
+        time.sleep(0.02)
     os.kill(int((out / "pid-1").read_text()), signal.SIGKILL)
     process.communicate(timeout=300)
     assert process.returncode != 0
@@ -75,7 +89,7 @@ def test_a_tiny_model_in_two_processes(tmp_path: Path) -> None:
     """Six scenes with different numbers of objects: losses, and results in the order of the pictures."""
     write_scenes(tmp_path / "scenes", 6, seed=1, size=(72, 96))
     metrics = run(tmp_path / "scenes", tmp_path / "one")
-    finish(launch("knet_run.py", str(tmp_path / "scenes"), str(tmp_path / "two")))
+    finish(*pair("knet_run.py", str(tmp_path / "scenes"), str(tmp_path / "two")))
     for name in ("loss", "grad_norm"):
         one, two = (np.array(numbers(tmp_path / folder, name)) for folder in ("one", "two"))
         np.testing.assert_allclose(one[:2], two[:2], rtol=1e-4)
@@ -90,7 +104,9 @@ def test_a_tiny_model_in_two_processes(tmp_path: Path) -> None:
 def test_a_picture_of_the_other_process_is_named(tmp_path: Path) -> None:
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
     broken = order[3]  # of the first batch of 4, in the second process's part
-    process = launch("toy.py", str(tmp_path), json.dumps({"broken": broken}))
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode != 0
-    assert f"step 1: the loss must be finite, got NaN or infinity, on picture {order[2]}, picture {broken};" in errors
+    processes = pair("toy.py", str(tmp_path), json.dumps({"broken": broken}))
+    errors = [process.communicate(timeout=300)[1] for process in processes]
+    assert all(process.returncode != 0 for process in processes)
+    assert (
+        f"step 1: the loss must be finite, got NaN or infinity, on picture {order[2]}, picture {broken};" in errors[1]
+    )

@@ -165,7 +165,7 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
     end = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
-        time.sleep(0.003)
+        time.sleep(0.02)
 
 
 def lines(out: Path) -> int:
