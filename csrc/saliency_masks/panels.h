@@ -1,7 +1,7 @@
-// Products of packed columns. A matrix (D, columns) is kept as blocks of `depth` rows, each as panels of `panel` columns,
-// row by row: [block][panel][row][column]. Every element of a product is one chain of fma over a block's rows from 0,
-// the blocks' sums added in order: its bits depend on its two columns only, neither on its place nor on the threads, and
-// <a, b> = <b, a> to the bit.
+// Products of packed columns, and the memory that they need. A matrix (D, columns) is kept as blocks of `depth` rows, each as
+// panels of `panel` columns, row by row: [block][panel][row][column]. Every element of a product is one chain of fma over a
+// block's rows from 0, the blocks' sums added in order: its bits depend on its two columns only, neither on its place nor on
+// the threads, and <a, b> = <b, a> to the bit.
 #pragma once
 
 #include "common/half.h"
@@ -128,6 +128,44 @@ static void pack_columns(const T* x, int64_t stride, int64_t P, const int32_t* i
                 }
             }
     });
+}
+
+// ---- Memory of a call
+
+constexpr int64_t whole = 96;  // columns: whole panels and whole words at every level
+
+SPROMPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+SPROMPT_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
+SPROMPT_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// Memory of a call, used for one image after another.
+struct Room {
+    Panels features, seeds;  // (D, P), and (D, seed vectors)
+    int64_t line, rows;      // P rounded up
+    float* products;         // (rows, line)
+    float* norms;            // (line)
+    int32_t* inside;         // (line)
+    float* seed_norms;       // (seed vectors)
+    float* lines;            // (threads, line)
+
+    SPROMPT_INLINE float* line_of(int worker) const { return lines + worker * line; }
+};
+static Room take_room(Scratch& memory, int64_t D, int64_t P, int64_t seeds, int64_t rows, int threads) {
+    const int64_t line = round_up(P, whole);
+    const Panels features = take_panels(memory, D, P), columns = take_panels(memory, D, seeds);
+    return {features,
+            columns,
+            line,
+            rows,
+            memory.take<float>(rows, line),
+            memory.take<float>(line),
+            memory.take<int32_t>(line),
+            memory.take<float>(columns.columns()),
+            memory.take<float>(threads, line)};
+}
+// Rows of products of so many seed vectors that are held at a time.
+static int64_t rows_of_seeds(int64_t seeds, int64_t P, int64_t held) {
+    return smaller(round_up(seeds, group), larger(held / larger(round_up(P, whole), 1) / group, 1) * group);
 }
 
 }  // namespace SPROMPT_ISA

@@ -10,42 +10,6 @@ typedef double vd __attribute__((vector_size(4 * W)));  // W / 2 lanes
 
 static const float flat_range = 1e-6f;
 
-constexpr int64_t whole = 96;  // columns: whole panels and whole words at every level
-
-SPROMPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-SPROMPT_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
-SPROMPT_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
-
-// Memory of a call, used for one image after another.
-struct Room {
-    Panels features, seeds;  // (D, P), and (D, seed vectors)
-    int64_t line, rows;      // P rounded up
-    float* products;         // (rows, line)
-    float* norms;            // (line)
-    int32_t* inside;         // (line)
-    float* seed_norms;       // (seed vectors)
-    float* lines;            // (threads, line)
-
-    SPROMPT_INLINE float* line_of(int worker) const { return lines + worker * line; }
-};
-static Room take_room(Scratch& memory, int64_t D, int64_t P, int64_t seeds, int64_t rows, int threads) {
-    const int64_t line = round_up(P, whole);
-    const Panels features = take_panels(memory, D, P), columns = take_panels(memory, D, seeds);
-    return {features,
-            columns,
-            line,
-            rows,
-            memory.take<float>(rows, line),
-            memory.take<float>(line),
-            memory.take<int32_t>(line),
-            memory.take<float>(columns.columns()),
-            memory.take<float>(threads, line)};
-}
-// Rows of products of so many seed vectors that are held at a time.
-static int64_t rows_of_seeds(int64_t seeds, int64_t P, int64_t held) {
-    return smaller(round_up(seeds, group), larger(held / larger(round_up(P, whole), 1) / group, 1) * group);
-}
-
 // What one image's maps need: features in panels, norms (1 for the plain product) and which cells are inside.
 struct Image {
     Panels features;
