@@ -48,7 +48,7 @@ def _(a: Args, rows: Tensor) -> None:
     native._C.linear_assignment(
         a.cost, a.counts, rows, bad, native.scratch(workers, numbers, dtype=torch.float64), workers
     )
-    image = bad.item()
+    image = int(bad.item())
     if image >= 0:
         refuse(a, image)
 
