@@ -128,6 +128,7 @@ static void define_cuda(py::module_& module) {
     SPROMPT_DEF_CUDA(linear_assignment);
 
     // resize_masks
+    SPROMPT_DEF_CUDA(resize_masks);
     SPROMPT_DEF_CUDA(resize_bits);
 
     // rle
