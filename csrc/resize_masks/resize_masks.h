@@ -22,6 +22,10 @@ SPROMPT_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, fl
 // The same from bits: cells of 0 and 1, threshold 1/2, the whole map. in (M, ceil(h * w / 32)) i32 -> words (M, n).
 SPROMPT_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words, int threads)
 
+// On CUDA; words contiguous. scratch (2 * (width + height)) i32, aligned to 8 bytes.
+SPROMPT_CUDA_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
+                    double extent_width, const View& words, const View& scratch)
+
 // On CUDA; both contiguous.
 SPROMPT_CUDA_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words)
 

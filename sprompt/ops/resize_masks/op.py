@@ -14,7 +14,7 @@ def extent(a: Args) -> tuple[float, float]:
     return a.crop_height or a.soft.shape[-2], a.crop_width or a.soft.shape[-1]
 
 
-@op("triton")
+@op("cuda", "triton")
 def resize_masks(
     soft: Tensor, height: int, width: int, threshold: float, crop_height: float | None, crop_width: float | None
 ) -> Tensor:
