@@ -320,7 +320,7 @@ int64_t window(int64_t pixels, double step, int64_t cells) {
 void resize_masks(const Stream& stream, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
                   double extent_width, const View& words, const View& scratch) {
     const int64_t h = soft.size[1], w = soft.size[2];
-    if (h > INT32_MAX || w > INT32_MAX) throw std::runtime_error("CUDA: a map of more than 2^31 - 1 rows or columns");
+    if (h > INT32_MAX || w > INT32_MAX) throw Failure("a map of more than 2^31 - 1 rows or columns");
     const double step_y = extent_height / static_cast<double>(height), step_x = extent_width / static_cast<double>(width);
     Place* const places = scratch.as<Place>();
     launch(stream, places_kernel, tiles(width + height, threads), threads, 0, places, width, height, w, h, step_x, step_y);
