@@ -72,7 +72,8 @@ done
 SPROMPT_BACKEND=reference suite "SPROMPT_BACKEND=reference: the ops on their definition" tests/ops "$@"
 
 # SPROMPT_EMULATE_CUDA at run time: CPU tensors take the backends that a GPU would.
-rest="cpu-native or cpu-reference or opcheck or compiled or export or gradcheck or bad_input or autocast or pickle or number_of_threads"
+rest="cpu-native or cpu-reference or opcheck or compiled or export or gradcheck or bad_input or autocast or pickle"
+rest+=" or number_of_threads or both_ways or profiler_sees" # a call's way to its backend is the same for all backends
 gpu=(tests/ops tests/test_contract.py -k "not ($rest)")
 if "$bin/python" -c 'import triton' 2>/dev/null; then
     export TRITON_INTERPRET=1
