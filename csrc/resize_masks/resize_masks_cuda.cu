@@ -113,7 +113,8 @@ __device__ inline void sample(const Plan& plan, const Tile& t, const T* map, int
             const int it = min(job + i * warps, jobs - 1);
             row[i] = it < own ? it / words : from + it - own;
             word[i] = it < own ? it % words : plan.wrap;
-            across[i] = tap_of(plan.columns[min((it < own ? t.x + 32 * word[i] : 0) + lane, plan.width - 1)]);
+            const int column = it < own ? t.x + 32 * word[i] : 0;
+            across[i] = tap_of(plan.columns[column + min(lane, plan.width - 1 - column)]);
             const Tap down = taps[row[i]];
             const T* upper = map + (top + down.first / line) * plan.stride_y;
             const T* lower = map + (top + down.second / line) * plan.stride_y;
@@ -168,7 +169,7 @@ __device__ inline void slot(const Plan& plan, int column, int left, int base, in
     unsigned begin = 0, end = 0;
 #pragma unroll
     for (int i = 0; i < slot_words; ++i) {
-        const Tap tap = tap_of(plan.columns[min(column + 32 * i + lane, plan.width - 1)]);
+        const Tap tap = tap_of(plan.columns[column + min(32 * i + lane, plan.width - 1 - column)]);
         if (i == 0) begin = __shfl_sync(whole_warp, static_cast<unsigned>(tap.first - left), 0);
         if (i == slot_words - 1)
             end = __shfl_sync(whole_warp, static_cast<unsigned>(tap.second - left), warp - 1);  // inclusive
@@ -223,7 +224,7 @@ __device__ inline void slot(const Plan& plan, int column, int left, int base, in
             for (int i = 0; i < slot_words; ++i) bottom[i] = blend(first[i][lower_line], second[i][lower_line], w0[i], w1[i]);
             uint32_t* out = bits + row * plan.pitch;
 #pragma unroll 4
-            for (const Tap* const stop = tap + (last - row); tap != stop; ++tap, out += plan.pitch) {
+            for (const Tap* const after = tap + (last - row); tap != after; ++tap, out += plan.pitch) {
                 uint2 made;
                 made.x = __ballot_sync(whole_warp, blend(top[0], bottom[0], tap->w0, tap->w1) > plan.threshold);
                 made.y = __ballot_sync(whole_warp, blend(top[1], bottom[1], tap->w0, tap->w1) > plan.threshold);
@@ -283,7 +284,7 @@ __global__ void __launch_bounds__(threads, 5) enlarge_kernel(const T* __restrict
     const int top = take_rows(plan, t, plan.line, taps), bottom = tap_of(plan.rows[t.y + t.rows - 1]).second;
     const int left = tap_of(plan.columns[t.x]).first;
     const int slots = (t.words + slot_words - 1) / slot_words;
-    const int right = tap_of(plan.columns[min(t.x + 32 * slot_words * slots, plan.width) - 1]).second;
+    const int right = tap_of(plan.columns[t.x + min(32 * slot_words * slots, plan.width - t.x) - 1]).second;
     stage(plan, map, top, bottom - top + 1, left, right - left + 1, lines);
     __syncthreads();
     const bool alone = plan.tiles == 1;
