@@ -94,7 +94,7 @@ measure() { # measure NAME benchmark-arguments...
     shift
     # shellcheck disable=SC2046
     timeout -k 5 "$limit" "$python" -m benchmarks.run --device cuda --no-compile --seconds 0.2 --budget $((limit - limit / 8)) \
-        $(printf -- '--op %s ' ${OPS:-}) --json "$out/$name.json" "$@" >"$out/$name.log" 2>&1 || status=$?
+        ${OPS:+$(printf -- '--op %s ' $OPS)} --json "$out/$name.json" "$@" >"$out/$name.log" 2>&1 || status=$?
     tail -60 "$out/$name.log"
     ended="$ended $name:$status"
 }
