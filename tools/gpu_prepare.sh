@@ -45,9 +45,11 @@ compile "$python" "$arch" "$PWD/$kit" "$kit/build.log" || { tail -30 "$kit/build
 cp "$kit"/_C*.so "$package/sprompt/"
 
 say "Triton's cache"
-rm -rf "$kit/triton"
-root=$PWD
-(cd "$package" && TRITON_CACHE_DIR=$root/$kit/triton "$python" -m sprompt.testing.replay --arch "$arch")
+rm -rf "$room/triton"
+(cd "$package" && TRITON_CACHE_DIR=$room/triton "$python" -m sprompt.testing.replay --arch "$arch" &&
+    TRITON_CACHE_DIR=$room/triton "$python" -m sprompt.testing.replay --arch "$arch" --check)
+# A launch takes the machine code and what is known of it; the steps before it are ten times as large.
+tar -czf "$kit/triton.tar.gz" -C "$room" --exclude='*.ttir' --exclude='*.ttgir' --exclude='*.llir' --exclude='*.ptx' --exclude='*.source' triton
 
 say "what the GPU machine will do first: every import, every test collected"
 (cd "$package" && "$python" -m sprompt.env >/dev/null && "$python" -c 'import benchmarks.run' &&

@@ -1,5 +1,5 @@
-# Sourced by gpu.sh and gpu_prepare.sh: where a GPU machine builds and tests, and what goes there. Triton's cache knows a kernel by
-# the path of its file too, so the room has the same path on both machines.
+# Sourced by gpu.sh and gpu_prepare.sh: where a GPU machine builds and tests, and what goes there. Triton's cache holds
+# absolute paths, so the room has the same path on both machines.
 room=/tmp/sprompt-gpu
 package=$room/package
 kit=${KIT:-build/gpu-kit}

@@ -152,7 +152,8 @@ def distinct(arch: int, tuned: list[str]) -> list[Launch]:
 def stub_driver(folder: str) -> str:
     """A library that stands for the driver's where launchers are linked."""
     subprocess.run(
-        ["cc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so"], check=True
+        ["cc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"],
+        check=True,
     )
     return folder
 
