@@ -1,6 +1,6 @@
 // The Python module sprompt._C: one function a kernel, with the arguments of its declaration, by position. No kernel is named
-// here: kernels.h, written by CMake, includes every csrc/<op>/<op>.h, and in this file SPROMPT_KERNEL, SPROMPT_CUDA_KERNEL and
-// SPROMPT_EXPORT (common/isa.h, common/cuda.h) do not only declare, they also bind.
+// here: kernels.h, written by CMake, includes every csrc/<op>/<op>.h, and in this file SPROMPT_KERNEL and SPROMPT_CUDA_KERNEL
+// (common/isa.h, common/cuda.h) do not only declare, they also bind.
 //
 // Tensors are read through DLPack's table of C functions, or by their public methods, so the module links to no version of
 // torch. The interpreter lock is released while a kernel runs.
@@ -260,7 +260,6 @@ PyObject* make(const char* name, R (*code)(A...)) {
     const Object self(PyCapsule_New(function, nullptr, nullptr));
     return self.pointer == nullptr ? nullptr : PyCFunction_New(&function->definition, self.pointer);
 }
-PyObject* make(const char*, int64_t value) { return to_python(value); }
 
 // What the headers declare. `make` is called at import, when the level in force is known.
 struct Declared {
@@ -286,8 +285,6 @@ bool bind(const char* name, bool cuda, PyObject* (*make)()) {
         ::sprompt::python::bind(#name, cuda, []() -> PyObject* { return ::sprompt::python::make(#name, value); });
 #undef SPROMPT_BIND
 #define SPROMPT_BIND(name) SPROMPT_BIND_AS(name, false, SPROMPT_PICK(name))
-#undef SPROMPT_EXPORT
-#define SPROMPT_EXPORT(name) SPROMPT_BIND_AS(name, false, name)
 #ifdef SPROMPT_CUDA
 #undef SPROMPT_BIND_CUDA
 #define SPROMPT_BIND_CUDA(name) SPROMPT_BIND_AS(name, true, &::sprompt::cuda::name)

@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import threading
 from typing import Any
 
 import torch
@@ -49,34 +48,3 @@ def threads() -> int:
 def rows(x: torch.Tensor) -> torch.Tensor:
     """The tensor with last stride 1, as kernels read rows; other strides are taken as they are."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
-
-
-#: Scratch of at most so many bytes is kept by the thread that used it, of so many shapes.
-_KEPT_BYTES, _KEPT_SHAPES = 1 << 18, 64
-
-
-_deterministic = torch._C._get_deterministic_algorithms  # torch.are_deterministic_algorithms_enabled, without its call
-
-
-class _Kept(threading.local):
-    def __init__(self) -> None:
-        self.tensors: dict[tuple[Any, ...], torch.Tensor] = {}
-
-
-_kept = _Kept()
-
-
-def scratch(*sizes: int, dtype: torch.dtype = torch.float32, slot: int = 0) -> torch.Tensor:
-    """Memory on the CPU that one native call needs while it runs. A thread gets the same memory again, so two tensors for one call
-    that may have the same sizes take different slots."""
-    if _deterministic():  # which fills new memory, for tests that nothing unwritten is read
-        return torch.empty(sizes, dtype=dtype, device="cpu")
-    key = (sizes, dtype, slot)
-    found = _kept.tensors.get(key)
-    if found is None:
-        found = torch.empty(sizes, dtype=dtype, device="cpu")
-        if found.nbytes <= _KEPT_BYTES:
-            if len(_kept.tensors) >= _KEPT_SHAPES:
-                _kept.tensors.clear()
-            _kept.tensors[key] = found
-    return found

@@ -17,15 +17,13 @@ from sprompt import native
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(native._C is None, reason="the kernels are not built")
 
+WIDTH = 15  # numbers that probe writes of each view
 # Writes what it is given to `out`: count; dtype, rank, 6 sizes and 6 strides, first i32 element of every view.
 HEADER = """
 #pragma once
 #include "common/views.h"
 namespace sprompt {
-constexpr int64_t probe_width = 15;
-SPROMPT_EXPORT(probe_width)
-SPROMPT_INLINE int64_t probe_sum(int64_t a, int64_t b) { return a + b; }
-SPROMPT_EXPORT(probe_sum)
+SPROMPT_KERNEL_OF(int64_t, probe_sum, int64_t a, int64_t b)
 SPROMPT_KERNEL(probe, const Views& views, const View& out)
 SPROMPT_KERNEL(probe_scalars, bool flag, float x, double y, int64_t n, int threads, const View& out)
 }  // namespace sprompt
@@ -46,6 +44,7 @@ void probe(const Views& views, const View& out) {
         *to++ = view.data ? view.as<const int32_t>()[0] : -1;
     }
 }
+int64_t probe_sum(int64_t a, int64_t b) { return a + b; }
 void probe_scalars(bool flag, float x, double y, int64_t n, int threads, const View& out) {
     double* to = out.as<double>();
     to[0] = flag, to[1] = x, to[2] = y, to[3] = static_cast<double>(n), to[4] = threads;
@@ -102,7 +101,6 @@ def probe(tree: Path) -> Any:
 def test_every_declaration_is_bound() -> None:
     for macro, module in (
         ("KERNEL", native._C),
-        ("EXPORT", native._C),
         ("CUDA_KERNEL", getattr(native._C, "cuda", None)),
     ):
         declared = {
@@ -124,7 +122,7 @@ def test_an_op_is_added_by_its_own_folder(tree: Path, probe: Any) -> None:
     (tree / "csrc/later/later.h").write_text(declaration)
     (tree / "csrc/later/later_cpu.cpp").write_text(KERNEL.replace("probe", "later"))
     run("cmake", "--build", str(tree / "build"))
-    names = ["later", "later_scalars", "later_sum", "later_width", "probe", "probe_scalars", "probe_sum", "probe_width"]
+    names = ["later", "later_scalars", "later_sum", "probe", "probe_scalars", "probe_sum"]
     assert run(sys.executable, "-c", LOAD, str(tree / "build")) == f"{names}\n"
 
 
@@ -136,10 +134,10 @@ class Plain:
 
 
 def seen(probe: Any, views: Any, given: int) -> list[list[int]]:
-    out = torch.full((1 + given * probe.probe_width,), -7)
+    out = torch.full((1 + given * WIDTH,), -7)
     probe.probe(views, out)
     assert out[0] == given
-    return out[1:].view(-1, probe.probe_width).tolist()
+    return out[1:].view(-1, WIDTH).tolist()
 
 
 def row(tensor: torch.Tensor | None) -> list[int]:
@@ -169,13 +167,13 @@ def test_tensors_arrive_whole(probe: Any, kind: type) -> None:
     assert seen(probe, kind(), 0) == []
 
 
-def test_scalars_and_exports(probe: Any) -> None:
+def test_scalars_and_results(probe: Any) -> None:
     out = torch.empty(5, dtype=torch.float64)
     for dtypes in ({torch.float64: 2}, {}):
         probe.set_dtypes({torch.int32: 8, torch.int64: 9, torch.float32: 1, **dtypes})
         probe.probe_scalars(True, 0.5, 1 / 3, -(2**40), 7, out)
         assert out.tolist() == [1.0, 0.5, 1 / 3, -float(2**40), 7.0]
-    assert (probe.probe_width, probe.probe_sum(2**40, -1)) == (15, 2**40 - 1)
+    assert probe.probe_sum(2**40, -1) == 2**40 - 1
 
 
 def test_what_does_not_fit_is_refused(probe: Any) -> None:

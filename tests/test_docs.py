@@ -131,7 +131,8 @@ def test_op_of_the_page_works(tmp_path: Path) -> None:
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "weights")
     shutil.copytree(ROOT / "sprompt", tmp_path / "sprompt", ignore=ignored)
     write_files_of("docs/adding_an_op.md", tmp_path)
-    shutil.copy(ROOT / "tests/test_contract.py", tmp_path / "tests")
+    for name in ("test_contract.py", "variants.py"):
+        shutil.copy(ROOT / "tests" / name, tmp_path / "tests")
     with (tmp_path / "sprompt/ops/__init__.py").open("a") as exports:
         exports.write('from sprompt.ops.padded_mean import padded_mean\n__all__ += ["padded_mean"]\n')
     chosen = "padded_mean and (reference or bad_input or test_padded_mean)"

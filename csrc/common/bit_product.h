@@ -4,8 +4,8 @@
 // row) can have, how many of them each column has in common with it: 4 bits a column, 64 bytes an entry. One load and one
 // addition of a vector thus settle 4 pixels of twice as many pairs as a vector has bytes. That is several times the rate of
 // and + popcount where the CPU has no popcount of vectors, and masks of any length lose nothing to sums across lanes. Three
-// entries are added before 4 bits could overflow, 2 words before they are widened to 16 bits. A table costs as much as about 16 rows, so
-// this pays where most pairs of a tile are wanted.
+// entries are added before 4 bits could overflow, 2 words before they are widened to 16 bits. A table costs as much as about 16
+// rows, so this pays where most pairs of a tile are wanted.
 #pragma once
 
 #include "common/bits.h"
@@ -55,10 +55,10 @@ struct BitProduct {
         }
     }
 
-private:
-    static constexpr int64_t segment = 2;             // words whose tables are held together
-    static constexpr int64_t stretch = 12 * segment;  // words that are copied together
-    static constexpr int64_t entry = columns / 2;     // bytes
+  private:
+    static constexpr int64_t segment = 2;                             // words whose tables are held together
+    static constexpr int64_t stretch = 12 * segment;                  // words that are copied together
+    static constexpr int64_t entry = columns / 2;                     // bytes
     static constexpr int64_t bytes = 4 * W, vectors = entry / bytes;  // of a vector; of an entry
     typedef uint8_t vb __attribute__((vector_size(4 * W)));
     typedef uint16_t vw __attribute__((vector_size(4 * W)));
@@ -99,7 +99,7 @@ private:
             exchange(2, 0x00ff00ff);
             exchange(1, 0x0f0f0f0f);
             for (int c = 0; c < 8; ++c) {
-                uint8_t(*const to)[entry] = table[8 * k + c];
+                uint8_t (*const to)[entry] = table[8 * k + c];
                 vi sum[16];
                 sum[0] = vi{};
                 for (int bit = 0; bit < 4; ++bit) {

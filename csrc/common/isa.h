@@ -18,11 +18,9 @@
 #endif
 
 // SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level; SPROMPT_KERNEL_OF(type, name, ...)
-// one that returns a `type`, int64_t. SPROMPT_EXPORT(name) stands behind an int64_t constant or an inline function of a header.
-// Python sees all under their name: bindings.cpp, which includes every csrc/<op>/<op>.h, gives SPROMPT_BIND and SPROMPT_EXPORT
-// a meaning; elsewhere they are empty.
+// one that returns a `type`, int64_t. Python sees both under their name: bindings.cpp, which includes every csrc/<op>/<op>.h,
+// gives SPROMPT_BIND a meaning; elsewhere it is empty.
 #define SPROMPT_BIND(name)
-#define SPROMPT_EXPORT(name)
 #define SPROMPT_KERNEL(name, ...) SPROMPT_KERNEL_OF(void, name, __VA_ARGS__)
 #if SPROMPT_X86
 #define SPROMPT_KERNEL_OF(type, name, ...) \

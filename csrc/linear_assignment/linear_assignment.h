@@ -12,8 +12,8 @@ namespace sprompt {
 // [0, G], gets -2 in all its columns. Returns the first such image, or -1.
 SPROMPT_KERNEL_OF(int64_t, linear_assignment, const View& cost, const View& counts, const View& rows, int threads)
 
-// CUDA: the same, but nothing is returned, and cost has a batch dimension. scratch (B, s) u8, contiguous, aligned to 16 bytes: what s must be,
-// assignment_scratch in sprompt/ops/linear_assignment/cuda.py says.
+// CUDA: the same, but nothing is returned, and cost has a batch dimension. scratch (B, s) u8, contiguous, aligned to 16 bytes:
+// what s must be, assignment_scratch in sprompt/ops/linear_assignment/cuda.py says.
 SPROMPT_CUDA_KERNEL(linear_assignment, const View& cost, const View& counts, const View& rows, const View& scratch)
 
 }  // namespace sprompt

@@ -9,18 +9,11 @@
 
 namespace sprompt {
 
-// Bytes of scratch that both kernels want for each of B * (N + 32) masks.
-constexpr int64_t nms_scratch_per_mask = 144;
-SPROMPT_EXPORT(nms_scratch_per_mask)
-// Bytes for each of them that greedy suppression uses besides, where the scratch has them: a sixteenth of a long mask.
-constexpr int64_t nms_sketch(int64_t n) { return n > 512 ? (n + 255) / 256 * 64 : 0; }
-SPROMPT_EXPORT(nms_sketch)
-
 // keep (B, K) i64: indices of the first K kept masks by decreasing score, padded with -1; kept (B) i64: how many
 // <- words (B, N, n) u32, last stride 1; scores (B, N) f32/bf16/f16; counts (B) i64 or none: how many masks are real.
 // A mask goes when one kept before it has IoU > threshold, in [0, 1]. Empty masks are not kept.
 SPROMPT_KERNEL(mask_nms, const View& words, const View& scores, const View& counts, double threshold, const View& keep,
-               const View& kept, const View& scratch, int threads)
+               const View& kept, int threads)
 
 // out (B, N), contiguous, of the dtype of scores: scores[j] * decay[j], 0 where padded
 // <- words (B, N, n) u32, last stride 1; scores (B, N) f32/bf16/f16; labels (B, N) i64 or none; counts (B) i64 or none.
@@ -28,7 +21,7 @@ SPROMPT_KERNEL(mask_nms, const View& words, const View& scores, const View& coun
 // gaussian: decay[j] = exp(-sigma * max(0, max(iou[i, j]^2 - c[i]^2))),
 // otherwise decay[j] = min(1, min((1 - iou[i, j]) / max(1 - c[i], 1e-6))).
 SPROMPT_KERNEL(matrix_nms, const View& words, const View& scores, const View& labels, const View& counts, bool gaussian,
-               double sigma, const View& out, const View& scratch, int threads)
+               double sigma, const View& out, int threads)
 
 // -- CUDA: the same, with counts held to [0, N]. keep, kept, out and the scratch are contiguous. W = ceil(N / 32).
 

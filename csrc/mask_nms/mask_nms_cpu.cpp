@@ -178,7 +178,7 @@ struct Greedy {
     // As run, from `start` on, where most pairs would have to be counted: all of them are, by tiles of the product. A block
     // against those kept before it, in parts, and against itself, at once; then its masks one after the other, by bits.
     __attribute__((noinline)) void run_by_product(int64_t start, int64_t most, int threads) {
-        Removed within[BitProduct::columns];                           // what each mask of the block removes
+        Removed within[BitProduct::columns];                            // what each mask of the block removes
         Removed* const by = reinterpret_cast<Removed*>(im.spare_keys);  // (parts) what the kept ones remove
         for (int64_t i = 0; i < im.N; ++i) im.area_f[i] = static_cast<float>(im.area[i]);
         for (int64_t begin = start; begin < im.N && kept < most; begin += BitProduct::columns) {
@@ -189,22 +189,22 @@ struct Greedy {
             __builtin_memcpy(areas, im.area_f + begin, C * sizeof areas[0]);
             parallel_for(parts.count + 1, 1, threads_for((kept + C) * C * (1 + cut.n / 16), threads),
                          [&](int64_t job, int64_t, int) {
-                BitProduct product;
-                if (job == parts.count) {
-                    product.multiply(C, column, C, column, 0, cut.n);
-                    for (int64_t i = 0; i < C; ++i) {
-                        within[i] = Removed{};
-                        remove(begin + i, product.counts[i], begin, C, areas, within[i]);
-                    }
-                    return;
-                }
-                const int64_t* const rows = places + job * parts.size;
-                const int64_t R = kept - job * parts.size < parts.size ? kept - job * parts.size : parts.size;
-                product.multiply(R, [&](int64_t i) { return im.mask(rows[i]); }, C, column, 0, cut.n);
-                Removed gone{};
-                for (int64_t i = 0; i < R; ++i) remove(rows[i], product.counts[i], begin, C, areas, gone);
-                by[job] = gone;
-            });
+                             BitProduct product;
+                             if (job == parts.count) {
+                                 product.multiply(C, column, C, column, 0, cut.n);
+                                 for (int64_t i = 0; i < C; ++i) {
+                                     within[i] = Removed{};
+                                     remove(begin + i, product.counts[i], begin, C, areas, within[i]);
+                                 }
+                                 return;
+                             }
+                             const int64_t* const rows = places + job * parts.size;
+                             const int64_t R = kept - job * parts.size < parts.size ? kept - job * parts.size : parts.size;
+                             product.multiply(R, [&](int64_t i) { return im.mask(rows[i]); }, C, column, 0, cut.n);
+                             Removed gone{};
+                             for (int64_t i = 0; i < R; ++i) remove(rows[i], product.counts[i], begin, C, areas, gone);
+                             by[job] = gone;
+                         });
             Removed gone{};
             for (int64_t part = 0; part < parts.count; ++part)
                 for (int half = 0; half < 2; ++half) gone.bits[half] |= by[part].bits[half];
@@ -219,12 +219,13 @@ struct Greedy {
 }  // namespace
 
 void mask_nms(const View& words, const View& scores, const View& counts, double threshold, const View& keep, const View& kept,
-              const View& scratch, int threads) {
+              int threads) {
     const Binning cut(words.size[2]);
-    const int64_t per_mask = scratch.size[0] / (words.size[0] * (words.size[1] + group) + (words.size[0] == 0));
-    const int64_t sketch = per_mask >= nms_scratch_per_mask + nms_sketch(cut.n) ? nms_sketch(cut.n) : 0;
+    const int64_t sketch = cut.n > 512 ? (cut.n + 255) / 256 * 64 : 0;  // a sixteenth of a long mask
+    Scratch memory;
+    uint8_t* const room = image_room(memory, words, sketch);
     for_each_image(words.size[0], threads, [&](int64_t image, int workers) {
-        const Image im(words, counts, scratch, image, sketch);
+        const Image im(words, counts, room, image, sketch);
         sort_by_score(scores, image, im);
         describe(im, cut, workers);
         Greedy greedy{im, cut, threshold, threshold / (1 + threshold), 0, im.spare};

@@ -4,6 +4,7 @@
 
 #include "common/bit_product.h"
 #include "common/half.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 #include "mask_nms/mask_nms.h"
 
@@ -71,6 +72,14 @@ SPROMPT_INLINE int64_t count_bins(const uint32_t* a, const uint32_t* b, const Bi
     return count_and(a + start, b + start, cut.end(last - 1) - start);
 }
 
+// Bytes of scratch that an image needs for each of its masks and a group more, but for the sketch.
+constexpr int64_t bytes_per_mask = 144;
+
+// The room of all images, taken before the call goes parallel.
+SPROMPT_INLINE uint8_t* image_room(Scratch& memory, const View& words, int64_t sketch) {
+    return memory.take<uint8_t>(words.size[0], words.size[1] + group, bytes_per_mask + sketch);
+}
+
 // ---- Scratch and inputs of one image.
 struct Image {
     const uint32_t* words;
@@ -89,14 +98,14 @@ struct Image {
     uint8_t* sketch;              // (N, sketch_bytes) set pixels of every 4 words, zeros behind the last
     int64_t sketch_bytes;         // 0: there is no sketch
 
-    // 130 bytes a mask, its sketch, and some for alignment: within nms_scratch_per_mask + sketch of masks + 32.
-    SPROMPT_INLINE Image(const View& all, const View& counts, const View& scratch, int64_t image, int64_t sketch)
+    // 130 bytes a mask, its sketch, and some for alignment: within what image_room takes.
+    SPROMPT_INLINE Image(const View& all, const View& counts, uint8_t* room, int64_t image, int64_t sketch)
         : sketch_bytes(sketch) {
         const int64_t masks = all.size[1], padded = (masks + group - 1) / group * group;
         words = all.as<const uint32_t>() + image * all.stride[0];
         stride = all.stride[1];
         N = counts.given() ? counts.as<const int64_t>()[image * counts.stride[0]] : masks;
-        uint8_t* next = scratch.as<uint8_t>() + image * (masks + group) * (nms_scratch_per_mask + sketch_bytes);
+        uint8_t* next = room + image * (masks + group) * (bytes_per_mask + sketch_bytes);
         next += -reinterpret_cast<uintptr_t>(next) & 63;
         const auto take = [&](int64_t bytes) {
             uint8_t* p = next;
@@ -237,9 +246,8 @@ SPROMPT_INLINE bool product_pays(int64_t counted, int64_t pairs, int64_t n) {
 #else
     constexpr double start = 6, word = 0.5, tile_start = 0.6, tile_word = 0.17;
 #endif
-    return n <= BitProduct::most_words &&
-           static_cast<double>(counted) * (start + word * static_cast<double>(n)) >
-               static_cast<double>(pairs) * (tile_start + tile_word * static_cast<double>(n));
+    return n <= BitProduct::most_words && static_cast<double>(counted) * (start + word * static_cast<double>(n)) >
+                                              static_cast<double>(pairs) * (tile_start + tile_word * static_cast<double>(n));
 }
 
 // `rows` rows in equal parts, each at most a tile and, but for the last, at least 128 rows.

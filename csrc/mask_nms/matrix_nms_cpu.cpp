@@ -161,22 +161,22 @@ struct Matrix {
             const int64_t C = begin + columns < im.N ? columns : im.N - begin;
             const Parts parts(begin, threads);
             const auto column = [&](int64_t j) { return im.mask(begin + j); };
-            parallel_for(parts.count + 1, 1, threads_for((begin + C) * C * (1 + cut.n / 16), threads),
-                         [&](int64_t job, int64_t, int) {
-                BitProduct product;
-                if (job == parts.count) {
-                    product.multiply(C, column, C, column, 0, cut.n);
-                    __builtin_memcpy(within, product.counts, C * sizeof within[0]);
-                    return;
-                }
-                const int64_t first = job * parts.size, R = begin - first < parts.size ? begin - first : parts.size;
-                product.multiply(R, [&](int64_t i) { return im.mask(first + i); }, C, column, 0, cut.n);
-                Block part;
-                open(part, begin, C);
-                for (int64_t i = 0; i < R; ++i) row<true, true>(part, first + i, product.counts[i], 0);
-                __builtin_memcpy(found[job].c, part.c, sizeof part.c);
-                __builtin_memcpy(found[job].decay, part.decay, sizeof part.decay);
-            });
+            parallel_for(
+                parts.count + 1, 1, threads_for((begin + C) * C * (1 + cut.n / 16), threads), [&](int64_t job, int64_t, int) {
+                    BitProduct product;
+                    if (job == parts.count) {
+                        product.multiply(C, column, C, column, 0, cut.n);
+                        __builtin_memcpy(within, product.counts, C * sizeof within[0]);
+                        return;
+                    }
+                    const int64_t first = job * parts.size, R = begin - first < parts.size ? begin - first : parts.size;
+                    product.multiply(R, [&](int64_t i) { return im.mask(first + i); }, C, column, 0, cut.n);
+                    Block part;
+                    open(part, begin, C);
+                    for (int64_t i = 0; i < R; ++i) row<true, true>(part, first + i, product.counts[i], 0);
+                    __builtin_memcpy(found[job].c, part.c, sizeof part.c);
+                    __builtin_memcpy(found[job].decay, part.decay, sizeof part.decay);
+                });
             open(block, begin, C);
             for (int64_t part = 0; part < parts.count; ++part)
                 for (int64_t j = 0; j < C; ++j) {
@@ -209,8 +209,8 @@ SPROMPT_INLINE float exp_of(double x) {
 
 template <bool gaussian>
 static void decay_image(const View& words, const View& scores, const View& labels, const View& counts, double sigma,
-                        const View& out, const View& scratch, const Binning& cut, int64_t image, int threads) {
-    const Image im(words, counts, scratch, image, 0);
+                        const View& out, uint8_t* room, const Binning& cut, int64_t image, int threads) {
+    const Image im(words, counts, room, image, 0);
     sort_by_score(scores, image, im);
     describe(im, cut, threads);
     for (int64_t i = 0; i < im.N; ++i) {
@@ -235,13 +235,15 @@ static void decay_image(const View& words, const View& scores, const View& label
 }
 
 void matrix_nms(const View& words, const View& scores, const View& labels, const View& counts, bool gaussian, double sigma,
-                const View& out, const View& scratch, int threads) {
+                const View& out, int threads) {
     const Binning cut(words.size[2]);
+    Scratch memory;
+    uint8_t* const room = image_room(memory, words, 0);
     for_each_image(words.size[0], threads, [&](int64_t image, int workers) {
         if (gaussian)
-            decay_image<true>(words, scores, labels, counts, sigma, out, scratch, cut, image, workers);
+            decay_image<true>(words, scores, labels, counts, sigma, out, room, cut, image, workers);
         else
-            decay_image<false>(words, scores, labels, counts, sigma, out, scratch, cut, image, workers);
+            decay_image<false>(words, scores, labels, counts, sigma, out, room, cut, image, workers);
     });
 }
 

@@ -1,5 +1,6 @@
 #include "common/bit_product.h"
 #include "common/overlap.h"
+#include "common/scratch.h"
 #include "common/threads.h"
 #include "masks/masks.h"
 
@@ -48,7 +49,7 @@ struct Range {
         last = (bottom * pairs.width + 31) / 32;
     }
 
-private:
+  private:
     SPROMPT_INLINE static Extent around(const Extent* extent, int64_t begin, int64_t end) {
         Extent all{0, int64_t{1} << 62, 0, 0, 0};
         for (int64_t i = begin; i < end; ++i) {
@@ -128,15 +129,25 @@ void count(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
 }  // namespace
 
 // Tiles as large as the product takes them: by the product where that pays, then the others by strips of 8 rows.
-void mask_iou(const View& a, const View& b, int64_t width, const View& extents, const View& iou, int threads) {
+void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int threads) {
     const bool self = !b.given();
     const View& other = self ? a : b;
     const int64_t B = a.size[0], N = a.size[1], M = other.size[1], n = a.size[2], all = self ? N : N + M;
-    Extent* const extent = extents.as<Extent>();  // (B, N + M), or (B, N) if b is a
+    Scratch memory;
+    Extent* const extent = memory.take<Extent>(B, all);
     const auto pairs_of = [&](int64_t image) {
         const Extent* const ea = extent + image * all;
-        return Pairs{a.as<const uint32_t>() + image * a.stride[0], other.as<const uint32_t>() + image * other.stride[0],
-                     a.stride[1], other.stride[1], ea, self ? ea : ea + N, n, width, iou.as<float>() + image * N * M, M, self};
+        return Pairs{a.as<const uint32_t>() + image * a.stride[0],
+                     other.as<const uint32_t>() + image * other.stride[0],
+                     a.stride[1],
+                     other.stride[1],
+                     ea,
+                     self ? ea : ea + N,
+                     n,
+                     width,
+                     iou.as<float>() + image * N * M,
+                     M,
+                     self};
     };
 
     parallel_for(B * all, 1 + (1 << 13) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {

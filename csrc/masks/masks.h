@@ -18,8 +18,7 @@ SPROMPT_KERNEL(mask_area, const View& words, const View& area, int threads)
 SPROMPT_KERNEL(mask_boxes, const View& words, int64_t width, const View& boxes, int threads)
 
 // iou (B, N, M) f32 <- a (B, N, n), b (B, M, n) of rows of `width` pixels; 0 where both are empty. b none: b is a.
-// extents (B, N + M, 5) i64, or (B, N, 5) if b is a: scratch.
-SPROMPT_KERNEL(mask_iou, const View& a, const View& b, int64_t width, const View& extents, const View& iou, int threads)
+SPROMPT_KERNEL(mask_iou, const View& a, const View& b, int64_t width, const View& iou, int threads)
 
 // out (R, n') <- words (R, n) of height x width pixels: the window of out_height x out_width pixels whose top-left corner is
 // (top, left), which may lie outside; pixels outside are 0. flip mirrors the window's columns.

@@ -41,7 +41,7 @@ def as_targets(
     checks.tensor(op, "targets", targets, DENSE, "convert labels with .bool()")
     form = f"({letters} h·upsample, w·upsample)" if letters.endswith(",") else f"({letters}, h·upsample, w·upsample)"
     checks.shape(op, "targets", targets, form, (*batch, *size), "resize the targets, or pass them as BitMasks")
-    return targets.detach(), 0
+    return targets.detach() if targets.requires_grad else targets, 0
 
 
 def whole_upsample(op: str, upsample: Any) -> None:
@@ -50,7 +50,10 @@ def whole_upsample(op: str, upsample: Any) -> None:
 
 def loss_dtype(*inputs: Tensor | None) -> torch.dtype:
     """float32, or float64 where an input is (the reference then computes in it)."""
-    return torch.float64 if any(x is not None and x.dtype == torch.float64 for x in inputs) else torch.float32
+    for x in inputs:
+        if x is not None and x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def soft_targets(targets: Tensor, ratio: int, height: int, width: int, dtype: torch.dtype) -> Tensor:

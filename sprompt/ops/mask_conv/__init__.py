@@ -105,7 +105,11 @@ def _features_and_kernels(name: str, features: Any, kernels: Any) -> tuple[Tenso
             name, "kernels", f"have shape (B, N, C) with B = {batch} and C = {channels}", tuple(kernels.shape), advice
         )
     checks.same_device(name, features=features, kernels=kernels)
-    dtype = torch.promote_types(features.dtype, kernels.dtype)
+    dtype = features.dtype
+    if dtype != kernels.dtype:
+        dtype = torch.promote_types(dtype, kernels.dtype)
+    elif not torch.is_autocast_enabled(features.device.type):
+        return features, kernels
     device = features.device.type
     if torch.is_autocast_enabled(device) and dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)

@@ -8,12 +8,6 @@ from sprompt.ops import checks
 from sprompt.ops.declare import Args, new, op
 
 
-def _scratch(words: Tensor, sketch: int = 0) -> Tensor:
-    """What nms_scratch_per_mask and nms_sketch in csrc/mask_nms/mask_nms.h ask for."""
-    each = native._C.nms_scratch_per_mask + sketch
-    return native.scratch(words.shape[0] * (words.shape[1] + 32) * each, dtype=torch.uint8)
-
-
 @op("cuda")
 def batched_mask_nms(
     words: Tensor, scores: Tensor, iou_threshold: float, counts: Tensor | None, max_output: int
@@ -24,8 +18,7 @@ def batched_mask_nms(
 @batched_mask_nms.native
 def _greedy(a: Args, keep: Tensor, kept: Tensor) -> None:
     words, scores, threshold, counts, _ = a
-    scratch = _scratch(words, native._C.nms_sketch(words.shape[2]))
-    native._C.mask_nms(native.rows(words), scores, counts, threshold, keep, kept, scratch, native.threads())
+    native._C.mask_nms(native.rows(words), scores, counts, threshold, keep, kept, native.threads())
 
 
 @op("cuda", dynamic=True)
@@ -44,7 +37,7 @@ def _(a: Args) -> Tensor:
     a = batch_of_one(a)
     keep, kept = batched_mask_nms.outputs(*a)
     _greedy(a, keep, kept)
-    return keep[0, : int(kept)].clone()
+    return keep[0, : kept.item()].clone()
 
 
 @op("cuda")
@@ -57,9 +50,7 @@ def matrix_nms(
 @matrix_nms.native
 def _(a: Args, out: Tensor) -> None:
     words, scores, kernel, sigma, labels, counts = a
-    native._C.matrix_nms(
-        native.rows(words), scores, labels, counts, kernel == "gaussian", sigma, out, _scratch(words), native.threads()
-    )
+    native._C.matrix_nms(native.rows(words), scores, labels, counts, kernel == "gaussian", sigma, out, native.threads())
 
 
 batched_mask_nms.values(lambda a: checks.counts_within("batched_mask_nms", a.counts, a.words.shape[1]))

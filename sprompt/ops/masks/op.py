@@ -75,6 +75,4 @@ window_masks.native(lambda a, out: native._C.window_masks(rows(a.words), *a[1:],
 
 @mask_iou.native
 def _(a: Args, iou: Tensor) -> None:
-    x, y = lists(a.a), None if a.b is None else lists(a.b)
-    extents = native.scratch(x.shape[0], x.shape[1] + (0 if y is None else y.shape[1]), 5, dtype=torch.int64)
-    native._C.mask_iou(x, y, a.width, extents, lists(iou), native.threads())
+    native._C.mask_iou(lists(a.a), None if a.b is None else lists(a.b), a.width, lists(iou), native.threads())
