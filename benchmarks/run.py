@@ -31,7 +31,7 @@ GPU_GOAL = 5.0
 NOT_INSTALLED = "which is not installed"
 MODES = ("forward", "full", "memory", "backward")
 #: Ops that a GPU, whose time may be short, times first.
-FLAGSHIPS = ("saliency_masks", "match_cost", "mask_update", "mask_nms")
+FLAGSHIPS = ("saliency_masks", "match_cost", "mask_update", "mask_nms", "resize_masks")
 #: Seconds without a row after which the process of an op is given up.
 SILENCE = 120.0
 

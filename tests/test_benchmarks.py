@@ -68,7 +68,7 @@ def test_a_row_that_ends_its_process_costs_itself_only(monkeypatch: pytest.Monke
 def test_flagships_come_first_on_a_gpu() -> None:
     options = argparse.Namespace(op=None, quick=False, dtype=None, mode=None)
     ops = [run.BENCHES[number].function.__name__ for number, _, _ in run.jobs(options, torch.device("cuda"))]
-    assert list(dict.fromkeys(ops))[:4] == list(run.FLAGSHIPS)
+    assert list(dict.fromkeys(ops))[: len(run.FLAGSHIPS)] == list(run.FLAGSHIPS)
 
 
 def test_a_form_is_made_once_an_object() -> None:
