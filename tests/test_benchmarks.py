@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import run, table
+from sprompt.ops import mask_area
 from sprompt.testing.spec import Bench, Prepared, Sample
 
 
@@ -23,6 +26,26 @@ def counted(number: int, fatal: int) -> Iterator[int]:
 
 def test_values_of_a_process_come_back() -> None:
     assert list(run.in_process(counted, 3, -1)) == [0, 1, 2]
+
+
+def busy(size: int) -> Iterator[float]:
+    """Works on two threads, as the rows do."""
+    torch.set_num_threads(2)
+    yield float((torch.ones(size, size) @ torch.ones(size, size)).sum())
+    yield float(mask_area(torch.ones(64, size, size)).sum())
+
+
+def test_a_process_may_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "SILENCE", 60.0)
+    assert list(run.in_process(busy, 300)) == [300.0**3, 64 * 300.0**2]
+
+
+def test_specs_run_nothing_when_they_are_imported() -> None:
+    """An op that runs then starts threads, which a fork does not have."""
+    code = (
+        "import sprompt\nwith sprompt.trace_backends() as ran:\n    import sprompt.testing.specs\nassert not ran, ran"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_process_that_ends_badly_says_so() -> None:

@@ -51,7 +51,7 @@ class Op:
         self.outputs = outputs
         self.dynamic = dynamic
         names = tuple(inspect.signature(outputs).parameters)
-        self.args: Any = collections.namedtuple(f"{self.name}_args", names)
+        self.args: Any = collections.namedtuple(f"{self.name}_args", names)  # type: ignore[misc]  # noqa: PYI024
         typed = inspect.get_annotations(outputs)
         computing = computes if computes is not None else tuple(n for n in names if typed[n] in (Tensor, Tensor | None))
         self.computes = tuple(map(names.index, computing))
@@ -196,7 +196,7 @@ def new(like: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 # What Inductor's programs allocate with. Deterministic algorithms fill new memory, which it does not.
-_empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+_empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(1024)
