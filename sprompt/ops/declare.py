@@ -51,7 +51,7 @@ class Op:
         self.outputs = outputs
         self.dynamic = dynamic
         names = tuple(inspect.signature(outputs).parameters)
-        self.args: Any = collections.namedtuple(f"{self.name}_args", names)  # type: ignore[misc]  # noqa: PYI024
+        self.args: Any = collections.namedtuple(f"{self.name}_args", names)  # type: ignore[misc]
         typed = inspect.get_annotations(outputs)
         computing = computes if computes is not None else tuple(n for n in names if typed[n] in (Tensor, Tensor | None))
         self.computes = tuple(map(names.index, computing))
