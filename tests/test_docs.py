@@ -137,8 +137,9 @@ def test_op_of_the_page_works(tmp_path: Path) -> None:
         exports.write('from sprompt.ops.padded_mean import padded_mean\n__all__ += ["padded_mean"]\n')
     chosen = "padded_mean and (reference or bad_input or test_padded_mean)"
     command = [sys.executable, "-m", "pytest", "-q", "tests", "-k", chosen]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("SPROMPT_")}
     options = {"SPROMPT_NO_EXT": "1", "SPROMPT_BACKEND": "reference", "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, **options}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=tmp_path, env=inherited | options, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
