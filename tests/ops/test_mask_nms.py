@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import sprompt
+import sprompt.cuda
 from sprompt import BitMasks, native
 from sprompt.ops import batched_mask_nms, mask_nms, matrix_nms, pack_masks
 from sprompt.testing.spec import blobs
