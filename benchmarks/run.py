@@ -133,7 +133,7 @@ def _once(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
 
 
 def in_process(function: Callable[..., Iterator[Any]], *args: Any) -> Iterator[Any]:
-    """What the generator function(*args) yields in a process of its own. Ends with a sentence if that process does not end well."""
+    """Runs the generator function(*args) in a process of its own and yields its values; if the process fails, a sentence last."""
     ours, theirs = processes().Pipe(duplex=False)
     process = processes().Process(target=_answer, args=(theirs, function, args), daemon=True)
     process.start()
@@ -414,8 +414,8 @@ def timed(bench: Bench, function: Callable[..., Any], sample: Sample, mode: str)
 
 
 def empty_calls(device: torch.device) -> list[dict[str, Any]]:
-    """What a call costs with the least work that an op can have: checks, choice, allocation. In multiples of a torch.mul of two
-    tiny tensors, without gradient and recording one, on one thread."""
+    """The cost of a call with the least work: checks, choice, allocation. The unit is a torch.mul of two tiny tensors, on one thread,
+    without gradient and recording one."""
     lines = []
     a = torch.ones(1, 4, 8, device=device)
     before = torch.get_num_threads()
@@ -427,9 +427,9 @@ def empty_calls(device: torch.device) -> list[dict[str, Any]]:
         full = [s for s in samples if all(t.numel() for t in tensors((s.args, s.kwargs)))]
         smallest = min(full, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
         recorded, leaves = with_gradients(spec, smallest)
-        calls = {"mul": lambda: torch.mul(a, a), "call": lambda: spec.function(*smallest.args, **smallest.kwargs)}  # noqa: B023
+        calls = {"mul": lambda: torch.mul(a, a), "call": lambda: spec.function(*smallest.args, **smallest.kwargs)}  # noqa: B023, called within this turn
         if leaves:
-            calls["recording"] = lambda: spec.function(**recorded.kwargs)  # noqa: B023
+            calls["recording"] = lambda: spec.function(**recorded.kwargs)  # noqa: B023, called within this turn
         times = measure.interleaved(calls, device, 0.2)
         line = {"op": spec.name, "sample": smallest.name, "microseconds": 1e3 * statistics.median(times["call"])}
         line |= {

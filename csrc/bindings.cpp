@@ -261,7 +261,7 @@ PyObject* make(const char* name, R (*code)(A...)) {
     return self.pointer == nullptr ? nullptr : PyCFunction_New(&function->definition, self.pointer);
 }
 
-// What the headers declare. `make` is called at import, when the level in force is known.
+// A declaration of a header. `make` is called at import, when the level in force is known.
 struct Declared {
     const char* name;
     PyObject* (*make)();

@@ -23,7 +23,7 @@ void* allocate(int64_t bytes) {
     return posix_memalign(&block, alignment, static_cast<size_t>(bytes > 0 ? bytes : 1)) == 0 ? block : nullptr;
 }
 
-// What a thread holds.
+// The memory of one thread.
 struct Held {
     char* kept = nullptr;  // kept_bytes, of which `used` belong to the call
     int64_t used = 0;

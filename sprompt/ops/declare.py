@@ -196,7 +196,7 @@ def new(like: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
 
 
 # What Inductor's programs allocate with. Deterministic algorithms fill new memory, which it does not.
-_empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]
+_empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # the stubs lack it
 
 
 @functools.lru_cache(1024)
