@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import torch
 
 from benchmarks import growth, measure
-from sprompt import env
+from sprompt.machine import machine
 from sprompt.testing.spec import Bench
 
 RESULTS = Path(__file__).parent / "results"
@@ -47,7 +47,7 @@ def main() -> None:
         out = options.out or RESULTS / "growth.png"
         out.parent.mkdir(parents=True, exist_ok=True)
         device = torch.device(options.device)
-        series = {"machine": env.machine(device), "series": measure_growth(device, options.seconds)}
+        series = {"machine": machine(device), "series": measure_growth(device, options.seconds)}
         out.with_suffix(".json").write_text(json.dumps(series, indent=1) + "\n")
         draw_growth(series, out)
     print(out)

@@ -16,7 +16,7 @@ import torch
 from benchmarks import measure, table
 from benchmarks.program_rows import PROGRAMS, Program
 from benchmarks.run import commit, write
-from sprompt import env
+from sprompt.machine import machine
 from sprompt.methods.saliency_prompt.precision import exact_products
 
 MARKERS = ("<!-- programs -->", "<!-- /programs -->")
@@ -40,7 +40,7 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    result: dict[str, Any] = {"machine": env.machine(device), "commit": commit(), "quick": options.quick, "rows": []}
+    result: dict[str, Any] = {"machine": machine(device), "commit": commit(), "quick": options.quick, "rows": []}
     with table.progress() as show, exact_products(device):
         for program in PROGRAMS:
             if options.row and program.name not in options.row:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from benchmarks import measure, table
-from sprompt import backends, env
+from sprompt import backends
+from sprompt.machine import machine
 from sprompt.testing.calls import with_gradients
 from sprompt.testing.compare import assert_close, held_bytes, tensors
 from sprompt.testing.spec import HALVES, Bench, Sample
@@ -107,7 +108,7 @@ def main() -> int:
 
 def describe(result: dict[str, Any], device: torch.device) -> None:
     """Puts the machine and the best ceilings seen so far into the result."""
-    result["machine"] = result["machine"] or apart(device, env.machine, device) or str(device)
+    result["machine"] = result["machine"] or apart(device, machine, device) or str(device)
     for name, rate in (apart(device, measure.ceilings, device) or {}).items():
         result["ceilings"][name] = max(rate, result["ceilings"].get(name, 0.0))
 

@@ -17,6 +17,11 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
+from tyro.conf import Suppress as Hidden  # marks a setting that the command line does not offer
+
+from sprompt.registry import Named
+
+__all__ = ["Hidden", "SettingsError", "from_plain", "read_yaml", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 LARGEST_FILE = 1 << 20  # bytes of YAML
@@ -27,9 +32,11 @@ class SettingsError(ValueError):
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists, paths as strings: what YAML and JSON can hold."""
+    """Dataclasses as dicts, tuples as lists, paths as strings: values that YAML and JSON can hold. A `Named` configuration comes with its
+    name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        name = {"name": value.registry.name(type(value))} if isinstance(value, Named) else {}
+        return name | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(k): to_plain(v) for k, v in value.items()}
     if isinstance(value, (tuple, list)):
@@ -89,6 +96,8 @@ def _converted(kind: Any, value: Any, base: Any, place: str) -> Any:
     origin = get_origin(kind)
     if origin is typing.Annotated:
         return _converted(get_args(kind)[0], value, base, place)
+    if isinstance(kind, type) and issubclass(kind, Named):
+        return _named(kind, value, base, place)
     if dataclasses.is_dataclass(kind):
         return from_plain(kind, value, base, place)  # type: ignore[arg-type]
     if origin in (Union, types.UnionType):
@@ -117,6 +126,23 @@ def _converted(kind: Any, value: Any, base: Any, place: str) -> Any:
     return value
 
 
+def _named(kind: type[Named], value: Any, base: Any, place: str) -> Any:
+    """A configuration by its name: `{name: knet, kernels: 50}`, or `knet` alone. Without a name it is of the base's class."""
+    plain = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
+    if not isinstance(plain, dict):
+        raise SettingsError(f"{place}: must be a mapping with a name, got {value!r}")
+    name = plain.pop("name", None)
+    if name is None and base is None:
+        raise SettingsError(
+            f"{place}: lacks name; the first line of it is one of `name: {', '.join(kind.registry.names())}`"
+        )
+    try:
+        chosen = type(base) if name is None else kind.registry.get(str(name)).Config
+    except ValueError as error:
+        raise SettingsError(f"{place}.name: {error}") from None
+    return from_plain(chosen, plain, base if type(base) is chosen else None, place)
+
+
 def _number(value: Any, place: str) -> float:
     """YAML 1.1 reads 1e-4 as text."""
     try:
@@ -130,6 +156,9 @@ def _number(value: Any, place: str) -> float:
 def _first_fit(kinds: tuple[Any, ...], value: Any, base: Any, place: str) -> Any:
     if value is None and type(None) in kinds:
         return None
+    assert sum(map(dataclasses.is_dataclass, kinds)) < 2, (
+        f"{place}: configurations are chosen by name; derive them from Named"
+    )
     errors = []
     for kind in sorted(kinds, key=lambda k: k is float):  # a whole number stays one where both fit
         if kind is type(None):

@@ -9,12 +9,14 @@ from pathlib import Path
 import pytest
 
 from sprompt import cli
+from sprompt.commands import parsing
 from sprompt.commands.finetune import Finetune
 from sprompt.commands.pretrain import Pretrain
 from sprompt.commands.propose import Propose
 from sprompt.data.synthetic import write_scenes
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.weights import save_backbone
+from sprompt.settings import from_plain
 
 NETWORK = "--model.depth 18 --model.backbone-width 8 --model.channels 16 --model.kernels 8 --model.heads 2 --model.feedforward 32"
 SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True"
@@ -59,7 +61,7 @@ def chain(folder: Path) -> Path:
     )
     assert (
         sprompt(
-            f"finetune {labels} --data.fraction 0.5 {labels.replace('data.', 'val.')} --init {folder}/pre --out {folder}/fine "
+            f"finetune {labels} --data.fraction 0.5 {labels.replace('data.', 'val.')} --checkpoint {folder}/pre --out {folder}/fine "
             f"--train.epochs 2 --evaluate-every 1 {SMALL} {TEST}"
         )
         == 0
@@ -95,7 +97,7 @@ def test_a_broken_picture_does_not_end_the_training_of_a_backbone(
 
 def test_evaluation_gives_the_numbers_of_fine_tuning(chain: Path, tmp_path: Path) -> None:
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
-    assert sprompt(f"evaluate --model {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST}") == 0
+    assert sprompt(f"evaluate --checkpoint {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST}") == 0
     own, trained = (json.loads((p / "metrics.json").read_text()) for p in (tmp_path / "e", chain / "fine"))
     assert own == trained
     assert sprompt(f"evaluate --results {tmp_path}/e/predictions.json {data} --out {tmp_path}/r") == 0
@@ -105,14 +107,17 @@ def test_evaluation_gives_the_numbers_of_fine_tuning(chain: Path, tmp_path: Path
 def test_a_pretrained_model_is_measured_without_classes(chain: Path, tmp_path: Path) -> None:
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
     assert (
-        sprompt(f"evaluate --model {chain}/pre {data} --out {tmp_path}/e --cpu True {TEST} --class-agnostic True") == 0
+        sprompt(f"evaluate --checkpoint {chain}/pre {data} --out {tmp_path}/e --cpu True {TEST} --class-agnostic True")
+        == 0
     )
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["class_agnostic"] is True
 
 
 def test_predictions_and_gallery(chain: Path, tmp_path: Path) -> None:
     assert (
-        sprompt(f"predict --images {chain}/scenes/images --model {chain}/fine --out {tmp_path}/p --cpu True {TEST}")
+        sprompt(
+            f"predict --images {chain}/scenes/images --checkpoint {chain}/fine --out {tmp_path}/p --cpu True {TEST}"
+        )
         == 0
     )
     pictures = json.loads((tmp_path / "p" / "pictures.json").read_text())
@@ -134,7 +139,7 @@ def test_more_masks_than_kernels_are_said(chain: Path, tmp_path: Path, capsys: p
     for kernels in (most - 1, most):
         network = NETWORK.replace("kernels 8", f"kernels {kernels}")
         assert sprompt(f"finetune {labels} --out {tmp_path}/{kernels} --train.epochs 1 {network} {SMALL}") == 0
-        said = f"{list(counts.values()).count(most)} pictures have more masks, up to {most}, than the model has kernels"
+        said = f"{list(counts.values()).count(most)} pictures have more masks, up to {most}, than the model has queries"
         assert (said in capsys.readouterr().out) == (kernels < most)
 
 
@@ -165,8 +170,8 @@ def test_a_run_with_other_settings_is_refused(chain: Path, capsys: pytest.Captur
             "finetune --data.images {0}/scenes/images --data.annotations {0}/backbone.safetensors",
             "backbone.safetensors",
         ),
-        ("evaluate --data.images {0} --data.annotations {0}", "--model: give either a model or --results"),
-        ("predict --images {0}/scenes/images --model {0}/scenes", "holds no model.safetensors"),
+        ("evaluate --data.images {0} --data.annotations {0}", "--checkpoint: give either a trained model or --results"),
+        ("predict --images {0}/scenes/images --checkpoint {0}/scenes", "holds no model.safetensors"),
         ("view --proposals {0}/proposals.json", "--images: must be given"),
         (
             "pretrain --preset huge",
@@ -183,16 +188,19 @@ def test_errors_are_one_line(folder: Path, line: str, message: str, capsys: pyte
 
 def test_a_model_of_other_classes_is_refused(chain: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
-    assert sprompt(f"evaluate --model {chain}/pre {data} --out {chain}/e") == 1
+    assert sprompt(f"evaluate --checkpoint {chain}/pre {data} --out {chain}/e") == 1
     assert "got ['object']; --class-agnostic True" in capsys.readouterr().err
     record = json.loads((chain / "scenes" / "instances.json").read_text())
     for category, name in zip(record["categories"], reversed([c["name"] for c in record["categories"]]), strict=True):
         category["name"] = name
     (chain / "renamed.json").write_text(json.dumps(record))
     renamed = data.replace("scenes/instances.json", "renamed.json")
-    assert sprompt(f"evaluate --model {chain}/fine {renamed} --out {chain}/e") == 1
+    assert sprompt(f"evaluate --checkpoint {chain}/fine {renamed} --out {chain}/e") == 1
     assert "the order counts" in capsys.readouterr().err
-    assert sprompt(f"finetune {renamed} --init {chain}/fine --reset-classifier False --out {chain}/again {SMALL}") == 1
+    assert (
+        sprompt(f"finetune {renamed} --checkpoint {chain}/fine --reset-classifier False --out {chain}/again {SMALL}")
+        == 1
+    )
     assert "--reset-classifier: must be True" in capsys.readouterr().err
     line = f"finetune --config {chain}/fine/config.yaml --data.annotations {chain}/renamed.json"
     assert sprompt(line) == 1  # the folder holds a run on other labels
@@ -202,7 +210,8 @@ def test_a_model_of_other_classes_is_refused(chain: Path, capsys: pytest.Capture
 def test_classes_can_be_pooled_for_any_model(chain: Path, tmp_path: Path) -> None:
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
     assert (
-        sprompt(f"evaluate --model {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST} --class-agnostic True") == 0
+        sprompt(f"evaluate --checkpoint {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST} --class-agnostic True")
+        == 0
     )
     assert json.loads((tmp_path / "e" / "metrics.json").read_text())["class_agnostic"] is True
 
@@ -211,16 +220,16 @@ def test_a_refused_start_changes_nothing(chain: Path, capsys: pytest.CaptureFixt
     before = {path: path.read_bytes() for path in (chain / "fine").iterdir() if path.is_file()}
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
     assert sprompt(f"finetune --config {chain}/fine/config.yaml --train.learning-rate 0.5") == 1
-    assert sprompt(f"evaluate --model {chain}/fine {data} --out {chain}/fine") == 1
+    assert sprompt(f"evaluate --checkpoint {chain}/fine {data} --out {chain}/fine") == 1
     assert "is the folder of a run of finetune" in capsys.readouterr().err
-    assert sprompt(f"finetune {data} --init {chain}/pre --model.kernels 9 --out {chain}/none {SMALL}") == 1
-    assert "--model.kernels: is 9, but the model of --init has 8" in capsys.readouterr().err
+    assert sprompt(f"finetune {data} --checkpoint {chain}/pre --model.kernels 9 --out {chain}/none {SMALL}") == 1
+    assert "--model.kernels: is 9, but the model of --checkpoint has 8" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (chain / "fine").iterdir() if path.is_file()}
 
 
 def test_the_size_of_pictures_comes_from_the_model(chain: Path, tmp_path: Path) -> None:
     data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
-    assert sprompt(f"evaluate --model {chain}/fine {data} --out {tmp_path}/e --cpu True --test.workers 0") == 0
+    assert sprompt(f"evaluate --checkpoint {chain}/fine {data} --out {tmp_path}/e --cpu True --test.workers 0") == 0
     own, trained = (json.loads((p / "metrics.json").read_text()) for p in (tmp_path / "e", chain / "fine"))
     assert own["AP"] == pytest.approx(trained["AP"], abs=1e-3) and own["results"] == trained["results"]
 
@@ -242,16 +251,16 @@ def test_help_names_every_setting(name: str, capsys: pytest.CaptureFixture[str])
     assert "--out" in text and "--preset" in text
 
 
-@pytest.mark.parametrize("preset", cli.preset_names())
+@pytest.mark.parametrize("preset", parsing.preset_names())
 def test_presets_are_settings(preset: str) -> None:
-    for name, plain in cli.preset(preset).items():
-        cli.from_plain(cli.command(name), plain, cli.required_missing(cli.command(name)))
+    for name, plain in parsing.preset(preset).items():
+        from_plain(parsing.command(name), plain, parsing.required_missing(parsing.command(name)))
 
 
 def test_the_paper_preset_is_the_default_and_the_paper() -> None:
     """The values of the paper's recipe, and that a user without a preset gets them."""
     given = shlex.split("pretrain --preset paper --images a --proposals b --backbone c")
-    paper = cli.parse(given[0], given[1:])
+    paper = parsing.parse(given[0], given[1:])
     assert paper == Pretrain(Path("a"), Path("b"), Path("c"))
     assert (paper.train.epochs, paper.train.batch_size, paper.train.drops, paper.train.clip) == (12, 96, (8, 11), 1.0)
     assert (paper.train.learning_rate, paper.train.weight_decay, paper.train.warmup_steps) == (1e-4, 0.05, 1000)
@@ -262,15 +271,15 @@ def test_the_paper_preset_is_the_default_and_the_paper() -> None:
         1,
         1,
     )
-    fine = cli.parse("finetune", ["--preset", "paper"])
+    fine = parsing.parse("finetune", ["--preset", "paper"])
     assert (fine.train, fine.model, fine.augment) == (Finetune().train, Finetune().model, Finetune().augment)
     assert (fine.train.epochs, fine.train.drops, fine.test.threshold) == (48, (36, 44), 0.3)
     propose = shlex.split("--preset paper --images a --backbone c")
-    assert cli.parse("propose", propose) == Propose(Path("a"), Path("c"))
+    assert parsing.parse("propose", propose) == Propose(Path("a"), Path("c"))
 
 
 def test_later_settings_come_on_top(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("train: {epochs: 3, batch_size: 4}\n")
     line = f"--preset tiny --config {tmp_path}/c.yaml --train.epochs 5 --images a --proposals b --backbone c"
-    settings = cli.parse("pretrain", shlex.split(line))
+    settings = parsing.parse("pretrain", shlex.split(line))
     assert (settings.train.epochs, settings.train.batch_size, settings.model.depth) == (5, 4, 18)

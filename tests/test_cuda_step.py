@@ -66,7 +66,7 @@ def test_a_step_waits_for_nothing() -> None:
         step(task, data)
 
 
-@pytest.mark.parametrize("site", ["kernel", "proposal", "kernel_late"])
+@pytest.mark.parametrize("site", ["kernel", "proposal", "late"])
 def test_a_step_of_pretraining_waits_for_nothing(site: str) -> None:
     for package in ("safetensors", "PIL"):  # of its proposal files; a bare GPU machine may lack them
         pytest.importorskip(package)

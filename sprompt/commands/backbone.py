@@ -4,12 +4,13 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-from sprompt.commands import runs
+from sprompt.commands import run_folder
 from sprompt.data.folder import PictureFolder, Unbroken
 from sprompt.data.loader import Batches
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.train import train
 from sprompt.methods.densecl import DenseCL, DenseCLConfig, TwoViews, collate_views
+from sprompt.nn.distributed import is_first
 from sprompt.nn.weights import load_backbone, save_backbone
 from sprompt.settings import to_plain
 
@@ -52,24 +53,24 @@ class Backbone:
     def run(self) -> None:
         import torch
 
-        pictures = PictureFolder(runs.existing(self.images, "images", folder=True))
-        runs.say(f"{len(pictures)} pictures in {self.images}")
+        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
+        run_folder.say(f"{len(pictures)} pictures in {self.images}")
         for problem in pictures.problems:
-            runs.say(f"  {problem}")
+            run_folder.say(f"  {problem}")
         task = DenseCL(self.densecl)
         if self.init is not None:
-            runs.say(load_backbone(task.backbone, runs.existing(self.init, "init", folder=False)))
-        record = runs.begin(self.out, self)
-        result = train(
-            task, partial(Batches, Unbroken(pictures), self.views, collate_views), self.train, self.out, cpu=self.cpu,
-            record=record,
-            identity={
-                "pictures": runs.listing(pictures.file_names), "densecl": to_plain(self.densecl), "views": to_plain(self.views),
-                "init": runs.digest(self.init),
-            },
-        )  # fmt: skip
-        if runs.first():
-            save_backbone(
-                self.out / "backbone.safetensors", task.backbone, torch.float16 if self.half else torch.float32
-            )
-        runs.say(f"{self.out / 'backbone.safetensors'} after {result.step} steps")
+            run_folder.say(load_backbone(task.backbone, run_folder.existing(self.init, "init", folder=False)))
+        with run_folder.begun(self.out, self) as record:
+            result = train(
+                task, partial(Batches, Unbroken(pictures), self.views, collate_views), self.train, self.out, cpu=self.cpu,
+                record=record,
+                identity={
+                    "pictures": run_folder.listing(pictures.file_names), "densecl": to_plain(self.densecl),
+                    "views": to_plain(self.views), "init": run_folder.digest(self.init),
+                },
+            )  # fmt: skip
+            if is_first():
+                save_backbone(
+                    self.out / "backbone.safetensors", task.backbone, torch.float16 if self.half else torch.float32
+                )
+        run_folder.say(f"{self.out / 'backbone.safetensors'} after {result.step} steps")

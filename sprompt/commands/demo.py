@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from sprompt.cli import parse
-from sprompt.commands import runs
+from sprompt.commands import run_folder
+from sprompt.commands.parsing import parse
 from sprompt.data.coco import CocoDataset
 from sprompt.data.files import read_json
-from sprompt.engine.evaluate import coco_metrics
+from sprompt.engine.evaluators.coco import coco_metrics
 
 BACKBONE = Path(__file__).parents[1] / "weights" / "scenes-resnet18.safetensors"
 #: run -> what its fine-tuning starts from, and how the table calls it
@@ -57,7 +57,7 @@ class Demo:
                 f"--out {out}/pretrain-{run} --train.seed {self.seed} {method}"
             )
         for run in STARTS:
-            start = f"--backbone {backbone}" if run == "scratch" else f"--init {out}/pretrain-{run}"
+            start = f"--backbone {backbone}" if run == "scratch" else f"--checkpoint {out}/pretrain-{run}"
             self._sprompt(
                 f"finetune --preset tiny --data.images {out}/labelled/images --data.annotations {out}/labelled/instances.json "
                 f"--data.fraction {self.fraction} --val.images {out}/validation/images "
@@ -92,7 +92,7 @@ class Demo:
         truth = CocoDataset(labels / "images", labels / "instances.json", keep_empty=True).ground_truth()
         for run, name in STARTS.items():
             folder = self.out / f"finetune-{run}"
-            metrics = read_json(folder / runs.METRICS)
-            pooled = coco_metrics(truth, read_json(folder / runs.PREDICTIONS), class_agnostic=True)["AP"]
+            metrics = read_json(folder / run_folder.METRICS)
+            pooled = coco_metrics(truth, read_json(folder / run_folder.PREDICTIONS), class_agnostic=True)["AP"]
             table.add_row(name, *(f"{100 * v:.1f}" for v in (metrics["AP"], metrics["AP50"], metrics["AP75"], pooled)))
         Console().print(table)

@@ -4,60 +4,69 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from sprompt.commands import runs
+from sprompt.commands import run_folder
 from sprompt.commands.evaluate import report
-from sprompt.commands.labels import Labels
-from sprompt.commands.testing import Testing
+from sprompt.commands.labelled_data import LabelledData
+from sprompt.commands.prediction import Prediction
 from sprompt.data.coco import CocoDataset
 from sprompt.data.transforms import Augment
 from sprompt.engine.config import TrainConfig
+from sprompt.engine.evaluators.coco import CocoConfig
+from sprompt.engine.evaluators.registry import EvaluatorConfig
 from sprompt.engine.train import train
-from sprompt.methods.supervised import Supervised
-from sprompt.models.knet import KNet, KNetConfig
+from sprompt.engine.trained import load, model_file
+from sprompt.methods.registry import METHODS, MethodConfig
+from sprompt.methods.supervised import SupervisedConfig
+from sprompt.models.knet import KNetConfig
+from sprompt.models.registry import MODELS, ModelConfig, build
 from sprompt.nn.weights import load_backbone
 from sprompt.settings import to_plain
 
 
 @dataclasses.dataclass
 class Finetune:
-    """Trains on labelled pictures: from a pre-trained model (--init), from a backbone only (--backbone), or from scratch.
+    """Trains on labelled pictures: from a trained model (--checkpoint), from a backbone only (--backbone), or from scratch.
 
     Writes OUT/model.safetensors and, if --val is given, OUT/metrics.json. Started again it goes on where it was.
     """
 
-    data: Labels = dataclasses.field(default_factory=Labels)
+    data: LabelledData = dataclasses.field(default_factory=LabelledData)
     """Pictures to train on."""
-    val: Labels = dataclasses.field(default_factory=lambda: Labels(split="val"))
-    """Pictures to evaluate on at the end; none if its images are not given."""
+    val: LabelledData = dataclasses.field(default_factory=lambda: LabelledData(split="val"))
+    """Pictures to evaluate on at the end. Without --val.images nothing is evaluated."""
     out: Path = Path("runs/finetune")
     """Run folder."""
-    init: Path | None = None
-    """Model to start from: the run folder or the file of `sprompt pretrain` or `sprompt finetune`, or an official K-Net file."""
+    checkpoint: Path | None = None
+    """Trained model to start from: the run folder or the file of `sprompt pretrain` or `sprompt finetune`, or an official release."""
     backbone: Path | None = None
-    """Backbone to start from, if there is no --init."""
+    """Backbone to start from, where there is no --checkpoint."""
     reset_classifier: bool = True
-    """With --init: fresh classification layers. False keeps them where the number of classes is the same."""
+    """With --checkpoint: fresh classification layers. False keeps them where the classes are the same."""
     evaluate_every: int = 0
-    """Evaluate on --val after every so many epochs, as well as at the end; 0: only at the end."""
+    """Epochs between evaluations on --val; 0 evaluates at the end only."""
     cpu: bool = False
     """Do not use a GPU."""
     keep_pictures: bool = False
-    """Read and resize every picture once and keep them all on the device, about 6 bytes a pixel of the resized ones: for some thousand
-    small ones that only mirroring changes."""
-    model: KNetConfig = dataclasses.field(default_factory=KNetConfig)
-    """The network where there is no --init; the number of classes is that of the data."""
+    """Read and resize every picture once and keep all of them on the device, about 6 bytes a pixel of the resized picture. For some
+    thousand small pictures that are only mirrored at random."""
+    model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
+    """The network, where there is no --checkpoint."""
+    method: MethodConfig = dataclasses.field(default_factory=SupervisedConfig)
+    """The training method."""
     augment: Augment = dataclasses.field(
         default_factory=lambda: Augment(800, 1333, rotate_probability=0.5, rotate_degrees=9.0)
     )
-    """How pictures are changed."""
+    """Changes of the pictures."""
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(
             epochs=48, drops=(36, 44), warmup_steps=100, backbone_lr_factor=0.25, clip=4.0
         )
     )
     """Length and optimisation."""
-    test: Testing = dataclasses.field(default_factory=Testing)
-    """How --val is predicted."""
+    test: Prediction = dataclasses.field(default_factory=Prediction)
+    """Prediction of --val."""
+    evaluator: EvaluatorConfig = dataclasses.field(default_factory=CocoConfig)
+    """Comparison of predictions with --val."""
 
     def run(self) -> None:
         dataset = self.data.open("data", keep_empty=False)
@@ -66,47 +75,56 @@ class Finetune:
         val = self.val.open("val", keep_empty=True) if self.val.given() else None
         if val is not None and val.classes != dataset.classes:
             raise ValueError(f"--val: must have the classes of --data, {dataset.classes}, got {val.classes}")
-        runs.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
+        run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
         for problem in dataset.problems:
-            runs.say(f"  {problem}")
+            run_folder.say(f"  {problem}")
         model = self._model(dataset)
-        runs.say_if_crowded(dataset, model.config.kernels)
-        record = runs.begin(self.out, self)
+        run_folder.say_if_crowded(dataset, model.num_queries)
+        task = METHODS.owner(self.method).on(model, self.method, dataset, self.train.seed)
+        watch = task.watch(dataset, self.augment, self.out)
 
         def after_epoch(epoch: int) -> dict[str, float]:
+            watched = dict(watch(epoch)) if watch else {}
             if val is None or not self.evaluate_every or epoch % self.evaluate_every or epoch == self.train.epochs:
-                return {}
-            return {f"val/{k}": v for k, v in self._metrics(model, val, quiet=True).items() if isinstance(v, float)}
+                return watched
+            metrics = self._metrics(model, val, quiet=True)
+            return watched | {f"val/{k}": v for k, v in metrics.items() if isinstance(v, float)}
 
-        train(
-            Supervised(model), runs.batches(dataset, self.augment, keep=self.keep_pictures, cpu=self.cpu),
-            self.train, self.out, cpu=self.cpu,
-            after_epoch=after_epoch,
-            record=record,
-            identity={
-                "labels": runs.digest(self.data.annotations), "pictures": dataset.image_ids, "classes": dataset.classes,
-                "model": to_plain(model.config), "init": runs.digest(runs.model_file(self.init) if self.init else self.backbone),
-                "reset_classifier": self.reset_classifier, "augment": to_plain(self.augment),
-            },
-        )  # fmt: skip
-        runs.save(self.out, model, dataset.classes, self.augment)
-        if val is not None:
-            self._metrics(model, val, quiet=False)
+        with run_folder.begun(self.out, dataclasses.replace(self, model=model.config)) as record:
+            train(
+                task, run_folder.batches(dataset, self.augment, keep=self.keep_pictures, cpu=self.cpu),
+                self.train, self.out, cpu=self.cpu,
+                after_epoch=after_epoch,
+                record=record,
+                identity={
+                    "labels": run_folder.digest(self.data.annotations), "pictures": dataset.image_ids,
+                    "classes": dataset.classes, "model": to_plain(model.config), "method": to_plain(self.method),
+                    "init": run_folder.digest(model_file(self.checkpoint) if self.checkpoint else self.backbone),
+                    "reset_classifier": self.reset_classifier, "augment": to_plain(self.augment),
+                },
+            )  # fmt: skip
+            run_folder.save(self.out, model, dataset.classes, self.augment)
+            if val is not None:
+                self._metrics(model, val, quiet=False)
 
-    def _model(self, dataset: CocoDataset) -> KNet:
+    def _model(self, dataset: CocoDataset) -> Any:
         import torch
 
         torch.manual_seed(self.train.seed)
         count = len(dataset.classes)
-        if self.init is None:
-            model = KNet(dataclasses.replace(self.model, num_classes=count))
+        model: Any
+        if self.checkpoint is None:
+            model = build(dataclasses.replace(self.model, num_classes=count))
             if self.backbone is not None:
-                runs.say(load_backbone(model.backbone, runs.existing(self.backbone, "backbone", folder=False)))
+                run_folder.say(
+                    load_backbone(model.backbone, run_folder.existing(self.backbone, "backbone", folder=False))
+                )
             return model
         if self.backbone is not None:
-            raise ValueError("--backbone: must be left out where --init is given; the model has its own")
-        model, classes, _, said = runs.open_model(self.init, dataclasses.replace(self.model, num_classes=count))
-        runs.say(said)
+            raise ValueError("--backbone: must be left out where --checkpoint is given; the model has its own")
+        trained = load(self.checkpoint, dataclasses.replace(self.model, num_classes=count), "cpu")
+        model, classes = trained.model, trained.classes
+        run_folder.say(trained.about)
         self._check_network(model.config)
         model.freeze_backbone(self.model.frozen_stages)
         if self.reset_classifier:
@@ -117,14 +135,23 @@ class Finetune:
             )
         return model
 
-    def _check_network(self, own: KNetConfig) -> None:
-        """Refuses sizes of the network that the model of --init does not have."""
+    def _check_network(self, own: ModelConfig) -> None:
+        """Refuses a network or sizes that the model of --checkpoint does not have."""
+        if type(own) is not type(self.model):
+            there, asked = (MODELS.name(type(config)) for config in (own, self.model))
+            raise ValueError(f"--model: is {asked}, but --checkpoint holds {there}; leave it out")
+        default = type(self.model)()
         for name, asked in to_plain(self.model).items():
-            if name in ("num_classes", "frozen_stages") or asked in (getattr(own, name), getattr(KNetConfig(), name)):
+            if name in ("name", "num_classes", "frozen_stages") or asked in (
+                getattr(own, name),
+                getattr(default, name),
+            ):
                 continue
             option = f"--model.{name.replace('_', '-')}"
-            raise ValueError(f"{option}: is {asked}, but the model of --init has {getattr(own, name)}; leave it out")
+            raise ValueError(
+                f"{option}: is {asked}, but the model of --checkpoint has {getattr(own, name)}; leave it out"
+            )
 
-    def _metrics(self, model: KNet, val: CocoDataset, quiet: bool) -> dict[str, Any]:
+    def _metrics(self, model: Any, val: CocoDataset, quiet: bool) -> dict[str, Any]:
         size = (self.augment.shorts[1], self.augment.long)
-        return report(model, val, self.out, self.test.sized(size), cpu=self.cpu, quiet=quiet)
+        return report(model, val, self.out, self.test.sized(size), evaluator=self.evaluator, cpu=self.cpu, quiet=quiet)

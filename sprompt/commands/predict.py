@@ -3,56 +3,117 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
-from sprompt.commands import runs
-from sprompt.commands.testing import Testing
+from sprompt.commands import run_folder
+from sprompt.commands.prediction import Prediction
+from sprompt.data.errors import DataError
+from sprompt.data.files import read_json
+from sprompt.data.folder import PictureFolder
 from sprompt.files import atomic_write
 from sprompt.models.knet import KNetConfig
+from sprompt.models.registry import ModelConfig
+from sprompt.nn.distributed import is_first
 
 
 @dataclasses.dataclass
 class Predict:
     """Finds the objects in a folder of pictures.
 
-    Writes OUT/predictions.json (COCO results) and OUT/pictures.json (which picture an image_id is, and the categories).
-    Pictures that cannot be read are reported by name and left out. A picture has up to --test.max-per-image results whatever their
-    scores; take those above a score that suits you.
+    Writes OUT/predictions.json (COCO results) and OUT/pictures.json (the file of each image_id, and the categories). With --draw True it
+    also writes every picture with its objects into OUT/drawn. Pictures that cannot be read are named and left out.
     """
 
     images: Path
     """Folder of pictures, subfolders included."""
-    model: Path
-    """Run folder or model file."""
+    checkpoint: Path
+    """Trained model: a run folder, or a file."""
     out: Path = Path("runs/predict")
     """Run folder."""
+    threshold: float = 0.0
+    """Write objects with a higher score only."""
+    draw: bool = False
+    """Draw the objects on the pictures, into OUT/drawn; without --threshold those with a score above 0.3."""
+    ids: Path | None = None
+    """COCO file whose image ids and category ids the results get, found by file name and class name. Default: ids count from 0, and
+    categories from 1."""
     cpu: bool = False
     """Do not use a GPU."""
-    test: Testing = dataclasses.field(default_factory=Testing)
-    """How pictures are predicted."""
+    model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
+    """The network of a --checkpoint that does not name it, such as an official release. Files of sprompt name theirs."""
+    test: Prediction = dataclasses.field(default_factory=Prediction)
+    """Prediction of the pictures."""
 
     def run(self) -> None:
-        from sprompt.data.folder import PictureFolder
         from sprompt.engine.predict import predict_to_file
+        from sprompt.engine.trained import load
 
-        pictures = PictureFolder(runs.existing(self.images, "images", folder=True))
-        model, classes, size, said = runs.open_model(self.model, KNetConfig())
-        runs.say(said)
-        text = runs.begin(self.out, self)
+        if not 0 <= self.threshold < 1:
+            raise ValueError(f"--threshold: must lie between 0 and 1, got {self.threshold}")
+        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
+        trained = load(self.checkpoint, self.model, "cpu")
+        run_folder.say(trained.about)
         for problem in pictures.problems:
-            runs.say(f"  {problem}")
+            run_folder.say(f"  {problem}")
+        image_ids, category_ids = self._ids(pictures, trained.names)
         problems: list[str] = []
-        names = classes or [str(number) for number in range(model.num_classes)]
-        if runs.first():
-            listing = {
-                "images": [{"id": i, "file_name": name} for i, name in enumerate(pictures.file_names)],
-                "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
-            }
-            atomic_write(self.out / "pictures.json", json.dumps(listing) + "\n")
-        predict_to_file(
-            model, pictures, self.out / runs.PREDICTIONS, range(1, len(names) + 1), cpu=self.cpu, problems=problems,
-            **self.test.sized(size),
-        )  # fmt: skip
-        for problem in problems:
-            print(f"  left out: {problem}")
-        runs.keep(self.out, text)
-        runs.say(f"the objects in {len(pictures)} pictures are in {self.out / runs.PREDICTIONS}, scores from 0 to 1")
+        with run_folder.begun(self.out, self) as text:
+            count = predict_to_file(
+                trained.model, pictures, self.out / run_folder.PREDICTIONS, category_ids, cpu=self.cpu, problems=problems,
+                above=self.threshold, image_ids=image_ids, **self.test.sized(trained.size),
+            )  # fmt: skip
+            for problem in problems:
+                print(f"  left out: {problem}")
+            if is_first():
+                listing = {
+                    "images": [{"id": i, "file_name": n} for i, n in zip(image_ids, pictures.file_names, strict=True)],
+                    "categories": [{"id": i, "name": n} for i, n in zip(category_ids, trained.names, strict=True)],
+                }
+                atomic_write(self.out / "pictures.json", json.dumps(listing) + "\n")
+                if self.draw:
+                    self._draw(pictures, trained.names, image_ids, category_ids)
+            run_folder.write_config(self.out, text)
+        run_folder.say(
+            f"{count} objects in {len(pictures) - len(problems)} pictures are in {self.out / run_folder.PREDICTIONS}, with scores "
+            f"above {self.threshold:g}"
+        )
+
+    def _ids(self, pictures: PictureFolder, names: list[str]) -> tuple[list[int], list[int]]:
+        """The image ids of the pictures and the category ids of the classes."""
+        if self.ids is None:
+            return list(range(len(pictures.file_names))), list(range(1, len(names) + 1))
+        record = read_json(run_folder.existing(self.ids, "ids", folder=False))
+        try:
+            images = {image["file_name"]: int(image["id"]) for image in record["images"]}
+            categories = {category["name"]: int(category["id"]) for category in record["categories"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.ids}: must be a COCO file with images and categories, got {error!r}") from None
+        for what, wanted, known in (("file_name", pictures.file_names, images), ("category", names, categories)):
+            missing = [name for name in wanted if name not in known]
+            if missing:
+                raise DataError(
+                    f"--ids: {self.ids} must have every {what}, but lacks {len(missing)}, such as {missing[0]}"
+                )
+        return [images[name] for name in pictures.file_names], [categories[name] for name in names]
+
+    def _draw(self, pictures: PictureFolder, names: list[str], image_ids: list[int], category_ids: list[int]) -> None:
+        """Writes the pictures with the objects of predictions.json."""
+        from sprompt.engine.progress import Progress
+        from sprompt.engine.trained import from_results
+
+        least = self.threshold or 0.3
+        found: dict[int, list[Any]] = {}
+        for record in read_json(self.out / run_folder.PREDICTIONS):
+            if record["score"] > least:
+                found.setdefault(record["image_id"], []).append(record)
+        folder = self.out / "drawn"
+        folder.mkdir(exist_ok=True)
+        with Progress("draw", len(pictures.file_names)) as bar:
+            for image_id, name in zip(image_ids, pictures.file_names, strict=True):
+                try:
+                    drawn = from_results(pictures.path / name, found.get(image_id, []), names, category_ids).draw()
+                except DataError:
+                    continue  # named above
+                drawn.convert("RGB").save(folder / f"{name.replace('/', '__')}.jpg", quality=90)
+                bar.advance()
+        print(f"the pictures with objects of scores above {least:g} are in {folder}")

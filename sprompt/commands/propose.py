@@ -4,10 +4,12 @@ import dataclasses
 import os
 from pathlib import Path
 
-from sprompt.commands import runs
+from sprompt.commands import run_folder
+from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
 from sprompt.engine.progress import Progress
 from sprompt.methods.saliency_prompt import ProposalConfig, generate
+from sprompt.nn.distributed import launched
 from sprompt.nn.weights import open_backbone
 
 
@@ -39,11 +41,12 @@ class Propose:
         import torch
 
         index, count = self._share()
-        pictures = PictureFolder(runs.existing(self.images, "images", folder=True))
-        backbone = open_backbone(runs.existing(self.backbone, "backbone", folder=False))
+        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
+        backbone = open_backbone(run_folder.existing(self.backbone, "backbone", folder=False))
         cuda = torch.cuda.is_available() and not self.cpu
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
-        print(f"{len(pictures)} pictures in {self.images}, share {index} of {count}", flush=True)
+        share = f", share {index} of {count}" if count > 1 else ""
+        print(f"{len(pictures)} pictures in {self.images}{share}", flush=True)
         for problem in pictures.problems:
             print(f"  {problem}")
         with Progress("propose", len(pictures)) as bar:
@@ -56,11 +59,12 @@ class Propose:
         if done.out is None:
             print(f"share {index} of {count} is done; {self.out} appears when the others are")
         else:
-            print(f"the proposals are in {done.out}")
+            found = len(read_json(done.out)["annotations"])
+            print(f"{found} masks in {len(pictures)} pictures: the proposals are in {done.out}")
 
     def _share(self) -> tuple[int, int]:
         if self.shard is None:
-            return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+            return launched()
         index, slash, count = self.shard.partition("/")
         if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
             raise ValueError(f"--shard: must be index/count with index from 0 to count - 1, got {self.shard}")

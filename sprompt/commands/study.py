@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sprompt.commands import runs
+from sprompt.commands import run_folder
+from sprompt.commands.parsing import parse
 from sprompt.files import atomic_write
 from sprompt.settings import to_plain
 from sprompt.study import prepare
@@ -70,16 +71,17 @@ class Study:
         from sprompt.study.results import gather
 
         self._check()
-        text = runs.begin(self.out, self)
+        text = run_folder.prepared(self.out, self)
         self._say_if_slow()
         with Runner(self.out, self.jobs) as runner:
             pictures = self._pictures()
             names = self._variants(pictures.known is not None)
-            given = prepare.inputs(self.out, pictures, self.settings, self.backbone, self.longer, names, runner.command)
+            longer = lengthened(self.settings, self.longer)
+            given = prepare.inputs(self.out, pictures, self.settings, self.backbone, longer, names, runner.command)
             work = list(chains(names, self.fractions, self.seeds))
             cells = [cell for _, own in work for cell in own]
             runner.check(work, given, self.evaluate_every)
-            runs.keep(self.out, text)
+            run_folder.write_config(self.out, text)
             about = self._about(pictures, given, names)
             failed: dict[Cell, str] = {}
             before = len(gather(self.out, cells, about, failed)["cells"])
@@ -98,7 +100,7 @@ class Study:
                 self._show(results)
                 said = f"failed: {why}" if why is not None else _numbers(results, cell)
                 finished = len(results["cells"])
-                runs.say(f"{cell}: {said}; {finished} of {len(cells)} cells{left(finished)}")
+                run_folder.say(f"{cell}: {said}; {finished} of {len(cells)} cells{left(finished)}")
 
             runner.run(work, given, self.evaluate_every, done)
             results = gather(self.out, cells, about, failed)
@@ -107,7 +109,7 @@ class Study:
             draw_curves(results, self.out / "curves.png")
             draw_predictions(sides, self.out / "predictions.jpg")
             draw_maps(maps, self.out / "kernels.png")
-        runs.say(f"open {self.out / 'index.html'} in a browser; the tables are in {self.out / 'tables.md'}")
+        run_folder.say(f"open {self.out / 'index.html'} in a browser; the tables are in {self.out / 'tables.md'}")
         if failed:
             raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed; the same command again goes on with them")
 
@@ -133,12 +135,11 @@ class Study:
         """Settings that are meant for a GPU, on a machine without. The commands' own warnings go to their output.txt."""
         import torch
 
-        from sprompt.cli import parse
-        from sprompt.env import has_bf16
+        from sprompt.machine import has_bf16
 
         tuned = parse("finetune", ["--preset", self.settings])
         if tuned.train.precision == "bf16" and (tuned.cpu or not torch.cuda.is_available()) and not has_bf16():
-            runs.say(
+            run_folder.say(
                 f"{self.settings}: computes in bf16, for which this CPU has no instructions; that can take a hundred times as long as "
                 "float32, so take a GPU, or --settings study-cpu"
             )
@@ -147,15 +148,15 @@ class Study:
         data = self.out / "data"
         if self.images is None or self.annotations is None:
             return prepare.scenes(data, self.scenes, self.scene_size, self.likeness)
-        images = runs.existing(self.images, "images", folder=True)
-        annotations = runs.existing(self.annotations, "annotations", folder=False)
+        images = run_folder.existing(self.images, "images", folder=True)
+        annotations = run_folder.existing(self.annotations, "annotations", folder=False)
         val = None
         if self.val_images is not None and self.val_annotations is not None:
             val = (
-                runs.existing(self.val_images, "val-images", folder=True),
-                runs.existing(self.val_annotations, "val-annotations", folder=False),
+                run_folder.existing(self.val_images, "val-images", folder=True),
+                run_folder.existing(self.val_annotations, "val-annotations", folder=False),
             )
-        unlabelled = self.unlabelled and runs.existing(self.unlabelled, "unlabelled", folder=True)
+        unlabelled = self.unlabelled and run_folder.existing(self.unlabelled, "unlabelled", folder=True)
         return prepare.labelled(
             data, images, annotations, val, unlabelled, val_share=self.val_share, within=self.within
         )
@@ -173,10 +174,9 @@ class Study:
         import torch
 
         from sprompt import __version__
-        from sprompt.cli import parse
         from sprompt.data.coco import CocoDataset
         from sprompt.data.folder import PictureFolder
-        from sprompt.env import machine
+        from sprompt.machine import machine
         from sprompt.study.masks import agreement
 
         train = CocoDataset(pictures.images, pictures.annotations)
@@ -204,14 +204,14 @@ class Study:
     def _maps(self, cells: list[Cell], pictures: prepare.Pictures) -> dict[str, Any]:
         """Where the kernels of each variant look, by its first fine-tuned model."""
         from sprompt.data.folder import PictureFolder
-        from sprompt.models.knet import KNetConfig
+        from sprompt.engine.trained import MODEL, load
         from sprompt.report.activation import activation_maps
 
         maps: dict[str, Any] = {}
         for cell in cells:
-            file = cell.folder(self.out) / runs.MODEL
+            file = cell.folder(self.out) / MODEL
             if cell.variant not in maps and file.is_file():
-                opened = runs.open_model(file, KNetConfig())
+                opened = load(file)
                 short, long = opened.size
                 found = activation_maps(opened.model, PictureFolder(pictures.val_images), 100, short=short, long=long)
                 maps[cell.variant] = found.numpy()
@@ -223,11 +223,20 @@ class Study:
 
         files: dict[str, Path] = {}
         for cell in cells:
-            file = cell.folder(self.out) / runs.PREDICTIONS
+            file = cell.folder(self.out) / run_folder.PREDICTIONS
             if cell.variant not in files and file.is_file():
                 files[cell.variant] = file
         starts = {name: file for name, file in files.items() if name in QUESTIONS["start"].variants}
         return side_by_side(pictures.val_images, pictures.val_annotations, starts or files, _SIDES)
+
+
+def lengthened(settings: str, times: int) -> list[str]:
+    """Options that make pre-training `times` as long as the preset says; its learning rate drops as much later."""
+    if times == 1:
+        return []
+    preset = parse("pretrain", ["--preset", settings, "--images", "-", "--proposals", "-", "--backbone", "-"]).train
+    drops = [str(times * drop) for drop in preset.drops]
+    return ["--train.epochs", str(times * preset.epochs), *(["--train.drops", *drops] if drops else [])]
 
 
 def _settings(study: Study) -> dict[str, Any]:

@@ -6,8 +6,12 @@ from typing import Any
 
 import tyro
 
-from sprompt.commands import runs
-from sprompt.settings import from_plain, read_yaml
+from sprompt.commands import run_folder
+from sprompt.commands.parsing import read_record
+from sprompt.engine.trained import MODEL, model_file
+from sprompt.models.knet import KNetConfig
+from sprompt.models.registry import ModelConfig
+from sprompt.settings import read_yaml
 
 
 @dataclasses.dataclass
@@ -37,18 +41,22 @@ class View:
     """Pictures of a section, at most."""
     cpu: bool = False
     """Do not use a GPU."""
+    model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
+    """The network of a trained model that does not name it, such as an official release. Files of sprompt name theirs."""
 
     def run(self) -> None:
         from sprompt.report.gallery import build
 
         for folder in self.runs:
-            runs.existing(folder, "runs", folder=True)
-            if not any((folder / name).exists() for name in (runs.CONFIG, "log.jsonl", runs.METRICS)):
-                raise ValueError(f"{folder}: is not a run folder; it has no {runs.CONFIG}, log.jsonl or {runs.METRICS}")
+            run_folder.existing(folder, "runs", folder=True)
+            if not any((folder / name).exists() for name in (run_folder.CONFIG, "log.jsonl", run_folder.METRICS)):
+                raise ValueError(
+                    f"{folder}: is not a run folder; it has no {run_folder.CONFIG}, log.jsonl or {run_folder.METRICS}"
+                )
         if (self.proposals or self.predictions) and self.images is None:
             raise ValueError("--images: must be given with --proposals or --predictions")
         pretrained = self._last("pretrain")
-        tested = self._last("finetune", "evaluate", "predict", having=runs.PREDICTIONS)
+        tested = self._last("finetune", "evaluate", "predict", having=run_folder.PREDICTIONS)
         proposals = (self.images, self.proposals) if self.images and self.proposals else None
         predictions = (self.images, self.labels, self.predictions) if self.images and self.predictions else None
         prompts = activation = None
@@ -58,7 +66,7 @@ class View:
             prompts = self._prompts(folder, settings)
         if tested is not None:
             folder, settings = tested
-            predictions = predictions or (*_labelled(settings), folder / runs.PREDICTIONS)
+            predictions = predictions or (*_labelled(settings), folder / run_folder.PREDICTIONS)
             activation = self._activation(folder, settings)
         if not (self.runs or proposals or predictions):
             raise ValueError("view: needs a run folder, --proposals or --predictions; see --help")
@@ -70,16 +78,12 @@ class View:
 
     def _last(self, *commands: str, having: str = "config.yaml") -> tuple[Path, Any] | None:
         """The last run of one of these commands that has such a file, and its settings."""
-        from sprompt.cli import command
-
         for folder in reversed(self.runs):
             file = folder / "config.yaml"
             if not file.is_file() or not (folder / having).is_file():
                 continue
-            plain = read_yaml(file)
-            name = plain.pop("command", None)
-            if name in commands:
-                return folder, from_plain(command(name), plain, where=str(file))
+            if read_yaml(file).get("command") in commands:
+                return folder, read_record(file)[1]
         return None
 
     def _prompts(self, folder: Path, settings: Any) -> Any:
@@ -87,7 +91,7 @@ class View:
         from sprompt.data.coco import CocoDataset
         from sprompt.report.prompts import prompt_matches
 
-        opened = self._model(folder / runs.MODEL)
+        opened = self._model(folder / MODEL)
         if opened is None or not settings.images.is_dir() or not settings.proposals.is_file():
             return None
         dataset = CocoDataset(settings.images, settings.proposals, class_agnostic=True)
@@ -103,7 +107,7 @@ class View:
         from sprompt.report.activation import activation_maps
 
         trained = hasattr(settings, "train")
-        opened = self._model(folder / runs.MODEL if trained else settings.model and runs.model_file(settings.model))
+        opened = self._model(folder / MODEL if trained else settings.checkpoint and model_file(settings.checkpoint))
         images, _ = _labelled(settings)
         if opened is None or images is None or not images.is_dir():
             return None
@@ -113,12 +117,11 @@ class View:
     def _model(self, file: Path | None) -> Any:
         import torch
 
-        from sprompt.models.knet import KNetConfig
+        from sprompt.engine.trained import load
 
         if file is None or not file.is_file():
             return None
-        opened = runs.open_model(file, KNetConfig())
-        opened.model.to("cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
+        opened = load(file, self.model, "cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
         return opened
 
 

@@ -5,22 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from sprompt.data.errors import DataError
+from sprompt.seeding import generator
 
 P = TypeVar("P")
 B = TypeVar("B")
 
 Place = tuple[int, int]  # epoch, index of the dataset
-
-
-def seeded(*numbers: int) -> torch.Generator:
-    """A generator that these numbers (at least 0) determine: a seed, then epoch, step, index or what else tells draws apart."""
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]
-    return torch.Generator().manual_seed(int(state) >> 1)
 
 
 class Order:
@@ -64,7 +58,9 @@ class Order:
         """What each global batch of an epoch holds."""
         number = self.number
         order = (
-            torch.randperm(number, generator=seeded(self.seed, epoch)).tolist() if self.shuffle else list(range(number))
+            torch.randperm(number, generator=generator(self.seed, epoch)).tolist()
+            if self.shuffle
+            else list(range(number))
         )
         ends = range(0, self.steps * self.batch_size, self.batch_size)
         if self.shuffle:
@@ -157,7 +153,7 @@ class _Prepared(Dataset[Any]):
     def __getitem__(self, place: Place) -> Any:
         epoch, index = place
         try:
-            return self.prepare(self.dataset[index], seeded(self.seed, epoch, index))
+            return self.prepare(self.dataset[index], generator(self.seed, epoch, index))
         except DataError as error:
             return _Failure(str(error))
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sprompt.data.loader import Order, seeded
+from sprompt.data.loader import Order
 from sprompt.data.sample import Batch
 from sprompt.data.transforms import MEAN, STD, Augment
 from sprompt.masks import BitMasks, Size
+from sprompt.seeding import generator
 
 _DIVISOR = 32  # as that of `collate`
 
@@ -106,7 +107,7 @@ class Resident(Order):
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """This process's part of the batches of an epoch, from `start_step` on."""
         for indices in self.own(epoch, start_step):
-            mirrored = (self.kept.augment.mirrors(seeded(self.seed, epoch, i)) for i in indices)
+            mirrored = (self.kept.augment.mirrors(generator(self.seed, epoch, i)) for i in indices)
             yield self.kept.batch([2 * i + m for i, m in zip(indices, mirrored, strict=True)])
 
 

@@ -10,7 +10,7 @@ import torch
 from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
-from sprompt.data.loader import seeded
+from sprompt.seeding import generator
 
 
 def sample(total: int, fraction: float, seed: int = 0) -> list[int]:
@@ -26,7 +26,7 @@ def sample(total: int, fraction: float, seed: int = 0) -> list[int]:
     number = int(Fraction(str(fraction)) * total)
     if number < 1:
         raise ValueError(f"subsets: {fraction} of {total} pictures must be at least one; take a larger fraction")
-    return sorted(torch.randperm(total, generator=seeded(seed)).tolist()[:number])
+    return sorted(torch.randperm(total, generator=generator(seed)).tolist()[:number])
 
 
 def by_fraction(dataset: CocoDataset, fraction: float, seed: int = 0) -> CocoDataset:

@@ -2,9 +2,9 @@
 
 from sprompt.engine.checkpoint import CheckpointError as CheckpointError
 from sprompt.engine.config import TrainConfig as TrainConfig
-from sprompt.engine.evaluate import coco_metrics as coco_metrics
 from sprompt.engine.evaluate import evaluate as evaluate
-from sprompt.engine.evaluate import metrics_table as metrics_table
+from sprompt.engine.evaluators.coco import coco_metrics as coco_metrics
+from sprompt.engine.evaluators.coco import metrics_table as metrics_table
 from sprompt.engine.guard import Interrupted as Interrupted
 from sprompt.engine.guard import TrainingError as TrainingError
 from sprompt.engine.predict import Predicted as Predicted

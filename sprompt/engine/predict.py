@@ -45,7 +45,7 @@ def predict(
     problems: list[str] | None = None,
     progress: bool = False,
 ) -> Iterator[Predicted]:
-    """Results of the pictures of a dataset, in its order; no more than a batch is held at a time.
+    """Results of the pictures of a dataset, in its order; no more than a batch is held at a time. Empty masks are left out.
 
     Args:
         model: a QueryModel; moved to `device`, and put into evaluation mode for as long as this goes on.
@@ -91,15 +91,23 @@ def _predicted(model: nn.Module, batch: Batch, threshold: float, max_per_image: 
     network = cast(QueryModel, model)
     height, width = batch.images.shape[2:]
     outputs = network.decode(network.encode(batch.images))
-    return network.predictions(
+    found = network.predictions(
         outputs, (height, width), batch.sizes, batch.original_sizes, threshold=threshold, max_per_image=max_per_image
     )
+    return [_without_empty(prediction) for prediction in found]
+
+
+def _without_empty(prediction: Prediction) -> Prediction:
+    """An empty mask finds nothing, and counts as a false positive."""
+    kept = prediction.masks.area() > 0
+    masks, scores, labels = prediction
+    return prediction if bool(kept.all()) else Prediction(masks[kept], scores[kept], labels[kept])
 
 
 def write_results(path: Path, results: Iterable[Predicted], category_ids: Sequence[int]) -> int:
     """Writes COCO results, a record a line, while they come in; the file appears when all of them are in it.
 
-    A record has image_id, category_id, score, segmentation (RLE) and bbox (x, y, width, height; zeros for an empty mask).
+    A record has image_id, category_id, score, segmentation (RLE) and bbox (x, y, width, height).
 
     Args:
         category_ids: of the classes.
@@ -131,6 +139,8 @@ def predict_to_file(
     *,
     cpu: bool = False,
     problems: list[str] | None = None,
+    above: float = 0.0,
+    image_ids: Sequence[int] | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> int:
@@ -142,6 +152,8 @@ def predict_to_file(
     Args:
         cpu: stay on the CPU where there is a GPU.
         problems: as for `predict`; of the pictures of this process.
+        above: results with a higher score only.
+        image_ids: of the results, by the ids that the dataset gives: image_ids[own id]. None: the dataset's own.
         settings: for `predict`.
 
     Returns: the number of records of this process.
@@ -153,13 +165,20 @@ def predict_to_file(
     stream = predict(
         model, dataset, device=state.device, indices=shares[rank], problems=problems, progress=progress and rank == 0, **settings
     )  # fmt: skip
-    count = write_results(parts[rank], stream, category_ids)
+    count = write_results(parts[rank], _chosen(stream, above, image_ids), category_ids)
     if world > 1:
         state.wait_for_everyone()
         if rank == 0:
             _join(path, parts)
         state.wait_for_everyone()
     return count
+
+
+def _chosen(stream: Iterator[Predicted], above: float, image_ids: Sequence[int] | None) -> Iterator[Predicted]:
+    for own, name, (masks, scores, labels) in stream:
+        kept = scores > above if above > 0 else slice(None)
+        found = Prediction(masks[kept], scores[kept], labels[kept])
+        yield Predicted(own if image_ids is None else image_ids[own], name, found)
 
 
 def _join(path: Path, parts: Sequence[Path]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import signal
 import sys
 import time
@@ -13,7 +12,6 @@ from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -27,8 +25,10 @@ from sprompt.engine.optim import factor_at, make_optimiser, optimiser_tensors, s
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.engine.resume import check_same, restore, versions
-from sprompt.env import has_bf16
 from sprompt.files import atomic_write
+from sprompt.machine import has_bf16
+from sprompt.nn.distributed import is_first
+from sprompt.seeding import seed_all
 
 
 class Loader(Protocol):
@@ -111,7 +111,7 @@ class _Run:
         identity: Mapping[str, Any], resume: bool,
     ) -> None:  # fmt: skip
         self.accelerator, self.task, self.config, self.out = accelerator, task, config, out
-        self.device, self.main = accelerator.device, accelerator.is_main_process
+        self.device, self.main = accelerator.device, is_first()
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         config.check_world(self.world)
         self.loader = batches(
@@ -205,7 +205,7 @@ class _Run:
     def _take_step(self, stream: Iterator[Any], epoch: int, signals: Signals) -> bool:
         """A step of the optimiser; whether it shall be the last one for now."""
         config, on_cpu = self.config, self.device.type == "cpu"
-        seed_generators(config.seed, self.step, self.rank)
+        seed_all(config.seed, self.step, self.rank)
         rate = config.learning_rate * factor_at(config, self.step, self.epoch_steps)
         set_rate(self.optimiser, rate)
         self.optimiser.zero_grad()
@@ -311,11 +311,3 @@ class _Run:
         if self.main:
             print(message, file=sys.stderr, flush=True)
         raise Interrupted(message, number or signal.SIGTERM)
-
-
-def seed_generators(seed: int, step: int, rank: int) -> None:
-    """Seeds the global generators of torch, numpy and random for a step of a process."""
-    mixed = int(np.random.SeedSequence((seed, step, rank)).generate_state(1)[0])
-    torch.manual_seed(mixed)
-    np.random.seed(mixed)
-    random.seed(mixed)

@@ -3,43 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sprompt.data.sample import Batch
-from sprompt.models.protocol import QueryModel
+from sprompt.methods.registry import MethodConfig
+from sprompt.models.protocol import ParameterGroup, QueryModel, Targets, checked_model
+
+
+@dataclass(frozen=True)
+class SupervisedConfig(MethodConfig):
+    """Training on labels has no settings of its own."""
 
 
 class Supervised(nn.Module):
     """The task of a model and labels, without prompts: `forward` gives the loss, and its terms for the log."""
 
+    Config = SupervisedConfig
+
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = checked_model(model)
 
+    @classmethod
+    def on(cls, model: nn.Module, config: SupervisedConfig, dataset: Any, seed: int) -> Supervised:
+        check_classes(dataset.classes, cast(QueryModel, model).num_classes)
+        return cls(model)
+
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        return cast(QueryModel, self.model).parameter_groups()
+
+    def watch(self, dataset: Any, augment: Any, out: Path) -> None:
+        return None
+
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(QueryModel, self.model)
-        outputs = model.decode(model.encode(batch.images))
+        targets = Targets(batch.masks, batch.labels, batch.counts)
+        outputs = model.decode(model.encode(batch.images), None, targets)
         terms = model.losses(outputs, batch.masks, batch.labels, batch.counts).terms
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()}
 
 
 def summed(terms: Iterable[Tensor]) -> Tensor:
     return torch.stack([term.float() for term in terms]).sum()
-
-
-def checked_model(model: nn.Module) -> nn.Module:
-    """The model, if it is an nn.Module with all that `sprompt.models.protocol.QueryModel` asks for."""
-    wanted = ("sites", "channels", "num_classes", "backbone", "encode", "decode", "losses", "predictions")
-    missing = [name for name in wanted if not hasattr(model, name)]
-    if missing or not isinstance(model, nn.Module):
-        lack = f"one without {', '.join(missing)}" if missing else "something else"
-        raise TypeError(
-            f"model: must be an nn.Module with all of sprompt.models.protocol.QueryModel, got {type(model).__name__}, {lack}"
-        )
-    return model
 
 
 def check_classes(classes: Sequence[str], num_classes: int) -> None:

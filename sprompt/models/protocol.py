@@ -1,47 +1,69 @@
-"""What a training method asks of a query-based model. A model that has these methods works with every method as it is.
+"""What training methods, the engine and the commands ask of a query-based model. Any model that has all of it works with all of them.
 
+model = Model(Model.Config(...))
 features = model.encode(images)
-outputs = model.decode(features, prompter)      # prompter sees the queries at each of the model's sites, and may add to them
+outputs = model.decode(features, prompter)      # the prompter sees the queries at each of the model's sites, and may add to them
 losses = model.losses(outputs, masks, labels, counts)
-losses.terms, losses.matched                    # weighted terms, and which query every target was matched to, stage by stage
+losses.terms, losses.matched                    # weighted terms; which query each target was matched to, stage by stage
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from sprompt.masks import BitMasks, Size
+from sprompt.models.registry import ModelConfig
 
 
 class Features(NamedTuple):
     """Maps of a batch of images, finest first."""
 
     backbone: list[Tensor]  # C2, C3, C4, C5 of strides 4, 8, 16, 32; each with its own width
-    maps: list[Tensor]  # P2, P3, P4, P5 of the same strides, of the width of the queries
+    maps: list[Tensor]  # P2, P3, P4, P5 of the same strides; their width is that of the queries
 
 
 class Prompter(Protocol):
-    """A model calls it at each of its `sites`, in their order, with the queries as they are there, and goes on with what it
-    returns."""
+    """Changes queries. A model calls it at each of its `sites`, in their order, and goes on with the queries that it returns."""
 
     def __call__(self, site: str, queries: Tensor, features: Tensor | None = None, /) -> Tensor:
-        """queries (B, N, C) -> (B, N, C). `features` (B, C, h, w): the map whose products with the queries are masks there, if the
-        model has one; the prompter does not change it."""
+        """queries (B, N, C) -> (B, N, C). `features` (B, C, h, w): the map whose products with the queries are masks at this site, if
+        the model has such a map. The prompter does not change the map."""
+
+
+class QueryGroup(NamedTuple):
+    """Extra queries that a training method sends through the decoder beside the model's own. The own queries never attend to them, so
+    that a model predicts the same with and without groups."""
+
+    content: Tensor  # (B, M, C)
+    position: Tensor | None  # (B, M, C), or None for a model without positional queries
+    sees: Tensor  # bool (M, N + all groups): the queries that each of these attends to; the model's N own come first
+    masks: BitMasks | None = (
+        None  # (B, M): cross-attention of every layer is held to these pixels; None: as for own queries
+    )
+
+
+class Targets(NamedTuple):
+    """Labels of a batch, for decoders that use them in training."""
+
+    masks: BitMasks  # (B, G) of the size of the images
+    labels: Tensor  # (B, G) int64
+    counts: Tensor  # (B,) int64: the first counts[b] targets of image b are real
+    groups: Sequence[QueryGroup] = ()
 
 
 class Matched(NamedTuple):
-    """One decoder stage: its output kernels, and the kernel that each target was matched to."""
+    """One decoder stage: its output queries, and the query that each target was matched to."""
 
     kernels: Tensor  # (B, N, C), with gradient
-    rows: Tensor  # (B, G) int64, -1 where there is none
+    rows: Tensor  # (B, G) int64, -1 for a target without a query
 
 
 class Losses(NamedTuple):
     terms: dict[str, Tensor]  # scalars, weighted; the loss is their sum
-    matched: list[Matched]  # a decoder stage each, in order
+    matched: list[Matched]  # one entry a decoder stage, in order
 
 
 class Prediction(NamedTuple):
@@ -52,18 +74,31 @@ class Prediction(NamedTuple):
     labels: Tensor  # (K,) int64
 
 
+class ParameterGroup(NamedTuple):
+    """Parameters that the optimiser treats in their own way."""
+
+    parameters: list[nn.Parameter]
+    rate: float = 1.0  # factor on the learning rate
+    decay: float = 1.0  # factor on the weight decay
+
+
 @runtime_checkable
 class QueryModel(Protocol):
+    Config: ClassVar[
+        type[ModelConfig]
+    ]  # a frozen dataclass derived from ModelConfig; its instance is all that the constructor takes
+    config: ModelConfig
     sites: Sequence[str]  # where queries can be prompted, in the order of the forward pass, e.g. ("kernel", "proposal")
     channels: int  # width of the queries and of `Features.maps`
     num_classes: int
+    num_queries: int  # masks that an image can have
     backbone: nn.Module  # the first part of `encode`; `backbone.channels` are the widths of `Features.backbone`
 
     def encode(self, images: Tensor) -> Features:
         """Backbone and neck of images (B, 3, H, W), normalised, H and W multiples of 32."""
 
-    def decode(self, features: Features, prompter: Prompter | None = None) -> Any:
-        """The model's outputs, in whatever form its `losses` and `predictions` take."""
+    def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Any:
+        """The model's outputs, in any form that the methods below take. `targets` are given in training only."""
 
     def losses(self, outputs: Any, masks: BitMasks, labels: Tensor, counts: Tensor) -> Losses:
         """Loss terms against masks (B, G) of the size of the images, labels (B, G) and counts (B,)."""
@@ -72,4 +107,31 @@ class QueryModel(Protocol):
         self, outputs: Any, input_size: Size, sizes: Sequence[Size], original_sizes: Sequence[Size], *,
         threshold: float = 0.5, max_per_image: int = 100,
     ) -> list[Prediction]:  # fmt: skip
-        """Results at the pictures' own sizes, from images padded to input_size that were `sizes` before."""
+        """Results at the pictures' own sizes, from images that had `sizes` and were padded to input_size."""
+
+    def mask_logits(self, outputs: Any) -> Tensor:
+        """(B, N, h, w): the last mask of each query, before the sigmoid."""
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """Fresh classification layers for this number of classes; updates `config`. Make the optimiser after it."""
+
+    def freeze_backbone(self, stages: int) -> None:
+        """Freezes this many stages (ModelConfig.frozen_stages) and lets the others train; updates `config`. Make the optimiser after it."""
+
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        """Parameters with factors of their own. All other parameters have factors of 1."""
+
+
+def checked_model(model: nn.Module) -> nn.Module:
+    """The model, if it is an nn.Module with all members of `QueryModel`. Raises TypeError otherwise."""
+    members = [
+        *QueryModel.__annotations__,
+        *(n for n, v in vars(QueryModel).items() if callable(v) and not n.startswith("_")),
+    ]
+    missing = [name for name in members if not hasattr(model, name)]
+    if missing or not isinstance(model, nn.Module):
+        lack = f"one without {', '.join(missing)}" if missing else "something else"
+        raise TypeError(
+            f"model: must be an nn.Module with all of sprompt.models.protocol.QueryModel, got {type(model).__name__}, {lack}"
+        )
+    return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
 from torch import Tensor
 
@@ -10,8 +12,18 @@ def _together() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def launched() -> tuple[int, int]:
+    """This process among those of a launcher: its number and their count, by the launcher's variables. Known before the processes meet."""
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that prints and writes files."""
+    return rank() == 0
+
+
 def rank() -> int:
-    return dist.get_rank() if _together() else 0
+    return dist.get_rank() if _together() else launched()[0]
 
 
 def world() -> int:

@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sprompt.data.draw import heat_map
 from sprompt.data.errors import DataError
 from sprompt.data.transforms import collate
 from sprompt.files import atomic_write
 from sprompt.report.album import Album
-from sprompt.report.draw import heat_map
 from sprompt.report.page import Section, join, tag
 from sprompt.report.prompts import device_of, resized
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sprompt.data.errors import DataError
-from sprompt.env import machine
+from sprompt.machine import machine
 from sprompt.report import activation as kernel_activation
 from sprompt.report import sections
 from sprompt.report.album import Album

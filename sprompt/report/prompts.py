@@ -52,7 +52,9 @@ def prompt_matches(
 def _matched(model: Any, sample: Sample, config: SaliencyPromptConfig, short: int, long: int, image_id: int) -> Matches:
     batch = collate([resized(sample, short, long)]).to(device_of(model))
     features = model.encode(batch.images)
-    injection = Injection(prompts_of(batch, features.maps, config), config, [image_id], seed=0, step=0)
+    injection = Injection(
+        prompts_of(batch, features.maps, config), config, [image_id], sites=model.sites, seed=0, step=0
+    )
     model.decode(features, injection)
     index: Tensor | None = injection.index
     kernels = [] if index is None else index[0].tolist()

@@ -9,13 +9,13 @@ from statistics import mean
 import numpy as np
 from PIL import Image
 
+from sprompt.data import draw
+from sprompt.data.draw import Mark, hexadecimal
 from sprompt.data.errors import DataError
 from sprompt.masks import BitMasks
-from sprompt.report import draw
 from sprompt.report.album import Album, dot, figure
 from sprompt.report.compare import IOU, Compared, above, best_threshold, compare
 from sprompt.report.curves import histogram
-from sprompt.report.draw import Mark, hexadecimal
 from sprompt.report.page import Child, Html, Section, join, tag
 from sprompt.report.prompts import Matches
 from sprompt.report.records import Entry, Instance, Records, evenly, masks_of, read_image, read_records, seed_grid

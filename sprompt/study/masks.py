@@ -12,7 +12,6 @@ from torch import Tensor
 from sprompt.data.annotations import CocoFile, Picture, named, parse
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
-from sprompt.data.loader import seeded
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode
 from sprompt.data.transforms import resized_size
@@ -20,6 +19,7 @@ from sprompt.masks import BitMasks
 from sprompt.methods.saliency_prompt.proposals import Proposals, padded_size
 from sprompt.methods.saliency_prompt.records import annotation_records, image_record
 from sprompt.ops import mask_iou
+from sprompt.seeding import generator
 from sprompt.study.split import write_once
 
 IOU = 0.5  # at which two masks are of one object
@@ -35,7 +35,7 @@ def shuffled(proposals: Path, out: Path, seed: int = 0) -> Path:
     having = [p for p in sorted(file.pictures, key=lambda p: p.id) if _annotations(file, p)]
     if len(having) < 2:
         raise DataError(f"{proposals}: must have masks on two pictures to be shuffled, got {len(having)}")
-    circle = [having[i] for i in torch.randperm(len(having), generator=seeded(seed)).tolist()]
+    circle = [having[i] for i in torch.randperm(len(having), generator=generator(seed)).tolist()]
     donors = {p.id: donor for p, donor in zip(circle, circle[1:] + circle[:1], strict=True)}
 
     def records() -> Iterator[dict[str, Any]]:

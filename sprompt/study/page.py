@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from sprompt.data.draw import FALSE, TRUE, heat_map, hexadecimal, scaled
 from sprompt.report import page as html
 from sprompt.report.activation import placed, read_activation, spread
 from sprompt.report.album import Album, dot, figure
 from sprompt.report.compare import IOU
 from sprompt.report.curves import Line, chart
-from sprompt.report.draw import FALSE, TRUE, heat_map, hexadecimal, scaled
 from sprompt.report.page import Html, Section, join, tag
 from sprompt.study.compare import (
     ABOVE,

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sprompt.cli import parse
 from sprompt.study.variants import VARIANTS
 
 
@@ -24,7 +23,7 @@ class Inputs:
     val_annotations: Path
     backbone: Path
     proposals: dict[str, Path]  # by kind; "truth" is missing where nobody knows it
-    longer: int = 1  # times that pre-training is as long as in the preset
+    lengthened: tuple[str, ...] = ()  # options of `pretrain` that make it longer than in the preset
 
 
 @dataclass(frozen=True, order=True)
@@ -48,21 +47,12 @@ class Pretraining:
             "--proposals", str(given.proposals[variant.proposals]), "--backbone", str(given.backbone),
             "--out", str(folder), "--train.seed", str(self.seed), *method,
         ]  # fmt: skip
-        train += _lengthened(train, given.longer)
+        train += given.lengthened
         test = [
-            "evaluate", "--preset", given.settings, "--model", str(folder), "--data.images", str(given.val_images),
+            "evaluate", "--preset", given.settings, "--checkpoint", str(folder), "--data.images", str(given.val_images),
             "--data.annotations", str(given.val_annotations), "--class-agnostic", "True", "--out", str(folder / "test"),
         ]  # fmt: skip
         return [train, test]
-
-
-def _lengthened(command: list[str], times: int) -> list[str]:
-    """The options that make a pre-training so many times as long, its learning rate dropping so much later."""
-    if times == 1:
-        return []
-    preset = parse(command[0], command[1:]).train
-    drops = [str(times * drop) for drop in preset.drops]
-    return ["--train.epochs", str(times * preset.epochs), *(["--train.drops", *drops] if drops else [])]
 
 
 @dataclass(frozen=True)
@@ -91,7 +81,7 @@ class Cell:
         start = {
             "scratch": [],
             "backbone": ["--backbone", str(given.backbone)],
-            "pretrained": ["--init", str(self.pretraining.folder(out))],
+            "pretrained": ["--checkpoint", str(self.pretraining.folder(out))],
         }[VARIANTS[self.variant].start]
         return [
             "finetune", "--preset", given.settings, "--data.images", str(given.images), "--data.annotations",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from sprompt.data.draw import FALSE, IGNORED, TRUE, Mark, overlay
 from sprompt.data.errors import DataError
 from sprompt.report.compare import Compared, above, best_threshold, compare
-from sprompt.report.draw import FALSE, IGNORED, TRUE, Mark, overlay
 from sprompt.report.records import evenly, masks_of, read_image, read_records
 
 

@@ -59,7 +59,7 @@ def labelled(
 
 
 def inputs(
-    out: Path, pictures: Pictures, settings: str, backbone: Path | None, longer: int, variants: Sequence[str],
+    out: Path, pictures: Pictures, settings: str, backbone: Path | None, lengthened: Sequence[str], variants: Sequence[str],
     command: Command,
 ) -> Inputs:  # fmt: skip
     """Trains the backbone if there is none, and finds and makes the proposals that the variants learn."""
@@ -92,5 +92,5 @@ def inputs(
             truth(pictures.known, found, path)
     return Inputs(
         settings, pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,
-        pictures.val_annotations, backbone, proposals, longer,
+        pictures.val_annotations, backbone, proposals, tuple(lengthened),
     )  # fmt: skip

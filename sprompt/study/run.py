@@ -17,12 +17,10 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
-from sprompt.cli import parse, record
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
 from sprompt.engine.log import read_log
 from sprompt.files import atomic_write
-from sprompt.settings import to_yaml
 from sprompt.study.plan import Cell, Inputs, Pretraining, typed
 
 CELL = "cell.json"  # in a run folder: it is done, by these commands, with these results
@@ -165,9 +163,9 @@ def _done(folder: Path, commands: list[list[str]], found: dict[str, Any]) -> Non
 
 
 def _check(folder: Path, *commands: list[str]) -> None:
-    """Raises DataError if a run that is done was not made with the settings that a command would have now."""
-    for name, *options in commands:
-        if (folder / CELL).exists() and (folder / "config.yaml").read_text() != to_yaml(record(parse(name, options))):
+    """Raises DataError if a run that is done was made by other commands than those that would make it now."""
+    for command in commands:
+        if (folder / CELL).exists() and typed(command) not in read_json(folder / CELL)["commands"]:
             raise DataError(
                 f"{folder}: was made with other settings than this study's; choose another --out, or remove it"
             )

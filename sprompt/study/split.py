@@ -17,8 +17,8 @@ import torch
 from sprompt.data.annotations import named, parse
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
-from sprompt.data.loader import seeded
 from sprompt.files import atomic_write, replacing
+from sprompt.seeding import generator
 
 
 def split(
@@ -111,7 +111,7 @@ def _drawn(groups: list[list[int]], share: float, seed: int) -> set[int]:
         numbers[largest] -= 1
     drawn: set[int] = set()
     for place, (ids, number) in enumerate(zip(groups, numbers, strict=True)):
-        order = torch.randperm(len(ids), generator=seeded(seed, place)).tolist()
+        order = torch.randperm(len(ids), generator=generator(seed, place)).tolist()
         drawn.update(ids[i] for i in order[:number])
     return drawn
 

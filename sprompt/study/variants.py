@@ -36,7 +36,7 @@ VARIANTS = {
     "shuffled-prompts": Variant("masks of other pictures, prompts", proposals="shuffled", method=_ALONE),
     "truth-pseudo": Variant("true masks, pseudo-labels", proposals="truth", method=_ALONE | {"assign": "none"}),
     "truth-prompts": Variant("true masks, prompts", proposals="truth", method=_ALONE),
-    "site-late": Variant("matched to the learned kernels, added to the pooled", method=_ALONE | {"site": "kernel_late"}),
+    "site-late": Variant("matched to the learned kernels, added to the pooled", method=_ALONE | {"site": "late"}),
     "site-proposal": Variant("added to the pooled kernels", method=_ALONE | {"site": "proposal"}),
     "source-plain": Variant("not set against their picture", method=_ALONE | {"contrast": "False"}),
     "source-align": Variant("by RoIAlign of the box", method=_ALONE | {"pooling": "roi_align"}),

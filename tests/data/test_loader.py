@@ -11,10 +11,11 @@ import torch
 
 from sprompt.data.errors import DataError
 from sprompt.data.folder import PictureFolder
-from sprompt.data.loader import Batches, seeded
+from sprompt.data.loader import Batches
 from sprompt.data.sample import Batch, Sample
 from sprompt.data.synthetic import write_scenes
 from sprompt.data.transforms import Augment, collate
+from sprompt.seeding import generator
 
 Item = tuple[int, float]
 
@@ -56,9 +57,9 @@ def test_draws_depend_on_seed_epoch_and_item_only() -> None:
     assert drawn == again and len(set(drawn.values())) == 10
     assert drawn != {item: value for batch in _batches().epoch(3) for item, value in batch}
     torch.manual_seed(0)
-    a = torch.rand(3, generator=seeded(1, 2))
-    assert torch.equal(a, torch.rand(3, generator=seeded(1, 2))) and not torch.equal(
-        a, torch.rand(3, generator=seeded(2, 1))
+    a = torch.rand(3, generator=generator(1, 2))
+    assert torch.equal(a, torch.rand(3, generator=generator(1, 2))) and not torch.equal(
+        a, torch.rand(3, generator=generator(2, 1))
     )
 
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from scipy import ndimage
 
-from sprompt.data.loader import seeded
 from sprompt.data.sample import Sample
 from sprompt.data.transforms import MEAN, STD, Augment, collate, crop, flip, resize, resized_size, rotate
 from sprompt.masks import BitMasks
+from sprompt.seeding import generator
 
 
 def _sample(size: tuple[int, int] = (60, 90), masks: int = 3, seed: int = 0) -> Sample:
@@ -113,7 +113,7 @@ def test_seeds_stay_in_their_masks() -> None:
     augment = Augment((40, 90), 140, flip=0.5, rotate_probability=0.8, rotate_degrees=40, crop=(48, 48))
     inside = 0
     for draw in range(60):
-        out = augment(_sample(seed=draw % 7), seeded(0, draw))
+        out = augment(_sample(seed=draw % 7), generator(0, draw))
         assert out.seeds is not None and len(out.seeds) == len(out.masks) == len(out.labels)
         height, width = out.masks.size
         assert (height, width) == tuple(out.image.shape[1:]) and max(height, width) <= 48
@@ -130,25 +130,25 @@ def test_lost_masks_go_with_label_and_seed() -> None:
     dense[0, :4, :4] = 1
     dense[1, 18:22, 18:22] = 1
     sample = replace(_sample((40, 40)), masks=BitMasks.from_dense(dense), labels=torch.tensor([5, 6, 7]))
-    out = Augment(40, 40, flip=0, crop=(20, 20))(sample, seeded(3))
+    out = Augment(40, 40, flip=0, crop=(20, 20))(sample, generator(3))
     assert out.seeds is not None and sample.seeds is not None
     kept = out.labels.tolist()
     assert 7 not in kept and len(out.masks) == len(kept) == len(out.seeds)
     assert out.seeds[:, 2].tolist() == sample.seeds[[5, 6, 7].index(kept[0]) :, 2][: len(kept)].tolist()
-    nothing = Augment(10, 10)(replace(sample, masks=BitMasks.from_dense(torch.zeros(3, 40, 40))), seeded(0))
+    nothing = Augment(10, 10)(replace(sample, masks=BitMasks.from_dense(torch.zeros(3, 40, 40))), generator(0))
     assert len(nothing.masks) == 0 and nothing.masks.size == (10, 10) and nothing.labels.shape == (0,)
 
 
 def test_what_is_drawn() -> None:
     sample = replace(_sample(), seeds=None)
-    shorts = [min(Augment((30, 33), 100)(sample, seeded(i)).masks.size) for i in range(200)]
+    shorts = [min(Augment((30, 33), 100)(sample, generator(i)).masks.size) for i in range(200)]
     assert {s: 30 < shorts.count(s) < 70 for s in set(shorts)} == {30: True, 31: True, 32: True, 33: True}
-    flips = [bool((Augment(60, 90)(sample, seeded(i)).image != sample.image).any()) for i in range(200)]
+    flips = [bool((Augment(60, 90)(sample, generator(i)).image != sample.image).any()) for i in range(200)]
     assert 70 < sum(flips) < 130
     again = Augment((30, 60), 100, rotate_probability=0.5, rotate_degrees=9, crop=(20, 20))
-    a, b = again(sample, seeded(1, 2)), again(sample, seeded(1, 2))
+    a, b = again(sample, generator(1, 2)), again(sample, generator(1, 2))
     assert torch.equal(a.image, b.image) and torch.equal(a.masks.words, b.masks.words) and a.seeds is None
-    never = Augment(60, 90, flip=0)(sample, seeded(0))
+    never = Augment(60, 90, flip=0)(sample, generator(0))
     assert torch.equal(never.image, sample.image)
 
 

@@ -12,7 +12,7 @@ from pycocotools.cocoeval import COCOeval
 from rich.console import Console
 
 from sprompt.data.errors import DataError
-from sprompt.engine.evaluate import NUMBERS, coco_metrics, metrics_table
+from sprompt.engine.evaluators.coco import NUMBERS, coco_metrics, metrics_table
 
 SIDE = 160
 

@@ -23,7 +23,7 @@ from sprompt.engine import CheckpointError, TrainConfig, TrainingError, train
 from sprompt.engine.guard import Guard
 from sprompt.engine.log import Log, Meter, read_log
 from sprompt.engine.optim import factor_at
-from sprompt.engine.train import seed_generators
+from sprompt.seeding import seed_all
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -116,7 +116,7 @@ def test_micro_batches_are_averaged(tmp_path: Path) -> None:
 
 
 def test_bfloat16_and_sgd_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sprompt.env.CPUINFO", tmp_path / "none")  # a processor that may be fast at it
+    monkeypatch.setattr("sprompt.machine.CPUINFO", tmp_path / "none")  # a processor that may be fast at it
     run(tmp_path, precision="bf16", optimiser="sgd", learning_rate=0.002, clip=None, epochs=40, drops=())
     values = [v for _, v in losses(tmp_path)]
     assert np.mean(values[-20:]) < 0.7 * np.mean(values[:20])
@@ -313,7 +313,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(tmp_path: Path) -> None:
 
 def test_bfloat16_is_warned_of_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "cpuinfo"
-    monkeypatch.setattr("sprompt.env.CPUINFO", info)
+    monkeypatch.setattr("sprompt.machine.CPUINFO", info)
     for line, slow in (
         ("flags : fma avx2 avx512f", True), ("flags : avx512f avx512_bf16", False), ("Features : asimd bf16", False),
         ("Features : asimd", True), ("processor : 0", False),
@@ -383,6 +383,6 @@ def test_the_meter_goes_through_json_as_it_is() -> None:
 def test_generators_differ_by_step_and_process() -> None:
     drawn = set()
     for step, rank in ((0, 0), (1, 0), (0, 1), (0, 0)):
-        seed_generators(5, step, rank)
+        seed_all(5, step, rank)
         drawn.add((torch.rand(1).item(), np.random.rand(), random.random()))
     assert len(drawn) == 3

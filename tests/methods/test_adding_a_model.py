@@ -7,17 +7,16 @@ import re
 
 import pytest
 import torch
-from tiny_queries import MODEL, PAGE, PRINTED, TRAINING, TinyQueries
+from tiny_queries import MODEL, PAGE, PRINTED, TRAINING, TinyQueries, run
 
-from sprompt.methods.supervised import Supervised, check_classes, checked_model
-from sprompt.models.protocol import QueryModel
+from sprompt.methods.supervised import Supervised, check_classes
+from sprompt.models.protocol import QueryModel, checked_model
 
 
 def test_the_example_runs_and_prints_what_it_says() -> None:
     out = io.StringIO()
-    names: dict[str, object] = {"__name__": "example"}
     with contextlib.redirect_stdout(out):
-        exec(compile(MODEL + TRAINING, "adding_a_model.md", "exec"), names)
+        run("example", MODEL + TRAINING)
     assert out.getvalue() == PRINTED
 
 
@@ -33,7 +32,9 @@ def test_the_example_is_a_query_model() -> None:
 
 
 def test_a_module_that_is_no_query_model_is_refused_by_what_it_lacks() -> None:
-    with pytest.raises(TypeError, match=r"got Linear, one without sites, channels, num_classes, backbone"):
+    with pytest.raises(
+        TypeError, match=r"got Linear, one without Config, config, sites, channels, num_classes, num_queries, backbone"
+    ):
         Supervised(torch.nn.Linear(1, 1))
 
 

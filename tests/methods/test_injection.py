@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_queries import batch_of
 from torch import Tensor
 
-from sprompt.methods.saliency_prompt import Injection, Prompts, SaliencyPromptConfig
-from sprompt.methods.saliency_prompt.injection import check_site, generator
+from sprompt.methods.saliency_prompt import Injection, Prompts, SaliencyPromptConfig, prompts_of
+from sprompt.methods.saliency_prompt.injection import places
+from sprompt.seeding import generator
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -21,7 +23,9 @@ def injection(
 ) -> Injection:
     settings = SaliencyPromptConfig(**{"dropout": 0.0, **config})
     ids = list(range(len(counts))) if ids is None else ids
-    return Injection(Prompts(prompts, torch.tensor(counts)), settings, ids, seed=3, step=step)
+    return Injection(
+        lambda _: Prompts(prompts, torch.tensor(counts)), settings, ids, sites=("kernel", "proposal"), seed=3, step=step
+    )
 
 
 def literal(kernels: Tensor, prompts: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -54,7 +58,7 @@ def test_cosine_at_its_site_only(site: str) -> None:
 
 def test_late_matches_at_the_first_site_and_adds_at_the_second() -> None:
     prompts, counts = drawn(2, 4, 8, seed=1), [4, 3]
-    inject = injection(prompts, counts, site="kernel_late")
+    inject = injection(prompts, counts, site="late")
     first, second = drawn(2, 20, 8, seed=5), drawn(2, 20, 8, seed=6)
     assert inject("kernel", first) is first
     _, index = literal(first, prompts, counts)
@@ -96,7 +100,7 @@ def test_no_prompt_no_change() -> None:
         injection(drawn(2, 0, 8), [0, 0], assign="sequential"),
     ):
         assert torch.equal(inject("kernel", kernels), kernels)
-    late = injection(drawn(2, 0, 8), [0, 0], site="kernel_late")
+    late = injection(drawn(2, 0, 8), [0, 0], site="late")
     assert torch.equal(late("proposal", late("kernel", kernels)), kernels)
 
 
@@ -128,7 +132,7 @@ def test_dropout_of_images() -> None:
     assert torch.equal(half("kernel", kernels[200:]), got[200:])
 
 
-@pytest.mark.parametrize("site", ["kernel", "proposal", "kernel_late"])
+@pytest.mark.parametrize("site", ["kernel", "proposal", "late"])
 def test_prompts_of_the_map_that_queries_act_on(site: str) -> None:
     """They are read once, from what the model hands over where queries are matched."""
     prompts, first, second = drawn(2, 3, 8, seed=1), drawn(2, 20, 8, seed=5), drawn(2, 20, 8, seed=6)
@@ -140,14 +144,19 @@ def test_prompts_of_the_map_that_queries_act_on(site: str) -> None:
         return Prompts(prompts, torch.tensor([3, 2]))
 
     config = SaliencyPromptConfig(dropout=0.0, site=site, level="features")
-    inject, plain = Injection(read, config, [0, 1], seed=3, step=0), injection(prompts, [3, 2], site=site)
+    sites = ("kernel", "proposal")
+    inject, plain = Injection(read, config, [0, 1], sites=sites, seed=3, step=0), injection(prompts, [3, 2], site=site)
     for name, queries in (("kernel", first), ("proposal", second)):
         assert torch.equal(inject(name, queries, maps[name]), plain(name, queries))
     assert len(seen) == 1 and not seen[0].requires_grad
     assert torch.equal(seen[0], maps["proposal" if site == "proposal" else "kernel"])
     assert inject.monitors().keys() == plain.monitors().keys()
-    with pytest.raises(ValueError, match=r": the model must hand its prompter the map that queries act on"):
-        Injection(read, config, [0, 1], seed=3, step=0)("proposal" if site == "proposal" else "kernel", first)
+
+
+def test_a_model_without_that_map_is_refused() -> None:
+    batch = batch_of(torch.ones(2, 1, 32, 32), [1, 1])
+    with pytest.raises(ValueError, match=r'level: "features" needs a model that hands its prompter the map'):
+        prompts_of(batch, [], SaliencyPromptConfig(level="features"))(None)
 
 
 @pytest.mark.parametrize("assign", ["cosine", "random"])
@@ -180,7 +189,7 @@ def test_permuting_prompts_permutes_nothing_in_the_kernels() -> None:
     assert torch.equal(order[b.index], a.index)
 
 
-@pytest.mark.parametrize("site", ["kernel", "proposal", "kernel_late"])
+@pytest.mark.parametrize("site", ["kernel", "proposal", "late"])
 def test_ratio_is_the_length_of_prompts_in_lengths_of_queries(site: str) -> None:
     """Every prompt that is added has the length asked for, its own direction, and goes to the kernels that it went to without."""
     prompts, counts = drawn(2, 4, 8, seed=1) * torch.tensor([1.0, 5.0, 0.1, 30.0])[:, None], [4, 3]
@@ -202,7 +211,7 @@ def test_ratio_is_the_length_of_prompts_in_lengths_of_queries(site: str) -> None
 
 def test_gradient_passes_to_kernels_unchanged() -> None:
     prompts = drawn(2, 3, 8, seed=1).requires_grad_(False)
-    for site, config in (("kernel", {}), ("kernel", {"dropout": 0.5}), ("proposal", {"site": "kernel_late"})):
+    for site, config in (("kernel", {}), ("kernel", {"dropout": 0.5}), ("proposal", {"site": "late"})):
         kernels, weight = drawn(2, 20, 8).requires_grad_(), drawn(2, 20, 8, seed=9)
         inject = injection(prompts, [3, 0], **config)
         out = inject("proposal", inject("kernel", kernels)) if site == "proposal" else inject("kernel", kernels)
@@ -242,12 +251,12 @@ BOTH = ("kernel", "proposal")
 
 @pytest.mark.parametrize(
     ("site", "sites", "good"),
-    [("kernel", BOTH, True), ("kernel_late", BOTH, True), ("kernel_late", ("kernel",), False),
+    [("kernel", BOTH, True), ("late", BOTH, True), ("late", ("kernel",), False),
      ("kernel", ("content",), False), ("content", ("content",), True)],
 )  # fmt: skip
 def test_sites(site: str, sites: tuple[str, ...], good: bool) -> None:
     if good:
-        check_site(site, sites)
+        places(site, sites)
     else:
-        with pytest.raises(ValueError, match="site: must be one of the model's"):
-            check_site(site, sites)
+        with pytest.raises(ValueError, match="site: must be one of first"):
+            places(site, sites)

@@ -15,7 +15,7 @@ from sprompt.data.sample import Batch
 from sprompt.methods.saliency_prompt import Pretraining, ProposalConfig, SaliencyPromptConfig
 from sprompt.models.knet import KNet, KNetConfig
 
-SITES = {"tiny": ("query",), "knet": ("kernel", "proposal", "kernel_late")}
+SITES = {"tiny": ("query",), "knet": ("kernel", "proposal", "late")}
 CASES = [(name, site) for name, sites in SITES.items() for site in sites]
 
 
@@ -177,8 +177,8 @@ def test_seeds_are_read_at_the_level_of_the_proposals(level: str) -> None:
 def test_errors() -> None:
     with pytest.raises(ValueError, match="model: must have 1 class, as proposals have, got 3"):
         Pretraining(model_of("tiny", num_classes=3))
-    with pytest.raises(ValueError, match=r"site: must be one of the model's \(query\), got 'kernel'"):
-        Pretraining(model_of("tiny"))
+    with pytest.raises(ValueError, match=r"site: must be one of first, query, the sites of this model, got 'kernel'"):
+        Pretraining(model_of("tiny"), SaliencyPromptConfig(site="kernel"))
     with pytest.raises(TypeError, match="QueryModel"):
         Pretraining(nn.Linear(2, 2))
     own = batch()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,20 @@ PAGE = (Path(__file__).parents[2] / "docs" / "adding_a_model.md").read_text()
 MODEL, TRAINING = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 (PRINTED,) = re.findall(r"```text\n(.*?)```", PAGE, re.DOTALL)
 
-_names: dict[str, Any] = {"__name__": "tiny_model"}
-exec(compile(MODEL, "docs/adding_a_model.md", "exec"), _names)
-TinyQueries = _names["TinyQueries"]
+
+def run(name: str, code: str) -> Any:
+    """A module of this name with the page's code in it."""
+    module = sys.modules[name] = types.ModuleType(name)
+    exec(compile(code, "docs/adding_a_model.md", "exec"), module.__dict__)
+    return module
+
+
+_module = run("tiny_model", MODEL)
+TinyConfig = _module.TinyConfig
+
+
+def TinyQueries(num_classes: int = 1, **settings: Any) -> Any:
+    return _module.TinyQueries(TinyConfig(num_classes=num_classes, **settings))
 
 
 def batch_of(

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from sprompt.cli import parse
+from sprompt.commands.parsing import parse
+from sprompt.commands.study import lengthened
 from sprompt.study.plan import Inputs, Pretraining
 
 GIVEN = Inputs(
@@ -17,7 +18,7 @@ GIVEN = Inputs(
 @pytest.mark.parametrize("times", [1, 4])
 def test_longer_pretraining_drops_its_rate_as_much_later(times: int) -> None:
     preset = parse(*_pretrain(GIVEN)).train
-    longer = parse(*_pretrain(replace(GIVEN, longer=times))).train
+    longer = parse(*_pretrain(replace(GIVEN, lengthened=tuple(lengthened(GIVEN.settings, times))))).train
     assert preset.drops and longer == replace(
         preset, epochs=times * preset.epochs, drops=tuple(times * drop for drop in preset.drops)
     )
@@ -25,7 +26,8 @@ def test_longer_pretraining_drops_its_rate_as_much_later(times: int) -> None:
 
 def test_without_drops_there_are_none(tmp_path: Path) -> None:
     (tmp_path / "toy.yaml").write_text("pretrain: {train: {epochs: 3, drops: []}}")
-    longer = parse(*_pretrain(replace(GIVEN, settings=str(tmp_path / "toy.yaml"), longer=2))).train
+    toy = str(tmp_path / "toy.yaml")
+    longer = parse(*_pretrain(replace(GIVEN, settings=toy, lengthened=tuple(lengthened(toy, 2))))).train
     assert (longer.epochs, longer.drops) == (6, ())
 
 

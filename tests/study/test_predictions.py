@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sprompt.report.draw import FALSE, TRUE
+from sprompt.data.draw import FALSE, TRUE
 from sprompt.study.figures import draw_predictions
 from sprompt.study.page import write_page
 from sprompt.study.predictions import Side, side_by_side

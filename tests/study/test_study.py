@@ -230,7 +230,7 @@ def test_settings_for_a_gpu_are_told_of_on_a_cpu(
     settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "cpuinfo").write_text("flags : avx2\n")
-    monkeypatch.setattr("sprompt.env.CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr("sprompt.machine.CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     for name in ("study-gpu", str(settings)):
         Study(settings=name)._say_if_slow()

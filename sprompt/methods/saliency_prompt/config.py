@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from sprompt.methods.registry import MethodConfig
+
 Level = Literal["C2", "C3", "C4", "C5"]
 #: Stride of the backbone's maps.
 STRIDES = {"C2": 4, "C3": 8, "C4": 16, "C5": 32}
@@ -88,7 +90,7 @@ class ProposalConfig:
 
 
 @dataclass(frozen=True)
-class SaliencyPromptConfig:
+class SaliencyPromptConfig(MethodConfig):
     """How proposals teach a model: prompts added to its queries, and kernels drawn to the seeds of their proposals."""
 
     level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5", "features"] = "coarsest"
@@ -100,9 +102,9 @@ class SaliencyPromptConfig:
     contrast: bool = False
     """Take from each prompt v what it has in common with its picture: v − μ ‖v‖/‖μ‖ with the picture's mean μ on the same map. Its
     product with a cell is above 0 where the cell is nearer in angle to the proposal than to the picture."""
-    site: str = "kernel"
-    """Where queries take prompts: one of the model's sites (K-Net: kernel, proposal), or "kernel_late", matched at the first and
-    added at the second."""
+    site: str = "first"
+    """Place in the model where queries take prompts: "first", the model's first site; the name of a site (K-Net: kernel, proposal); or
+    "late", which matches at the first site and adds at the second."""
     assign: Literal["cosine", "sequential", "random", "none"] = "cosine"
     """Which prompt a query takes: the most similar, by place, by a permutation drawn every step, or none (labels only)."""
     ratio: float | None = None

@@ -2,97 +2,89 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
-from sprompt.methods.saliency_prompt.prompts import Prompts, Source
+from sprompt.methods.saliency_prompt.prompts import Prompts
 from sprompt.ops import prompt_match
-
-LATE = "kernel_late"  # matched at "kernel", added at "proposal"
-
-
-def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Random numbers that depend on these whole numbers only, such as (seed, step)."""
-    digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
+from sprompt.seeding import generator
 
 
-def check_site(site: str, sites: Sequence[str]) -> None:
-    """Raises ValueError where a model has no such site."""
-    late = (LATE,) if {"kernel", "proposal"} <= set(sites) else ()
-    if site not in (*sites, *late):
-        raise ValueError(f"site: must be one of the model's ({', '.join((*sites, *late))}), got {site!r}")
+def places(site: str, sites: Sequence[str]) -> tuple[str, str]:
+    """The model's sites at which prompts are matched and added, by the setting `site`. Raises ValueError for a site it does not have."""
+    if site == "first" and sites:
+        return sites[0], sites[0]
+    if site == "late" and len(sites) > 1:
+        return sites[0], sites[1]
+    if site not in sites:
+        known = ("first", *(("late",) if len(sites) > 1 else ()), *sites)
+        raise ValueError(f"site: must be one of {', '.join(known)}, the sites of this model, got {site!r}")
+    return site, site
 
 
 class Injection:
-    """The `Prompter` of one batch: adds to the queries at one site the prompt that each takes.
+    """The `Prompter` of one batch: adds to the queries at one site the prompt that each of them takes.
 
-    A query that drops its prompt, or whose image has none, goes on as it is. Which queries drop theirs follows from the seed, the
-    step and the image alone, and a drawn permutation from the seed and the step, so that every way of splitting a batch over
-    processes gives the same.
+    A query that drops its prompt, or whose image has no prompt, stays unchanged. The seed, the step and the image alone determine which
+    queries drop theirs; the seed and the step determine a drawn permutation. So every way to split a batch over processes gives the
+    same result.
 
-    After the forward pass `index` (B, N) holds the prompt of each query, -1 for none, and `monitors()` how it went.
+    After the forward pass `index` (B, N) holds the prompt of each query, -1 for none, and `monitors()` describes the match.
+
+    Args:
+        read: gives the prompts, from the map that queries act on at the site of the match.
+        sites: those of the model.
     """
 
     def __init__(
-        self, prompts: Source, config: SaliencyPromptConfig, image_ids: Sequence[int], *, seed: int, step: int
-    ) -> None:
-        self.source, self.config, self.image_ids = prompts, config, image_ids
-        self.prompts: Prompts | None = prompts if isinstance(prompts, Prompts) else None
+        self, read: Callable[[Tensor | None], Prompts], config: SaliencyPromptConfig, image_ids: Sequence[int], *,
+        sites: Sequence[str], seed: int, step: int,
+    ) -> None:  # fmt: skip
+        self.read, self.config, self.image_ids = read, config, image_ids
+        self.matched_at, self.added_at = places(config.site, sites)
         self.seed, self.step = seed, step
+        self.prompts: Prompts | None = None
         self.index: Tensor | None = None  # (B, N) int64
         self._ratio: Tensor | None = None
 
     def __call__(self, site: str, queries: Tensor, features: Tensor | None = None) -> Tensor:
-        matched_at, added_at = ("kernel", "proposal") if self.config.site == LATE else (self.config.site,) * 2
-        if self.config.assign == "none" or site not in (matched_at, added_at):
+        if self.config.assign == "none" or site not in (self.matched_at, self.added_at):
             return queries
-        if self.prompts is None:
-            self.prompts = self._read(site, features)
-        vectors, counts = self.prompts
-        if queries.dim() != 3 or queries.shape[0] != len(counts) or queries.shape[2] != vectors.shape[2]:
+        if site == self.matched_at:
+            self.prompts = self.read(None if features is None else features.detach())
+            self._check(site, queries, self.prompts)
+        assert self.prompts is not None
+        vectors = self.prompts.vectors
+        if site == self.added_at and self.config.ratio is not None:
+            vectors = _lengthened(vectors, queries, self.config.ratio)
+        if site == self.matched_at:
+            prompted, self.index = self._match(queries, vectors, self.prompts.counts)
+        else:
+            assert self.index is not None
+            prompted = queries + _taken(vectors, self.index).to(queries.dtype)
+        if site != self.added_at:
+            return queries
+        self._ratio = _ratio(vectors, self.index, queries)
+        return prompted
+
+    def _check(self, site: str, queries: Tensor, prompts: Prompts) -> None:
+        batch, width = len(prompts.counts), prompts.vectors.shape[2]
+        if queries.dim() != 3 or queries.shape[0] != batch or queries.shape[2] != width:
             raise ValueError(
-                f"{site}: queries must have shape (B, N, C) with B = {len(counts)} and C = {vectors.shape[2]}, "
+                f"{site}: queries must have shape (B, N, C) with B = {batch} and C = {width}, "
                 f"got {tuple(queries.shape)}; expand queries that all images share, and drop 1x1 axes"
             )
-        prompted = queries
-        if site == added_at and self.config.ratio is not None:
-            self.prompts = self.prompts._replace(vectors=_lengthened(vectors, queries, self.config.ratio))
-        if site == matched_at:
-            prompted = self._match(queries)
-        if site == added_at:
-            assert self.index is not None
-            if added_at != matched_at:
-                prompted = queries + self._taken(self.index).to(queries.dtype)
-            self._ratio = self._ratio_of(self.index, queries)
-        return prompted if site == added_at else queries
 
-    def _read(self, site: str, features: Tensor | None) -> Prompts:
-        assert callable(self.source)
-        if features is None:
-            raise ValueError(
-                f"{site}: the model must hand its prompter the map that queries act on; else choose another level"
-            )
-        return self.source(features.detach())
-
-    def _match(self, queries: Tensor) -> Tensor:
-        """The prompted queries; sets `index`."""
-        assert self.prompts is not None
+    def _match(self, queries: Tensor, vectors: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+        """The prompted queries, and the prompt of each."""
         order = generator(self.seed, self.step, device=queries.device) if self.config.assign == "random" else None
-        prompted, index = prompt_match(
-            queries, self.prompts.vectors, self.prompts.counts, assign=self.config.assign, generator=order
-        )
-        prompted = prompted.to(queries.dtype)
-        if self.config.dropout > 0:
-            keep = self._keep(queries.shape[1]).to(queries.device, non_blocking=True)
-            prompted, index = torch.where(keep[..., None], prompted, queries), torch.where(keep, index, -1)
-        self.index = index
-        return prompted
+        keep = self._keep(queries.shape[1]).to(queries.device, non_blocking=True) if self.config.dropout > 0 else None
+        prompted, index = prompt_match(queries, vectors, counts, assign=self.config.assign, keep=keep, generator=order)
+        return prompted.to(queries.dtype), index
 
     def _keep(self, number: int) -> Tensor:
         """(B, N) bool, drawn image by image."""
@@ -101,24 +93,9 @@ class Injection:
         keep = torch.stack(drawn) >= self.config.dropout if drawn else torch.empty(0, draws, dtype=torch.bool)
         return keep.expand(-1, number)
 
-    def _taken(self, index: Tensor) -> Tensor:
-        """The prompt of each query (B, N, C), 0 where it has none."""
-        assert self.prompts is not None
-        vectors = self.prompts.vectors
-        if vectors.shape[1] == 0:
-            return vectors.new_zeros((*index.shape, vectors.shape[2]))
-        taken = vectors.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, vectors.shape[2]))
-        return torch.where(index[..., None] >= 0, taken, 0)
-
-    @torch.no_grad()
-    def _ratio_of(self, index: Tensor, queries: Tensor) -> Tensor:
-        """Mean of ‖prompt‖ / ‖query‖ over the queries that took one, in float32."""
-        ratio = self._taken(index).float().norm(dim=2) / queries.detach().float().norm(dim=2).clamp(min=1e-8)
-        return ratio.sum() / (index >= 0).sum().clamp(min=1)
-
     @torch.no_grad()
     def monitors(self) -> dict[str, Tensor]:
-        """How much of the queries prompts are, how many queries share one, and which share of the prompts is in use."""
+        """The length of prompts relative to queries, the number of queries that share a prompt, and the share of the prompts in use."""
         if self.prompts is None or self.index is None or self._ratio is None:
             return {}
         real = self.prompts.counts.sum()
@@ -138,3 +115,18 @@ def _lengthened(vectors: Tensor, queries: Tensor, ratio: float) -> Tensor:
     """Prompts (B, L, C) of `ratio` times the mean length of their image's queries (B, N, C). Which is most similar stays so."""
     length = queries.detach().float().norm(dim=2).mean(1)[:, None, None]
     return (normalize(vectors.float(), dim=2) * (ratio * length)).to(vectors.dtype)
+
+
+def _taken(vectors: Tensor, index: Tensor) -> Tensor:
+    """The prompt of each query (B, N, C), 0 where it has none."""
+    if vectors.shape[1] == 0:
+        return vectors.new_zeros((*index.shape, vectors.shape[2]))
+    taken = vectors.gather(1, index.clamp(min=0)[..., None].expand(-1, -1, vectors.shape[2]))
+    return torch.where(index[..., None] >= 0, taken, 0)
+
+
+@torch.no_grad()
+def _ratio(vectors: Tensor, index: Tensor, queries: Tensor) -> Tensor:
+    """Mean of ‖prompt‖ / ‖query‖ over the queries that took a prompt, in float32."""
+    ratio = _taken(vectors, index).float().norm(dim=2) / queries.detach().float().norm(dim=2).clamp(min=1e-8)
+    return ratio.sum() / (index >= 0).sum().clamp(min=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -9,11 +11,11 @@ from torch import Tensor, nn
 
 from sprompt.data.sample import Batch
 from sprompt.methods.saliency_prompt.config import STRIDES, ProposalConfig, SaliencyPromptConfig
-from sprompt.methods.saliency_prompt.injection import Injection, check_site
+from sprompt.methods.saliency_prompt.injection import Injection, places
 from sprompt.methods.saliency_prompt.prompts import prompts_of
 from sprompt.methods.saliency_prompt.supervision import Projection, kernel_loss, seed_vectors, target_cosine
-from sprompt.methods.supervised import checked_model, summed
-from sprompt.models.protocol import Losses, QueryModel
+from sprompt.methods.supervised import summed
+from sprompt.models.protocol import Losses, ParameterGroup, QueryModel, Targets, checked_model
 
 
 class Pretraining(nn.Module):
@@ -28,6 +30,8 @@ class Pretraining(nn.Module):
         proposals: the settings that the proposal file was made with, `ProposalConfig.from_record` of its `info.proposals`.
         seed: of all that is drawn, together with the step and the picture.
     """
+
+    Config = SaliencyPromptConfig
 
     def __init__(
         self,
@@ -47,14 +51,33 @@ class Pretraining(nn.Module):
             raise ValueError(
                 f"model: must have 1 class, as proposals have, got {network.num_classes}; set num_classes 1"
             )
-        check_site(config.site, network.sites)
+        places(config.site, network.sites)  # refuses a site that the model does not have
         if config.freeze_backbone:
-            network.backbone.requires_grad_(False)
+            network.freeze_backbone(4)
         self.projection: Projection | None = None
         if config.kernel_weight > 0:
             width = cast(Any, network.backbone).channels[self._level]
             self.projection = Projection(width, network.channels, config.projection, seed)
         self.train(self.training)
+
+    @classmethod
+    def on(cls, model: nn.Module, config: SaliencyPromptConfig, dataset: Any, seed: int) -> Pretraining:
+        if not dataset.has_seeds and config.kernel_weight > 0:
+            raise ValueError(
+                "--proposals: the file does not say where the seeds of its masks lay; make it by `sprompt propose`, or give "
+                "--method.kernel-weight 0"
+            )
+        made_with = dataset.info["proposals"] if dataset.has_seeds else {}
+        return cls(model, config, proposals=ProposalConfig.from_record(made_with) if made_with else None, seed=seed)
+
+    def parameter_groups(self) -> Iterable[ParameterGroup]:
+        return self.network.parameter_groups()
+
+    def watch(self, dataset: Any, augment: Any, out: Path) -> Callable[..., dict[str, float]]:
+        """How steadily kernels are matched; see `Stability`."""
+        from sprompt.methods.saliency_prompt.stability import Stability
+
+        return Stability(self, dataset, augment, out)
 
     def train(self, mode: bool = True) -> Pretraining:
         super().train(mode)
@@ -67,8 +90,9 @@ class Pretraining(nn.Module):
         model = self.network
         features = model.encode(batch.images)
         injection = self.injection(features.maps, batch, step) if self.training else None
-        outputs = model.decode(features, injection)
-        found: Losses = model.losses(outputs, batch.masks, torch.zeros_like(batch.labels), batch.counts)
+        labels = torch.zeros_like(batch.labels)
+        outputs = model.decode(features, injection, Targets(batch.masks, labels, batch.counts))
+        found: Losses = model.losses(outputs, batch.masks, labels, batch.counts)
         terms, monitors = dict(found.terms), injection.monitors() if injection else {}
         if self.projection is not None:
             terms["kernel"], monitors["monitor/target_cosine"] = self._supervision(features.backbone, batch, found)
@@ -78,7 +102,9 @@ class Pretraining(nn.Module):
         """The prompter of a batch; None where prompts are off."""
         if self.config.assign == "none":
             return None
-        return Injection(prompts_of(batch, maps, self.config), self.config, batch.image_ids, seed=self.seed, step=step)
+        read = prompts_of(batch, maps, self.config)
+        sites = self.network.sites
+        return Injection(read, self.config, batch.image_ids, sites=sites, seed=self.seed, step=step)
 
     def _supervision(self, backbone: list[Tensor], batch: Batch, found: Losses) -> tuple[Tensor, Tensor]:
         """The weighted loss of the kernels, and how alike its targets are."""

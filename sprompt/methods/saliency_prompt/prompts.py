@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -22,14 +21,20 @@ class Prompts(NamedTuple):
     counts: Tensor  # (B,) int64, how many are real
 
 
-#: Prompts, or what reads them from the map that queries act on.
-Source = Prompts | Callable[[Tensor], Prompts]
+def prompts_of(batch: Batch, maps: list[Tensor], config: SaliencyPromptConfig) -> Callable[[Tensor | None], Prompts]:
+    """A function that gives the prompts of a batch, from the map that queries act on where the level is "features", else from the pyramid
+    `maps`."""
 
+    def read(features: Tensor | None) -> Prompts:
+        if config.level != "features":
+            return read_prompts(maps, batch.masks, batch.counts, config, batch.sizes)
+        if features is None:
+            raise ValueError(
+                'level: "features" needs a model that hands its prompter the map that queries act on; choose another level'
+            )
+        return read_prompts([features], batch.masks, batch.counts, config, batch.sizes)
 
-def prompts_of(batch: Batch, maps: list[Tensor], config: SaliencyPromptConfig) -> Source:
-    """The prompts of a batch by its pyramid, or, for level "features", what reads them once the model has made that map."""
-    read = partial(read_prompts, masks=batch.masks, counts=batch.counts, config=config, sizes=batch.sizes)
-    return (lambda features: read([features])) if config.level == "features" else read(maps)
+    return read
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from torch.nn.functional import cosine_similarity, linear, normalize
 
 from sprompt.data.sample import Batch
 from sprompt.methods.saliency_prompt.config import ProposalConfig
-from sprompt.methods.saliency_prompt.injection import generator
 from sprompt.methods.saliency_prompt.proposals import padded_size, valid_cells
 from sprompt.methods.saliency_prompt.seeds import pooled_at, windows_at
 from sprompt.models.protocol import Matched
 from sprompt.nn.distributed import all_sum, world
+from sprompt.seeding import generator
 
 
 @torch.no_grad()

@@ -1,9 +1,11 @@
-"""What a K-Net is made of and trained with."""
+"""Sizes and loss weights of a K-Net."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
+
+from sprompt.models.registry import ModelConfig
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
@@ -20,36 +22,41 @@ _DEPTHS = (18, 34, 50, 101)
 
 
 @dataclass(frozen=True)
-class KNetConfig:
+class KNetConfig(ModelConfig):
     """The defaults are K-Net with ResNet-50, FPN and three update stages for COCO."""
 
     depth: int = 50
-    """Of the ResNet: 18, 34, 50 or 101."""
+    """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
-    frozen_stages: int = 1
-    """How far the ResNet is frozen: -1 nothing, 0 the stem, 1 the stem and layer1, ... 4 everything."""
     channels: int = 256
     """Width of the pyramid, the mask features and the kernels; even, and a multiple of the heads."""
     kernels: int = 100
-    """How many masks an image can have."""
-    num_classes: int = 80
+    """Number of kernels: the largest number of masks in an image."""
     stages: int = 3
     """Kernel update heads, one after the other."""
     heads: int = 8
-    """Of the attention between kernels."""
+    """Heads of the attention between kernels; they divide the channels."""
     feedforward: int = 2048
+    """Hidden channels of the stages' feed-forward layers."""
     fold: bool = True
-    """Whether the stages' feature transforms, which are affine, act on kernels and pooled sums instead of on the features. The
+    """Apply the stages' feature transforms, which are affine, to kernels and pooled sums instead of the features. This is faster, and the
     results are the same to rounding."""
 
     loss_class: float = 2.0
+    """Weight of the focal loss of the classes."""
     loss_mask: float = 1.0
+    """Weight of the masks' cross-entropy."""
     loss_dice: float = 4.0
+    """Weight of the masks' dice loss."""
     loss_seg: float = 1.0
+    """Weight of the kernel head's dense class loss."""
     cost_class: float = 2.0
+    """Weight of the class in the cost of matching kernels to labels."""
     cost_mask: float = 1.0
+    """Weight of the masks' cross-entropy in the cost of matching."""
     cost_dice: float = 4.0
+    """Weight of the masks' dice in the cost of matching."""
 
     def __post_init__(self) -> None:
         if self.depth not in _DEPTHS:

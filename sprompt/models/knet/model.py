@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from sprompt.models.knet.config import KNetConfig
 from sprompt.models.knet.kernel_head import KernelHead
 from sprompt.models.knet.outputs import Outputs
 from sprompt.models.knet.update_head import UpdateHead
-from sprompt.models.protocol import Features, Losses, Prediction, Prompter
+from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets
 from sprompt.nn.fpn import FPN
 from sprompt.nn.resnet import ResNet
 from sprompt.ops import mask_conv, mask_pool, mask_update
@@ -34,10 +35,12 @@ class IterativeHead(nn.Module):
 class KNet(nn.Module):
     """K-Net with a ResNet and an FPN. Parameters have the names of the official checkpoints.
 
-    Two sites take prompts: at "kernel" the learned kernels, alike for all images; what comes back makes the first masks and is the
-    base of the proposal kernels. At "proposal" the proposal kernels: kernel plus pooled features, before the first stage.
+    Two sites take prompts. "kernel": the learned kernels, the same for all images; the prompted kernels make the first masks and are
+    the base of the proposal kernels. "proposal": the proposal kernels, each a kernel plus the features pooled under its mask, before
+    the first stage.
     """
 
+    Config = KNetConfig
     sites = ("kernel", "proposal")
 
     def __init__(self, config: KNetConfig | None = None) -> None:
@@ -56,17 +59,30 @@ class KNet(nn.Module):
     def num_classes(self) -> int:
         return self.config.num_classes
 
+    @property
+    def num_queries(self) -> int:
+        return self.config.kernels
+
     def reset_classifier(self, num_classes: int) -> None:
-        """Fresh layers for another number of classes (or the same); make the optimiser after it."""
+        """Fresh classification layers for this number of classes; make the optimiser after it."""
         self.config = replace(self.config, num_classes=num_classes)
         self.rpn_head.reset_classifier(num_classes)
         for stage in self.stages:
             stage.reset_classifier(num_classes)
 
     def freeze_backbone(self, stages: int) -> None:
-        """Freezes so many stages of the ResNet (KNetConfig.frozen_stages) and lets the others train; make the optimiser after it."""
+        """Freezes this many stages of the ResNet and lets the others train; make the optimiser after it."""
         self.config = replace(self.config, frozen_stages=stages)
         self.backbone.freeze(stages)
+
+    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
+        return ()  # the release decays all parameters alike
+
+    def import_checkpoint(self, path: Path) -> str:
+        """Takes the weights of an official checkpoint; see `sprompt.models.knet.checkpoint`."""
+        from sprompt.models.knet.checkpoint import import_checkpoint
+
+        return import_checkpoint(self, path)
 
     @property
     def stages(self) -> list[UpdateHead]:
@@ -85,7 +101,9 @@ class KNet(nn.Module):
         maps = self.backbone(images)
         return Features(maps, self.neck(maps))
 
-    def decode(self, features: Features, prompter: Prompter | None = None) -> Outputs:
+    def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
+        if targets is not None and targets.groups:
+            raise ValueError("KNet: takes no extra groups of queries; train a model that does")
         loc, sem = self.rpn_head(features.maps)
         kernels = self._prompted(prompter, "kernel", self.rpn_head.kernels(len(loc)), loc)
         masks = [mask_conv(loc, kernels)]
@@ -125,6 +143,9 @@ class KNet(nn.Module):
         return inference.predictions(
             outputs.masks[-1], outputs.classes[-1], input_size, sizes, original_sizes, threshold, max_per_image
         )
+
+    def mask_logits(self, outputs: Outputs) -> Tensor:
+        return outputs.masks[-1]
 
     def _prompted(self, prompter: Prompter | None, site: str, kernels: Tensor, features: Tensor) -> Tensor:
         if prompter is None:

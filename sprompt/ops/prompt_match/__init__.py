@@ -24,6 +24,7 @@ def prompt_match(
     counts: Tensor | None = None,
     *,
     assign: str = "cosine",
+    keep: Tensor | None = None,
     dropout: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> PromptMatch:
@@ -39,7 +40,8 @@ def prompt_match(
         kernels: (B, N, C) float, or (N, C), shared by the batch.
         prompts: (B, L, C) float; of two float dtypes both are computed in the wider.
         counts: (B,) int64, how many prompts of each image are real; None means all. Padding is not looked at.
-        dropout: chance, per image and kernel, that no prompt is added; others are not rescaled.
+        keep: (B, N) bool, which kernels of each image may take a prompt; None means all.
+        dropout: chance, per image and kernel, that no prompt is added, drawn from `generator`; others are not rescaled.
         generator: source of the permutation and the dropout, of the kernels' device; None is torch's own. torch.compile
             and torch.export take None only.
 
@@ -75,11 +77,16 @@ def prompt_match(
         wider = torch.promote_types(kernels.dtype, prompts.dtype)
         kernels, prompts = kernels.to(wider), prompts.to(wider)
     number = kernels.shape[-2]
-    order = keep = None
+    if keep is not None:
+        checks.tensor("prompt_match", "keep", keep, (torch.bool,))
+        checks.shape("prompt_match", "keep", keep, "(B, N)", (batch, number), "one entry for each kernel of each image")
+        checks.same_device("prompt_match", kernels=kernels, keep=keep)
+    order = None
     if assign == "random":
         order = torch.randperm(number, generator=generator, device=kernels.device)
     if dropout > 0:
-        keep = torch.rand((batch, number), generator=generator, device=kernels.device) >= dropout
+        drawn = torch.rand((batch, number), generator=generator, device=kernels.device) >= dropout
+        keep = drawn if keep is None else drawn & keep
     return PromptMatch(*op.prompt_match(kernels, prompts, counts, keep, order, assign == "cosine"))
 
 

@@ -31,6 +31,7 @@ def _match_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[
         Sample("counts, padding of NaN", (kernels, padded, counts)),
         Sample("shared kernels", (kernels[0], prompts, counts)),
         Sample("all dropped", (kernels, prompts), {"dropout": 1.0}),
+        Sample("some kept", (kernels, prompts), {"keep": (torch.arange(27, device=device) % 3 > 0).view(3, 9)}),
         Sample("sequential", (kernels, prompts), {"assign": "sequential", "counts": counts}),
         Sample("sequential, 20 kernels, 23 prompts", (draw(20, 24), many), {"assign": "sequential"}),
         Sample("random, one kernel", (kernels[:, :1], prompts), {"assign": "random", "counts": counts}),
@@ -73,8 +74,9 @@ def _slot(turn: int, number: int, length: int) -> int:
 
 
 def match_oracle(
-    kernels: Tensor, prompts: Tensor, counts: Tensor | None = None, *, assign: str = "cosine", dropout: float = 0.0
-) -> PromptMatch:
+    kernels: Tensor, prompts: Tensor, counts: Tensor | None = None, *, assign: str = "cosine", keep: Tensor | None = None,
+    dropout: float = 0.0,
+) -> PromptMatch:  # fmt: skip
     """One kernel at a time in numpy; what is drawn must not matter (one kernel, or all dropped)."""
     import numpy as np
 
@@ -83,7 +85,7 @@ def match_oracle(
     p, index = prompts.cpu().numpy(), np.full((batch, kernels.shape[-2]), -1, dtype=np.int64)
     for b, n in np.ndindex(*index.shape):
         real = length if counts is None else int(counts[b])
-        if real == 0 or dropout == 1:
+        if real == 0 or dropout == 1 or (keep is not None and not keep[b, n]):
             continue
         if assign == "cosine":
             with np.errstate(invalid="ignore"):
@@ -144,6 +146,8 @@ PROMPT_MATCH = OpSpec(
         _bad("unknown assignment", r"assign must be one of 'cosine', 'sequential', 'random', got 'euclid'", _k, _p, assign="euclid"),
         _bad("dropout above 1", r"dropout must be a number between 0 and 1, got 1.5", _k, _p, dropout=1.5),
         _bad("dropout of text", r"dropout must be a number between 0 and 1, got '0.1'", _k, _p, error=TypeError, dropout="0.1"),
+        _bad("kept by numbers", r"keep must have dtype bool, got int64", _k, _p, error=TypeError, keep=torch.ones(2, 5, dtype=torch.int64)),
+        _bad("kept for one image", r"keep must have shape \(B, N\) = \(2, 5\), got \(5,\)", _k, _p, keep=torch.ones(5, dtype=torch.bool)),
         _bad("a seed", r"generator must be a torch.Generator or None, got int", _k, _p, error=TypeError, generator=3),
         _bad("another device", r"prompts must be on the device of kernels \(cpu\), got meta", _k, _p.to("meta")),
     ),

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sprompt.models.files import load_model, read_info, save_model
 from sprompt.models.knet import KNet, KNetConfig
 from sprompt.models.knet.checkpoint import export_checkpoint, import_checkpoint
+from sprompt.models.saved import load_model, read_info, save_model
 
 TINY = KNetConfig(depth=18, backbone_width=4, channels=16, kernels=5, num_classes=3, heads=2, feedforward=24, stages=2)
 CLASSES = ["disc", "ring", "bar"]
@@ -59,7 +59,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 def test_classes_must_fit_the_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="classes must have 3 names, one an output of the model, got 2"):
         save_model(tmp_path / "m.safetensors", tiny(), CLASSES[:2])
-    with pytest.raises(TypeError, match="must be one of knet, got Linear"):
+    with pytest.raises(TypeError, match="must have a config derived from ModelConfig, got Linear"):
         save_model(tmp_path / "m.safetensors", torch.nn.Linear(1, 1), CLASSES)
 
 

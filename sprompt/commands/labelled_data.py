@@ -4,12 +4,12 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from sprompt.commands import runs
+from sprompt.commands import run_folder
 from sprompt.data.coco import CocoDataset
 
 
 @dataclasses.dataclass
-class Labels:
+class LabelledData:
     """Labelled pictures: COCO-style (a folder and a JSON file), Cityscapes, or CTW1500."""
 
     images: Path | None = None
@@ -50,7 +50,7 @@ class Labels:
     def _open(self, name: str, keep_empty: bool, class_agnostic: bool) -> CocoDataset:
         if self.images is None:
             raise ValueError(f"--{name}.images: must be given")
-        images = runs.existing(self.images, f"{name}.images", folder=True)
+        images = run_folder.existing(self.images, f"{name}.images", folder=True)
         if self.format == "cityscapes":
             from sprompt.data.cityscapes import read_cityscapes
 
@@ -59,7 +59,7 @@ class Labels:
             return read_cityscapes(images, self.split, keep_empty=keep_empty)
         if self.annotations is None:
             raise ValueError(f"--{name}.annotations: must be given for format {self.format}")
-        labels = runs.existing(self.annotations, f"{name}.annotations", folder=self.format == "ctw1500")
+        labels = run_folder.existing(self.annotations, f"{name}.annotations", folder=self.format == "ctw1500")
         if self.format == "ctw1500":
             from sprompt.data.ctw1500 import read_ctw1500
 

@@ -1,11 +1,11 @@
-"""How pictures are predicted, as `finetune`, `evaluate` and `predict` share it."""
+"""Settings of prediction that `finetune`, `evaluate` and `predict` share."""
 
 import dataclasses
 from typing import Any
 
 
 @dataclasses.dataclass
-class Testing:
+class Prediction:
     """Size of the pictures, and which results are kept."""
 
     short: int | None = None

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sprompt.data.draw import PALETTE, Mark, colour, heat_map, overlay, scaled
 from sprompt.masks import BitMasks
-from sprompt.report.draw import PALETTE, Mark, colour, heat_map, overlay, scaled
 
 GREY = (120, 120, 120)
 

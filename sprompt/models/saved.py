@@ -1,4 +1,4 @@
-"""Models in files: safetensors that say what they hold, so that a file is enough to have the model back."""
+"""Saved models: safetensors files that name their model, its configuration and its classes, so that the file alone brings it back."""
 
 from __future__ import annotations
 
@@ -12,22 +12,20 @@ import torch
 from torch import nn
 
 from sprompt.models.fit import check_fit
-from sprompt.models.knet import KNet, KNetConfig
+from sprompt.models.registry import MODELS, ModelConfig
 from sprompt.nn.files import read_metadata, read_tensors, write_tensors
 
 _FORMAT = 1
-#: name -> the model and its config, which is all that its constructor takes. A model's config is its `config`.
-_MODELS: dict[str, tuple[type[nn.Module], type[Any]]] = {"knet": (KNet, KNetConfig)}
 
 
 def save_model(
     path: Path | str, model: nn.Module, classes: Sequence[str], extra: Mapping[str, Any] | None = None
 ) -> None:
     """Writes a model with the names of its classes, whole or not at all. `extra`: anything JSON can hold, given back by load_model."""
-    name = next((name for name, (kind, _) in _MODELS.items() if type(model) is kind), None)
-    if name is None:
-        raise TypeError(f"save_model: model must be one of {_known()}, got {type(model).__name__}")
-    config: Any = model.config
+    config: Any = getattr(model, "config", None)
+    if not isinstance(config, ModelConfig):
+        raise TypeError(f"save_model: model must have a config derived from ModelConfig, got {type(model).__name__}")
+    name = MODELS.name(type(config))
     if len(classes) != config.num_classes:
         raise ValueError(
             f"save_model: classes must have {config.num_classes} names, one an output of the model, got {len(classes)}; "
@@ -58,8 +56,6 @@ def read_info(path: Path | str) -> dict[str, Any]:
         raise ValueError(
             f"{path}: format must be {_FORMAT}, got {about.get('format')!r}; is this version too old for it?"
         )
-    if about["model"] not in _MODELS:
-        raise ValueError(f"{path}: the model must be one of {_known()}, got {about['model']!r}")
     classes, config = about.get("classes"), _config(path, about)
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"{path}: classes must be a list of names, got {classes!r:.80}; write it again")
@@ -73,19 +69,24 @@ def read_info(path: Path | str) -> dict[str, Any]:
 
 
 def load_model(path: Path | str) -> tuple[Any, dict[str, Any]]:
-    """The model of a file, on the CPU and in eval mode, and what `read_info` says. Nothing in the file is ever executed."""
+    """The model of a file, on the CPU and in eval mode, and what `read_info` says.
+
+    Nothing in the file is ever executed or imported: a model outside of this library must be known to `MODELS` before.
+    """
     info = read_info(path)
-    kind, _ = _MODELS[info["model"]]
     tensors, _ = read_tensors(path)
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-        model = kind(_config(path, info))
+        model = MODELS.get(info["model"])(_config(path, info))
     check_fit(path, tensors, model.state_dict())
     model.load_state_dict(tensors, assign=True)
     return model.eval(), info
 
 
 def _config(path: Path | str, about: Mapping[str, Any]) -> Any:
-    _, kind = _MODELS[about["model"]]
+    try:
+        kind = MODELS.get(str(about["model"])).Config
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     values, known = about.get("config"), {field.name for field in fields(kind)}
     if not isinstance(values, dict) or values.keys() != known:
         got = sorted(values.keys() ^ known)[:5] if isinstance(values, dict) else type(values).__name__
@@ -96,5 +97,25 @@ def _config(path: Path | str, about: Mapping[str, Any]) -> Any:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _known() -> str:
-    return ", ".join(_MODELS)
+def is_saved_model(path: Path) -> bool:
+    """Whether `save_model` wrote this file."""
+    if path.suffix != ".safetensors":
+        return False
+    try:
+        about = json.loads(read_metadata(path).get("sprompt", "null"))
+    except (json.JSONDecodeError, RecursionError):
+        return True  # read_info says what is wrong with it
+    return isinstance(about, dict) and "model" in about
+
+
+def saved_name(path: Path) -> str | None:
+    """The name of the model in a run folder or a file of `save_model`; None for everything else. Nothing is checked."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not (file.is_file() and file.suffix == ".safetensors"):
+        return None
+    try:
+        about = json.loads(read_metadata(file).get("sprompt", "null"))
+    except (ValueError, RecursionError):
+        return None
+    name = about.get("model") if isinstance(about, dict) else None
+    return name if isinstance(name, str) else None

@@ -1,0 +1,157 @@
+"""From a command line to the settings of a command."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib
+import inspect
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sprompt.registry import Named
+from sprompt.settings import SettingsError, from_plain, read_yaml, to_plain
+
+PRESETS = Path(__file__).parents[1] / "presets"
+MODEL = "knet"  # where nobody names a model
+
+
+def parse(name: str, argv: Sequence[str]) -> Any:
+    """The command's settings: its defaults, changed by --preset, then by --config, then by the other options.
+
+    --model, --method and --evaluator choose a configuration by name. Without --model, that of --checkpoint is taken, if its file tells.
+    """
+    import tyro
+
+    kind = command(name)
+    chosen, rest = _choices(kind, argv)
+    base = required_missing(kind)
+    plain = {} if chosen.config is None else read_yaml(chosen.config)
+    if plain.pop("command", name) != name:
+        raise SettingsError(f"{chosen.config}: holds the settings of another command than {name}")
+    named = {
+        option: kind.load(given).Config
+        for option, kind in registries(kind).items()
+        if (given := getattr(chosen, option))
+    }
+    model = _model_name(chosen, plain, name)
+    if chosen.preset is not None:
+        base = from_plain(kind, preset(chosen.preset, model).get(name, {}), base, f"preset {chosen.preset}: {name}")
+    elif hasattr(base, "model") and model != base.model.registry.name(type(base.model)):
+        base = dataclasses.replace(base, model=base.model.registry.get(model).Config())
+    base = from_plain(kind, plain, base, str(chosen.config))
+    for option, config in named.items():
+        if type(getattr(base, option)) is not config:
+            base = dataclasses.replace(base, **{option: config()})
+    return tyro.cli(
+        kind, args=rest, default=base, prog=f"sprompt {name}", description=_description(kind),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
+    )  # fmt: skip
+
+
+def _choices(kind: Any, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """The options that decide which other options there are, and the rest of the command line."""
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--preset")
+    before.add_argument("--config", type=Path)
+    for option in registries(kind):
+        before.add_argument(f"--{option}")
+    chosen, rest = before.parse_known_args(list(argv))
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--checkpoint", type=Path)
+    chosen.checkpoint = peek.parse_known_args(rest)[0].checkpoint
+    return chosen, rest
+
+
+def registries(kind: Any) -> dict[str, Any]:
+    """The settings of a command that are chosen by name, with the registries of the names."""
+    hints = typing.get_type_hints(kind)
+    return {
+        f.name: hints[f.name].registry
+        for f in dataclasses.fields(kind)
+        if isinstance(hints[f.name], type) and issubclass(hints[f.name], Named)
+    }
+
+
+def _model_name(chosen: argparse.Namespace, plain: dict[str, Any], name: str) -> str:
+    """The name of the model: as typed, as in the file of --config, as in that of --checkpoint, or the default."""
+    from sprompt.models.saved import saved_name
+
+    written = plain.get("model")
+    if isinstance(written, dict):
+        written = written.get("name")
+    typed = getattr(chosen, "model", None)
+    return typed or written or (saved_name(chosen.checkpoint) if chosen.checkpoint is not None else None) or MODEL
+
+
+def _description(kind: Any) -> str:
+    """The head of --help: the command's docstring, and the options that tyro does not know."""
+    lines = [inspect.cleandoc(kind.__doc__), ""]
+    for option, registry in registries(kind).items():
+        names = ", ".join(registry.names())
+        own = ", or package.module:Class for your own" if option == "model" else ""
+        lines.append(f"--{option} NAME chooses the {option}, and so its settings below: {names}{own}.")
+    lines.append(
+        f"--preset NAME starts from {', '.join(preset_names())}, or from a file with the settings of several commands. "
+        "--config FILE.yaml starts from settings of this command, such as the config.yaml of an earlier run. Other options come on top."
+    )
+    return "\n".join(lines)
+
+
+def command(name: str) -> Any:
+    """The dataclass of a command: `pretrain` is sprompt.commands.pretrain.Pretrain."""
+    return getattr(importlib.import_module(f"sprompt.commands.{name}"), name.capitalize())
+
+
+def required_missing(kind: Any) -> Any:
+    """An instance in which settings without a default are marked as missing, so that tyro asks for them."""
+    import tyro
+
+    missing = {
+        f.name: tyro.MISSING
+        for f in dataclasses.fields(kind)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    return kind(**missing)
+
+
+def preset_names(model: str = "*") -> list[str]:
+    """Names of the presets of a model, or of any model."""
+    return sorted({path.stem for path in PRESETS.glob(f"{model}/*.yaml")})
+
+
+def preset(name: str, model: str = MODEL) -> dict[str, Any]:
+    """The settings of every command in a preset for a model, or in a file like one.
+
+    A preset has two parts: presets/NAME.yaml for commands that have no model, and presets/MODEL/NAME.yaml.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return read_yaml(Path(name))
+    if name not in preset_names():
+        raise SettingsError(f"--preset: must be one of {', '.join(preset_names())}, or a file NAME.yaml, got {name}")
+    if name not in preset_names(model):
+        known = ", ".join(preset_names(model)) or "no preset"
+        raise SettingsError(f"--preset: {model} has {known}, got {name}; a file NAME.yaml does as well")
+    shared = PRESETS / f"{name}.yaml"
+    return (read_yaml(shared) if shared.is_file() else {}) | read_yaml(PRESETS / model / f"{name}.yaml")
+
+
+def record(settings: Any) -> dict[str, Any]:
+    """The content of a run's config.yaml: the command and all its settings."""
+    return {"command": type(settings).__name__.lower(), **to_plain(settings)}
+
+
+def read_record(path: Path) -> tuple[str, Any]:
+    """The command of a config.yaml, and its settings."""
+    plain = read_yaml(path)
+    name = str(plain.pop("command", ""))
+    if not (Path(__file__).parent / f"{name}.py").is_file():
+        raise SettingsError(f"{path}: command must be a command of sprompt, got {name!r}")
+    try:
+        return name, from_plain(command(name), plain)
+    except SettingsError as error:
+        raise SettingsError(
+            f"{path}: is not of this version of sprompt ({error}); train again, or use the version that wrote it"
+        ) from None

@@ -1,0 +1,138 @@
+"""Run folders: the files that a command leaves behind, and where the next command finds them."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from torch import nn
+
+from sprompt.commands.parsing import record
+from sprompt.data.coco import CocoDataset
+from sprompt.data.loader import Batches
+from sprompt.data.resident import Kept, Resident
+from sprompt.data.transforms import Augment, collate
+from sprompt.engine.processes import processes
+from sprompt.engine.trained import MODEL
+from sprompt.files import atomic_write
+from sprompt.models.saved import save_model
+from sprompt.nn.distributed import is_first
+from sprompt.settings import read_yaml, to_yaml
+
+CONFIG = "config.yaml"
+METRICS = "metrics.json"
+PREDICTIONS = "predictions.json"
+_LOCK = ".lock"  # held by the run that writes into the folder
+
+
+def prepared(out: Path, settings: Any) -> str:
+    """Makes the run folder; gives the text of its config.yaml. Refuses the folder of another command."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out: must be a folder, got the file {out}")
+    text = record(settings)
+    if (out / CONFIG).is_file():
+        there = read_yaml(out / CONFIG).get("command", text["command"])
+        if there != text["command"]:
+            raise ValueError(
+                f"--out: {out} is the folder of a run of {there}; choose another, its files would be replaced"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    return to_yaml(text)
+
+
+@contextlib.contextmanager
+def begun(out: Path, settings: Any) -> Iterator[str]:
+    """The same, and keeps other runs out of the folder until the end of the block. Refuses a folder that another run writes into."""
+    text = prepared(out, settings)
+    if not is_first():
+        yield text
+        return
+    with open(out / _LOCK, "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"--out: another run writes into {out} at this moment; wait for its end, or choose another folder"
+            ) from None
+        yield text
+
+
+def write_config(out: Path, text: str) -> None:
+    """Writes config.yaml, in the first process."""
+    if is_first():
+        atomic_write(out / CONFIG, text)
+
+
+def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callable[..., Any]:
+    """The loader for `train`. `keep`: pictures are read once and stay on the device; else each epoch reads them again."""
+    if not keep:
+        return partial(Batches, dataset, augment, collate)
+    device = processes(cpu).device
+    say(f"reading {len(dataset)} pictures, which stay on {device}")
+    return partial(Resident, Kept(dataset, augment, device))
+
+
+def say_if_crowded(dataset: CocoDataset, queries: int) -> None:
+    """Warns of pictures with more masks than the model can find, one a query."""
+    counts = dataset.mask_counts
+    if crowded := sum(count > queries for count in counts):
+        say(
+            f"  {crowded} pictures have more masks, up to {max(counts)}, than the model has queries, {queries}, and each query finds at "
+            "most one mask; the first training sets their number (K-Net: --model.kernels)"
+        )
+
+
+def listing(names: Sequence[str]) -> str:
+    """The number of pictures, and a digest of their names."""
+    text = "\n".join(names).encode(errors="surrogateescape")
+    return f"{len(names)} {hashlib.sha256(text).hexdigest()[:32]}"
+
+
+def digest(path: Path | None) -> str | None:
+    """A digest of a file's content, or of the names and sizes in a folder. A resumed run knows its inputs by it."""
+    if path is None:
+        return None
+    if path.is_dir():
+        return listing([f"{file.name} {file.stat().st_size}" for file in sorted(path.iterdir()) if file.is_file()])
+    with open(path, "rb") as file:
+        return (
+            hashlib.file_digest(file, "sha256").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _hashed(file)
+        )
+
+
+def _hashed(file: BinaryIO) -> str:
+    """The same digest under Python 3.10."""
+    own = hashlib.sha256()
+    while block := file.read(1 << 20):
+        own.update(block)
+    return own.hexdigest()[:32]
+
+
+def existing(path: Path, option: str, *, folder: bool) -> Path:
+    """The path, if it exists and is of the right kind."""
+    if not path.exists():
+        raise ValueError(f"--{option}: there is no {'folder' if folder else 'file'} {path}")
+    if path.is_dir() != folder:
+        raise ValueError(f"--{option}: must be a {'folder' if folder else 'file'}, got {path}")
+    return path
+
+
+def save(out: Path, model: nn.Module, classes: Sequence[str], augment: Augment) -> None:
+    """Writes the trained model with the size of the pictures that it knows, in the first process."""
+    if is_first():
+        save_model(out / MODEL, model, classes, {"short": augment.shorts[1], "long": augment.long})
+    say(f"the model is in {out / MODEL}")
+
+
+def write_metrics(out: Path, metrics: Mapping[str, Any]) -> None:
+    atomic_write(out / METRICS, json.dumps(metrics, indent=1) + "\n")
+
+
+def say(message: str) -> None:
+    """Prints a line, in the first process only."""
+    if is_first():
+        print(message, flush=True)

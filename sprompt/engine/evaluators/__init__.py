@@ -1,0 +1,1 @@
+"""Ways to compare predictions with labels, chosen by name: `--evaluator coco`."""

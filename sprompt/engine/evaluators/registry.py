@@ -1,0 +1,32 @@
+"""The evaluators by name, and what the engine asks of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from rich.table import Table
+
+from sprompt.registry import Named, Registry
+
+EVALUATORS = Registry("evaluator", {"coco": "sprompt.engine.evaluators.coco:Coco"})
+
+
+@dataclass(frozen=True)
+class EvaluatorConfig(Named):
+    """Settings of an evaluator: all that its constructor takes."""
+
+    registry = EVALUATORS
+
+
+class Evaluator(Protocol):
+    Config: ClassVar[type[EvaluatorConfig]]
+
+    def metrics(
+        self, truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, class_agnostic: bool
+    ) -> dict[str, Any]:
+        """Compares COCO results with the content of a COCO file. Numbers of JSON only: they become metrics.json."""
+
+    def table(self, metrics: Mapping[str, Any]) -> Table:
+        """The most important numbers, for a terminal."""

@@ -1,0 +1,51 @@
+"""The machine that this process runs on: its processor, and whether it has bfloat16."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+import torch
+
+from sprompt import native
+
+#: Instruction sets that the kernels ask about, as Linux spells them.
+FEATURES = (
+    "avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm",
+    "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vpopcntdq", "avx512_bf16",
+)  # fmt: skip
+
+#: The file in which Linux describes the processor.
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 by itself. Where it does not, torch takes up to a hundred times as long as in float32. True
+    where that is not known."""
+    flags = _cpuinfo()[1]
+    return not flags or not flags.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def cpu() -> tuple[str, str]:
+    """Name and instruction sets."""
+    name, flags = _cpuinfo()
+    return name, " ".join(f for f in FEATURES if f in flags) or " ".join(sorted(flags)) or "unknown"
+
+
+def _cpuinfo() -> tuple[str, frozenset[str]]:
+    """Name and all flags; without CPUINFO what Python knows, and no flags."""
+    try:
+        lines = CPUINFO.read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine(), frozenset()
+    known = {line.split(":")[0].strip(): line.split(":", 1)[1].strip() for line in reversed(lines) if ":" in line}
+    return known.get("model name", platform.machine()), frozenset(known.get("flags", known.get("Features", "")).split())
+
+
+def machine(device: torch.device) -> str:
+    """One line for tables of measurements: the processor or GPU, threads, instruction set, torch, Python."""
+    if device.type == "cuda":
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
+    level = native._C.level() if native._C is not None else "no compiled kernels"
+    software = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{cpu()[0]}, {native.threads()} threads, {level}, {software}"
