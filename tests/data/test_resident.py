@@ -87,7 +87,7 @@ def test_scenes(tmp_path: Path) -> None:
 )
 def test_only_mirroring_can_be_by_chance(augment: Augment) -> None:
     with pytest.raises(
-        ValueError, match="keep_pictures: must be False where chance does more than to mirror; or give one length"
+        ValueError, match="keep_pictures: must be False where pictures are cropped, rotated or resized at random"
     ):
         Kept(Pictures(False), augment, "cpu")
 
