@@ -16,13 +16,13 @@ import torch
 import sprompt
 from sprompt import backends, native
 
-#: Instruction sets that the kernels ask about, as Linux spells them.
+#: Instruction sets that the kernels check for, as Linux spells them.
 FEATURES = (
     "avx2", "fma", "f16c", "bmi1", "bmi2", "popcnt", "abm",
     "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512cd", "avx512_vpopcntdq", "avx512_bf16",
 )  # fmt: skip
 
-#: What Linux says of the processor.
+#: The file in which Linux describes the processor.
 CPUINFO = Path("/proc/cpuinfo")
 
 #: Every environment switch, and what it does. README prints this table.
@@ -51,7 +51,7 @@ SWITCHES = {
 
 def report() -> str:
     """The whole report, as plain text."""
-    import sprompt.ops  # noqa: F401  (fills the table of backends)
+    import sprompt.ops  # noqa: F401  # fills the table of backends
 
     sections = [("versions", _versions()), ("build", _build()), ("machine", _machine()), ("switches", _switches())]
     lines = []
@@ -91,8 +91,10 @@ def _build() -> list[tuple[str, str]]:
 
 
 def has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself. Where it does not, torch takes up to a hundred times as long as in float32. True
-    where that is not known."""
+    """Whether this CPU has instructions for bfloat16 products; True if unknown.
+
+    Without them torch takes up to a hundred times as long as in float32.
+    """
     flags = _cpuinfo()[1]
     return not flags or not flags.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
@@ -104,7 +106,7 @@ def _cpu() -> tuple[str, str]:
 
 
 def _cpuinfo() -> tuple[str, frozenset[str]]:
-    """Name and all flags; without CPUINFO what Python knows, and no flags."""
+    """(name, all flags). Without CPUINFO the name is the one Python knows, and there are no flags."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
@@ -141,7 +143,7 @@ def _switches() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[str]:
-    """One line an op: what serves it on each device, in the order of trying; below, why the others cannot."""
+    """A line for each op: its backends on each device, in the order of trying. Below them: why other backends cannot serve."""
     reasons: dict[str, list[str]] = {}
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     ops = backends.ops()
@@ -162,7 +164,8 @@ def _backends() -> list[str]:
 
 
 def support_matrix() -> str:
-    """README's table of what each op supports, as Markdown, from the registry and the specs; the same on every machine."""
+    """README's table of the support of each op, as Markdown. It comes from the registry and the specs, so it is the same on
+    every machine."""
     from sprompt.testing.specs import SPECS
 
     def kernels(ops: tuple[str, ...], device: str) -> str:
@@ -193,7 +196,7 @@ def switch_table() -> str:
 
 
 def write_readme(path: Path) -> None:
-    """Puts the generated tables between their marks, <!-- support --> ... <!-- /support --> and likewise switches."""
+    """Replaces the text between the marks <!-- support --> and <!-- /support --> by the table, and likewise for switches."""
     text = path.read_text()
     for mark, table in (("support", support_matrix()), ("switches", switch_table())):
         head, found, rest = text.partition(f"<!-- {mark} -->\n")

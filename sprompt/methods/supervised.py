@@ -1,4 +1,4 @@
-"""Training on labels as they are: fine-tuning, or training from scratch."""
+"""Training on labels, without prompts: fine-tuning, or training from scratch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sprompt.models.protocol import QueryModel
 
 
 class Supervised(nn.Module):
-    """The task of a model and labels, without prompts: `forward` gives the loss, and its terms for the log."""
+    """The task of a model and labels, without prompts. `forward` returns (loss, its terms for the log)."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ def summed(terms: Iterable[Tensor]) -> Tensor:
 
 
 def checked_model(model: nn.Module) -> nn.Module:
-    """The model, if it is an nn.Module with all that `sprompt.models.protocol.QueryModel` asks for."""
+    """Returns the model; raises TypeError if it is no nn.Module or lacks a member of `sprompt.models.protocol.QueryModel`."""
     wanted = ("sites", "channels", "num_classes", "backbone", "encode", "decode", "losses", "predictions")
     missing = [name for name in wanted if not hasattr(model, name)]
     if missing or not isinstance(model, nn.Module):
@@ -43,7 +43,7 @@ def checked_model(model: nn.Module) -> nn.Module:
 
 
 def check_classes(classes: Sequence[str], num_classes: int) -> None:
-    """Raises ValueError where the labels have other classes than the model can learn; to be asked before the first step."""
+    """Raises ValueError if the labels do not have `num_classes` classes. Call it before the first step."""
     if len(classes) != num_classes:
         names = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         raise ValueError(

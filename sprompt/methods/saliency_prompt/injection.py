@@ -1,4 +1,4 @@
-"""Prompts into queries: which query takes which, where, and how often."""
+"""Adds prompts to queries: which prompt a query takes, at which site, and with which probability."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ LATE = "kernel_late"  # matched at "kernel", added at "proposal"
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """Random numbers that depend on these whole numbers only, such as (seed, step)."""
+    """A generator that depends on these whole numbers only, such as (seed, step)."""
     digest = hashlib.blake2b(repr(tuple(map(int, key))).encode(), digest_size=8).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def check_site(site: str, sites: Sequence[str]) -> None:
-    """Raises ValueError where a model has no such site."""
+    """Raises ValueError if a model does not have this site."""
     late = (LATE,) if {"kernel", "proposal"} <= set(sites) else ()
     if site not in (*sites, *late):
         raise ValueError(f"site: must be one of the model's ({', '.join((*sites, *late))}), got {site!r}")
 
 
 class Injection:
-    """The `Prompter` of one batch: adds to the queries at one site the prompt that each takes.
+    """The `Prompter` of one batch: it adds a prompt to each query at one site.
 
-    A query that drops its prompt, or whose image has none, goes on as it is. Which queries drop theirs follows from the seed, the
-    step and the image alone, and a drawn permutation from the seed and the step, so that every way of splitting a batch over
-    processes gives the same.
+    A query that drops its prompt is unchanged; so is a query of an image without prompts. The dropped prompts depend on the
+    seed, the step and the image only, and the random permutation on the seed and the step only. So the result is the same for
+    every split of a batch over processes.
 
-    After the forward pass `index` (B, N) holds the prompt of each query, -1 for none, and `monitors()` how it went.
+    After the forward pass `index` (B, N) holds the prompt of each query, -1 for none; `monitors()` summarises it.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Injection:
         return keep.expand(-1, number)
 
     def _taken(self, index: Tensor) -> Tensor:
-        """The prompt of each query (B, N, C), 0 where it has none."""
+        """The prompt of each query (B, N, C); 0 for a query without a prompt."""
         assert self.prompts is not None
         vectors = self.prompts.vectors
         if vectors.shape[1] == 0:
@@ -112,13 +112,13 @@ class Injection:
 
     @torch.no_grad()
     def _ratio_of(self, index: Tensor, queries: Tensor) -> Tensor:
-        """Mean of ‖prompt‖ / ‖query‖ over the queries that took one, in float32."""
+        """Mean of ‖prompt‖ / ‖query‖ over the queries with a prompt, in float32."""
         ratio = self._taken(index).float().norm(dim=2) / queries.detach().float().norm(dim=2).clamp(min=1e-8)
         return ratio.sum() / (index >= 0).sum().clamp(min=1)
 
     @torch.no_grad()
     def monitors(self) -> dict[str, Tensor]:
-        """How much of the queries prompts are, how many queries share one, and which share of the prompts is in use."""
+        """Length of prompts relative to queries, queries for each used prompt, and the share of the prompts that is used."""
         if self.prompts is None or self.index is None or self._ratio is None:
             return {}
         real = self.prompts.counts.sum()
@@ -135,6 +135,6 @@ class Injection:
 
 @torch.no_grad()
 def _lengthened(vectors: Tensor, queries: Tensor, ratio: float) -> Tensor:
-    """Prompts (B, L, C) of `ratio` times the mean length of their image's queries (B, N, C). Which is most similar stays so."""
+    """Prompts (B, L, C) of `ratio` times the mean length of their image's queries (B, N, C). Cosine matches do not change."""
     length = queries.detach().float().norm(dim=2).mean(1)[:, None, None]
     return (normalize(vectors.float(), dim=2) * (ratio * length)).to(vectors.dtype)
