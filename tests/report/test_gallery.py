@@ -230,7 +230,7 @@ def test_foreign_pages_and_wrong_inputs_are_refused(disk: Any, tmp_path: Path) -
     out = tmp_path / "site"
     out.mkdir()
     (out / "index.html").write_text("<html>my own page</html>")
-    with pytest.raises(ValueError, match="is a page of something else"):
+    with pytest.raises(ValueError, match="is a page of another program"):
         full(disk, out)
     assert (out / "index.html").read_text() == "<html>my own page</html>"
     with pytest.raises(ValueError, match="must be a folder, got a file"):

@@ -139,7 +139,7 @@ def test_a_foreign_page_stays_and_old_maps_go(tmp_path: Path) -> None:
     write_page(tmp_path, study(), {"prompts": maps(2)})
     assert len(list((tmp_path / "pictures").iterdir())) == 2
     (tmp_path / "index.html").write_text("<p>mine")
-    with pytest.raises(ValueError, match="is a page of something else"):
+    with pytest.raises(ValueError, match="is a page of another program"):
         write_page(tmp_path, {})
     with pytest.raises(DataError, match=r"must hold numbers of shape \(N, h, w\)"):
         write_page(tmp_path / "a", {}, {"prompts": np.zeros((3, 3))})
