@@ -25,7 +25,7 @@ TRUE, FALSE, MISSED, IGNORED = (0, 200, 150), (255, 110, 40), (255, 95, 200), (1
 
 _HEAT = ((10, 12, 34), (52, 24, 96), (120, 28, 109), (187, 55, 84), (237, 105, 37), (251, 180, 44), (252, 250, 190))
 _INK: RGB = (12, 14, 18)
-_SHORTEST, _LONGEST = 900, 1280  # bounds of the long side of a drawn picture; small pictures are enlarged for fine outlines
+_SHORTEST, _LONGEST = 900, 1280  # bounds of the long side of a drawn picture, so that outlines are fine
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _draw_mask(
     level = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR, box=source)
     level = level.filter(ImageFilter.GaussianBlur(sigma))
     most = level.getextrema()[1]
-    if isinstance(most, (int, float)) and most < 160:  # thinner than the blur: raise its level, so that it stays visible
+    if isinstance(most, (int, float)) and most < 160:  # thinner than the blur: it must stay visible
         level = level.point([min(255, round(230 * v / max(most, 1))) for v in range(256)])
     fill, line, casing = (level.point(_table(sigma, alpha)) for alpha in _alphas(width))
     period = max(5, round(4 * width))

@@ -94,8 +94,8 @@ def prompts(album: Album, matches: Sequence[Matches]) -> Section:
         ),
     ]
     note = (
-        "Every kernel takes the most similar prompt of the picture. A prompt may be taken by many kernels or by none. Each small "
-        "square is a kernel, in the colour of its prompt. Point at it for its number."
+        "Every kernel takes the most similar prompt of the picture. A prompt may be taken by many kernels or by none. Each "
+        "small square is a kernel, in the colour of its prompt. Point at it for its number."
     )
     body = join(_note(note), tag("ul", stats, class_="stats"), tag("div", figures, class_="prompts"))
     return Section("prompts", "Prompts", body, _many(len(matches), "picture"))
