@@ -43,7 +43,7 @@ class Row:
     name: str
     figures: dict[str, Estimate | None]  # by names of METRICS, from 0 to 1
     seeds: int
-    difference: Estimate | None  # AP minus the AP of the baseline with the same seed; None for the baseline, and without pairs
+    difference: Estimate | None  # AP minus the baseline's, of equal seeds; None for the baseline, and without pairs
     above: int  # number of seeds with a difference above 0
     verdict: str
 

@@ -47,9 +47,7 @@ from sprompt.study.tables import (
 )  # fmt: skip
 
 _MAPS = 36  # upper bound of the kernel maps of a variant
-_BANDS = (
-    "A curve shows the mean of the seeds over the epochs of fine-tuning; its band goes from the least to the largest value."
-)
+_BANDS = "A curve is the mean of the seeds over the epochs of fine-tuning; its band goes from the least to the largest value."
 
 
 def write_page(
@@ -227,9 +225,9 @@ def _kernels(album: Album, maps: dict[str, np.ndarray]) -> Iterator[Section]:
         parts.append(tag("div", tag("h3", title(name)), tag("p", said), sheet))
     if parts:
         note = tag(
-            "p", "The mean mask of each kernel over the pictures, the most local first. Colours go up to the peak of a map. The "
-            "spread is the distance of the activation from its centre, in widths of the picture; an even map has 0.41. If all "
-            "kernels look at the same places, their centres are scattered by 0.", class_="note",
+            "p", "The mean mask of each kernel over the pictures, the most local first. Colours go up to the peak of a map. "
+            "The spread is the distance of the activation from its centre, in widths of the picture; an even map has 0.41. If "
+            "all kernels look at the same places, their centres are scattered by 0.", class_="note",
         )  # fmt: skip
         yield Section("kernels", "Kernel activation", join(note, tag("div", parts, class_="beside")), "Figure 6")
 
