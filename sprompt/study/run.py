@@ -184,9 +184,7 @@ def _locked(out: Path) -> IO[str]:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(
-            f"{out}: another study, or a command of a killed study, is at work here; waiting for its end", flush=True
-        )
+        print(f"{out}: another study, or a command of a killed study, is at work here; waiting for its end", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def _fails(item: int, generator: torch.Generator) -> int:
 
 
 def _batches(number: int = 10, **options: object) -> Batches[Item, list[Item]]:
-    return Batches(range(100, 100 + number), _draw, _list, **{"batch_size": 4, "seed": 7, **options})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"batch_size": 4, "seed": 7, **options}
+    return Batches(range(100, 100 + number), _draw, _list, **given)
 
 
 def test_an_epoch_with_shuffle() -> None:

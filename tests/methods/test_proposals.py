@@ -145,7 +145,7 @@ def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], origina
 @pytest.mark.parametrize("nms", ["matrix", "matrix_linear", "greedy"])
 @pytest.mark.parametrize("seeds", ["pyramid", (3, 4)])
 def test_proposals_are_those_of_an_independent_implementation(similarity: str, nms: str, seeds: object) -> None:
-    config = ProposalConfig(similarity=similarity, nms=nms, seeds=seeds, min_score=0.1, max_width=1.01)  # type: ignore[arg-type]
+    config = ProposalConfig(similarity=similarity, nms=nms, seeds=seeds, min_score=0.1, max_width=1.01)  # type: ignore[arg-type]  # a str
     compared = 0
     for seed in range(6):
         x = smooth(seed, 6, 9, 12)
@@ -174,7 +174,7 @@ def test_proposals_are_those_of_an_independent_implementation(similarity: str, n
 def test_two_orthogonal_halves_give_two_proposals_of_score_1(similarity: str) -> None:
     x = torch.zeros(1, 5, 24, 40)
     x[:, 1, :, :20] = x[:, 3, :, 20:] = 2.0
-    config = ProposalConfig(similarity=similarity)  # type: ignore[arg-type]
+    config = ProposalConfig(similarity=similarity)  # type: ignore[arg-type]  # a str
     (found,) = propose(Maps(x), batch_of((24, 40), (768, 1280), (240, 400)), config)
     assert found.scores.tolist() == [1.0, 1.0]
     assert sorted(found.masks.boxes().tolist()) == [[0, 0, 200, 240], [200, 0, 400, 240]]
@@ -196,7 +196,7 @@ def test_duplicate_seeds_leave_one_proposal() -> None:
 @pytest.mark.parametrize("scale", [2.0**-6, 2.0**5])
 def test_scaling_all_features_changes_nothing(similarity: str, scale: float) -> None:
     x = smooth(5, 8, 12, 16)
-    config = ProposalConfig(similarity=similarity, min_score=0.1)  # type: ignore[arg-type]
+    config = ProposalConfig(similarity=similarity, min_score=0.1)  # type: ignore[arg-type]  # a str
     batch = batch_of((12, 16), (384, 512), (100, 140))
     (a,), (b,) = propose(Maps(x), batch, config), propose(Maps(scale * x), batch, config)
     assert len(a.scores) > 0
@@ -213,7 +213,7 @@ def test_scaling_one_pixel_changes_dot_only() -> None:
     batch = batch_of((10, 12), (320, 384), (100, 120))
     same = {}
     for similarity in ("cosine", "dot"):
-        config = ProposalConfig(similarity=similarity, seeds=(10, 12), **OPEN)  # type: ignore[arg-type]
+        config = ProposalConfig(similarity=similarity, seeds=(10, 12), **OPEN)  # type: ignore[arg-type]  # options of any type
         (a,), (b,) = propose(Maps(x), batch, config), propose(Maps(scaled), batch, config)
         same[similarity] = torch.equal(a.masks.words, b.masks.words)
     assert same == {"cosine": True, "dot": False}
@@ -226,7 +226,7 @@ def test_padding_is_neither_seed_nor_pixel() -> None:
     """A picture gives the same proposals alone, and padded with whole cells of anything."""
     x = smooth(7, 6, 8, 8)
     wide = torch.cat([x, 50 * torch.rand(1, 6, 8, 4)], 3)
-    config = ProposalConfig(**OPEN)  # type: ignore[arg-type]
+    config = ProposalConfig(**OPEN)  # type: ignore[arg-type]  # options of any type
     (a,) = propose(Maps(x), batch_of((8, 8), (256, 256), (90, 90)), config)
     (b,) = propose(Maps(wide), batch_of((8, 12), (256, 256), (90, 90)), config)
     assert len(a.scores) > 0
@@ -323,7 +323,7 @@ def test_one_zero_pixel_spoils_nothing() -> None:
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"ProposalConfig: {name} must .*, got"):
-        replace(ProposalConfig(), **{name: value})  # type: ignore[arg-type]
+        replace(ProposalConfig(), **{name: value})  # type: ignore[arg-type]  # options of any type
 
 
 def test_settings_survive_the_record() -> None:
@@ -360,5 +360,6 @@ def test_switches_of_precision_are_put_back(user: str) -> None:
         assert state() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = start[:2]  # type: ignore[assignment]
+        torch.backends.cuda.matmul.fp32_precision = start[0]  # type: ignore[assignment]  # saved as Any
+        torch.backends.mkldnn.matmul.fp32_precision = start[1]  # type: ignore[assignment]  # saved as Any
     assert state() == start

@@ -50,7 +50,7 @@ def test_the_cells_of_boxes() -> None:
 def test_levels(level: str, stride: int) -> None:
     maps = maps_of(96, 160)
     masks = box_mask(96, 160, (13, 21, 90, 50))
-    got = read_prompts(maps, masks, torch.tensor([1]), SaliencyPromptConfig(level=level)).vectors[0, 0]  # type: ignore[arg-type]
+    got = read_prompts(maps, masks, torch.tensor([1]), SaliencyPromptConfig(level=level)).vectors[0, 0]  # type: ignore[arg-type]  # a str
     rows, columns = slice(21 // stride, -(-50 // stride)), slice(13 // stride, -(-90 // stride))
     x = maps[(4, 8, 16, 32).index(stride)]
     torch.testing.assert_close(got, x[0, :, rows, columns].mean((1, 2)))
@@ -161,7 +161,7 @@ def test_contrast_tells_by_the_angle(level: str) -> None:
     own = maps if level != "features" else [x]
     boxes = [(8, 16, 40, 48), (64, 0, 96, 32)]
     masks = BitMasks.stack([box_mask(96, 160, *boxes)[0], box_mask(96, 160, *boxes)[0]])
-    config = SaliencyPromptConfig(level=level, contrast=True)  # type: ignore[arg-type]
+    config = SaliencyPromptConfig(level=level, contrast=True)  # type: ignore[arg-type]  # a str
     got = read_prompts(own, masks, torch.tensor([2, 1]), config, [(96, 160), (80, 100)]).vectors.double()
     stride = 160 // x.shape[3]
     for b, (height, width) in enumerate([(96, 160), (80, 100)]):

@@ -108,7 +108,7 @@ def test_own_files(depth, width, dtype, tmp_path):
     save_backbone(path, right, dtype)
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["sprompt"]) == {"backbone": {"depth": depth, "width": width}}
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118, not a dict
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118  # not a dict
     opened = open_backbone(path)
     assert (opened.depth, opened.width, opened.training) == (depth, width, False)
     assert not any(parameter.requires_grad for parameter in opened.parameters())

@@ -70,7 +70,7 @@ def look(page: Path, width: int) -> dict[str, Any]:
     assert found, f"the probe did not finish\n{done.stderr[-2000:]}"
     seen = json.loads(html.unescape(found[1]))
     assert "error" not in seen, seen["error"]
-    return seen  # type: ignore[no-any-return]
+    return seen  # type: ignore[no-any-return]  # JSON is Any
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")

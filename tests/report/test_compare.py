@@ -41,7 +41,7 @@ def scene(rng: np.random.Generator, labels: int, predictions: int) -> tuple[list
 
 
 def rle(mask: np.ndarray) -> dict[str, Any]:
-    return coco.encode(np.asfortranarray(mask.astype(np.uint8)))  # type: ignore[no-any-return]
+    return coco.encode(np.asfortranarray(mask.astype(np.uint8)))  # type: ignore[no-any-return]  # pycocotools has no types
 
 
 def by_coco(truth: list[Any], guesses: list[Any]) -> list[int]:

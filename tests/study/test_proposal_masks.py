@@ -111,7 +111,7 @@ def _expected_seed(mask: np.ndarray, record: dict[str, Any]) -> list[int]:
     ys, xs = np.nonzero(mask)
     middle = (ys.mean() + 0.5, xs.mean() + 0.5)
     cells = [[0, r, c] for r in range(40) for c in range(40)]
-    points = {tuple(cell): _point(cell, mask.shape, record) for cell in cells}  # type: ignore[arg-type]
+    points = {tuple(cell): _point(cell, mask.shape, record) for cell in cells}  # type: ignore[arg-type]  # three numbers each
     there = {cell: p for cell, p in points.items() if _inside(mask, p)}
     if there:
         return list(min(there, key=lambda cell: (math.dist(there[cell], middle), cell)))
