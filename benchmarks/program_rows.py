@@ -178,7 +178,7 @@ def prediction_dump(
 def proposals(device: torch.device, *, depth: int, width: int, size: Size) -> Rivals:
     """Saliency proposals of one picture, as masks of its size. Two parts are timed too: the backbone, and all steps after
     it."""
-    config = ProposalConfig(short=min(size), long=max(size), min_score=0, max_width=9, centre=0)  # filters keep all masks
+    config = ProposalConfig(short=min(size), long=max(size), min_score=0, max_width=9, centre=0)  # no filter
     image, *_ = scene(0, 0, size)
     nothing, none = BitMasks.from_dense(torch.zeros(0, *size)), torch.zeros(0, dtype=torch.int64)
     batch = collate([view(Sample(image, nothing, none, 0, "a scene", size), config)]).to(device)
