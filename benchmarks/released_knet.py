@@ -47,7 +47,7 @@ def losses(model: KNet, maps: Sequence[Tensor], masks: list[Tensor], labels: lis
     terms, x, kernels, logits = head_losses(model, maps, soft, labels)
     images, background = range(len(x)), config.num_classes
 
-    before: tuple[Tensor, Tensor | None] = upsampled(logits.detach()), None  # logits and classes that a stage is matched by
+    before: tuple[Tensor, Tensor | None] = upsampled(logits.detach()), None  # logits, classes for matching
     results = []  # outputs of every stage, kept until the losses
     for number, stage in enumerate(model.stages):
         transformed = stage.feat_transform(x)

@@ -1,4 +1,4 @@
-"""Batches: the same items whatever the processes, the workers, and where an epoch begins."""
+"""Batches hold the same items for every number of processes and workers, and for every first step of an epoch."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_no_worker_is_left() -> None:
 
 
 def test_an_epoch_is_whole_steps() -> None:
-    """Ten items in batches of 2, of which four are a step: the epoch is filled up from its start, no step is short."""
+    """Ten items in batches of 2, four batches a step: the epoch is filled up from its start, so no step is short."""
     batches = Batches(list(range(10)), lambda item, _: item, list, batch_size=2, whole=4, seed=3)
     order = [i for batch in batches.indices(0) for i in batch]
     assert batches.steps == 8 and len(order) == 16

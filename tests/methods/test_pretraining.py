@@ -147,7 +147,7 @@ def test_the_backbone_stays_as_it_is() -> None:
 
 
 def test_a_trained_backbone_gets_no_gradient_from_the_seeds() -> None:
-    """With the weight of L_ker far above the others, their gradients would show it."""
+    """The weight of L_ker is far above the other weights, so a gradient of it would be visible."""
     grads = []
     for weight in (0.0, 1e6):
         config = SaliencyPromptConfig(site="query", kernel_weight=weight, freeze_backbone=False, dropout=1.0)

@@ -1,4 +1,4 @@
-"""A seed's vector, read again in the view that is trained on, is the vector that the proposal was made with."""
+"""A seed's vector, read from the training view, equals the vector that the proposal was made with."""
 
 from __future__ import annotations
 
