@@ -35,7 +35,7 @@ def main() -> int:
         prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--room", action="append", help="only this folder of an op (may be repeated)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="seconds of timing for each candidate (default: 0.2)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="seconds of timing of each candidate (default 0.2)")
     parser.add_argument("--dry-run", action="store_true", help="print what would change, write nothing")
     options = parser.parse_args()
     if not torch.cuda.is_available():
