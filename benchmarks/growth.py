@@ -1,4 +1,4 @@
-"""How cost grows: one curve an op and axis, ours against the eager form of the op's first benchmark row."""
+"""Growth of cost: one curve for each op and axis, ours against the eager form of the op's first benchmark row."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _masks_and_scores(count: int, side: int) -> Sample:
 
 
 def _features(side: int) -> Sample:
-    """Regions of like vectors, as a backbone gives them."""
+    """Regions with similar vectors, like the features of a backbone."""
     regions = torch.nn.functional.interpolate(_randn(1, 512, 5, 5), size=(side, side))
     return Sample("", ((regions + 0.5 * _randn(1, 512, side, side)).relu(),))
 
@@ -48,7 +48,7 @@ def _pairs(side: int) -> Sample:
 
 
 def _update(images: int) -> Sample:
-    """About one pixel in twenty set; whole numbers, so that no rival rounds a logit to the other side of 0."""
+    """Masks with about one pixel in twenty set. Logits are whole numbers, so no rival rounds one to the other side of 0."""
     features = torch.randint(-2, 3, (images, 256, 50, 84), generator=random(0)).float()
     kernels = torch.randint(-1, 2, (images, 100, 256), generator=random(1)).float()
     features[:, 0], kernels[:, :, 0] = 1, -30

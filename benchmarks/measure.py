@@ -21,7 +21,7 @@ Call = Callable[[], Any]
 
 
 def once(call: Call, device: torch.device, repeats: int = 1) -> float:
-    """Milliseconds of one call, from `repeats` in a row."""
+    """Milliseconds of one call, the mean of `repeats` calls in a row."""
     if device.type == "cuda":
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
@@ -39,10 +39,10 @@ def once(call: Call, device: torch.device, repeats: int = 1) -> float:
 def interleaved(
     calls: dict[str, Call], device: torch.device, seconds: float, rounds: int = 51
 ) -> dict[str, list[float]]:
-    """Times the calls in turn, A B C A B C …, so that a slow moment of the machine meets all of them.
+    """Times the calls in turn, A B C A B C …, so that a slow moment of the machine affects all of them.
 
-    Two warm-up calls each; then at least 5 rounds (2 of rounds that take a second), and more until `seconds` are over. A call
-    shorter than 0.3 ms is repeated within its turn.
+    Each call has two warm-up calls. Then at least 5 rounds follow (2 if a round takes a second), and more until `seconds` are
+    over. A call shorter than 0.3 ms is repeated within its turn.
     """
     repeats, round_ms = {}, 0.0
     for name, call in calls.items():
@@ -61,18 +61,18 @@ def interleaved(
     return times
 
 
-#: Bytes that the inputs of one timed replay have together: several times the largest L2 of a GPU.
+#: Total bytes of the inputs of one timed replay: several times the largest L2 cache of a GPU.
 PAST_L2 = 400_000_000
 
 
 def copies(sample: Sample, most: int = 64) -> list[Sample]:
-    """The sample, and copies of it in other memory: used in turn, they keep a GPU's L2 cache from holding the inputs."""
+    """The sample, and copies of it in other memory. If calls use them in turn, a GPU's L2 cache cannot hold the inputs."""
     count = max(1, min(64, most, PAST_L2 // max(_held(sample), 1)))
     return [sample, *(sample.map(torch.clone) for _ in range(count - 1))]
 
 
 def fits_l2(sample: Sample, count: int) -> bool:
-    """Whether the L2 cache of the GPU may still hold some of `count` copies when their turn comes again."""
+    """Whether the GPU's L2 cache may still hold a part of `count` copies at their next turn."""
     return count * _held(sample) < 2 * torch.cuda.get_device_properties().L2_cache_size
 
 
@@ -82,7 +82,7 @@ def _held(sample: Sample) -> int:
 
 @contextlib.contextmanager
 def side_stream() -> Iterator[None]:
-    """A stream of one's own, whatever a failed capture makes of the current one."""
+    """Runs its block on a separate stream, so that a failed capture cannot spoil the current one."""
     before, side = torch.cuda.current_stream(), torch.cuda.Stream()
     side.wait_stream(before)
     torch.cuda.set_stream(side)
@@ -94,15 +94,17 @@ def side_stream() -> Iterator[None]:
 
 
 def replay(calls: list[Call]) -> Call | None:
-    """The calls one after the other as a CUDA graph on the current stream, without the cost of launching from Python; None if
-    they synchronise."""
+    """The calls one after the other as a CUDA graph on the current stream; None if they synchronise.
+
+    A replay has no launches from Python, so it does not measure their cost.
+    """
     stream = torch.cuda.current_stream()
     for call in calls:
         call()
     torch.cuda.synchronize()
-    # A capture that fails half-way leaves torch unable to begin another: what would fail is found before.
+    # After a capture that fails half-way torch cannot begin another, so calls that synchronise are found before the capture.
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the mode does not see every wait
+        warnings.simplefilter("ignore")  # the mode warns that it does not see every wait
         torch.cuda.set_sync_debug_mode("error")
     try:
         for call in calls:
@@ -135,9 +137,11 @@ def median_ratio(numerator: list[float], denominator: list[float]) -> float:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Most memory that one call held beyond what was held before it, scratch of kernels included; None where it cannot be read.
+    """Peak memory of one call in bytes, above the memory in use before it, with the scratch buffers of kernels; None if
+    unknown.
 
-    CPU: the kernel's high-water mark of resident memory (Linux), reset before the call, with freed blocks given back at once.
+    On a CPU it is Linux's high-water mark of resident memory, reset before the call. Freed blocks go back to the system at
+    once.
     """
     call()
     if device.type == "cuda":
@@ -167,8 +171,8 @@ def _status(field: str) -> int:
 
 @contextlib.contextmanager
 def _returning_memory() -> Iterator[Any]:
-    """Makes malloc map every block of 64 kB or more by itself, so that freeing it returns it to the system."""
-    trim_threshold, mmap_threshold = -1, -3  # of mallopt
+    """Makes malloc map every block of 64 kB or more separately, so that a freed block goes back to the system."""
+    trim_threshold, mmap_threshold = -1, -3  # parameters of mallopt
     try:
         libc = ctypes.CDLL("libc.so.6")
         Path("/proc/self/clear_refs").write_text("5")
@@ -179,7 +183,7 @@ def _returning_memory() -> Iterator[Any]:
     libc.mallopt(trim_threshold, 1 << 16)
     try:
         yield libc
-    finally:  # glibc's defaults
+    finally:  # back to glibc's defaults
         libc.mallopt(mmap_threshold, 32 << 20)
         libc.mallopt(trim_threshold, 64 << 20)
 
@@ -188,21 +192,22 @@ def _returning_memory() -> Iterator[Any]:
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the machine reaches now: copy in GB/s (read + write), products in GFLOP/s."""
+    """The rates that the machine reaches at this moment: copy in GB/s (read + write), products in GFLOP/s."""
     source = torch.ones(1 << 26 if device.type == "cpu" else 1 << 28, device=device)
     target = torch.empty_like(source)
     milliseconds = statistics.median(interleaved({"copy": lambda: target.copy_(source)}, device, 0.5)["copy"])
     found = {"copy": 2 * source.nbytes / milliseconds / 1e6}
     for name, dtype in (("float32", torch.float32), ("bfloat16", torch.bfloat16)):
-        # On a CPU without bfloat16 instructions torch's product is hundreds of times slower: keep that one small.
+        # without bfloat16 instructions the product of a CPU is hundreds of times slower, so its matrices are small
         side = 8192 if device.type == "cuda" else 1536 if dtype == torch.float32 else 384
         a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        milliseconds = statistics.median(interleaved({"mm": lambda a=a, b=b: a @ b}, device, 0.5)["mm"])  # type: ignore[misc]
+        calls: dict[str, Call] = {"mm": lambda a=a, b=b: a @ b}  # type: ignore[misc]  # a lambda with defaults
+        milliseconds = statistics.median(interleaved(calls, device, 0.5)["mm"])
         found[name] = 2 * side**3 / milliseconds / 1e6
     return found
 
 
 def floor(flops: float, least_bytes: float, dtype: str, found: dict[str, float]) -> float:
-    """The larger of the two times that the machine needs at least: arithmetic and memory."""
+    """Lower bound of the time in milliseconds: the larger of the times for arithmetic and for memory."""
     rate = found["float32"] if dtype == "float32" else max(found["bfloat16"], found["float32"])
     return max(flops / rate / 1e6, least_bytes / found["copy"] / 1e6)

@@ -1,4 +1,4 @@
-"""Pictures of the benchmark: bars against eager, and growth with the number of masks, prompts, the image side and the batch.
+"""Pictures of the benchmark: speed against eager as bars, and growth of cost with masks, prompts, image side and batch.
 
 python -m benchmarks.plot bars benchmarks/results/cpu.json      -> benchmarks/results/cpu.png
 python -m benchmarks.plot growth                                -> benchmarks/results/growth.png, growth.json
@@ -32,11 +32,11 @@ def main() -> None:
         prog="python -m benchmarks.plot", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    bars_parser = commands.add_parser("bars", help="one bar a row of a JSON of benchmarks.run")
+    bars_parser = commands.add_parser("bars", help="one bar for each row of a JSON file of benchmarks.run")
     bars_parser.add_argument("json", type=Path)
     growth_parser = commands.add_parser("growth", help="measure and draw how time grows")
     growth_parser.add_argument("--device", default="cpu")
-    growth_parser.add_argument("--seconds", type=float, default=1.0, help="how long each point is timed (default: 1)")
+    growth_parser.add_argument("--seconds", type=float, default=1.0, help="seconds of timing of each point (default 1)")
     for p in (bars_parser, growth_parser):
         p.add_argument("--out", type=Path, help="the picture")
     options = parser.parse_args()
@@ -54,7 +54,7 @@ def main() -> None:
 
 
 def bars(result: dict[str, Any], out: Path) -> None:
-    """How many times faster than eager, and the goal where there is one."""
+    """Bars of the speed relative to eager, with a mark for the goal of a row, if it has one."""
     rows = [r for r in result["rows"] if r["mode"] != "memory" and "ratio" in r]
     labels = [f"{r['op']}  {r['shape']}  {r['dtype']}  {r['mode']}" for r in rows]
     figure, axes = plt.subplots(figsize=(11, 0.32 * len(rows) + 1.4))

@@ -1,4 +1,4 @@
-"""What `benchmarks.programs` measures: whole programs, each against its rivals, on random weights and made-up pictures."""
+"""The programs that `benchmarks.programs` measures, each with its rivals, on random weights and synthetic pictures."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from sprompt.testing.spec import blobs, random
 
 
 class Rivals(NamedTuple):
-    """Calls that do the same work, "ours" among them. `check` raises AssertionError where they disagree, and tells what is
-    remarkable about the inputs."""
+    """Calls that do the same work; one of them is "ours". `check` raises AssertionError if results differ, and describes the
+    inputs."""
 
     calls: dict[str, Call]
     check: Callable[[], str]
@@ -41,13 +41,13 @@ class Program:
     name: str
     shape: str
     make: Callable[[torch.device], Rivals]
-    #: The same at toy size, for --quick.
+    #: The same rivals at toy size, for --quick.
     tiny: Callable[[torch.device], Rivals]
-    #: Wanted: {"time": released / ours, "memory": released / ours, "share": most of the backbone's time}.
+    #: Goals: {"time": released / ours, "memory": released / ours, "share": upper bound, as a share of the backbone's time}.
     goals: dict[str, float] = field(default_factory=dict)
-    #: Images of one call.
+    #: Number of images of one call.
     images: int = 1
-    #: Whether a GPU replays it from a CUDA graph as well.
+    #: Whether it is also replayed from a CUDA graph on a GPU.
     captures: bool = False
 
 
@@ -55,14 +55,14 @@ class Program:
 
 
 class _Given(nn.Module):
-    """In the place of the semantic FPN: its two maps are given."""
+    """Replaces the semantic FPN: its two maps are the inputs."""
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(maps)
 
 
 def regions(channels: int, size: Size, images: int, seed: int) -> Tensor:
-    """(images, channels, H, W): smooth regions and noise, as networks give them."""
+    """(images, channels, H, W): smooth regions and noise, like features of networks."""
     g = random(seed)
     coarse = torch.randn(images, channels, 10, 16, generator=g)
     return F.interpolate(coarse, size=size, mode="bilinear") + 0.3 * torch.randn(images, channels, *size, generator=g)
@@ -73,14 +73,15 @@ def head_step(
 ) -> Rivals:
     """Forward, matching, losses and backward of K-Net's head at initialisation.
 
-    With `decoder` from the maps behind the semantic FPN, to which a gradient flows; else from the pyramid, to which none does.
+    With `decoder` the inputs are the maps after the semantic FPN, and a gradient flows to them. Otherwise they are the maps of
+    the pyramid, without a gradient.
     """
     torch.manual_seed(0)
     model = KNet(KNetConfig(num_classes=1, **config))
-    model.backbone, model.neck = nn.Identity(), nn.Identity()  # type: ignore[assignment]
+    model.backbone, model.neck = nn.Identity(), nn.Identity()  # type: ignore[assignment]  # the head starts from given maps
     model = model.to(device).train()
     if decoder:
-        model.rpn_head.localization_fpn = _Given()  # type: ignore[assignment]
+        model.rpn_head.localization_fpn = _Given()  # type: ignore[assignment]  # it stands in for a SemanticFPN
         shapes = [(size[0] // 8, size[1] // 8)] * 2
     else:
         shapes = [(size[0] // stride, size[1] // stride) for stride in (4, 8, 16, 32)]
@@ -111,7 +112,7 @@ def head_step(
             return step(ours)
 
     calls: dict[str, Call] = {"ours": lambda: step(ours), "released": lambda: step(released)}
-    if decoder:  # all that differs is in there
+    if decoder:  # ours and the released code differ in the decoder only
         calls["reference"] = reference
 
     def check() -> str:
@@ -141,7 +142,7 @@ def head_step(
 def prediction_dump(
     device: torch.device, *, view: Size = (800, 1333), picture: Size = (800, 1333), kernels: int = 100
 ) -> Rivals:
-    """From the decoder's outputs of one image to COCO results: masks of the picture as RLE, scores and classes."""
+    """From the decoder's outputs of one image to COCO results: RLEs of masks at the picture's size, scores and classes."""
     padded = (-view[0] % 32 + view[0], -view[1] % 32 + view[1])
     model = KNet(KNetConfig(depth=18, backbone_width=8, channels=32, feedforward=32, kernels=kernels, num_classes=1))
     soft = blobs(kernels, padded[0] // 8, padded[1] // 8, 0, device).clamp(1e-4, 1 - 1e-4)
@@ -175,8 +176,9 @@ def prediction_dump(
 
 
 def proposals(device: torch.device, *, depth: int, width: int, size: Size) -> Rivals:
-    """Saliency proposals of one picture, up to masks of its size; and the two parts, the backbone and all that follows it."""
-    config = ProposalConfig(short=min(size), long=max(size), min_score=0, max_width=9, centre=0)  # all masks stay
+    """Saliency proposals of one picture, as masks of its size. Two parts are timed too: the backbone, and all steps after
+    it."""
+    config = ProposalConfig(short=min(size), long=max(size), min_score=0, max_width=9, centre=0)  # no filter
     image, *_ = scene(0, 0, size)
     nothing, none = BitMasks.from_dense(torch.zeros(0, *size)), torch.zeros(0, dtype=torch.int64)
     batch = collate([view(Sample(image, nothing, none, 0, "a scene", size), config)]).to(device)
@@ -186,7 +188,7 @@ def proposals(device: torch.device, *, depth: int, width: int, size: Size) -> Ri
         maps = backbone(batch.images)
 
     def ours(network: Callable[[Tensor], list[Tensor]] = backbone) -> list[Proposals]:
-        return propose(network, batch, config)  # type: ignore[arg-type]
+        return propose(network, batch, config)  # type: ignore[arg-type]  # a function serves as the backbone
 
     def features() -> list[Tensor]:
         with torch.no_grad():

@@ -1,6 +1,6 @@
 """Times whole programs against released code and against the reference backend: a step of training, results, proposals.
 
-Equality comes first: a row whose results do not agree has no time, and the command ends with status 1.
+Results are compared first. A row with different results gets no time, and the command then ends with status 1.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def main() -> int:
         prog="python -m benchmarks.programs", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--row", action="append", choices=names, metavar="NAME", help=f"only this one of {names}")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--seconds", type=float, default=6.0, help="how long each row is timed, at least (default: 6)")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if there is a GPU)")
+    parser.add_argument("--seconds", type=float, default=6.0, help="least seconds of timing for each row (default: 6)")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that everything runs")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument("--markdown", type=Path, help=f"replace the table between {' '.join(MARKERS)} in this file")
@@ -57,7 +57,7 @@ def main() -> int:
 
 
 def row(program: Program, device: torch.device, seconds: float, quick: bool) -> dict[str, Any]:
-    """One line of the table: times in ms, peaks in bytes; `error` says why there are none."""
+    """One line of the table: times in ms, peaks in bytes. If there are none, `error` has the reason."""
     line: dict[str, Any] = {"program": program.name, "shape": program.shape, "error": "", "goals": program.goals}
     if quick:
         line |= {"shape": f"toy size of: {program.shape}", "goals": {}}
@@ -66,7 +66,7 @@ def row(program: Program, device: torch.device, seconds: float, quick: bool) -> 
         line["remark"] = check()
     except AssertionError as failure:
         return line | {"error": f"results disagree: {failure}"}
-    except Exception as failure:  # one row that fails must not cost the others
+    except Exception as failure:  # a failed row must not end the run
         return line | {"error": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]}
     if device.type == "cuda" and program.captures and (captured := measure.replay([calls["ours"]])):
         calls = {**calls, "captured": captured}
@@ -86,7 +86,7 @@ def row(program: Program, device: torch.device, seconds: float, quick: bool) -> 
         for rival in ("released", "reference")
         if rival in times
     }
-    if "backbone" in times:  # the rest of the program is the library's own work
+    if "backbone" in times:  # all steps after the backbone are the library's own work
         line["share"] = statistics.median(
             rest / all_ for rest, all_ in zip(times["kernels"], times["backbone"], strict=True)
         )
@@ -94,7 +94,7 @@ def row(program: Program, device: torch.device, seconds: float, quick: bool) -> 
 
 
 def missed(line: dict[str, Any]) -> list[str]:
-    """The goals that a row does not reach."""
+    """Names of the goals that a row misses."""
     if line["error"]:
         return list(line["goals"])
     reached = line["ratios"].get("released", {})

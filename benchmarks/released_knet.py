@@ -1,9 +1,14 @@
-"""K-Net's training step and its results as released code writes them, in eager PyTorch: the rival of `benchmarks.programs`.
+"""K-Net's training step and its results in eager PyTorch, written as in the released code: the rival in `benchmarks.programs`.
 
-It runs on the parameters of a `sprompt.models.knet.KNet` and takes what a loader of that code gives: one byte a pixel and mask.
-Every image is matched and gets its targets by itself, the feature transform runs over the features, masks are thresholded by a
-sigmoid and pooled by a product, logits are upsampled and kept, the cost takes three products, targets are dense maps of floats for all
-kernels, and the first stage is matched anew, though its matching is that of the kernel head.
+It runs on the parameters of a `sprompt.models.knet.KNet`. As from the released loader, masks have one byte for each pixel. It
+differs from this library in these points:
+
+- each image is matched by itself and gets its own targets;
+- the feature transform runs over the features;
+- masks are thresholded after a sigmoid, and pooled by a product;
+- upsampled logits are computed and kept, and the cost takes three products;
+- targets are dense float maps of all kernels;
+- the first stage is matched again, although its matching equals the matching of the kernel head.
 """
 
 from __future__ import annotations
@@ -20,12 +25,15 @@ from sprompt.masks import Size
 from sprompt.models.knet import KNet, KNetConfig
 
 ALPHA, EPS = 0.25, 1e-12
-Match = tuple[Tensor, Tensor]  # kernels and the targets that they are matched to, by ascending kernel
+Match = tuple[Tensor, Tensor]  # indices of kernels, ascending, and indices of their targets
 Terms = dict[str, Tensor]
 
 
 class Targets(NamedTuple):
-    """Of the kernels of all images: classes (B·N,) int64, masks and their weights (B·N, H/4, W/4) float32, 0 without a target."""
+    """Targets of the kernels of all images: classes (B·N,) int64, masks and weights (B·N, H/4, W/4) float32.
+
+    Masks and weights of a kernel without a target are 0.
+    """
 
     classes: Tensor
     masks: Tensor
@@ -39,8 +47,8 @@ def losses(model: KNet, maps: Sequence[Tensor], masks: list[Tensor], labels: lis
     terms, x, kernels, logits = head_losses(model, maps, soft, labels)
     images, background = range(len(x)), config.num_classes
 
-    before: tuple[Tensor, Tensor | None] = upsampled(logits.detach()), None  # what a stage is matched by
-    results = []  # of every stage, kept to the end
+    before: tuple[Tensor, Tensor | None] = upsampled(logits.detach()), None  # logits, classes for matching
+    results = []  # outputs of every stage, kept until the losses
     for number, stage in enumerate(model.stages):
         transformed = stage.feat_transform(x)
         classes, mask_kernels, kernels = stage(pooled(transformed, logits), kernels)
@@ -65,7 +73,7 @@ def losses(model: KNet, maps: Sequence[Tensor], masks: list[Tensor], labels: lis
 def head_losses(
     model: KNet, maps: Sequence[Tensor], soft: list[Tensor], labels: list[Tensor]
 ) -> tuple[Terms, Tensor, Tensor, Tensor]:
-    """Of the kernel head: its losses, features, proposal kernels and mask logits."""
+    """(losses, features, proposal kernels, mask logits) of the kernel head."""
     config, head = model.config, model.rpn_head
     loc, sem = head(maps)
     logits, seg, x = head.init_kernels(loc), head.conv_seg(sem), sem + loc
@@ -100,7 +108,7 @@ def pooled(features: Tensor, logits: Tensor) -> Tensor:
 
 
 def assign(config: KNetConfig, logits: Tensor, classes: Tensor | None, targets: Tensor, labels: Tensor) -> Match:
-    """One image: logits (N, H/4, W/4), classes (N, K), targets (G, H/4, W/4)."""
+    """Matches one image: logits (N, H/4, W/4), classes (N, K), targets (G, H/4, W/4)."""
     from scipy.optimize import linear_sum_assignment
 
     if len(targets) == 0:
@@ -134,7 +142,7 @@ def dense_targets(
 
 
 def dense_labels(match: Match, soft: Tensor, labels: Tensor, background: int) -> Tensor:
-    """(H/4, W/4) class of every pixel; a later kernel's mask lies over an earlier one's."""
+    """(H/4, W/4): class of each pixel. Where masks overlap, the later kernel counts."""
     pixels = labels.new_full(soft.shape[1:], background)
     for column in match[1]:
         pixels[soft[column] > 0] = labels[column]
@@ -142,7 +150,7 @@ def dense_labels(match: Match, soft: Tensor, labels: Tensor, background: int) ->
 
 
 def mask_terms(fine: Tensor, targets: Targets, background: int) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice of the matched kernels; 0 without any."""
+    """Cross-entropy and dice of the matched kernels; 0 if there are none."""
     positive = targets.classes < background
     z, t = fine.flatten(0, 1)[positive], targets.masks[positive]
     if len(z) == 0:
@@ -166,7 +174,7 @@ def focal(logits: Tensor, labels: Tensor) -> Tensor:
 def results(
     logits: Tensor, classes: Tensor, padded: Size, view: Size, picture: Size
 ) -> tuple[list[dict[str, Any]], list[float], list[int]]:
-    """One image's RLEs, scores and classes, from stride-8 logits (N, h, w) and class logits (N, K)."""
+    """(RLEs, scores, classes) of one image, from logits (N, h, w) of stride 8 and class logits (N, K)."""
     from pycocotools import mask as coco
 
     scores, order = classes.sigmoid().flatten().topk(min(100, classes.numel()), sorted=True)

@@ -1,6 +1,6 @@
-"""Times every op against eager PyTorch, torch.compile of it, and the libraries that one would pick instead.
+"""Times every op against eager PyTorch, torch.compile of eager, and libraries that a user could take instead.
 
-Equality comes first: a row whose outputs do not agree has no time, and the command ends with status 1.
+Outputs are compared first. A row with different outputs gets no time, and the command then ends with status 1.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from sprompt.testing.compare import assert_close, held_bytes, tensors
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES, SPECS
 
-#: eager / ours that every op should reach on a GPU.
+#: The goal of eager / ours on a GPU, for every op.
 GPU_GOAL = 5.0
 NOT_INSTALLED = "which is not installed"
 MODES = ("forward", "full", "memory", "backward")
-#: Ops that a GPU, whose time may be short, times first.
+#: Ops that are timed first on a GPU, since GPU time may be short.
 FLAGSHIPS = ("saliency_masks", "match_cost", "mask_update", "mask_nms", "resize_masks")
-#: Seconds without a row after which the process of an op is given up.
+#: The process of an op is given up after so many seconds without a new row.
 SILENCE = 120.0
 
 #: A row to be timed: number of its bench in BENCHES, dtype, mode.
@@ -46,21 +46,21 @@ def main() -> int:
     )
     parser.add_argument("--op", action="append", help="only this op (may be repeated)")
     parser.add_argument(
-        "--mode", action="append", choices=MODES, help="only this mode (may be repeated); default: all that a row has"
+        "--mode", action="append", choices=MODES, help="only this mode (may be repeated); default: all modes of a row"
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"), help="only this dtype")
-    parser.add_argument("--seconds", type=float, default=2.0, help="how long each row is timed (default: 2)")
-    parser.add_argument("--budget", type=float, help="seconds: rows that would start later are left out, and named")
+    parser.add_argument("--seconds", type=float, default=2.0, help="seconds of timing for each row (default: 2)")
+    parser.add_argument("--budget", type=float, help="seconds; rows that would start later are left out and named")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out (it takes most of the time)")
     parser.add_argument(
-        "--quick", action="store_true", help="forward only, first dtype, half a second a row, no torch.compile"
+        "--quick", action="store_true", help="forward only, first dtype, half a second for each row, no torch.compile"
     )
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     parser.add_argument(
         "--markdown",
         type=Path,
-        help="replace the table between the benchmark markers of this file (README.md), or make the file",
+        help="replace the table between the benchmark markers of this file (README.md), or create the file",
     )
     options = parser.parse_args()
 
@@ -86,7 +86,7 @@ def main() -> int:
                 put_floor(line, result["ceilings"])
                 result["rows"].append(line)
             write(options.json, result)
-        # The machine is shared: the better of two measurements, before and after, is what it can do.
+        # other programs may slow a measurement, so the better of two counts, one before and one after the rows
         describe(result, device)
         for line in result["rows"]:
             put_floor(line, result["ceilings"])
@@ -113,12 +113,14 @@ def describe(result: dict[str, Any], device: torch.device) -> None:
         result["ceilings"][name] = max(rate, result["ceilings"].get(name, 0.0))
 
 
-# -- processes: CUDA keeps no process after an illegal access, so on a GPU every op has one of its own
+# -- processes: after an illegal access a process cannot use CUDA any more, so on a GPU every op has its own process
 
 
 def processes() -> Any:
-    """Forks of a process that has imported torch and the ops but has run nothing: they start at once. The specs are left to the
-    forks: threads that ran something before a fork are missing behind it, and whoever waits for them waits for ever."""
+    """Forks of a process that has imported torch and the ops, but has run nothing, so a fork starts at once.
+
+    Only the forks import the specs. A thread that worked before a fork is missing after it, and a wait for it would never end.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "sprompt.ops", "benchmarks.measure", "benchmarks.table"])
     return context
@@ -134,7 +136,8 @@ def _once(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
 
 
 def in_process(function: Callable[..., Iterator[Any]], *args: Any) -> Iterator[Any]:
-    """Runs the generator function(*args) in a process of its own and yields its values; if the process fails, a sentence last."""
+    """Runs the generator function(*args) in a process of its own and yields its values. If it fails, the last value is a
+    sentence."""
     ours, theirs = processes().Pipe(duplex=False)
     process = processes().Process(target=_answer, args=(theirs, function, args), daemon=True)
     process.start()
@@ -157,7 +160,7 @@ def in_process(function: Callable[..., Iterator[Any]], *args: Any) -> Iterator[A
 
 
 def apart(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
-    """function(*args), on a GPU in a process of its own; None if that fails."""
+    """The result of function(*args); on a GPU it runs in a process of its own. None if the process fails."""
     if device.type == "cpu":
         return function(*args)
     values = list(in_process(_once, function, *args))
@@ -167,7 +170,7 @@ def apart(device: torch.device, function: Callable[..., Any], *args: Any) -> Any
 def rows(
     options: argparse.Namespace, device: torch.device, end: float, show: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
-    """Every line of the table, as it is done; lines that would start after `end` are marked late."""
+    """The lines of the table, each as soon as it is measured. Lines that would start after `end` are marked late."""
     wanted = jobs(options, device)
     how = (device, options.seconds, not options.no_compile, end)
     if device.type == "cpu":
@@ -177,7 +180,7 @@ def rows(
         return
     for op in dict.fromkeys(BENCHES[number].function.__name__ for number, _, _ in wanted):
         left = [job for job in wanted if BENCHES[job[0]].function.__name__ == op]
-        while left:  # a job that ends its process is told of, and those behind it get another
+        while left:  # a job that ends its process becomes an error; the jobs after it get a new process
             show(title(empty_row(left[0])))
             for line in in_process(timed_rows, left, *how):
                 if isinstance(line, str):
@@ -201,15 +204,15 @@ def timed_rows(
             if sample is None or made != (number, dtype):
                 sample, made = BENCHES[number].make(device, dtype, 0), (number, dtype)
             yield row(job, sample, device, seconds, compiled)
-        except Exception as failure:  # one row that fails must not cost the others
+        except Exception as failure:  # a failed row must not end the run
             text = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
             yield empty_row(job) | {"error": text}
             if "CUDA error" in text:
-                os._exit(0)  # what is left gets another process
+                os._exit(0)  # the other jobs get a new process
 
 
 def jobs(options: argparse.Namespace, device: torch.device) -> list[Job]:
-    """Every row that is asked for. On a GPU the flagships come first, and every op's forwards before its other modes."""
+    """The rows that the options select. On a GPU the flagships come first, and of each op its forward rows."""
     found = [
         (number, dtype, mode)
         for number, bench in enumerate(BENCHES)
@@ -232,7 +235,7 @@ def title(line: dict[str, Any]) -> str:
 
 
 def write(file: Path | None, result: dict[str, Any]) -> None:
-    """After every row, so that a run that is cut off keeps what it has."""
+    """Writes the result. It is called after every row, so an interrupted run keeps its rows."""
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")
@@ -250,7 +253,7 @@ def empty_row(job: Job) -> dict[str, Any]:
 
 
 def commit() -> str:
-    """The commit that is measured, marked if files differ from it; empty outside a repository."""
+    """The measured commit, with a mark if files differ from it; empty outside of a repository."""
     asked = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
     try:
         return subprocess.run(asked, capture_output=True, text=True).stdout.strip()
@@ -259,8 +262,10 @@ def commit() -> str:
 
 
 def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled: bool) -> dict[str, Any]:
-    """One line of the table: times in ms, peaks in bytes; `error` says why there are none. `libraries` has by name the ratio to
-    ours and the wanted one, or which module is missing."""
+    """One line of the table: times in ms, peaks in bytes. If there are none, `error` has the reason.
+
+    `libraries` maps a name to its ratio to ours and the goal of that ratio, or to the missing module.
+    """
     bench, dtype, mode = BENCHES[job[0]], job[1], job[2]
     line = empty_row(job)
     if device.type == "cuda":
@@ -304,9 +309,7 @@ def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled
                 bench.function(*sample.args, **sample.kwargs),
                 rivals["compiled"](*sample.args, **sample.kwargs),
             )
-        except (
-            Exception
-        ) as failure:  # a baseline that does not compile, or compiles to something else, is left out and named
+        except Exception as failure:  # a baseline that does not compile, or gives other results, is left out and named
             line["compiled_error"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
             rivals.pop("compiled")
 
@@ -319,7 +322,7 @@ def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled
             line["ratio"] = peaks["eager"] / max(peaks["ours"], 4096)
         return line
     if device.type == "cuda":
-        with measure.side_stream():  # a backward runs on the stream of its forward, and capture needs one of its own
+        with measure.side_stream():  # a capture needs one, and a backward runs on the stream of its forward
             calls, turns, line["timing"] = on_gpu(bench, rivals, sample, mode)
             line["cached"] = measure.fits_l2(sample, turns)
             times = measure.interleaved(calls, device, seconds)
@@ -339,8 +342,11 @@ def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled
 def on_gpu(
     bench: Bench, rivals: dict[str, Callable[..., Any]], sample: Sample, mode: str
 ) -> tuple[dict[str, Callable[[], Any]], int, str]:
-    """Calls over several copies of the sample, how many copies, and how they are launched: by replaying a graph, which
-    leaves out what Python costs, if all rivals can be captured; else one by one. Then ours is replayed as well, as "device"."""
+    """(calls over several copies of the sample, number of copies, kind of launch).
+
+    If all rivals can be captured, each is replayed as a graph, without the cost of Python ("graph"). Otherwise calls are
+    launched one by one ("calls"); if ours can be captured, its replay is added as "device".
+    """
     slowest = max(
         measure.once(timed(bench, function, sample, mode), sample_device(sample)) for function in rivals.values()
     )
@@ -348,8 +354,10 @@ def on_gpu(
     calls = {rival: [timed(bench, function, s, mode) for s in samples] for rival, function in rivals.items()}
     replays = {rival: measure.replay(each) for rival, each in calls.items()}
     if all(replays.values()):
-        return replays, len(samples), "graph"  # type: ignore[return-value]
-    in_turn = {rival: (lambda each=each: [call() for call in each]) for rival, each in calls.items()}  # type: ignore[misc]
+        return replays, len(samples), "graph"  # type: ignore[return-value]  # all() has excluded None
+    in_turn: dict[str, Any] = {}
+    for rival, each in calls.items():
+        in_turn[rival] = lambda each=each: [call() for call in each]
     if replays["ours"]:
         in_turn["device"] = replays["ours"]
     return in_turn, len(samples), "calls"
@@ -360,7 +368,7 @@ def sample_device(sample: Sample) -> torch.device:
 
 
 def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:
-    """The time that the machine needs at least for a forward, and its share of ours where the inputs come from memory."""
+    """Adds the lower bound of the time of a forward, and its share of our time if the inputs come from memory."""
     if line["mode"] != "forward" or line["error"] or not ceilings:
         return
     line["floor_ms"] = measure.floor(line["flops"], line["bytes"], line["dtype"], ceilings)
@@ -369,7 +377,7 @@ def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:
 
 
 def closeness(dtype: torch.dtype, gradients: bool = False) -> tuple[float, float]:
-    """(relative, absolute): rivals sum in other orders and, in half types, round in between."""
+    """(relative, absolute) tolerance: rivals sum in other orders, and in half types they round intermediate results."""
     if dtype in HALVES:
         return (6e-2 if gradients else 3e-2), 1e-3
     return 2e-4, 1e-6
@@ -383,7 +391,7 @@ def agree(bench: Bench, sample: Sample, dtype: torch.dtype, ours: Any, theirs: A
 
 
 def gradient(bench: Bench, function: Callable[..., Any], sample: Sample) -> Callable[[], Any]:
-    """A call of backward alone: the forward has run, its graph is kept."""
+    """A call of the backward only: the forward has run before, and its graph is kept."""
     leaves, outputs = forward_with_leaves(bench, function, sample)
     weights = [torch.ones_like(o) for o in outputs]
     return lambda: torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
@@ -415,8 +423,11 @@ def timed(bench: Bench, function: Callable[..., Any], sample: Sample, mode: str)
 
 
 def empty_calls(device: torch.device) -> list[dict[str, Any]]:
-    """The cost of a call with the least work: checks, choice, allocation. The unit is a torch.mul of two tiny tensors, on one thread,
-    without gradient and recording one."""
+    """The cost of a call with almost no work: checks, choice of a backend, allocation. It is measured with and without a
+    gradient.
+
+    The unit is the time of a torch.mul of two tiny tensors on one thread.
+    """
     lines = []
     a = torch.ones(1, 4, 8, device=device)
     before = torch.get_num_threads()
@@ -428,9 +439,12 @@ def empty_calls(device: torch.device) -> list[dict[str, Any]]:
         full = [s for s in samples if all(t.numel() for t in tensors((s.args, s.kwargs)))]
         smallest = min(full, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
         recorded, leaves = with_gradients(spec, smallest)
-        calls = {"mul": lambda: torch.mul(a, a), "call": lambda: spec.function(*smallest.args, **smallest.kwargs)}  # noqa: B023, called within this turn
+        calls = {
+            "mul": lambda: torch.mul(a, a),
+            "call": lambda: spec.function(*smallest.args, **smallest.kwargs),  # noqa: B023  # called within this turn
+        }
         if leaves:
-            calls["recording"] = lambda: spec.function(**recorded.kwargs)  # noqa: B023, called within this turn
+            calls["recording"] = lambda: spec.function(**recorded.kwargs)  # noqa: B023  # called within this turn
         times = measure.interleaved(calls, device, 0.2)
         line = {"op": spec.name, "sample": smallest.name, "microseconds": 1e3 * statistics.median(times["call"])}
         line |= {

@@ -1,4 +1,4 @@
-"""The benchmark's rows on the terminal (rich where it is installed) and in Markdown."""
+"""The benchmark's rows on the terminal, with rich if it is installed, and in Markdown."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MARKERS = ("<!-- benchmarks -->", "<!-- /benchmarks -->")
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """What is being timed, on standard error."""
+    """Shows the row that is being timed, on standard error."""
     width = 0
 
     def show(text: str) -> None:
@@ -57,7 +57,7 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
     ours = unit(values["ours"])
     if (
         "device" in values
-    ):  # ours, replayed from a graph: eager cannot be captured, so the others pay for Python's launches
+    ):  # ours replayed from a graph; eager cannot be captured, so the other times include Python's launches
         ours += f" (graph {unit(values['device'])})"
     return (
         *first,
@@ -117,7 +117,7 @@ def _empty_call(line: dict[str, Any]) -> str:
 
 
 def draw(heading: str, header: Sequence[str], rows: Sequence[Sequence[str]], styles: Sequence[str | None]) -> None:
-    """A table on the terminal, with a style of rich for each row."""
+    """Prints a table on the terminal, with a style of rich for each row."""
     try:
         from rich.console import Console
         from rich.table import Table

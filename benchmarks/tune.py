@@ -1,8 +1,9 @@
-"""Times other tile sizes of the Triton kernels on this GPU, and keeps what is faster in sprompt/ops/<room>/configs.json.
+"""Times other tile sizes of the Triton kernels on this GPU, and writes the faster ones to sprompt/ops/<op>/configs.json.
 
-Each room's triton.py lists CANDIDATES by kernel. They are tried one kernel at a time on the benchmark rows for a GPU, against the
-configuration in force, interleaved; a candidate must give the same answer and win by 3 % in the median. Entries are written
-for this architecture and element size; a diff of the file shows what changed. Nothing is ever tuned while a user's program runs.
+The triton.py of each op folder lists CANDIDATES for each kernel. Kernels are tuned one at a time, on the benchmark rows for a
+GPU. Candidates are timed in turn with the current configuration. A candidate must give the same result and be 3 % faster in the
+median. The new entry holds for this architecture and element size; a diff of the file shows the change. User programs never
+tune kernels.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sprompt.ops import launch
 from sprompt.testing.spec import Bench, Sample
 from sprompt.testing.specs import BENCHES
 
-#: A candidate is kept if it takes at most so much of the time of the configuration in force.
+#: A candidate is kept if its time is at most this share of the time of the current configuration.
 WORTH = 0.97
 Config = dict[str, int]
 
@@ -33,8 +34,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--room", action="append", help="only this room (may be repeated)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="how long each candidate is timed (default: 0.2)")
+    parser.add_argument("--room", action="append", help="only this folder of an op (may be repeated)")
+    parser.add_argument("--seconds", type=float, default=0.2, help="seconds of timing of each candidate (default 0.2)")
     parser.add_argument("--dry-run", action="store_true", help="print what would change, write nothing")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -57,7 +58,7 @@ def rooms() -> list[str]:
 
 
 def tuned(room: str, seconds: float) -> Iterator[tuple[str, int, Config, float]]:
-    """Of every kernel of the room and element size the best candidate, if it is worth it, and its share of the time."""
+    """(kernel, bits of an element, best candidate, its share of the time) of the op folder, for candidates that are kept."""
     candidates = importlib.import_module(f"sprompt.ops.{room}.triton").CANDIDATES
     for kernel, configs in candidates.items():
         for bits, dtype in ((32, torch.float32), (16, torch.bfloat16)):
@@ -67,7 +68,7 @@ def tuned(room: str, seconds: float) -> Iterator[tuple[str, int, Config, float]]
             shares = [share for share in shares if share is not None]
             if not shares:
                 continue
-            # The geometric mean over the rows that launch the kernel.
+            # geometric mean over the rows that launch the kernel
             means = [math.prod(row[i] for row in shares) ** (1 / len(shares)) for i in range(len(configs))]
             best = min(range(len(configs)), key=means.__getitem__)
             if means[best] <= WORTH:
@@ -79,8 +80,8 @@ def fits(bench: Bench, dtype: torch.dtype) -> bool:
 
 
 def shares_of(bench: Bench, dtype: torch.dtype, name: str, configs: list[Config], seconds: float) -> list[float] | None:
-    """Time of a row with each candidate, as a share of the time now; None if the row does not launch the kernel."""
-    with measure.side_stream():  # which a graph can be captured on
+    """Time of a row with each candidate, as a share of the current time; None if the row does not launch the kernel."""
+    with measure.side_stream():  # a graph can be captured on it
         sample = bench.make(torch.device("cuda"), dtype, 0)
         mode = "full" if bench.gradients else "forward"
         launch.looked_up.clear()
@@ -101,7 +102,7 @@ def share_of(
     expected: Any,
     seconds: float,
 ) -> float:
-    """Infinite if the candidate does not run or gives another answer."""
+    """The candidate's share of the current time; infinite if it does not run or gives another result."""
     samples = measure.copies(sample)
     calls = [timed(bench, bench.function, s, mode) for s in samples]
     now = measure.replay(calls)
@@ -121,13 +122,13 @@ def share_of(
 
 
 def with_entry(entries: list[Config], arch: int, bits: int, best: Config) -> list[Config]:
-    """The entries with one for this architecture and element size in front, instead of those that it replaces."""
+    """The entries with a new first entry for this architecture and element size; the entries that it replaces are removed."""
     kept = [entry for entry in entries if (entry.get("arch"), entry.get("bits")) != (arch, bits)]
     return [{"arch": arch, "bits": bits, **best}, *kept]
 
 
 def write(file: Path, table: dict[str, list[Config]]) -> None:
-    """One entry a line, kernels in the file's order."""
+    """Writes one entry on each line, with kernels in the order of the file."""
     kernels = [
         f"  {json.dumps(kernel)}: [\n" + ",\n".join(f"    {json.dumps(entry)}" for entry in entries) + "\n  ]"
         for kernel, entries in table.items()

@@ -1,4 +1,4 @@
-"""Training steps of a toy query head: prompt the queries, predict masks, match them with targets, take the losses."""
+"""Training steps of a toy query head: prompt the queries, predict masks, match them with targets, compute the losses."""
 
 import torch
 
@@ -15,7 +15,7 @@ counts = torch.tensor([3, 2])  # the second image has two targets; the third is 
 labels[1, 2] = False
 targets = BitMasks.from_dense(labels)  # (2, 3)
 
-# A feature map in which every object has a direction of its own, as a backbone would give.
+# A feature map in which every object has its own direction, like the features of a backbone.
 directions = torch.nn.functional.normalize(torch.randn(images, 3, channels), dim=-1)
 features = torch.einsum("bghw,bgc->bchw", labels.float(), directions) + 0.2 * torch.randn(
     images, channels, height, width
@@ -26,11 +26,11 @@ bias = torch.nn.Parameter(torch.zeros(()))
 
 optimizer = torch.optim.AdamW([queries, bias], lr=0.1)
 for step in range(30):
-    prompted = prompt_match(queries, prompts, counts)  # every query takes up the prompt that is most like it
+    prompted = prompt_match(queries, prompts, counts)  # every query takes the most similar prompt
     logits = mask_conv(features, prompted.kernels) + bias  # (2, 10, 32, 48)
     with torch.no_grad():
         cost = match_cost(logits, targets, counts=counts, weights=(0.0, 1.0, 4.0))  # (2, 10, 3)
-        rows = linear_assignment(cost, counts)  # (2, 3): the query of each target, -1 where there is none
+        rows = linear_assignment(cost, counts)  # (2, 3): the query of each target, -1 for none
     image, target = (rows >= 0).nonzero(as_tuple=True)
     bce, dice = mask_loss(logits[image, rows[image, target]], targets[image, target])
     loss = (bce + 4 * dice).mean()

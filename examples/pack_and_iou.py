@@ -1,4 +1,4 @@
-"""Masks as bits: pack, ask, compare."""
+"""Masks as bits: pack them, query them, compare them."""
 
 import torch
 

@@ -4,7 +4,7 @@ import torch
 
 from sprompt.ops import resize_masks, saliency_masks
 
-# (B, D, H, W): whatever a frozen backbone gives. Here a background and two objects, each with a direction of its own.
+# (B, D, H, W): the features of a frozen backbone. Here a background and two objects have a direction each.
 generator = torch.Generator().manual_seed(0)
 features = 0.1 * torch.rand(2, 64, 24, 40, generator=generator)
 features[:, :16] += 1.0
@@ -20,9 +20,9 @@ valid[1, :, 36:] = False  # the second image is narrower: its last four columns 
 
 found = saliency_masks(features, max_masks=5, valid=valid, return_soft=True)
 for image in range(2):
-    good = found.scores[image] >= 0.7  # the rest repeats what better ones cover
+    good = found.scores[image] >= 0.7  # proposals with lower scores repeat better ones
     print(f"image {image}: {int(good.sum())} proposals")
-    # Bits at the size of the picture, straight from the soft maps; the float picture never exists.
+    # Bits at the size of the picture, straight from the soft maps; no dense float mask is made.
     width = int(valid[image, 0].sum())
     pixels = resize_masks(found.soft[image, good], (24 * 16, width * 16), threshold=0.5, crop=(24.0, float(width)))
     for score, seed, box in zip(

@@ -1,4 +1,4 @@
-"""Masks to COCO JSON and back, and the answer of pycocotools to the same file."""
+"""Masks to COCO JSON and back, and their areas by pycocotools from the same file."""
 
 import json
 

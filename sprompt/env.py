@@ -43,7 +43,7 @@ SWITCHES = {
 
 def report() -> str:
     """The whole report, as plain text."""
-    import sprompt.ops  # noqa: F401  (fills the table of backends)
+    import sprompt.ops  # noqa: F401  # fills the table of backends
 
     sections = [("versions", _versions()), ("build", _build()), ("machine", _machine()), ("switches", _switches())]
     lines = []
@@ -101,7 +101,7 @@ def _switches() -> list[tuple[str, str]]:
 
 
 def _backends() -> list[str]:
-    """One line an op: what serves it on each device, in the order of trying; below, why the others cannot."""
+    """A line for each op: its backends on each device, in the order of trying. Below them: why other backends cannot serve."""
     reasons: dict[str, list[str]] = {}
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     ops = backends.ops()
@@ -122,7 +122,8 @@ def _backends() -> list[str]:
 
 
 def support_matrix() -> str:
-    """README's table of what each op supports, as Markdown, from the registry and the specs; the same on every machine."""
+    """README's table of the support of each op, as Markdown. It comes from the registry and the specs, so it is the same on
+    every machine."""
     from sprompt.testing.specs import SPECS
 
     def kernels(ops: tuple[str, ...], device: str) -> str:
@@ -153,7 +154,7 @@ def switch_table() -> str:
 
 
 def write_readme(path: Path) -> None:
-    """Puts the generated tables between their marks, <!-- support --> ... <!-- /support --> and likewise switches."""
+    """Replaces the text between the marks <!-- support --> and <!-- /support --> by the table, and likewise for switches."""
     text = path.read_text()
     for mark, table in (("support", support_matrix()), ("switches", switch_table())):
         head, found, rest = text.partition(f"<!-- {mark} -->\n")

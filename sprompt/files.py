@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
-    """A name for a temporary file that takes the place of `path` at the end of the block, or never, after an error or a kill.
+    """The path of a temporary file. It replaces `path` at the end of the block; after an error or a kill `path` is unchanged.
 
-    `sync` waits until the data are on the disk, so that this holds for a power cut as well. Folders on the way are made.
+    `sync` waits until the data are on the disk, so the same holds for a power failure. Parent folders are created.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -33,13 +33,13 @@ def replacing(path: Path | str, *, sync: bool = True) -> Iterator[Path]:
 
 
 def atomic_write(path: Path | str, data: bytes | str, *, sync: bool = False) -> None:
-    """Writes `path` so that it holds either what it held before or all of `data`; see `replacing`."""
+    """Writes `path` atomically: it holds either its old content or all of `data`. See `replacing`."""
     with replacing(path, sync=sync) as temporary, open(temporary, "xb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
 def sync_folder(folder: Path | str) -> None:
-    """Waits until the names in a folder are on the disk; nothing where the system cannot open folders."""
+    """Waits until the names in a folder are on the disk. Does nothing on systems that cannot open folders."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:

@@ -1,8 +1,9 @@
-"""A COCO file, checked: what its pictures, categories and annotations are, and what of them is left out.
+"""A COCO file, checked: its pictures, categories and annotations, and a list of the annotations that are left out.
 
-Refused, by DataError: what is not COCO; ids that occur twice; categories that are not declared; run lengths of another size
-than their picture. Left out, and said in `problems`: annotations of pictures that are not in the file, without a mask, or with
-one that has no pixel. Crowd regions are no instances: they stay in the ground truth, and no sample has them.
+DataError refuses a file that is not COCO, ids that occur twice, categories that are not declared, and run lengths of another
+size than their picture. Three kinds of annotations are left out, and `problems` names them: annotations of pictures that are
+not in the file, annotations without a mask, and annotations whose mask has no pixel. Crowd regions are not instances: they stay
+in the ground truth, but no sample has them; `problems` names them too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sprompt.data.pictures import MAX_PIXELS
 from sprompt.data.segmentation import decode, is_segmentation
 from sprompt.masks import Size
 
-_TINY = 16  # pixels: annotations that state less are looked at at once, since their masks may well be empty
+_TINY = 16  # pixels: a mask is decoded at once if its annotation states a smaller area, since it may be empty
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,15 @@ class Picture:
 class CocoFile:
     source: str  # the file, for messages
     pictures: list[Picture]  # in the order of the file
-    annotations: dict[int, list[dict[str, Any]]]  # of each picture's id, in the order of the file; as they are there
-    no_instance: frozenset[int]  # ids of annotations that no sample has: crowds and empty masks
+    annotations: dict[int, list[dict[str, Any]]]  # by the id of the picture, in the order of the file, unchanged
+    no_instance: frozenset[int]  # ids of the annotations that are not in samples: crowds and empty masks
     categories: list[tuple[int, str]]  # by ascending id
     info: dict[str, Any]
     problems: list[str] = field(default_factory=list)
 
 
 def parse(data: Any, source: str) -> CocoFile:
-    """The content of a COCO file."""
+    """Checks the content of a COCO file; raises DataError. `source` is the name of the file in messages."""
     if not isinstance(data, dict) or not isinstance(data.get("images"), list):
         raise DataError(
             f"{source}: must be a COCO file, an object with images, annotations and categories, "
@@ -56,7 +57,7 @@ def parse(data: Any, source: str) -> CocoFile:
 
 
 def named(ids: Sequence[Any], most: int = 5) -> str:
-    """The first few of a list, and how many more there are."""
+    """The first few entries of a list, and the number of the others."""
     rest = len(ids) - most
     return ", ".join(str(i) for i in ids[:most]) + (f" and {rest} more" if rest > 0 else "")
 
@@ -144,7 +145,7 @@ def _category(record: Any, position: int, source: str) -> tuple[int, str]:
 
 def _whole(record: dict[str, Any], key: str, what: str, source: str) -> int:
     value = record.get(key)
-    if type(value) is not int:  # a bool is none
+    if type(value) is not int:  # a bool would pass isinstance
         got = f"{value!r:.40}" if key in record else "none"
         raise DataError(f"{source}: {what} must have a whole number as {key}, got {got}; correct it")
     return value
@@ -152,7 +153,7 @@ def _whole(record: dict[str, Any], key: str, what: str, source: str) -> int:
 
 def _refuse_twice(source: str, what: str, ids: Iterable[int]) -> None:
     seen: set[int] = set()
-    twice = sorted({i for i in ids if i in seen or seen.add(i)})  # type: ignore[func-returns-value]
+    twice = sorted({i for i in ids if i in seen or seen.add(i)})  # type: ignore[func-returns-value]  # None is meant: false
     if twice:
         raise DataError(f"{source}: ids of {what} must be unique, got twice {named(twice)}; number them anew")
 

@@ -1,4 +1,4 @@
-"""Cityscapes: instances of its eight classes of things, as a COCO dataset."""
+"""Cityscapes: instances of its eight classes of objects, as a COCO dataset."""
 
 from __future__ import annotations
 
@@ -17,23 +17,24 @@ from sprompt.data.pictures import picture_size
 CLASSES = {24: "person", 25: "rider", 26: "car", 27: "truck", 28: "bus", 31: "train", 32: "motorcycle", 33: "bicycle"}
 _CLASS_OF = np.array(
     [i // 1000 if i >= 1000 else i for i in range(1 << 16)]
-)  # of each value of a pixel, 0 for no thing
+)  # class of each pixel value; 0 for pixels of no object
 _CLASS_OF[~np.isin(_CLASS_OF, list(CLASSES))] = 0
 _PICTURE, _LABELS = "_leftImg8bit.png", "_gtFine_instanceIds.png"
 
 
 def read_cityscapes(root: Path | str, split: str, *, keep_empty: bool = False) -> CocoDataset:
-    """Pictures ROOT/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with the labels in ROOT/gtFine. Ids are places by name, from 1.
+    """Pictures ROOT/leftImg8bit/SPLIT/CITY/*_leftImg8bit.png with the labels in ROOT/gtFine. Ids count the sorted names from 1.
 
-    A pixel of *_gtFine_instanceIds.png of 1000 or more is class · 1000 + number of an instance; one of the class alone belongs to
-    a group that was not taken apart, which becomes a crowd annotation. All labels are read at once, on all cores.
+    A pixel of *_gtFine_instanceIds.png with a value of 1000 or more is class · 1000 + number of an instance. A pixel with the
+    class alone belongs to a group whose objects were not labelled one by one; the group becomes a crowd annotation. All labels
+    are read at once, on all cores.
     """
     pictures = Path(root) / "leftImg8bit" / split
     names = sorted(p.relative_to(pictures).as_posix() for p in pictures.glob(f"*/*{_PICTURE}"))
     if not names:
         raise DataError(f"{pictures}: must have pictures CITY/*{_PICTURE}, got none; check the path and the split")
     labels = [Path(root) / "gtFine" / split / (name.removesuffix(_PICTURE) + _LABELS) for name in names]
-    with ThreadPoolExecutor() as pool:  # decoding releases the interpreter
+    with ThreadPoolExecutor() as pool:  # threads help: decoding releases the interpreter lock
         read = list(pool.map(_instances, labels, [pictures / name for name in names]))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -59,7 +60,7 @@ def _instances(path: Path, picture: Path) -> tuple[int, int, list[dict[str, Any]
     if values.ndim != 2 or values.min() < 0 or values.max() >= len(_CLASS_OF):
         got = f"values from {values.min()} to {values.max()}" if values.ndim == 2 else f"{values.shape[2]}"
         raise DataError(f"{path}: must have one number of 16 bits a pixel, got {got}; is it an instanceIds picture?")
-    pixels = values.ravel(order="F")  # column by column, as run lengths go
+    pixels = values.ravel(order="F")  # column by column, as COCO's run lengths
     things = np.flatnonzero(_CLASS_OF[pixels])
     things = things[np.argsort(pixels[things], kind="stable")]
     owners, starts = np.unique(pixels[things], return_index=True)
@@ -75,7 +76,7 @@ def _instances(path: Path, picture: Path) -> tuple[int, int, list[dict[str, Any]
 
 
 def _runs(places: np.ndarray, height: int, width: int) -> dict[str, Any]:
-    """Uncompressed run lengths of sorted places, of which there is at least one."""
+    """Uncompressed run lengths of at least one sorted place."""
     breaks = np.flatnonzero(np.diff(places) > 1)
     begins = places[np.concatenate(([0], breaks + 1))]
     ends = places[np.concatenate((breaks, [len(places) - 1]))] + 1

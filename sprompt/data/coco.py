@@ -1,4 +1,4 @@
-"""Pictures with masks from a COCO file, proposals included."""
+"""Pictures with masks from a COCO file; proposal files are COCO files too."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ from sprompt.data.segmentation import decode
 
 
 class CocoDataset(Dataset[Sample]):
-    """The pictures of a COCO file as samples: `dataset[i]` reads the i-th. A class is the place of its category by ascending id.
+    """The pictures of a COCO file as samples: `dataset[i]` reads the i-th picture.
+    Classes number the categories by ascending id.
 
     Args:
         images: folder that the file names of the pictures are relative to.
-        annotations: the COCO file; a proposal file too, whose samples then have seeds.
-        class_agnostic: one class, "object", for all masks.
+        annotations: the COCO file. Samples of a proposal file have seeds.
+        class_agnostic: give all masks one class, "object".
         keep_empty: keep pictures without masks, as an evaluation must.
-        categories: names of the categories that count; None means all. Annotations of others are left out.
+        categories: names of the categories that count; None means all. Annotations of other categories are left out.
 
-    What the file may hold, and what is left out or refused, see `sprompt.data.annotations`. Pictures that are not there are
-    refused here, those that are broken or have another size than the file says when they are read: DataError names them.
+    `sprompt.data.annotations` says which annotations are left out and which files are refused. The constructor refuses a file
+    if pictures are missing. A broken picture, or a picture of another size than the file says, is refused when it is read.
+    DataError names the picture.
     """
 
     def __init__(
@@ -57,7 +59,7 @@ class CocoDataset(Dataset[Sample]):
         keep_empty: bool = False,
         categories: Sequence[str] | None = None,
     ) -> CocoDataset:
-        """The same from the content of such a file; `source` is what messages call it."""
+        """The same dataset from the content of a COCO file; `source` is the name of the file in messages."""
         dataset = cls.__new__(cls)
         dataset._start(Path(images), parse(data, source), class_agnostic, keep_empty, categories)
         return dataset
@@ -75,7 +77,7 @@ class CocoDataset(Dataset[Sample]):
         self._class_of = {own: 0 if class_agnostic else place for place, (own, _) in enumerate(counted)}
         self._seeds = SeedGrid.parse(file.info["proposals"], file.source) if "proposals" in file.info else None
         self.problems: list[str] = list(file.problems)
-        self.positions: list[int] = []  # of the dataset's pictures in the file's images
+        self.positions: list[int] = []  # place of each picture of the dataset in the file's images
         self._choose(range(len(file.pictures)))
         if not self.positions:
             why = "pictures" if keep_empty or not file.pictures else "a picture with a mask of these categories"
@@ -92,14 +94,14 @@ class CocoDataset(Dataset[Sample]):
                 f"{self._file.source}: {len(empty)} pictures without masks are left out: {named(empty)}"
             )
 
-    # -- what it is
+    # -- properties
     @property
     def source(self) -> str:
         return self._file.source
 
     @property
     def total(self) -> int:
-        """Pictures of the file, those left out included."""
+        """Number of pictures in the file, including the ones that are left out."""
         return len(self._file.pictures)
 
     @property
@@ -108,12 +110,12 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def mask_counts(self) -> list[int]:
-        """Masks of each picture."""
+        """Number of masks of each picture."""
         return [len(self._instances(self._file.pictures[p])) for p in self.positions]
 
     @property
     def info(self) -> dict[str, Any]:
-        """The file's own remarks; `proposals` in it says how proposals were made."""
+        """The `info` of the file; its entry `proposals` holds the settings that proposals were made with."""
         return self._file.info
 
     @property
@@ -144,13 +146,13 @@ class CocoDataset(Dataset[Sample]):
         seen = masks.area() > 0
         return sample if bool(seen.all()) else sample.kept(seen)
 
-    # -- parts of it
+    # -- parts
     def subset(self, indices: Iterable[int]) -> CocoDataset:
-        """The pictures at these places of the dataset, in their order."""
+        """The pictures at these places of the dataset, in the order given."""
         return self.at_positions([self.positions[i] for i in indices])
 
     def at_positions(self, positions: Iterable[int]) -> CocoDataset:
-        """The pictures at these places of the file's images, in their order; without masks they are left out as ever."""
+        """The pictures at these places of the file's images, in the order given; `keep_empty` applies to them too."""
         part = type(self).__new__(type(self))
         part.__dict__.update(self.__dict__)
         part.problems = list(self._file.problems)
@@ -159,10 +161,11 @@ class CocoDataset(Dataset[Sample]):
 
     # -- for evaluation
     def ground_truth(self) -> dict[str, Any]:
-        """The COCO content that an evaluation compares with: the dataset's pictures, and their annotations, crowds included.
+        """The ground truth of an evaluation, as the content of a COCO file, for all pictures of the dataset. Crowds are
+        included.
 
-        Categories are those of `category_ids`. Annotations are numbered from 1, since pycocotools takes a match with number 0
-        for none; area and bbox are the file's, or the mask's where it has none.
+        Categories have the ids of `category_ids`. Annotations are numbered from 1, since pycocotools reads a match with number
+        0 as no match. Area and bbox are copied from the file; if it has none, they are computed from the mask.
         """
         pictures = [self._file.pictures[p] for p in self.positions]
         annotations: list[dict[str, Any]] = []
@@ -185,7 +188,7 @@ class CocoDataset(Dataset[Sample]):
         if isinstance(segmentation, list):
             segmentation = [part for part in segmentation if isinstance(part, list) and len(part) >= 6]
         area, box = annotation.get("area"), annotation.get("bbox")
-        if isinstance(segmentation, dict):  # the judge would believe whatever it says
+        if isinstance(segmentation, dict):  # pycocotools does not check run lengths; decode does
             decode([segmentation], picture.size, lambda _: f"{self.source}: annotation {annotation['id']}")
         if not (isinstance(area, (int, float)) and area >= 0) or not (isinstance(box, list) and len(box) == 4):
             mask = decode([segmentation], picture.size, lambda _: f"{self.source}: annotation {annotation['id']}")
@@ -197,7 +200,7 @@ class CocoDataset(Dataset[Sample]):
         }  # fmt: skip
 
     def _instances(self, picture: Picture) -> list[dict[str, Any]]:
-        """Annotations of a picture that its sample has."""
+        """The annotations that the sample of a picture has."""
         no_instance = self._file.no_instance
         return [
             a
@@ -220,7 +223,7 @@ def _counted(file: CocoFile, names: Sequence[str] | None) -> list[tuple[int, str
 
 
 def _refuse_missing(folder: Path, names: list[str], source: str) -> None:
-    """Every folder is listed once, which is much faster than to ask for every file."""
+    """Raises DataError for missing pictures. Listing each folder once is much faster than a query for every file."""
     by_parent: dict[str, list[str]] = defaultdict(list)
     for name in names:
         parent, _, base = name.rpartition("/")

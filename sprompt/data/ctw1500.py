@@ -16,13 +16,13 @@ _MAX_BYTES = 1 << 22  # of the labels of one picture
 
 
 def read_ctw1500(images: Path | str, labels: Path | str, *, keep_empty: bool = False) -> CocoDataset:
-    """The pictures of a folder with their labels in another. Ids are places by name, from 1.
+    """The pictures of one folder with labels from another. Ids count the sorted names from 1.
 
-    Labels of NAME.jpg are in NAME.txt, NAME.xml or 000NAME.txt, and each of its texts is one of
+    The labels of NAME.jpg are in NAME.txt, NAME.xml or 000NAME.txt. Each text region has one of the forms
       32 numbers     xmin,ymin,xmax,ymax of the box, then x,y of 14 corners from (xmin, ymin): the first release;
       x,y,…,####text   at least 3 corners in pixels: the labels of the test pictures with transcriptions;
       <box><segs>x,y,…</segs></box>   at least 3 corners in pixels: the second release.
-    What is written there is not used. Any other line is refused, by DataError with its number.
+    Transcriptions are not used. DataError refuses any other line and names its number.
     """
     folder = Path(images)
     try:
@@ -97,7 +97,7 @@ def _xml(path: Path) -> list[list[float]]:
 
 
 def _numbers(text: str, where: str) -> list[float]:
-    """Whole numbers between commas; their size is checked when the polygon is filled."""
+    """Whole numbers between commas. Their range is not checked here but in `segmentation.decode`."""
     try:
         return [float(int(part)) for part in text.strip().strip(",").split(",")] if text.strip() else []
     except (ValueError, OverflowError):

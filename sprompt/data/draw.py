@@ -1,4 +1,4 @@
-"""Masks drawn on pictures, and maps as heat."""
+"""Draws masks on pictures, and maps as heat maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sprompt.masks import BitMasks
 RGB = tuple[int, int, int]
 Alpha = Callable[[float], float]  # distance from the outline in pixels, positive inside -> 0 to 1
 
-#: Neighbours differ in hue and in lightness.
+#: Consecutive colours differ in hue and in lightness.
 PALETTE: tuple[RGB, ...] = (
     (64, 156, 255), (255, 149, 0), (48, 209, 120), (255, 86, 120), (178, 120, 255), (255, 214, 10),
     (20, 200, 215), (240, 90, 220), (150, 210, 50), (255, 120, 60), (120, 130, 255), (0, 190, 150),
@@ -25,7 +25,7 @@ TRUE, FALSE, MISSED, IGNORED = (0, 200, 150), (255, 110, 40), (255, 95, 200), (1
 
 _HEAT = ((10, 12, 34), (52, 24, 96), (120, 28, 109), (187, 55, 84), (237, 105, 37), (251, 180, 44), (252, 250, 190))
 _INK: RGB = (12, 14, 18)
-_SHORTEST, _LONGEST = 900, 1280  # long side of a drawn picture: small ones are enlarged, so that outlines are fine
+_SHORTEST, _LONGEST = 900, 1280  # bounds of the long side of a drawn picture, so that outlines are fine
 
 
 @dataclass(frozen=True)
@@ -34,13 +34,13 @@ class Mark:
 
     colour: RGB
     name: str = ""  # on a badge inside the mask
-    style: str = "solid"  # "hatched" hatches the fill, "dashed" dashes the outline and leaves the fill out
+    style: str = "solid"  # "hatched" hatches the fill; "dashed" dashes the outline and makes the fill fainter
     box: tuple[float, float, float, float] | None = None  # x1, y1, x2, y2 in pixels of the picture, exclusive ends
     seed: tuple[float, float] | None = None  # x, y in pixels of the picture
 
 
 def colour(index: int) -> RGB:
-    """The colour of an instance by its place in a list; they repeat."""
+    """The colour of an instance by its index in a list. The colours repeat after `PALETTE`."""
     return PALETTE[index % len(PALETTE)]
 
 
@@ -49,7 +49,7 @@ def hexadecimal(rgb: RGB) -> str:
 
 
 def scaled(picture: Image.Image) -> Image.Image:
-    """The picture at the size it is drawn at."""
+    """The picture, resized to the size of a drawn picture."""
     longest = max(picture.size)
     factor = min(max(longest, _SHORTEST), _LONGEST) / longest
     size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
@@ -57,7 +57,8 @@ def scaled(picture: Image.Image) -> Image.Image:
 
 
 def overlay(picture: Image.Image, masks: BitMasks, marks: Sequence[Mark]) -> Image.Image:
-    """The picture, `scaled`, with masks (G,) of its size and a mark for each; the largest masks lie undermost."""
+    """The picture, `scaled`, with masks (G,) of its size drawn on it, one mark for each. Larger masks are drawn below smaller
+    ones."""
     if (len(masks), masks.size) != (len(marks), (picture.height, picture.width)):
         size = f"{picture.height}x{picture.width}"
         raise ValueError(f"overlay: masks must be {len(marks)} of {size} pixels, got {masks}; one mark for each mask")
@@ -83,7 +84,8 @@ def overlay(picture: Image.Image, masks: BitMasks, marks: Sequence[Mark]) -> Ima
 
 
 def heat_map(values: np.ndarray, low: float | None = None, high: float | None = None) -> Image.Image:
-    """(H, W) as colours from dark (low, by default the least finite value) to light (high)."""
+    """Values (H, W) as colours, from dark (`low`) to light (`high`). By default these are the least and largest finite
+    value."""
     values = np.asarray(values, np.float64)
     if values.ndim != 2 or values.size == 0:
         raise ValueError(f"heat_map: values must be (H, W) with at least one cell, got {values.shape}; take one map")
@@ -100,14 +102,17 @@ def heat_map(values: np.ndarray, low: float | None = None, high: float | None = 
 # -- parts
 @lru_cache(maxsize=64)
 def _table(sigma: float, alpha: Alpha) -> list[int]:
-    """Of a mask blurred by sigma, its 256 levels -> alpha. Near a straight edge the level is Φ(d / σ) at distance d."""
+    """The alpha, 0 to 255, of each of the 256 levels of a mask blurred by sigma.
+
+    At distance d from a straight edge the level of the blurred mask is Φ(d / σ).
+    """
     levels = (NormalDist().inv_cdf((level + 0.5) / 256) * sigma for level in range(256))
     return [round(255 * min(max(alpha(d), 0.0), 1.0)) for d in levels]
 
 
 @lru_cache(maxsize=64)
 def _alphas(width: float) -> tuple[Alpha, Alpha, Alpha]:
-    """Of the fill, the outline and the dark line around it; edges are one pixel soft."""
+    """The alphas of the fill, of the outline and of the dark line around it. Edges fade over one pixel."""
     return (
         lambda d: d + 0.5,
         lambda d: width / 2 + 0.5 - abs(d),
@@ -118,7 +123,7 @@ def _alphas(width: float) -> tuple[Alpha, Alpha, Alpha]:
 def _draw_mask(
     drawn: Image.Image, mask: np.ndarray, box: list[int], ratio: tuple[float, float], mark: Mark
 ) -> tuple[int, int]:
-    """Draws on the window around the mask only; the place of its badge comes back."""
+    """Draws a mask, in the window around it only. Returns the place of its badge."""
     width = max(drawn.size) / 380
     sigma = round(max(1.2, 0.6 * max(ratio)), 1)
     pad = math.ceil(3 * sigma + width)
@@ -132,7 +137,7 @@ def _draw_mask(
     level = Image.fromarray(mask.astype(np.uint8) * 255).resize(size, Image.Resampling.BILINEAR, box=source)
     level = level.filter(ImageFilter.GaussianBlur(sigma))
     most = level.getextrema()[1]
-    if isinstance(most, (int, float)) and most < 160:  # thinner than the blur: it is drawn as a thin line all the same
+    if isinstance(most, (int, float)) and most < 160:  # thinner than the blur: it must stay visible
         level = level.point([min(255, round(230 * v / max(most, 1))) for v in range(256)])
     fill, line, casing = (level.point(_table(sigma, alpha)) for alpha in _alphas(width))
     period = max(5, round(4 * width))
@@ -151,18 +156,18 @@ def _draw_mask(
 
 
 def _pattern(size: tuple[int, int], window: tuple[int, ...], period: int, checks: bool) -> Image.Image:
-    """Checks or diagonal stripes of 0 and 255, at one place in the picture whatever the window."""
+    """Checks or diagonal stripes of 0 and 255. The pattern is fixed to the picture, not to the window."""
     x, y = np.arange(size[0])[None, :] + window[0], np.arange(size[1])[:, None] + window[1]
     field = x // period + y // period if checks else (x + y) // period
     return Image.fromarray((field % 2 * 255).astype(np.uint8))
 
 
 def _innermost(level: Image.Image, window: tuple[int, ...]) -> tuple[int, int]:
-    """A place well inside the mask, where a badge belongs."""
+    """A point well inside the mask, for its badge."""
     shrink = max(1.0, max(level.size) / 96)
     small = level.resize((max(1, round(level.width / shrink)), max(1, round(level.height / shrink))))
     reach = max(2, min(small.size) // 3)
-    framed = ImageOps.expand(small, reach)  # outside of the picture there is no mask
+    framed = ImageOps.expand(small, reach)  # the mask ends at the border of the picture
     blurred = np.asarray(framed.filter(ImageFilter.GaussianBlur(reach / 2)), np.float64)
     row, column = divmod(int(np.argmax(blurred * (np.asarray(framed) > 127))), framed.width)
     return round(window[0] + (column - reach + 0.5) * shrink), round(window[1] + (row - reach + 0.5) * shrink)

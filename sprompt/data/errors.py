@@ -2,4 +2,4 @@
 
 
 class DataError(ValueError):
-    """A file that cannot be used as it is. The message names the file, and the id or line in it."""
+    """A file that must be corrected before it can be used. The message names the file, and the id or line in it."""

@@ -1,4 +1,4 @@
-"""Files read within bounds."""
+"""Reading of files, with an upper bound of their size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ MAX_JSON = 4 << 30  # bytes; the largest COCO file (unlabelled proposals include
 
 
 def read_bytes(path: Path | str, max_bytes: int) -> bytes:
-    """The whole file, of at most `max_bytes`; raises DataError for one that is missing, unreadable or larger."""
+    """The content of a file. Raises DataError if the file is missing, unreadable or larger than `max_bytes`."""
     try:
         with open(path, "rb") as file:
             data = file.read(max_bytes + 1)
@@ -26,7 +26,7 @@ def read_bytes(path: Path | str, max_bytes: int) -> bytes:
 
 
 def read_json(path: Path | str, max_bytes: int = MAX_JSON) -> Any:
-    """What a JSON file of at most `max_bytes` holds; raises DataError, with the place, where it is not JSON."""
+    """The content of a JSON file of at most `max_bytes`. Raises DataError, with line and column, if it is not JSON."""
     try:
         return json.loads(read_bytes(path, max_bytes))
     except json.JSONDecodeError as error:

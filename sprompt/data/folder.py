@@ -19,10 +19,11 @@ from sprompt.masks import BitMasks, words_for
 
 
 class PictureFolder(Dataset[Sample]):
-    """The pictures in a folder, and in those below it if `recursive`, as samples without masks.
+    """The pictures of a folder, as samples without masks. `recursive` includes the pictures of its subfolders.
 
-    They are told by their extension and sorted by their path from the folder; an image_id is a place in that list. Hidden files
-    and folders are passed over. A broken picture is found when it is read: DataError names it.
+    A file is a picture if its extension is one of `EXTENSIONS`. Pictures are sorted by their path from the folder; an image_id
+    is a place in that list. Hidden files and folders are skipped. A broken picture is found when it is read: DataError names
+    it.
     """
 
     def __init__(self, path: Path | str, *, recursive: bool = True) -> None:
@@ -51,17 +52,17 @@ class PictureFolder(Dataset[Sample]):
         return Sample(image, none, torch.zeros(0, dtype=torch.int64), own, str(path), size)
 
     def subset(self, indices: Iterable[int]) -> PictureFolder:
-        """The pictures at these places, with their image_ids."""
+        """The pictures at these places; they keep their image_ids."""
         part = copy(self)
         part.image_ids = [self.image_ids[i] for i in indices]
         return part
 
 
 class Unbroken(Dataset[Sample]):
-    """A folder's pictures for training without labels: where one cannot be read, the next that can be takes its place.
+    """A folder's pictures for training without labels. The next readable picture takes the place of a broken one.
 
-    Each process that meets a broken one names it once, on stderr. What takes its place depends on the files only, so that a run
-    taken up again sees the same pictures. Raises DataError if all are broken.
+    Each process that meets a broken picture names it once, on stderr. The choice of the next picture depends on the files only,
+    so a resumed run sees the same pictures. Raises DataError if all pictures are broken.
     """
 
     def __init__(self, pictures: PictureFolder) -> None:
@@ -84,7 +85,7 @@ class Unbroken(Dataset[Sample]):
 
 
 def _listed(folder: Path, recursive: bool) -> tuple[list[str], list[str]]:
-    """Pictures and other files, as sorted relative paths."""
+    """(pictures, other files), as sorted paths relative to the folder."""
 
     def refuse(error: OSError) -> None:
         raise DataError(
@@ -93,7 +94,7 @@ def _listed(folder: Path, recursive: bool) -> tuple[list[str], list[str]]:
 
     pictures: list[str] = []
     others: list[str] = []
-    seen: set[str] = set()  # where links go in a circle
+    seen: set[str] = set()  # folders already listed, since symbolic links may form a cycle
     for parent, folders, files in os.walk(folder, onerror=refuse, followlinks=True):
         here = os.path.realpath(parent)
         if here in seen:

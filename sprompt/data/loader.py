@@ -1,4 +1,4 @@
-"""Batches of a dataset, the same ones whatever the number of processes and wherever an epoch is taken up."""
+"""Batches of a dataset. They do not depend on the number of processes, nor on the step at which an epoch is resumed."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ Place = tuple[int, int]  # epoch, index of the dataset
 
 
 class Order:
-    """Which items of `number` make up each global batch of an epoch, and which of them are this process's.
+    """The division of `number` items into the global batches of an epoch, and this process's part of each batch.
 
     Args:
-        batch_size: items of all processes together, a multiple of `world`.
-        shuffle: each epoch has its own order, from (seed, epoch), and its last batch is filled up from the order's start.
-            Otherwise items come in their order, each once; the last batch may be short, for the last processes empty.
-        whole: with shuffle, an epoch is filled up to a multiple of so many batches: those that one optimiser step accumulates.
+        batch_size: items of a global batch, over all processes; a multiple of `world`.
+        shuffle: True: each epoch has its own order, from (seed, epoch), and its last batch is filled up from the start of that
+            order. False: items come once each, in the order of the dataset; the last batch may be short, and the last processes
+            may get an empty part of it.
+        whole: batches that one optimiser step accumulates. With shuffle, an epoch is filled up to a multiple of `whole`
+            batches.
         rank, world: this process takes the rank-th of `world` equal parts of each batch.
     """
 
@@ -51,11 +53,11 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """Batches of an epoch."""
+        """Number of batches of an epoch."""
         return -(-self.number // (self.batch_size * self.whole)) * self.whole
 
     def indices(self, epoch: int) -> list[list[int]]:
-        """What each global batch of an epoch holds."""
+        """The items of each global batch of an epoch."""
         number = self.number
         order = (
             torch.randperm(number, generator=generator(self.seed, epoch)).tolist()
@@ -79,17 +81,18 @@ class Order:
 
 
 class Batches(Order, Generic[P, B]):
-    """Global batches of a dataset, of which this process gets its share: see `Order`.
+    """This process's part of the global batches of a dataset; `Order` divides them.
 
     Args:
-        dataset: has a length; its items go to
-        prepare: (item, generator) -> prepared item. The generator depends on (seed, epoch, index) only. Up to `batch_size / world`
-            of them go to
-        collate: list of prepared items -> what a step takes. The list may be empty, see `Order`.
-        workers: processes that read ahead; 0 reads in this one. They stay from epoch to epoch, so that one epoch is
-            iterated at a time.
+        dataset: maps an index to an item, and has a length.
+        prepare: (item, generator) -> prepared item. The generator depends on (seed, epoch, index) only.
+        collate: list of prepared items -> batch of a step. The list has at most `batch_size / world` items and may be empty,
+            see `Order`.
+        workers: number of processes that read ahead; 0 reads in this process. Workers stay alive between epochs, so only one
+            epoch may be iterated at a time.
+        order: the other arguments of `Order`.
 
-    A DataError in a worker is raised here with its own message.
+    A DataError of a worker is raised in this process with the same message.
     """
 
     def __init__(
@@ -125,14 +128,14 @@ class Batches(Order, Generic[P, B]):
 
 
 class _Failure:
-    """A DataError on its way from a worker; DataLoader would wrap its message in a traceback."""
+    """The message of a DataError, sent from a worker as an item: DataLoader would wrap the exception in a traceback."""
 
     def __init__(self, message: str) -> None:
         self.message = message
 
 
 class _Schedule:
-    """The batches that the loader goes through next."""
+    """The batch sampler of the loader; `batches` is replaced before each epoch."""
 
     def __init__(self) -> None:
         self.batches: list[list[Place]] = []

@@ -1,4 +1,4 @@
-"""Pictures as stored: one way to read them, whoever asks."""
+"""Reads picture files, the same way for every dataset."""
 
 from __future__ import annotations
 
@@ -13,33 +13,34 @@ from torch import Tensor
 from sprompt.data.errors import DataError
 from sprompt.masks import Size
 
-MAX_PIXELS = 1 << 26  # 67 million: 8192 × 8192; a few kilobytes of a picture file can ask for any number
+MAX_PIXELS = 1 << 26  # 67 million (8192 × 8192): a file of a few kilobytes can claim any number of pixels
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"))
 
 
 def read_picture(path: Path | str) -> Tensor:
-    """RGB uint8 (3, H, W) of a picture's stored pixels; raises DataError that names a file that is none.
+    """The stored pixels of a picture as RGB, uint8 (3, H, W). Raises DataError if the file is not a readable picture.
 
-    Pixels are not turned by an EXIF orientation: labels (COCO's too) speak of the stored ones. Grey values are repeated, palettes
-    looked up, transparency is dropped, 16 bits are scaled to 8; of an animation the first picture counts.
+    An EXIF orientation is ignored, because labels (of COCO too) refer to the stored pixels. Grey values are repeated for all
+    three channels, palettes are looked up, transparency is dropped, and 16 bits are scaled to 8. Of an animation the first
+    frame is read.
     """
     with _opened(path) as image:
         try:
             return torch.from_numpy(_rgb(image, path)).permute(2, 0, 1).contiguous()
         except DataError:
             raise
-        except Exception as error:  # decoders raise whatever they like on broken files
+        except Exception as error:  # on broken files decoders raise exceptions of any type
             raise DataError(f"{path}: is a broken picture ({_cause(error)}); replace or remove it") from None
 
 
 def picture_size(path: Path | str) -> Size:
-    """(H, W) of a picture, from its header."""
+    """(H, W) of a picture; only its header is read."""
     with _opened(path) as image:
         return image.height, image.width
 
 
 def png(image: Tensor) -> bytes:
-    """A PNG file of uint8 (3, H, W), or (H, W) for grey."""
+    """The bytes of a PNG file of an image, uint8 (3, H, W), or (H, W) for grey."""
     pixels = image.permute(1, 2, 0) if image.dim() == 3 else image
     file = BytesIO()
     Image.fromarray(pixels.contiguous().numpy()).save(file, "PNG", compress_level=3)
@@ -47,7 +48,7 @@ def png(image: Tensor) -> bytes:
 
 
 def _opened(path: Path | str) -> Image.Image:
-    """The picture with its header read; nothing is decoded yet."""
+    """The opened picture; its header is read, its pixels are not decoded yet."""
     try:
         image = Image.open(path)
     except FileNotFoundError:
@@ -66,7 +67,7 @@ def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
     """uint8 (H, W, 3)."""
     if image.mode == "RGB":
         return np.array(image)
-    if image.mode.startswith("I"):  # 16 bits, or 32 that hold 16: convert() would cut them off at 255
+    if image.mode.startswith("I"):  # 16 bits, perhaps stored in 32; convert() would clip them at 255
         values = np.array(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise DataError(
@@ -81,5 +82,5 @@ def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
 
 
 def _cause(error: Exception) -> str:
-    """What went wrong, on one short line, without the path, which the message has."""
+    """The text of an error on one short line, without the path: the message of DataError names it."""
     return " ".join(str(error).split(" '")[0].split())[:120] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Small sets of pictures that stay on the device: read and resized once, from then on only chosen and mirrored."""
+"""Small sets of pictures that stay on the device. Each picture is read and resized once, as it is and mirrored."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from sprompt.data.transforms import MEAN, STD, Augment
 from sprompt.masks import BitMasks, Size
 from sprompt.seeding import generator
 
-_DIVISOR = 32  # as that of `collate`
+_DIVISOR = 32  # the default of `collate`
 
 
 class Kept:
-    """Every picture of a dataset as `augment` makes it, as it is and mirrored, on a device: about 6 bytes a pixel.
+    """Every picture of a dataset, resized by `augment`, on a device: once as it is and once mirrored, about 6 bytes a pixel.
 
-    Raises ValueError where `augment` does more by chance than to mirror.
+    Raises ValueError if `augment` has other random steps than the mirror.
     """
 
     def __init__(self, dataset: Any, augment: Augment, device: torch.device | str) -> None:
         low, high = augment.shorts
         if low != high or augment.crop is not None or (augment.rotate_probability and augment.rotate_degrees):
             raise ValueError(
-                "keep_pictures: must be False where chance does more than to mirror; or give one length of the shorter side, no crop and "
-                f"--augment.rotate-probability 0, got {augment}"
+                f"keep_pictures: must be False where pictures are cropped, rotated or resized at random, got {augment}; "
+                "give one length of the shorter side, no crop and --augment.rotate-probability 0"
             )
         self.augment, self.device = augment, torch.device(device)
         ways, unused = [replace(augment, flip=0.0), replace(augment, flip=1.0)], torch.Generator()
@@ -42,7 +42,7 @@ class Kept:
         self.images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8, device=self.device)
         for place, (s, (h, w)) in enumerate(zip(samples, self.sizes, strict=True)):
             self.images[place, :, :h, :w] = s.image.to(self.device)
-        # the masks of all in one row, behind an empty one that stands for none
+        # the masks of all pictures in one row; the first is empty and fills up rows of pictures with fewer masks
         self.counts = [len(s.labels) for s in samples]
         self.starts = (1 + torch.tensor([0, *self.counts[:-1]]).cumsum(0)).tolist()
         words = [torch.zeros(1, (height * width + 31) // 32, dtype=torch.int32)]
@@ -56,7 +56,7 @@ class Kept:
         return len(self.sizes) // 2
 
     def batch(self, places: list[int]) -> Batch:
-        """What `collate` makes of these: 2 i is picture i, 2 i + 1 its mirror image."""
+        """The batch that `collate` would make of these places: 2 i is picture i, 2 i + 1 its mirror image."""
         sizes, counts = [self.sizes[p] for p in places], [self.counts[p] for p in places]
         rows = torch.zeros(len(places), max(counts, default=0), dtype=torch.int64)
         for b, (place, count) in enumerate(zip(places, counts, strict=True)):
@@ -94,10 +94,10 @@ class Kept:
 
 
 class Resident(Order):
-    """The batches of `Kept` pictures: those that `Batches` with the same `augment` and `collate` gives, bit for bit.
+    """The batches of `Kept` pictures. They equal the batches of `Batches` with the same `augment` and `collate` bit for bit.
 
     Args:
-        workers: as of `Batches`; nothing is left for them to do.
+        workers: ignored; it is here because `Batches` has it.
     """
 
     def __init__(self, kept: Kept, *, workers: int = 0, **order: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a dataset reads, what a transform changes, and what a model is trained on."""
+"""The types of the data path: a dataset reads a Sample, a transform changes it, and a model is trained on a Batch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sprompt.masks import BitMasks, Size
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture with its masks. Transforms return a new one; `image`, `masks` and `seeds` always speak of the same pixels."""
+    """One picture with its masks. Transforms return a new Sample. `image`, `masks` and `seeds` share one pixel grid."""
 
     image: Tensor  # (3, H, W) uint8, RGB
     masks: BitMasks  # (G,) of size (H, W); G may be 0
@@ -21,17 +21,17 @@ class Sample:
     image_id: int
     name: str  # the file, for messages
     size: Size  # (h, w) of the picture as stored
-    seeds: Tensor | None = None  # (G, 3) float32: x, y in pixels of `image`, scale; where each proposal's seed lay
+    seeds: Tensor | None = None  # (G, 3) float32, the seed of each proposal: x, y in pixels of `image`, scale
 
     def kept(self, index: Tensor) -> Sample:
-        """The sample with masks, labels and seeds at `index` (bool (G,) or int64 places) only."""
+        """The sample with only the masks, labels and seeds at `index`: bool (G,) or int64 places."""
         seeds = None if self.seeds is None else self.seeds[index]
         return replace(self, masks=self.masks[index], labels=self.labels[index], seeds=seeds)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """B samples padded to one size on the right and below; of an image's G masks the first `counts` are real."""
+    """B samples, padded on the right and below to one size. The first `counts` of an image's G masks are real."""
 
     images: Tensor  # (B, 3, H, W) float32, normalised, then padded with 0
     masks: BitMasks  # (B, G) of size (H, W); empty behind counts

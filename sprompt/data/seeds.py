@@ -1,4 +1,4 @@
-"""Where the seed of a proposal lay: from its address in a grid of features to a point of the picture."""
+"""Points of seeds: from the address of a seed in a grid of features to a point of the picture."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from sprompt.masks import Size
 
 @dataclass(frozen=True)
 class SeedGrid:
-    """The grid of a proposal file, from `info.proposals`. The picture was seen at `resized_size(size, short, long)`, padded on
-    the right and below to multiples of 32, and features lay every `stride` pixels of that view.
+    """The grid of a proposal file, from `info.proposals`.
 
-    An address [scale, row, col] names a cell of the grid that is 2^scale times coarser than the features ("pyramid"), or of the
-    whole padded view cut into h' × w' equal cells (grid = (h', w')).
+    The backbone saw a view of the picture: its size was `resized_size(size, short, long)`, padded on the right and below to
+    multiples of 32, and it gave one feature vector every `stride` pixels. An address [scale, row, col] names a cell. With
+    `grid` None, the cell belongs to the feature map made 2^scale times coarser ("pyramid"). With `grid` (h', w'), it is one of
+    the h' × w' equal cells of the whole padded view.
     """
 
     short: int
@@ -50,10 +51,10 @@ class SeedGrid:
                 f"{source}: info.proposals must have keep_ratio true or false, got {keep!r:.20}; make the file anew"
             )
         grid = None if seeds == "pyramid" else (seeds[0], seeds[1])
-        return SeedGrid(short, long, stride, grid, keep)  # type: ignore[arg-type]
+        return SeedGrid(short, long, stride, grid, keep)  # type: ignore[arg-type]  # the checks above made them int
 
     def points(self, addresses: list[Any], size: Size, name: str) -> Tensor:
-        """(G, 3) float32: x, y in pixels of the picture of this size, scale. `name` is what DataError calls a bad one."""
+        """(G, 3) float32: x and y in pixels of the picture (of size `size`), and scale. DataError calls the picture `name`."""
         view = resized_size(size, self.short, self.long) if self.keep_ratio else (self.short, self.long)
         padded = [-(-side // 32) * 32 for side in view]
         points = []

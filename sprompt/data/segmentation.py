@@ -1,4 +1,4 @@
-"""Masks as COCO files hold them: run lengths or polygons, to bits. Nothing in them is trusted."""
+"""Run lengths and polygons of COCO files, decoded to bits. Every value is checked, since files may be wrong or hostile."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sprompt.masks import BitMasks, Size
 
 
 def is_segmentation(value: Any) -> bool:
-    """Whether it has the form of run lengths or of polygons at least one of which has three corners."""
+    """Whether a value has the form of run lengths, or of a list of polygons with at least one polygon of three corners."""
     if isinstance(value, dict):
         return "size" in value and "counts" in value
     if isinstance(value, list):
-        for part in value:  # a loop, since a COCO file has a million of them
+        for part in value:  # faster than any(): a COCO file has a million polygons
             if isinstance(part, list) and len(part) >= 6:
                 return True
     return False
 
 
 def decode(segmentations: Sequence[Any], size: Size, name: Callable[[int], str]) -> BitMasks:
-    """Masks (L,) of this size. Polygons are filled as pycocotools does; parts of less than three corners hold nothing.
+    """Masks (L,) of this size. Polygons are filled as pycocotools does; polygons with less than three corners are empty.
 
-    `name(i)` is what DataError calls the i-th when it is broken, of another size, or drawn far outside the picture.
+    DataError refuses a segmentation that is broken, of another size, or far outside the picture, and calls the i-th `name(i)`.
     """
     rles = [_filled(s, size, name, i) if isinstance(s, list) else s for i, s in enumerate(segmentations)]
     try:
@@ -53,7 +53,7 @@ def _filled(polygons: list[Any], size: Size, name: Callable[[int], str], index: 
             points = np.empty((0, 0))
         if points.ndim != 1 or len(points) % 2:
             raise DataError(f"{name(index)}: polygons must be lists of numbers x, y, x, y, …, got {polygon!r:.60}")
-        # the filling walks along every edge, so that one far corner could cost any amount of memory
+        # pycocotools walks along every edge, so one distant corner could take any amount of memory
         if not ((points >= -reach) & (points <= 2 * reach)).all():
             raise DataError(
                 f"{name(index)}: corners must lie in or near the picture of {height}x{width}, got {polygon!r:.60}; "

@@ -14,9 +14,10 @@ from sprompt.seeding import generator
 
 
 def sample(total: int, fraction: float, seed: int = 0) -> list[int]:
-    """⌊fraction · total⌋ of the places 0 to total − 1 at random, sorted; the smaller of two fractions is part of the larger.
+    """⌊fraction · total⌋ random places from 0 to total − 1, sorted. With one seed, a smaller fraction is a subset of a larger
+    one.
 
-    The product is that of the decimal number: 0.29 of 100 is 29.
+    The product is computed from the decimal number, so 0.29 of 100 is 29.
 
     >>> sample(10, 0.3), sample(10, 0.5)
     ([0, 7, 9], [0, 1, 2, 7, 9])
@@ -30,12 +31,12 @@ def sample(total: int, fraction: float, seed: int = 0) -> list[int]:
 
 
 def by_fraction(dataset: CocoDataset, fraction: float, seed: int = 0) -> CocoDataset:
-    """A random part of the file's pictures. Of those drawn, pictures without masks are then left out unless they are kept."""
+    """A random part of the file's pictures. Drawn pictures without masks are then left out, unless the dataset keeps them."""
     return dataset.at_positions(sample(dataset.total, fraction, seed))
 
 
 def from_list(dataset: CocoDataset, path: Path | str, percent: str = "10.0", run: str = "1") -> CocoDataset:
-    """The pictures of a published list, such as COCO_supervision.txt: JSON {percent: {run: [places in the file's images]}}."""
+    """The pictures of a published list such as COCO_supervision.txt: JSON {percent: {run: [places in the file's images]}}."""
     table = read_json(path, 1 << 28)
     for key, what in ((percent, "percentage"), (run, "run")):
         if not isinstance(table, dict) or key not in table:

@@ -1,8 +1,9 @@
-"""Scenes made up: textured shapes that hide each other on textured ground, with exact masks.
+"""Synthetic scenes: textured shapes that occlude each other on textured ground, with exact masks.
 
-The class of an object is its shape; sizes and rotations are drawn alike for all classes. So are colours and textures, unless
-`likeness` is above 0: it is the chance that an object has those of its class, as things in photographs often do. Everything comes
-from uniform random numbers by additions, products and comparisons, so that (seed, index) is one picture everywhere.
+The class of an object is its shape. Sizes and rotations have the same distribution for all classes. So have colours and
+textures, unless `likeness` is above 0. `likeness` is the probability that an object has the colour and texture of its class, as
+objects in photographs often have. All values come from uniform random numbers by additions, products and comparisons, so (seed,
+index) gives the same picture on every machine.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from sprompt.data.pictures import png, read_picture
 from sprompt.files import atomic_write
 from sprompt.masks import BitMasks, Size
 
-OBJECTS = (2, 6)  # a scene; fewer only where no further one finds room
-RADIUS = (0.10, 0.27)  # of the shorter side
-VISIBLE = 0.55  # share of an object's shape that stays to be seen, at least
-_PLACES = 12  # tried for each object
+OBJECTS = (2, 6)  # least and most objects of a scene; a scene has fewer if no place is free for another
+RADIUS = (0.10, 0.27)  # smallest and largest, as shares of the shorter side
+VISIBLE = 0.55  # lower bound of the visible share of an object's shape
+_PLACES = 12  # random places that are tried for each object
 
 Field = np.ndarray  # float64 (h, w)
 
@@ -67,28 +68,28 @@ SHAPES: dict[str, Callable[[Field, Field], np.ndarray]] = {
     "disc": _disc, "square": _square, "triangle": _triangle, "star": _star, "cross": _cross, "ring": _ring,
 }  # fmt: skip
 CLASSES = list(SHAPES)
-#: Colour of each class where objects are alike; the place is the kind of texture too.
+#: Colour of each class for `likeness`; the index of the class is also the kind of its texture.
 COLOURS = ((0.85, 0.2, 0.2), (0.2, 0.7, 0.25), (0.25, 0.35, 0.9), (0.9, 0.8, 0.2), (0.75, 0.3, 0.8), (0.2, 0.75, 0.8))
 
 
 class Scene(NamedTuple):
     image: Tensor  # (3, H, W) uint8
-    masks: Tensor  # (G, H, W) bool, what is seen of each object; they do not overlap
-    labels: Tensor  # (G,) int64, places in CLASSES
+    masks: Tensor  # (G, H, W) bool, the visible part of each object; masks do not overlap
+    labels: Tensor  # (G,) int64, indices of CLASSES
 
 
 def scene(seed: int, index: int, size: Size = (160, 160), likeness: float = 0.0) -> Scene:
-    """The picture `index` of the endless series `seed`; `likeness` is the chance that an object looks as its class does."""
+    """Picture number `index` of the series `seed`. `likeness` is the probability that an object looks like its class."""
     height, width = size
     if min(size) < 32:
-        raise ValueError(f"scene: size must be at least 32 on each side, got {size}; shapes need room")
+        raise ValueError(f"scene: size must be at least 32 on each side, got {size}; take a larger size")
     rng = Generator(PCG64(SeedSequence((seed, index))))
     y, x = np.meshgrid(np.arange(height) + 0.5, np.arange(width) + 0.5, indexing="ij")
     ground = rng.random(3) * 0.8 + 0.1
     other = np.clip(ground + (rng.random(3) - 0.5) * 0.5, 0, 1)
     picture = _painted(ground, other, _texture(rng, x, y, 0.09 * min(size)))  # (H, W, 3) of 0 to 1
     masks: list[np.ndarray] = []
-    full: list[int] = []  # pixels of each object before others came upon it
+    full: list[int] = []  # pixels of each whole object, without occlusion
     labels: list[int] = []
     for _ in range(_whole(rng, *OBJECTS)):
         label = _whole(rng, 0, len(CLASSES) - 1)
@@ -106,7 +107,7 @@ def scene(seed: int, index: int, size: Size = (160, 160), likeness: float = 0.0)
         candidates = rng.random((4, 3))
         if alike:
             candidates = np.clip(np.array(COLOURS[label]) + 0.3 * (candidates - 0.5), 0, 1)
-        first = candidates[abs(candidates - ground).sum(1).argmax()]  # the least like the ground
+        first = candidates[abs(candidates - ground).sum(1).argmax()]  # the colour that differs most from the ground
         second = np.clip(first + (rng.random(3) - 0.5) * 0.9, 0, 1)
         period = _between(rng, 0.03, 0.07) * min(size)
         texture = _texture(rng, u[mask] * radius, v[mask] * radius, period, label if alike else None)
@@ -125,7 +126,8 @@ def write_scenes(
 ) -> None:
     """Writes images/000000.png … and instances.json (COCO) of `count` scenes.
 
-    What is there already and the same is kept, so that a broken-off call can be repeated; anything else raises DataError.
+    Existing files with the same content are kept, so an interrupted call can be repeated. A file with other content raises
+    DataError.
     """
     folder = Path(folder)
     images: list[dict[str, Any]] = []
@@ -162,7 +164,7 @@ def _write_picture(path: Path, image: Tensor) -> None:
 
 # -- drawing
 def _placed(rng: Generator, shape: str, radius: float, x: Field, y: Field) -> tuple[Field, Field, np.ndarray]:
-    """The coordinates of a shape somewhere in the picture, a little squeezed and turned, and its pixels."""
+    """(u, v, mask) of a shape at a random place of the picture, a little squeezed and rotated: u, v are its own coordinates."""
     height, width = x.shape
     t = 2 * rng.random() - 1  # (1 − t², 2t) / (1 + t²) is a rotation by −90° to 90°, without a sine
     cos, sin = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
@@ -177,7 +179,7 @@ def _placed(rng: Generator, shape: str, radius: float, x: Field, y: Field) -> tu
 
 
 def _texture(rng: Generator, x: np.ndarray, y: np.ndarray, period: float, kind: int | None = None) -> np.ndarray:
-    """Values of 0 to 1 at points: how much of the second colour each has. Of one of six kinds, or any."""
+    """Values of 0 to 1 at points, the share of the second colour. `kind` is one of six textures; None draws one."""
     kind = _whole(rng, 0, 5) if kind is None else kind
     slope = 2 * rng.random() - 1
     if rng.random() < 0.5:
@@ -199,7 +201,7 @@ def _texture(rng: Generator, x: np.ndarray, y: np.ndarray, period: float, kind: 
 
 
 def _noise(rng: Generator, x: np.ndarray, y: np.ndarray, period: float) -> np.ndarray:
-    """Random values on a 32 × 32 lattice of this period, repeated, and bilinear between."""
+    """Random values on a 32 × 32 lattice of this period, repeated in both directions, with bilinear interpolation."""
     lattice = rng.random((32, 32))
     column, row = np.floor(x / period), np.floor(y / period)
     fx, fy = x / period - column, y / period - row
@@ -219,5 +221,5 @@ def _between(rng: Generator, low: float, high: float) -> float:
 
 
 def _whole(rng: Generator, low: int, high: int) -> int:
-    """Uniform from low to high, both possible; from `random`, whose numbers no version of numpy has changed."""
+    """A uniform whole number from low to high, both included. It uses `random`, which is the same in all versions of numpy."""
     return low + int(rng.random() * (high - low + 1))

@@ -1,6 +1,7 @@
-"""What happens to a sample before a network sees it: flip, rotation, resize, crop; then samples become a batch.
+"""Changes of a sample before a network sees it: resize, flip, rotation, crop. `collate` then makes a batch of samples.
 
-Pixels are cells: pixel i covers i to i + 1, so a point p of w pixels lies at p · w′ / w of w′, and at w − p in the mirror.
+Pixels are cells: pixel i covers the interval from i to i + 1. In a picture w pixels wide, a point at p moves to p · w′ / w if
+the picture is resized to w′ pixels, and to w − p if it is mirrored.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from torch import Tensor
 from sprompt.data.sample import Batch, Sample
 from sprompt.masks import BitMasks, Size
 
-MEAN = (123.675, 116.28, 103.53)  # of RGB, and
-STD = (58.395, 57.12, 57.375)  # those of ImageNet
+MEAN = (123.675, 116.28, 103.53)  # mean of R, G and B over ImageNet
+STD = (58.395, 57.12, 57.375)  # standard deviation of R, G and B over ImageNet
 
 
 def resized_size(size: Size, short: int, long: int) -> Size:
-    """(h, w) with its shorter side `short`, but its longer at most `long`; the ratio is kept up to rounding.
+    """The (h, w) of a resized picture: the shorter side is `short`, or less if the longer side would exceed `long`.
+
+    The aspect ratio is kept up to rounding.
 
     >>> resized_size((480, 640), 800, 1333), resized_size((100, 1000), 800, 1333)
     ((800, 1067), (133, 1333))
@@ -32,27 +35,28 @@ def resized_size(size: Size, short: int, long: int) -> Size:
 
 @dataclass(frozen=True)
 class Augment:
-    """Resize, then at random flip, rotate and crop; masks that lost all their pixels go, with label and seed.
+    """Resizes a sample, then flips, rotates and crops it at random.
 
-    Pictures are resized bilinearly with antialias, masks as `BitMasks.resize`. A rotation is about the centre, on the same
-    canvas; corners take the mean colour and no mask. A seed may come to lie outside of a crop while its mask does not.
-
-    Args:
-        short: length of the shorter side; (low, high) for a uniform choice, both ends included.
-        long: what the longer side may have at most.
-        flip: chance of a mirrored picture.
-        rotate_probability, rotate_degrees: chance of a rotation, by a uniform angle of at most so many degrees either way.
-        crop: (h, w) of a window at a random place; a side that is shorter stays as it is.
-        keep_ratio: False stretches every picture to long × short pixels.
+    A mask that loses all its pixels is removed, with its label and seed.
+    Pictures are resized bilinearly with antialias, masks by `BitMasks.resize`. A rotation is about the centre and keeps the
+    size; empty corners get the mean colour and no mask. After a crop, a seed may lie outside of the picture although its mask
+    does not.
     """
 
     short: int | tuple[int, int]
+    """Length of the shorter side in pixels, at least 1. Two numbers, low and high, draw it uniformly, both ends included."""
     long: int
+    """Upper bound of the longer side in pixels, at least 1. It takes precedence over `short`."""
     flip: float = 0.5
+    """Probability, from 0 to 1, that a picture is mirrored left to right."""
     rotate_probability: float = 0.0
+    """Probability, from 0 to 1, that a picture is rotated."""
     rotate_degrees: float = 0.0
+    """Largest angle of a rotation in degrees, from 0 to 180. The angle is uniform between minus and plus this value."""
     crop: Size | None = None
+    """Height and width in pixels, at least 1, of a window at a random place. A shorter side is kept. None does not crop."""
     keep_ratio: bool = True
+    """True keeps the aspect ratio. False stretches every picture to a width of `long` and a height of `short` pixels."""
 
     def __post_init__(self) -> None:
         low, high = self.shorts
@@ -96,7 +100,7 @@ class Augment:
 
 
 def _draws(generator: torch.Generator) -> list[float]:
-    """All that chance decides, drawn whatever is done with it, so that one option does not move the others."""
+    """The six random numbers of a call. All are always drawn, so that one option does not change the numbers of the others."""
     return torch.rand(6, generator=generator, dtype=torch.float64).tolist()
 
 
@@ -125,7 +129,7 @@ def crop(sample: Sample, top: int, left: int, height: int, width: int) -> Sample
 
 
 def rotate(sample: Sample, degrees: float) -> Sample:
-    """Counter-clockwise about the centre, bilinearly; masks where more than half of a pixel's weight is set."""
+    """Rotates counter-clockwise about the centre, bilinearly. A mask pixel is set where its interpolated value exceeds ½."""
     height, width = _size(sample)
     cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
     # from a pixel of the result to the picture, in coordinates of -1 to 1 on each side
@@ -152,12 +156,14 @@ def rotate(sample: Sample, degrees: float) -> Sample:
 def collate(
     samples: Sequence[Sample], divisor: int = 32, pad_to: Size | None = None, max_masks: int | None = None
 ) -> Batch:
-    """Normalises pictures by MEAN and STD, and pads them with 0 on the right and below to multiples of `divisor`, then to the
-    largest of the batch; no samples give a batch of none.
+    """Normalises pictures by MEAN and STD, and pads them with 0 on the right and below to one size.
+
+    That size is the largest height and the largest width of the batch, each rounded up to a multiple of `divisor`. Without
+    samples the batch is empty.
 
     Args:
-        pad_to: (H, W) instead, which no picture may exceed: batches of one shape.
-        max_masks: G instead of the most masks of a sample. Of a sample with more, the first are taken.
+        pad_to: (H, W) of every batch, in place of that size. No picture may exceed it.
+        max_masks: G of every batch, in place of the most masks of a sample. Of a sample with more masks the first G are taken.
     """
     sizes = [_size(s) for s in samples]
     if pad_to is None:
@@ -205,7 +211,7 @@ def _size(sample: Sample) -> Size:
 def _moved(
     seeds: Tensor | None, matrix: tuple[tuple[float, float, float], tuple[float, float, float]]
 ) -> Tensor | None:
-    """x, y by the affine matrix; the scale stays."""
+    """Seeds (G, 3) with x, y moved by the affine matrix; the scale is kept."""
     if seeds is None:
         return None
     m = torch.tensor(matrix, dtype=torch.float64)

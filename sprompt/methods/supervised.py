@@ -1,4 +1,4 @@
-"""Training on labels as they are: fine-tuning, or training from scratch."""
+"""Training on labels, without prompts: fine-tuning, or training from scratch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class SupervisedConfig(MethodConfig):
 
 
 class Supervised(nn.Module):
-    """The task of a model and labels, without prompts: `forward` gives the loss, and its terms for the log."""
+    """The task of a model and labels, without prompts. `forward` returns (loss, its terms for the log)."""
 
     Config = SupervisedConfig
 
@@ -53,7 +53,7 @@ def summed(terms: Iterable[Tensor]) -> Tensor:
 
 
 def check_classes(classes: Sequence[str], num_classes: int) -> None:
-    """Raises ValueError where the labels have other classes than the model can learn; to be asked before the first step."""
+    """Raises ValueError if the labels do not have `num_classes` classes. Call it before the first step."""
     if len(classes) != num_classes:
         names = ", ".join(classes[:5]) + (", ..." if len(classes) > 5 else "")
         raise ValueError(

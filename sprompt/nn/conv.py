@@ -1,4 +1,4 @@
-"""Convolutions with what follows them, and the precision that normalisation asks for."""
+"""Convolutions with their normalisation and activation, and the precision of that normalisation."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch.nn import functional as F
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """float32 for half types, others as they are."""
+    """Half types become float32; other dtypes stay as they are."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Conv(nn.Module):
-    """A convolution that keeps the size, with bias and nothing behind it."""
+    """A convolution with bias that keeps the size of the map; no norm or activation follows it."""
 
     def __init__(self, inputs: int, outputs: int, size: int = 1) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Processes that train together. Without an initialised process group there is one."""
+"""Processes that train together. Without an initialised process group there is one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files of tensors: read within bounds and without running anything in them, written whole or not at all."""
+"""Files of tensors. Reading is bounded and runs no code from the file; a file is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ _CONVERT = (
 
 
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file by name, on the CPU, and its metadata: of safetensors their own, else the texts beside the tensors.
+    """The tensors of a file by name, on the CPU, and the file's metadata.
 
-    Reads safetensors and what torch.save wrote: a dict of tensors, bare or under "state_dict" or "model". Raises ValueError, with
-    what to do, for all else.
+    Reads safetensors, and files of torch.save that hold a dict of tensors, bare or under "state_dict" or "model". The metadata
+    of a safetensors file are its own; the metadata of a file of torch.save are the strings beside "state_dict" or "model".
+    Raises ValueError for any other file; the message says what to do.
     """
     path = _existing(path)
     with open(path, "rb") as raw:
@@ -40,7 +41,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = read_metadata(path)
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, not a dict
+                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path}: must be a whole safetensors file, got {error}; fetch or write it again"
@@ -69,7 +70,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_metadata(path: Path | str) -> dict[str, str]:
-    """What a safetensors file says about itself; its tensors are not read."""
+    """The metadata of a safetensors file; its tensors are not read."""
     path = _existing(path)
     with open(path, "rb") as raw:
         length = int.from_bytes(raw.read(8), "little")
@@ -90,7 +91,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
         save_file(held, temporary, metadata=dict(metadata or {}))
-        temporary.chmod(0o644)  # safetensors lets nobody else read it
+        temporary.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
 def _existing(path: Path | str) -> Path:

@@ -13,7 +13,8 @@ from sprompt.nn.conv import Conv
 class FPN(nn.Module):
     """Maps of several widths, finest first -> maps of one width and the same sizes.
 
-    1×1 lateral convolutions, sums from the coarsest map down (nearest upsampling to the finer size), 3×3 output convolutions.
+    A 1×1 lateral convolution of each map; sums from the coarsest map to the finest (nearest upsampling to the finer size); a
+    3×3 output convolution of each sum.
     """
 
     def __init__(self, inputs: Sequence[int], channels: int) -> None:

@@ -1,4 +1,4 @@
-"""The kernel updator: kernels and the features pooled under their masks, weighed by gates."""
+"""The kernel updator: a gated sum of kernels and of the features pooled under their masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sigmoid focal loss (α = ¼, γ = 2), summed: of class logits, and of dense maps without holding what it computes with."""
+"""Sigmoid focal loss (α = ¼, γ = 2), summed: of class logits, and of dense maps without storing the upsampled logits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from sprompt.nn.conv import full_precision
 
 _ALPHA = 0.25
-#: Upsampled logits that the dense loss works on at a time.
+#: Number of upsampled logits that the dense loss works on at a time.
 _CHUNK = 1 << 20
 
 
@@ -38,14 +38,16 @@ def _focal(z: Tensor, positive: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dense_focal_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """The focal loss of logits upsampled to the size of the labels (bilinear, half-pixel centres), summed over pixels and classes.
+    """The focal loss of logits upsampled to the size of the labels, summed over pixels and classes.
+
+    The upsampling is bilinear with half-pixel centres.
 
     Args:
         logits: (B, K, h, w) float.
         labels: (B, H, W) int64, the class of every pixel; K is background.
 
-    The gradient is computed along with the loss, some classes at a time: nothing of the size of the upsampled logits is ever
-    held. Double backward is not supported.
+    The forward pass computes the gradient too, for some classes at a time, so the upsampled logits of all classes are never in
+    memory together. Double backward is not supported.
     """
     return _DenseFocal.apply(logits, labels)
 

@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
 
 Block = type[BasicBlock] | type[Bottleneck]
 
-#: depth -> the block and how many of them each layer has
+#: depth -> the block, and the number of blocks of each layer
 DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
@@ -70,8 +70,8 @@ class ResNet(nn.Module):
         depth: 18, 34, 50 or 101.
         width: channels of the stem; every other width is a multiple of it. 64 is the normal network.
         frozen_stages: -1 trains all, 0 freezes the stem, 1 the stem and layer1, ... 4 everything.
-        train_batchnorm: False keeps batch norm at its running statistics, also after `.train()`. True lets the layers that are
-            not frozen follow the mode, for training from scratch.
+        train_batchnorm: False: batch norm uses its running statistics, also after `.train()`. True: batch norm of the layers
+            that are not frozen follows the mode, for training from scratch.
     """
 
     strides = STRIDES
@@ -105,7 +105,7 @@ class ResNet(nn.Module):
         self.freeze(frozen_stages)
 
     def freeze(self, stages: int) -> None:
-        """Freezes so many stages, as `frozen_stages` says, and lets all others train."""
+        """Freezes this number of stages, counted as in `frozen_stages`, and makes all others trainable."""
         if not -1 <= stages <= 4:
             raise ValueError(f"ResNet: frozen_stages must be from -1 (none) to 4 (all), got {stages}")
         self.frozen_stages = stages
@@ -153,10 +153,11 @@ def _shortcut(inputs: int, outputs: int, stride: int) -> nn.Module | None:
 
 
 class _Projection(nn.Conv2d):
-    """A 1×1 convolution whose gradient is right, and stays in its memory, for few channels as well.
+    """A 1×1 convolution that avoids a bug of oneDNN for fewer than 16 channels.
 
     With a stride, channels last and fewer channels than a vector register holds (16 at most), oneDNN's gradient of the weights
-    writes past its workspace (uxlfoundation/oneDNN#6035): there the skipped cells are cut out first.
+    writes past its workspace (uxlfoundation/oneDNN#6035). For so few channels this layer slices the input by the stride, and
+    then convolves without a stride.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Semantic FPN: four pyramid maps become two of stride 8, one to find things in and one to tell what they are."""
+"""Semantic FPN: four pyramid maps become two maps of stride 8, one to locate objects and one to classify them."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor, nn
 
 from sprompt.nn.conv import ConvGN, full_precision
 
-#: 3×3 convolutions of each level on its way to stride 8; level l has l - 1 twofold upsamplings, each behind one of them.
+#: Number of 3×3 convolutions of each level. A twofold upsampling follows each of the first l - 1 convolutions of level l.
 _CONVS = (1, 1, 2, 3)
 
 
 def sine_positions(channels: int, height: int, width: int, like: Tensor) -> Tensor:
-    """Sine positional encoding (channels, height, width), like a tensor: the first half of the channels tells y, the second x.
+    """Sine positional encoding (channels, height, width); dtype and device are those of `like`.
 
-    Position i of n is (i + 1) / (n + 1e-6) · 2π. Channel k of a half of F is the sine (even k) or cosine (odd k) of position
-    / 10000^(2⌊k/2⌋ / F).
+    The first half of the channels encodes y, the second half x. Position i of n is (i + 1) / (n + 1e-6) · 2π. With F channels
+    in a half, channel k of it is the sine (even k) or cosine (odd k) of position / 10000^(2⌊k/2⌋ / F).
     """
     half = channels // 2
     k = torch.arange(half, device=like.device)
@@ -34,10 +34,10 @@ def sine_positions(channels: int, height: int, width: int, like: Tensor) -> Tens
 
 
 class SemanticFPN(nn.Module):
-    """Maps P2 to P5 (strides 4 to 32) of one width -> (localisation, semantics), both of stride 8 and that width.
+    """Maps P2 to P5 (strides 4 to 32) of one width -> (localisation, semantics), both of stride 8 and the same width.
 
-    P5 gets a positional encoding. Each level goes through 3×3 convolutions, to stride 8: P2 by a strided one, P4 and P5 by
-    bilinear upsampling between theirs. Two 1×1 convolutions read the sum.
+    P5 gets a positional encoding. 3×3 convolutions bring each level to stride 8: the convolution of P2 has stride 2; P4 and P5
+    have bilinear upsampling between their convolutions. Two 1×1 convolutions of the sum of the levels give the two maps.
     """
 
     def __init__(self, channels: int) -> None:

@@ -1,4 +1,5 @@
-"""Weights of a ResNet in files: other projects' checkpoints are recognised by the names in them, ours say what they are."""
+"""Weights of a ResNet in files. Checkpoints of other projects are recognised by the names of their tensors; files of this
+library have metadata that say what they hold."""
 
 from __future__ import annotations
 
@@ -15,17 +16,17 @@ from torch import Tensor
 from sprompt.nn.files import read_tensors, write_tensors
 from sprompt.nn.resnet import DEPTHS, BasicBlock, ResNet
 
-#: Where a file may hold the backbone; the first prefix with a stem behind it counts. A full DenseCL checkpoint has it twice.
+#: Prefixes of the backbone's tensors in a file; the first with a stem counts. A full DenseCL checkpoint holds two backbones.
 PREFIXES = ("", "backbone.", "module.backbone.", "module.encoder_q.", "module.")
 _OWN = re.compile(r"(conv1|bn1|layer\d+)\.")
 
 
 def load_backbone(resnet: ResNet, path: Path | str) -> str:
-    """Copies the backbone of a checkpoint into `resnet`, and says in a sentence what was loaded and what was left out.
+    """Copies the backbone of a checkpoint into `resnet`. Returns a sentence that names the loaded and the unused tensors.
 
-    Known are the files of torchvision, MoCo v2, DenseCL (whole or extracted), SwAV, K-Net and of this library, as .pth or
-    safetensors. Raises ValueError where a tensor is missing, has another shape, is not finite, or belongs to a larger network;
-    then `resnet` is as it was. Nothing in the file is ever executed.
+    Reads the files of torchvision, MoCo v2, DenseCL (whole or extracted), SwAV, K-Net and of this library, as .pth or
+    safetensors. Raises ValueError if a tensor is missing, has another shape, is not finite, or belongs to a larger network;
+    then `resnet` is unchanged. No code from the file is ever executed.
     """
     return _load(resnet, path, *_read(path))
 
@@ -52,7 +53,7 @@ def _load(resnet: ResNet, path: Path | str, tensors: Mapping[str, Tensor], about
 
 
 def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> ResNet:
-    """The ResNet that a file holds, in eval mode: depth and width come from the tensors. Reads what `load_backbone` reads."""
+    """The ResNet of a file, in eval mode. Depth and width follow from the tensors. Reads the same files as `load_backbone`."""
     tensors, about = _read(path)
     prefix = _prefix(tensors, path)
     depth, width = _architecture(
@@ -67,7 +68,7 @@ def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> ResNet:
 
 
 def save_backbone(path: Path | str, resnet: ResNet, dtype: torch.dtype = torch.float32) -> None:
-    """Writes a ResNet as safetensors with its depth and width, whole or not at all; float16 takes half the space."""
+    """Writes a ResNet as safetensors with its depth and width, whole or not at all; float16 files have half the size."""
     tensors = {}
     for name, tensor in resnet.state_dict().items():
         if tensor.is_floating_point():
@@ -80,7 +81,7 @@ def save_backbone(path: Path | str, resnet: ResNet, dtype: torch.dtype = torch.f
 
 
 def _read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file's tensors by name, and what it says about itself."""
+    """A file's tensors by name, and its metadata."""
     tensors, metadata = read_tensors(path)
     if "sprompt" not in metadata:
         return tensors, dict(metadata)
@@ -103,7 +104,7 @@ def _prefix(tensors: Mapping[str, Tensor], path: Path | str) -> str:
 
 
 def _format(tensors: Mapping[str, Tensor], prefix: str, about: Mapping[str, Any]) -> str:
-    """What the file is, in words."""
+    """The kind of the file, in words."""
     first = {name.split(".")[0] for name in tensors}
     if "backbone" in about:
         return "a backbone of this library"
@@ -123,7 +124,7 @@ def _format(tensors: Mapping[str, Tensor], prefix: str, about: Mapping[str, Any]
 
 
 def _check_fit(path: Path | str, held: Mapping[str, Tensor], wanted: Mapping[str, Tensor], resnet: ResNet) -> None:
-    """Every wanted tensor is there in its shape, and no more: a larger network would fit with a part of itself."""
+    """Raises ValueError unless the file has exactly the wanted tensors: an extra one means that the network is larger."""
     missing = [name for name in wanted if name not in held and not name.endswith("num_batches_tracked")]
     extra = [name for name in held if name not in wanted]
     both = [name for name in wanted if name in held]
@@ -153,7 +154,7 @@ def _check_fit(path: Path | str, held: Mapping[str, Tensor], wanted: Mapping[str
 
 
 def _architecture(held: Mapping[str, Tensor]) -> tuple[int | None, int | None]:
-    """Depth and width of the network that tensors belong to, None where they fit no known one."""
+    """Depth and width of the network of these tensors; None where no known network fits."""
     blocks = {match.groups() for name in held if (match := re.match(r"layer([1-4])\.(\d+)\.", name))}
     counts = tuple(Counter(layer for layer, _ in blocks)[str(layer)] for layer in (1, 2, 3, 4))
     basic = "layer1.0.conv3.weight" not in held
@@ -170,6 +171,6 @@ def _some(names: list[str]) -> str:
 
 
 def _summary(names: list[str]) -> str:
-    """Tensors counted by what they belong to: "module.encoder_k (320), module.queue"."""
+    """Number of tensors of each module: "module.encoder_k (320), module.queue"."""
     groups = Counter(".".join(name.split(".")[: 2 if name.startswith("module.") else 1]) for name in names)
     return ", ".join(group if count == 1 else f"{group} ({count})" for group, count in groups.items())

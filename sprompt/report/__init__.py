@@ -1,1 +1,1 @@
-"""What people look at: pictures, curves, galleries."""
+"""Output for people: pictures, curves, galleries."""

@@ -1,4 +1,4 @@
-"""Where in pictures each kernel's masks lie on average (the paper's Figure 6)."""
+"""Kernel activation: the mean mask of each kernel over pictures (the paper's Figure 6)."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from sprompt.report.album import Album
 from sprompt.report.page import Section, join, tag
 from sprompt.report.prompts import device_of, resized
 
-SIDE = 200  # cells of a map each way, whatever the shape of the pictures
-_MOST = 1 << 30  # bytes of maps that are read from a file
+SIDE = 200  # cells of a map in each direction, for pictures of any shape
+_MOST = 1 << 30  # upper bound of the bytes of maps that are read from a file
 
 
 @torch.no_grad()
 def activation_maps(
     model: Any, dataset: Any, limit: int | None = None, *, short: int = 800, long: int = 1333
 ) -> Tensor:
-    """Mean of the sigmoid of each kernel's last mask over pictures, each stretched to 200 × 200: float32 (N, 200, 200).
+    """The mean over pictures of the sigmoid of each kernel's last mask, stretched to 200 × 200: float32 (N, 200, 200).
 
-    The model is one whose decoder gives `masks`, logits (B, N, h, w) stage by stage, as K-Net's. Takes `limit` pictures, evenly
-    from first to last, or all. What lies in the padding does not count.
+    Args:
+        model: a model with a decoder that returns `masks`, a list over its stages of logits (B, N, h, w), as K-Net does.
+        dataset: samples; unreadable pictures are skipped.
+        limit: number of pictures, spread evenly over the dataset; None takes all.
+        short, long: pictures are resized to these sides first. The padding does not count.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
     if count == 0:
@@ -42,7 +45,7 @@ def activation_maps(
         try:
             sample = dataset[k * len(dataset) // count]
         except DataError:
-            continue  # a broken picture, which predictions name
+            continue  # a broken picture; the predictions name it
         seen += 1
         batch = collate([resized(sample, short, long)]).to(device_of(model))
         masks = model.decode(model.encode(batch.images)).masks[-1].float().sigmoid()
@@ -84,9 +87,9 @@ def read_activation(source: Path | str | Tensor | np.ndarray) -> np.ndarray:
 
 
 def spread(maps: np.ndarray) -> np.ndarray:
-    """(N,) how far the activation of each map (N, h, w) lies from its own centre: root mean square, in widths of the map.
+    """(N,) root mean square distance of the activation of each map (N, h, w) from its own centre, in widths of the map.
 
-    A uniform map has √(1/6) ≈ 0.41; a map of a single cell about 0, one without activation infinity.
+    A uniform map has √(1/6) ≈ 0.41, a map with one active cell about 0, and a map without activation infinity.
     """
     centres, squares = _moments(maps)
     variance = (squares - centres**2).sum(1).clip(min=0)
@@ -94,9 +97,11 @@ def spread(maps: np.ndarray) -> np.ndarray:
 
 
 def scatter(maps: np.ndarray) -> float:
-    """How far the centres of the maps (N, h, w) lie from their mean: root mean square, in widths of the map; NaN without activation.
+    """Root mean square distance of the centres of the maps (N, h, w) from their mean, in widths of the map; NaN without
+    activation.
 
-    Kernels that all look everywhere alike have 0, kernels that share the picture evenly among themselves up to √(1/6) ≈ 0.41.
+    It is 0 if all kernels have the same map. It is up to √(1/6) ≈ 0.41 if the kernels divide the picture evenly among
+    themselves.
     """
     centres, _ = _moments(maps)
     centres = centres[~np.isnan(centres).any(1)]
@@ -104,14 +109,17 @@ def scatter(maps: np.ndarray) -> float:
 
 
 def placed(maps: np.ndarray) -> str:
-    """The two in words, for captions; empty without activation."""
+    """The median of `spread` and the value of `scatter`, as words of a caption; empty without activation."""
     far = spread(maps)
     finite = far[np.isfinite(far)]
     return f"median spread {np.median(finite):.2f}, centres scattered by {scatter(maps):.2f}" if finite.size else ""
 
 
 def _moments(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 2) means of y and x, and of their squares, weighted by each map (N, h, w), whose sides are 1; NaN without activation."""
+    """(N, 2) means of y and x, and (N, 2) means of their squares, weighted by each map (N, h, w); NaN without activation.
+
+    Each side of a map has length 1.
+    """
     weights = np.nan_to_num(maps.astype(np.float64)).clip(min=0)
     mass = weights.sum((1, 2))
     safe = np.where(mass > 0, mass, np.nan)
@@ -124,7 +132,7 @@ def _moments(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def section(album: Album, maps: np.ndarray) -> Section:
-    """A heat map a kernel, the most local first."""
+    """The section with a heat map of each kernel, the most local kernel first."""
     far = spread(maps)
     order = np.argsort(far, kind="stable").tolist()
     figures = []
@@ -137,10 +145,10 @@ def section(album: Album, maps: np.ndarray) -> Section:
     ramp = np.linspace(0, 1, 8)[None]
     colours = ",".join("#{:02x}{:02x}{:02x}".format(*c) for c in np.asarray(heat_map(ramp))[0].tolist())
     note = tag(
-        "p", "Mean mask of every kernel over the pictures, each stretched to a square: from ",
+        "p", "The mean mask of every kernel over the pictures, each stretched to a square. Colours go from ",
         tag("span", class_="ramp", style=f"background:linear-gradient(90deg,{colours})", role="img", aria_label="dark to light"),
-        " 0 to the map's own peak, the number on the right below it. The most local kernels come first: they learned to look in one "
-        "place; those that come last look everywhere.",
+        " 0 to the peak of the map. The number on the right below a map is its peak. The most local kernels come first: they "
+        "learned to look in one place. The last kernels look everywhere.",
         class_="note",
     )  # fmt: skip
     sheet = tag("div", figures, class_="maps", style=f"--ar:{maps.shape[2] / maps.shape[1]:.3f}")
@@ -149,7 +157,10 @@ def section(album: Album, maps: np.ndarray) -> Section:
 
 
 def _stretched(masks: Tensor, size: tuple[int, int], padded: tuple[int, int]) -> Tensor:
-    """The part of (1, N, h, w) that lies in the picture of `size` before it was padded, bilinearly (half-pixel centres) at SIDE × SIDE."""
+    """Masks (1, N, h, w) without the padding, resampled to SIDE × SIDE, bilinear with half-pixel centres.
+
+    `size` is the size of the picture, `padded` its size with padding.
+    """
     place = (torch.arange(SIDE, device=masks.device) + 0.5) / SIDE
     y, x = (2 * place * size[i] / padded[i] - 1 for i in (0, 1))
     grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], -1)[None]

@@ -1,4 +1,4 @@
-"""The pictures beside a page: stored once, small for the sheet and large for a closer look."""
+"""The picture files of a page: a small one for the sheet, and a large one for the closer view."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _OURS = re.compile(r"[a-z]+-\d{3,}(-[a-z]+)?\.(jpg|png)")
 
 
 class Album:
-    """The folder `pictures` beside a page. Links are relative, so that the whole can be moved."""
+    """The folder `pictures` beside a page. Links are relative, so page and folder can be moved together."""
 
     def __init__(self, out: Path) -> None:
         self._folder = out / "pictures"
@@ -26,7 +26,7 @@ class Album:
     def shot(
         self, name: str, picture: Image.Image, alt: str, *, plain: Image.Image | None = None, title: str = ""
     ) -> Html:
-        """A link to the picture around a small form of it; `plain` is what lies under its masks, and `title` stands on it."""
+        """A link to the picture; it shows a small copy. `plain` is the picture without masks, `title` a label on the copy."""
         full = self._store(f"{name}.jpg", picture)
         small = picture.copy()
         small.thumbnail((_SMALL, _SMALL), Image.Resampling.LANCZOS, reducing_gap=3.0)
@@ -38,13 +38,13 @@ class Album:
         return tag("a", image, tag("i", title) if title else None, href=full, data_full=True, data_plain=under)
 
     def map(self, name: str, picture: Image.Image, alt: str) -> Html:
-        """The same for a small map, whose pixels are shown as they are."""
+        """A link to a small map. The closer view shows its pixels without smoothing."""
         source = self._store(f"{name}.png", picture)
         image = tag("img", src=source, alt=alt, width=picture.width, height=picture.height, loading="lazy")
         return tag("a", image, href=source, data_full=True, data_pixels=True)
 
     def clear(self) -> None:
-        """Removes what an earlier page of ours had here and this one has not."""
+        """Removes the pictures of an earlier page that this page does not have."""
         if self._folder.is_dir():
             for path in self._folder.iterdir():
                 if path.name not in self._names and _OURS.fullmatch(path.name):
@@ -62,7 +62,7 @@ class Album:
 
 
 def figure(shots: Sequence[Html], ratio: float, title: str, caption: Child, kinds: str | None = None) -> Html:
-    """A picture of the sheet, or several of one size side by side; ratio is width / height of all of them together."""
+    """A figure of the sheet: one picture, or several of one size side by side. `ratio` is width / height of the whole row."""
     body = tag("div", shots, class_="shots")
     head = tag("span", title, class_="name", title=title)
     return tag(

@@ -1,4 +1,4 @@
-"""Predictions of a picture against its labels: what was found, what was made up, what was missed."""
+"""Predictions of a picture against its labels: found labels, false predictions, missed labels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from sprompt.masks import BitMasks
 from sprompt.report.records import Instance
 
-IOU = 0.5  # of a prediction with a label that counts as found
+IOU = 0.5  # lower bound of the IoU of a prediction and the label that it finds
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,8 @@ class Compared:
 
     masks: BitMasks  # (P,) predictions, by decreasing score
     predictions: list[Instance]
-    found: list[int]  # (P,) the label that each was matched to; -1 none, -2 a crowd, which counts neither way
-    ious: list[float]  # (P,) with that label, or the largest with any
+    found: list[int]  # (P,) index of the matched label; -1 for none, -2 for a crowd: neither found nor false
+    ious: list[float]  # (P,) IoU with the matched label; without a match the largest IoU with a label of its class
     label_masks: BitMasks  # (G,)
     labels: list[Instance]
 
@@ -34,7 +34,10 @@ class Compared:
 def compare(
     masks: BitMasks, predictions: Sequence[Instance], label_masks: BitMasks, labels: Sequence[Instance]
 ) -> Compared:
-    """Matches as COCO does at IoU 0.5: by decreasing score, every prediction takes the free label of its class that it overlaps most."""
+    """Matches predictions and labels as COCO does at IoU 0.5.
+
+    By decreasing score, each prediction takes the free label of its class with the largest IoU, if that is at least 0.5.
+    """
     order = sorted(range(len(predictions)), key=lambda i: -(predictions[i].score or 0.0))
     masks, predictions = masks[torch.tensor(order, dtype=torch.int64)], [predictions[i] for i in order]
     ious = masks.iou(label_masks).tolist() if len(masks) and len(label_masks) else [[0.0] * len(labels) for _ in order]
@@ -57,7 +60,7 @@ def compare(
 
 
 def _inside(masks: BitMasks, label_masks: BitMasks, labels: Sequence[Instance]) -> list[list[float]]:
-    """Share of each prediction that lies in each label: what COCO compares with a crowd."""
+    """Share of each prediction that lies in each label. COCO uses this share, not the IoU, for crowds."""
     if not len(masks) or not any(label.crowd for label in labels):
         return [[0.0] * len(labels) for _ in range(len(masks))]
     both = BitMasks((masks.words[:, None] & label_masks.words[None]), masks.size).area()
@@ -65,7 +68,8 @@ def _inside(masks: BitMasks, label_masks: BitMasks, labels: Sequence[Instance]) 
 
 
 def best_threshold(compared: Sequence[Compared]) -> float:
-    """The score whose predictions have the best F1 over these pictures; matches at a score do not depend on lower ones."""
+    """The score threshold with the best F1 over these pictures. Predictions with lower scores do not change the matches above
+    it."""
     scores = [
         (p.score or 0.0, f >= 0) for c in compared for p, f in zip(c.predictions, c.found, strict=True) if f != -2
     ]
@@ -81,7 +85,7 @@ def best_threshold(compared: Sequence[Compared]) -> float:
 
 
 def above(compared: Compared, threshold: float) -> Compared:
-    """The same picture with predictions of at least this score."""
+    """The same picture without the predictions below this score."""
     n = sum((p.score or 0.0) >= threshold for p in compared.predictions)
     return Compared(
         compared.masks[:n], compared.predictions[:n], compared.found[:n], compared.ious[:n],

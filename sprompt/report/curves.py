@@ -1,4 +1,4 @@
-"""Learning curves and bars as HTML that follows the width of the page and its light or dark colours."""
+"""Learning curves and bars as HTML. They adapt to the width of the page and to its light or dark colours."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from sprompt.report.runs import Run
 Points = Sequence[tuple[float, "float | None"]]
 
 _COLOURS = 6  # classes r0 to r5 of the style
-_MOST = 600  # points of a drawn line
-_QUIET = 30  # points of a line that is drawn as it is
+_MOST = 600  # upper bound of the points of a drawn line
+_QUIET = 30  # a line with at most this many points is not smoothed
 _SPEED = ("lr", "learning_rate", "seconds", "images_per_second")
 
 
@@ -29,8 +29,10 @@ class Line:
 
 
 def smoothed(points: Points, share: float = 0.05) -> list[tuple[float, float | None]]:
-    """Mean over a window of about this share of the points, as far to the left as to the right where there are enough, so that nothing
-    lags behind; gaps stay gaps."""
+    """Means over a window of about this share of the points. Gaps stay gaps.
+
+    The window is symmetric where enough points exist, so the curve does not lag behind.
+    """
     half = int(share * len(points) / 2)
     values = np.array([math.nan if y is None else y for _, y in points])
     there = ~np.isnan(values)
@@ -43,7 +45,8 @@ def smoothed(points: Points, share: float = 0.05) -> list[tuple[float, float | N
 
 
 def curves(runs: Sequence[Run]) -> Html:
-    """All numbers in the logs: the loss large, then its terms by the part of the model, then monitors, then speed."""
+    """Charts of all numbers in the logs: a large one of the loss, then its terms by the part of the model, then monitors and
+    speed."""
     names = list(dict.fromkeys(name for run in runs for name in run.curves))
     groups: dict[str, list[str]] = {}
     for name in names:
@@ -61,12 +64,15 @@ def curves(runs: Sequence[Run]) -> Html:
 
 
 def key(runs: Sequence[Run]) -> Html:
-    """Which colour is which run."""
+    """The legend: the colour of each run."""
     return tag("p", [tag("span", run.name, class_=f"r{i % _COLOURS}") for i, run in enumerate(runs)], class_="key")
 
 
 def chart(title: str, lines: Sequence[Line], large: bool = False, unit: str = "step") -> Html:
-    """Lines over steps or what `unit` says, thin as they are and thick as smoothed. Says in words where they begin and end."""
+    """A chart of lines over steps, or over the unit `unit`: each raw line thin, its smoothed line thick.
+
+    A text for screen readers says where each line begins and ends.
+    """
     lines = [line for line in lines if any(y is not None for _, y in line.points)]
     if not lines:
         return tag(
@@ -94,7 +100,7 @@ def chart(title: str, lines: Sequence[Line], large: bool = False, unit: str = "s
         drawn.append(tag("path", d=_path(mean, place), class_=f"mean {shade}"))
     svg = tag("svg", drawn, viewBox="0 0 1000 1000", preserveAspectRatio="none", aria_hidden="true")
     labels = [tag("span", number(t), class_="y", style=f"bottom:{100 * (t - low) / (high - low):.2f}%") for t in ticks]
-    steps = [step for step in _ticks(x0, x1, 5 if large else 3) if step == round(step)]  # there is no half epoch
+    steps = [step for step in _ticks(x0, x1, 5 if large else 3) if step == round(step)]  # no half steps
     for step in steps:
         share = 100 * (step - x0) / (x1 - x0)
         labels.append(tag("span", f"{step:,.0f}", class_="x last" if share > 97 else "x", style=f"left:{share:.2f}%"))
@@ -114,7 +120,7 @@ def chart(title: str, lines: Sequence[Line], large: bool = False, unit: str = "s
 
 
 def metric_bars(runs: Sequence[Run]) -> Html:
-    """Average precision and recall of the runs, a group of bars for each measure."""
+    """Bars of the average precision and recall of the runs, one group for each measure."""
     names = list(dict.fromkeys(n for run in runs for n, v in run.metrics.items() if is_rate(n, v)))
     names.sort(key=lambda n: n.rsplit("/", 1)[0] if "/" in n else "")
     scale = max((run.metrics[n] for run in runs for n in names if n in run.metrics), default=0.0)
@@ -136,12 +142,12 @@ def metric_bars(runs: Sequence[Run]) -> Html:
 
 
 def is_rate(name: str, value: float) -> bool:
-    """Whether a metric is an average precision or recall; COCO's −1 stands for none."""
+    """Whether a metric is an average precision or recall. COCO's −1 means that there is no value, so it is false for it."""
     return name.rsplit("/", 1)[-1].upper().startswith(("AP", "AR", "MAP")) and 0 <= value <= 100
 
 
 def histogram(values: Sequence[float], low: float, high: float, bins: int, title: str) -> Html:
-    """Columns of how many values fall into equal parts of low to high."""
+    """A histogram: columns for `bins` equal parts of the range low to high."""
     counts = [0] * bins
     for value in values:
         counts[min(bins - 1, max(0, int((value - low) / (high - low) * bins)))] += 1
@@ -156,7 +162,7 @@ def histogram(values: Sequence[float], low: float, high: float, bins: int, title
 
 
 def number(value: float) -> str:
-    """Short, as on an axis."""
+    """A number as short text, for an axis."""
     if value and not 1e-3 <= abs(value) < 1e5:
         mantissa, exponent = f"{value:.1e}".split("e")
         return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
@@ -187,7 +193,7 @@ def _bar(share: float, shade: str) -> Html:
 
 
 def _axis(values: Sequence[float]) -> tuple[float, float, list[float]]:
-    """Low and high end and ticks; single spikes above what nearly all values are do not count."""
+    """(low end, high end, ticks) of an axis. Rare spikes far above 98 % of the values are cut off."""
     ordered = sorted(values)
     low, high = ordered[0], ordered[-1]
     usual = ordered[min(len(ordered) - 1, int(0.98 * len(ordered)))]

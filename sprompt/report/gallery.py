@@ -1,4 +1,4 @@
-"""A static page of everything that there is to look at: it opens from disk, in any browser, without a network."""
+"""A static page of proposals, prompts, predictions, curves and runs. It opens from disk, in any browser, without a network."""
 
 from __future__ import annotations
 
@@ -31,19 +31,21 @@ def build(
     title: str = "Gallery",
     limit: int = 24,
 ) -> Path:
-    """Writes out/index.html and out/pictures/, and returns the page's path. What is not given is left out, and the page says how to
-    make it. A page that was there is replaced when the new one is whole.
+    """Writes out/index.html and out/pictures/, and returns the page's path.
+
+    A section without input is left out, and the page says how to make its input. An old page is replaced once the new page is
+    complete.
 
     Args:
         proposals: (folder of the pictures, proposal file).
-        runs: folders of training runs: log.jsonl, metrics.json, config.yaml, whichever are there.
+        runs: folders of training runs. Each may have log.jsonl, metrics.json and config.yaml.
         predictions: (folder of the pictures, COCO file of the labels or None, COCO results).
-        activation: maps (N, h, w) of each kernel, or the .npz file of `save_activation`.
-        prompts: what `prompt_matches` returns.
-        limit: pictures of a section at most, taken evenly from first to last.
+        activation: maps (N, h, w) of the kernels, or the .npz file of `save_activation`.
+        prompts: the result of `prompt_matches`.
+        limit: upper bound of the pictures of a section; they are spread evenly over the input.
 
-    Raises DataError for an input that cannot be read at all, ValueError where out/index.html is not a page of this kind. Single
-    broken pictures and masks are left out and named on the page.
+    Raises DataError for an input that cannot be read, and ValueError if out/index.html is a page of another program. Single
+    broken pictures and masks are left out; the page names them.
     """
     if limit < 1:
         raise ValueError(f"limit: must be at least 1, got {limit}")
@@ -78,7 +80,7 @@ def build(
 
 
 def _metrics(runs: Sequence[Run]) -> Section:
-    """Average precision as bars, and every number in a table."""
+    """The section of metrics: bars of average precision, and a table of all numbers."""
     names = list(dict.fromkeys(name for run in runs for name in run.metrics))
     rows = [
         tag("tr", tag("th", name, scope="row"), [tag("td", _value(name, run.metrics), class_="n") for run in runs])
@@ -97,12 +99,12 @@ def _value(name: str, metrics: dict[str, float]) -> str:
     if name not in metrics:
         return ""
     if metrics[name] == -1:
-        return "none"  # COCO's sign for a measure without labels
+        return "none"  # COCO writes -1 for a measure without labels
     return f"{metrics[name]:.3f}" if is_rate(name, metrics[name]) else f"{metrics[name]:,.6g}"
 
 
 def _summary(runs: Sequence[Run]) -> Section:
-    """Where the runs stand, and their settings; those that differ stand out."""
+    """The section of runs: their progress and their settings. Settings that differ are highlighted."""
     about = [
         ("steps", [f"{run.log[-1]['step']:,}" if run.log else "" for run in runs]),
         ("epochs", [_last(run, "epoch") for run in runs]),
@@ -148,7 +150,7 @@ def _table(head: Sequence[str], rows: Sequence[Html], numbers: bool = False) -> 
 
 
 def _missing(anchor: str, title: str, how: str) -> Section:
-    """Words between backticks are commands or files."""
+    """A section without input. In `how` the words between backticks are commands or files."""
     parts = [tag("code", part) if i % 2 else part for i, part in enumerate(how.split("`"))]
     return Section(anchor, title, join(parts), missing=True)
 
@@ -165,7 +167,7 @@ _MISSING = {
         (
             "predictions",
             "Predictions",
-            "`sprompt predict` or `sprompt evaluate` writes COCO results, which are compared with labels if there are any.",
+            "`sprompt predict` or `sprompt evaluate` writes COCO results. They are compared with labels if there are any.",
         ),
         (
             "curves",
@@ -182,6 +184,6 @@ _MISSING = {
             "Kernel activation",
             "A model and labelled or unlabelled pictures give the mean mask of each kernel.",
         ),
-        ("runs", "Runs", "Folders of runs: where they stand, and their settings side by side."),
+        ("runs", "Runs", "Folders of runs show the progress of the runs, and their settings side by side."),
     )
 }

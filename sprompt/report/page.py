@@ -1,4 +1,4 @@
-"""HTML that is escaped by construction, and the page around it: one file that asks for no network."""
+"""HTML that is escaped by construction, and the page around it: one file that loads nothing from a network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 from sprompt.files import atomic_write
 from sprompt.report.style import SCRIPT, STYLE
 
-MARK = '<meta name="generator" content="sprompt">'  # by which an index.html is known as one of ours
+MARK = '<meta name="generator" content="sprompt">'  # marks an index.html as written by this package
 _VOID = frozenset(("br", "hr", "img", "input", "meta", "link", "line", "path", "polyline", "rect", "circle"))
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E%3Crect width='16' height='16' rx='4' "
@@ -22,17 +22,17 @@ _ICON = (
 
 
 class Html(str):
-    """Text that is HTML already."""
+    """Text that is already HTML, so it is not escaped again."""
 
 
 Child: TypeAlias = "str | int | float | Sequence[Child] | None"
 
 
 def tag(name: str, /, *children: Child, **attributes: Any) -> Html:
-    """<name attributes>children</name>. Children that are not `Html` are escaped, and attributes always are.
+    """<name attributes>children</name>. Attributes are always escaped; children are escaped unless they are `Html`.
 
-    An underscore in an attribute's name is a hyphen and one at the end is dropped (class_, aria_label); True gives the bare name,
-    None and False leave it out.
+    In the name of an attribute an underscore becomes a hyphen, and a last underscore is dropped (aria_label, class_). The value
+    True writes the bare name; None and False leave the attribute out.
     """
     written = []
     for key, value in attributes.items():
@@ -47,7 +47,7 @@ def tag(name: str, /, *children: Child, **attributes: Any) -> Html:
 
 
 def join(*children: Child) -> Html:
-    """The children one after the other, escaped where they are not `Html`."""
+    """The children one after the other; children that are not `Html` are escaped."""
     return Html("".join(_written(child) for child in children))
 
 
@@ -63,22 +63,22 @@ def _written(child: Child) -> str:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page that the navigation leads to."""
+    """A part of the page with a link in the navigation."""
 
     anchor: str
     title: str
     body: Html
-    note: str = ""  # a number or so beside the title
-    missing: bool = False  # nothing to show; the body says how to make it
+    note: str = ""  # short text beside the title, such as a number
+    missing: bool = False  # true: there is no input, and the body says how to make it
 
 
 def check_place(out: Path) -> None:
-    """Raises ValueError where a page of ours cannot be written: out is a file, or out/index.html is a page of something else."""
+    """Raises ValueError if out is a file, or if out/index.html is a page of another program: no page can be written there."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: must be a folder, got a file; choose another")
     page = out / "index.html"
     if page.exists() and MARK.encode() not in page.read_bytes()[:4096]:
-        raise ValueError(f"{page}: is a page of something else and stays as it is; choose another folder")
+        raise ValueError(f"{page}: is a page of another program and is not overwritten; choose another folder")
 
 
 def write_page(path: Path, title: str, lead: Child, sections: Sequence[Section], footer: Child) -> Path:
@@ -101,7 +101,7 @@ def write_page(path: Path, title: str, lead: Child, sections: Sequence[Section],
     ]
     if absent:
         rows = [tag("div", tag("dt", s.title), tag("dd", s.body)) for s in absent]
-        intro = tag("p", "These sections had no input. What makes them:", class_="note")
+        intro = tag("p", "These sections had no input. Here is how to make it:", class_="note")
         parts.append(tag("section", tag("h2", "Not here yet"), intro, tag("dl", rows, class_="missing"), id="missing"))
     body = join(
         tag("a", "Skip to the pictures", href="#main", class_="skip"), head, nav,

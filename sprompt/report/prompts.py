@@ -1,4 +1,4 @@
-"""Which kernel takes which prompt, of a model in pre-training."""
+"""The prompt that each kernel of a model takes in pre-training."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sprompt.methods.saliency_prompt import Injection, SaliencyPromptConfig, pro
 
 @dataclass(frozen=True)
 class Matches:
-    """One picture, its proposals, and the prompt that each kernel takes."""
+    """One picture, its proposals, and the prompt of each kernel."""
 
     name: str
     picture: Image.Image
     masks: BitMasks  # (L,) of the picture's size
-    kernels: Sequence[int]  # (N,) place of the prompt in `masks`, -1 for none
+    kernels: Sequence[int]  # (N,) index in `masks` of the kernel's prompt, -1 for none
 
 
 @torch.no_grad()
@@ -32,10 +32,10 @@ def prompt_matches(
     model: Any, dataset: CocoDataset, config: SaliencyPromptConfig | None = None, limit: int = 12, *,
     short: int = 800, long: int = 1333,
 ) -> list[Matches]:  # fmt: skip
-    """What the kernels of a `QueryModel` take on at most `limit` pictures of a proposal file, evenly from first to last.
+    """The prompts of the kernels of a `QueryModel`, on at most `limit` pictures of a proposal file, spread evenly over it.
 
-    Pictures are seen as in pre-training, neither mirrored nor cropped, and no prompt is dropped. Empty where config.assign is
-    "none": such a model was never prompted.
+    Pictures are resized as in pre-training, but neither mirrored nor cropped, and no prompt is dropped. The result is empty if
+    config.assign is "none", because such a model gets no prompts.
     """
     config = replace(config or SaliencyPromptConfig(), dropout=0.0)
     if config.assign == "none":
@@ -62,7 +62,7 @@ def _matched(model: Any, sample: Sample, config: SaliencyPromptConfig, short: in
 
 
 def resized(sample: Sample, short: int, long: int) -> Sample:
-    """As evaluation sees it."""
+    """The sample at the size of the evaluation: shorter side `short`, longer side at most `long`."""
     return resize(sample, resized_size((sample.image.shape[1], sample.image.shape[2]), short, long))
 
 

@@ -1,4 +1,4 @@
-"""COCO files and folders as pictures with masks, whichever way they name things; what is wrong is said, not raised."""
+"""COCO files and folders as pictures with masks, for the page. A faulty entry is listed as a problem and raises no error."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sprompt.masks import BitMasks, Size
 
 @dataclass(frozen=True)
 class Instance:
-    """A mask as it stands in a file."""
+    """A mask of a file, not decoded yet."""
 
     segmentation: Any
     category: int
@@ -32,7 +32,7 @@ class Instance:
 
 @dataclass
 class Entry:
-    """A picture of a file, with what the file says is in it."""
+    """A picture of a file, and its instances."""
 
     id: int
     name: str
@@ -41,7 +41,7 @@ class Entry:
 
 @dataclass
 class Records:
-    """What a file holds, picture by picture in the file's order."""
+    """The content of a file, picture by picture in the order of the file."""
 
     entries: dict[int, Entry]
     categories: dict[int, str]
@@ -54,9 +54,10 @@ class Records:
 
 
 def read_records(path: Path, images: Path | None = None, like: Records | None = None) -> Records:
-    """A COCO file, or a list of COCO results: the pictures of a list are those of `like`, or the files below `images` in their order.
+    """Reads a COCO file or a list of COCO results. A list has the pictures of `like`, or else the files below `images`, in
+    order.
 
-    Raises DataError where the file is neither; single entries that make no sense are left out and stand in `problems`.
+    Raises DataError if the file is neither. Faulty entries are left out and named in `problems`.
     """
     data = read_json(path)
     if isinstance(data, list):
@@ -90,19 +91,20 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
             entry.instances.append(instance)
     if skipped:
         records.problems.append(
-            f"{path.name}: {skipped} of {len(annotations)} masks belong to no known picture or are none"
+            f"{path.name}: {skipped} of {len(annotations)} masks are left out: they are broken, or their picture is unknown"
         )
     return records
 
 
 def evenly(entries: Sequence[Entry], limit: int) -> list[Entry]:
-    """At most `limit` of the entries, evenly from first to last."""
+    """At most `limit` of the entries, spread evenly from the first to the last."""
     count = min(limit, len(entries))
     return [entries[k * len(entries) // count] for k in range(count)]
 
 
 def read_image(images: Path, name: str) -> Image.Image:
-    """The picture `name` below the folder `images`; raises DataError for any other place, and for what is no picture."""
+    """The picture `name` below the folder `images`. Raises DataError for a path outside of it, and for a file that is no
+    picture."""
     path = images / name
     if not path.resolve().is_relative_to(images.resolve()):
         raise DataError(f"{name}: must lie in {images}; the file points elsewhere")
@@ -110,7 +112,7 @@ def read_image(images: Path, name: str) -> Image.Image:
 
 
 def masks_of(instances: Iterable[Instance], size: Size) -> tuple[BitMasks, list[Instance], int]:
-    """Masks of a picture of (h, w) with the instances they belong to, and how many could not be read."""
+    """(masks, their instances, number of unreadable instances) of a picture of size (h, w)."""
     masks, kept, broken = [], [], 0
     for instance in instances:
         try:
@@ -122,7 +124,7 @@ def masks_of(instances: Iterable[Instance], size: Size) -> tuple[BitMasks, list[
 
 
 def seed_grid(records: Records, source: str) -> SeedGrid | None:
-    """The grid that the seeds of a proposal file lie in; None where the file has none, or none that can be read."""
+    """The grid of the seeds of a proposal file; None if it has no grid, or an unreadable one, which `problems` then names."""
     if "proposals" not in records.info:
         return None
     try:

@@ -1,4 +1,4 @@
-"""What a run folder says of itself: its log, its metrics and its settings."""
+"""The content of a run folder: its log, its metrics and its settings."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ class Run:
     name: str
     log: list[dict[str, Any]]  # lines of log.jsonl by step
     metrics: dict[str, float]  # numbers of metrics.json; parts of nested objects are joined by a slash
-    words: dict[str, str]  # what metrics.json says in words
+    words: dict[str, str]  # texts of metrics.json, by name
     config: dict[str, str]  # settings of config.yaml; names of nested ones are joined by a dot
     problems: list[str] = field(default_factory=list)
 
     @property
     def curves(self) -> list[str]:
-        """Names of the numbers in the log, in the order in which they come up."""
+        """Names of the numbers in the log, in order of first appearance."""
         names = {name: None for line in self.log for name, value in line.items() if _number(value) or value is None}
         return [name for name in names if name not in ("step", "epoch")]
 
     def curve(self, name: str) -> list[tuple[float, float | None]]:
-        """(step, value), None where the value was not finite."""
+        """(step, value) of each line of the log; the value is None if it was not finite."""
         points = [(line["step"], line[name]) for line in self.log if name in line]
         return [(float(s), float(v) if _number(v) and math.isfinite(v) else None) for s, v in points]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """The runs in these folders, named after them; raises DataError for one that is no folder."""
+    """The runs in these folders, each named after its folder. Raises DataError if a path is no folder."""
     names = [folder.resolve().name for folder in folders]
     runs = []
     for folder, name in zip(folders, names, strict=True):
@@ -75,7 +75,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _merged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line a step: training and evaluation may each have written one."""
+    """One line for each step: the lines of training and of evaluation at the same step are merged."""
     steps: dict[float, dict[str, Any]] = {}
     for line in lines:
         steps.setdefault(line["step"], {}).update(line)

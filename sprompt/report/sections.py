@@ -1,4 +1,4 @@
-"""The sections of a gallery that show pictures."""
+"""The sections of a gallery with pictures."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from sprompt.report.page import Child, Html, Section, join, tag
 from sprompt.report.prompts import Matches
 from sprompt.report.records import Entry, Instance, Records, evenly, masks_of, read_image, read_records, seed_grid
 
-_BADGES = 24  # of pictures with more masks than this, none is numbered
+_BADGES = 24  # masks are numbered in pictures with at most this many masks
 _CHIPS = 8
-_UNLABELLED = 0.3  # least score drawn where there are no labels to choose it by
+_UNLABELLED = 0.3  # least score of drawn predictions if there are no labels to choose a threshold by
 
 
 def proposals(album: Album, images: Path, file: Path, limit: int) -> Section:
-    """Pictures with their proposals by score, and where the seeds lay."""
+    """Pictures with their proposals by score, and the seed of each proposal."""
     records = read_records(file)
     grid = seed_grid(records, file.name)
     filled = [entry for entry in records.entries.values() if entry.instances]
@@ -79,7 +79,7 @@ def proposals(album: Album, images: Path, file: Path, limit: int) -> Section:
 
 
 def prompts(album: Album, matches: Sequence[Matches]) -> Section:
-    """Which kernels take which prompt."""
+    """Pictures with their prompts, and the prompt that each kernel takes."""
     figures = [_prompted(album, number, match) for number, match in enumerate(matches)]
     takers = [_takers(match) for match in matches]
     total = sum(map(len, takers))
@@ -94,15 +94,15 @@ def prompts(album: Album, matches: Sequence[Matches]) -> Section:
         ),
     ]
     note = (
-        "Every kernel takes the one prompt of the picture that it is most similar to; a prompt may be taken by many kernels "
-        "or by none. Each small square is a kernel, in the colour of its prompt; point at it for its number."
+        "Every kernel takes the most similar prompt of the picture. A prompt may be taken by many kernels or by none. Each "
+        "small square is a kernel, in the colour of its prompt. Point at it for its number."
     )
     body = join(_note(note), tag("ul", stats, class_="stats"), tag("div", figures, class_="prompts"))
     return Section("prompts", "Prompts", body, _many(len(matches), "picture"))
 
 
 def predictions(album: Album, images: Path, labels: Path | None, file: Path, limit: int) -> Section:
-    """Predictions, and the labels beside them where there are any."""
+    """Pictures with predictions, and beside them the labels, if there are any."""
     truth = None if labels is None else read_records(labels)
     records = read_records(file, images, truth)
     names = (truth or records).categories
@@ -136,12 +136,12 @@ def predictions(album: Album, images: Path, labels: Path | None, file: Path, lim
         for c, s, words in (
             (draw.TRUE, "solid", f"found: IoU of at least {IOU} with a label of its class"),
             (draw.FALSE, "hatched", "false: a prediction without such a label"),
-            (draw.MISSED, "dashed", "missed: a label that no prediction found"),
+            (draw.MISSED, "dashed", "missed: a label without a matching prediction"),
         )
     ]
     note = (
-        f"Drawn are predictions with a score of at least {threshold:.2f}, the threshold with the best F1 on the pictures below. "
-        "Numbers are by decreasing score; a label has the number of the prediction that found it."
+        f"The pictures show predictions with a score of at least {threshold:.2f}. This threshold has the best F1 on these "
+        "pictures. Predictions are numbered by decreasing score. A label has the number of the prediction that found it."
     )
     buttons = [
         tag("button", words, type="button", data_kind=kind, aria_pressed="true" if kind == "all" else "false")
@@ -202,7 +202,7 @@ def _pair(album: Album, number: int, name: str, picture: Image.Image, c: Compare
 
 
 def _prompted(album: Album, number: int, match: Matches) -> Html:
-    """A picture with its prompts, how many kernels take each, and the prompt of every kernel."""
+    """A picture with its prompts, the number of kernels that take each, and the prompt of every kernel."""
     takers = _takers(match)
     count, most = len(takers), max(map(len, takers), default=0)
     shades = [hexadecimal(draw.colour(i)) for i in range(count)]
@@ -269,7 +269,7 @@ def _unlabelled(album: Album, images: Path, records: Records, names: dict[int, s
 
     _each(filled, limit, images, records, add)
     note = (
-        f"Predictions with a score of at least {_UNLABELLED}, or the best three of a picture that has none. "
+        f"Predictions with a score of at least {_UNLABELLED}. If a picture has none, its best three are shown. "
         "There are no labels to compare with."
     )
     body = join(_note(note), _problems(records.problems), _sheet(figures))
@@ -279,7 +279,7 @@ def _unlabelled(album: Album, images: Path, records: Records, names: dict[int, s
 def _each(
     entries: Sequence[Entry], limit: int, images: Path, records: Records, add: Callable[[Entry, Image.Image, int], None]
 ) -> None:
-    """Calls `add` with at most `limit` of the entries, evenly from first to last, and their pictures; what fails is noted."""
+    """Calls `add` for at most `limit` entries and their pictures, spread evenly. A DataError becomes a problem of `records`."""
     number = 0
     for entry in evenly(entries, limit):
         try:

@@ -1,4 +1,4 @@
-"""How the page looks, and the little that moves on it. Without the script every picture is a link to its file."""
+"""The style sheet and the script of the page. Without the script every picture is a link to its file."""
 
 STYLE = """
 :root{--bg:#f6f6f3;--card:#fff;--ink:#1b1c1e;--soft:#5d6168;--line:#dddcd6;--link:#08705e;--fill:#0a7d68;--pit:#e9e8e3;

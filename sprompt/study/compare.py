@@ -1,4 +1,4 @@
-"""What the cells of a study say together: means over seeds, differences seed by seed, and when curves cross."""
+"""Statistics over the cells of a study: means over seeds, differences seed by seed, and the epochs at which curves cross."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from sprompt.study.variants import QUESTIONS, VARIANTS, Question
 
-#: Results, as `sprompt.study.results.gather` writes them; any part of them may be missing.
+#: The results written by `sprompt.study.results.gather`; any entry may be missing.
 Results = dict[str, Any]
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "pooled")
@@ -21,15 +21,15 @@ NONE = "–"
 
 @dataclass(frozen=True)
 class Estimate:
-    """Mean of some seeds."""
+    """Mean and standard deviation over seeds."""
 
     mean: float
-    sd: float | None  # of the seeds, with n − 1; None for one seed
+    sd: float | None  # sample standard deviation over the seeds (divisor n − 1); None for one seed
     n: int
 
     @classmethod
     def of(cls, values: Iterable[float | None]) -> Estimate | None:
-        """Of the values that are there, None if there are none."""
+        """The estimate of the values that are not None; None if all are."""
         known = [v for v in values if v is not None]
         if not known:
             return None
@@ -41,38 +41,38 @@ class Row:
     """A variant in the comparison of a question."""
 
     name: str
-    figures: dict[str, Estimate | None]  # by METRICS, 1 is all
+    figures: dict[str, Estimate | None]  # by names of METRICS, from 0 to 1
     seeds: int
-    difference: Estimate | None  # in AP, to the baseline with the same seed; None for itself or without such a seed
-    above: int  # seeds in which it is above 0
+    difference: Estimate | None  # AP minus the baseline's, of equal seeds; None for the baseline, and without pairs
+    above: int  # number of seeds with a difference above 0
     verdict: str
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The table of a question at one share of the labels."""
+    """The table of a question for one share of the labels."""
 
-    key: str  # of QUESTIONS
+    key: str  # a key of QUESTIONS
     question: Question
     fraction: float
     rows: list[Row]
 
     @property
     def best(self) -> int | None:
-        """The row of the best mean AP."""
+        """The index of the row with the best mean AP."""
         means = [(row.figures["AP"].mean, -i) for i, row in enumerate(self.rows) if row.figures["AP"]]
         return -max(means)[1] if means else None
 
 
-# -- what results hold
+# -- access to results
 def cells(results: Results, variant: str, fraction: float) -> dict[int, dict[str, Any]]:
-    """The cells of a variant that are done, by seed in order."""
+    """The finished cells of a variant, by ascending seed."""
     found = {c["seed"]: c for c in results.get("cells", []) if (c["variant"], c["fraction"]) == (variant, fraction)}
     return dict(sorted(found.items()))
 
 
 def variants(results: Results) -> list[str]:
-    """Names of the variants with cells, in the order of VARIANTS."""
+    """Names of the variants with finished cells, in the order of VARIANTS."""
     found = list(dict.fromkeys(cell["variant"] for cell in results.get("cells", [])))
     return [name for name in VARIANTS if name in found] + [name for name in found if name not in VARIANTS]
 
@@ -82,13 +82,13 @@ def fractions(results: Results) -> list[float]:
 
 
 def rate(found: dict[str, Any] | None, name: str) -> float | None:
-    """A metric, None where it is missing or COCO's −1, which stands for none."""
+    """A metric; None if it is missing, or −1, which is COCO's value for a metric without labels."""
     value = finite((found or {}).get(name))
     return None if value is None or value < 0 else value
 
 
 def finite(value: Any) -> float | None:
-    """The value if it is a number, and not infinite or NaN."""
+    """The value if it is a finite number, else None."""
     good = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if good else None
 
@@ -96,7 +96,7 @@ def finite(value: Any) -> float | None:
 def seed_curves(
     results: Results, variant: str, fraction: float, pooled: bool = False
 ) -> list[tuple[float, list[float]]]:
-    """(epoch, AP of each seed) at the epochs of fine-tuning at which all seeds with a curve were tested."""
+    """(epoch, AP of each seed) for the epochs of fine-tuning that were tested for all seeds with a curve."""
     curves = []
     for cell in cells(results, variant, fraction).values():
         points = {p[0]: rate({"AP": p[2 if pooled else 1]}, "AP") for p in cell.get("curve") or []}
@@ -108,10 +108,10 @@ def seed_curves(
 
 # -- comparisons
 def compare(key: str, results: Results, fraction: float) -> Comparison:
-    """All variants of a question that have cells, each beside the baseline.
+    """All variants of a question that have cells, each compared with the baseline.
 
-    It is above or below it by more than the spread where the mean over seeds of the difference in AP, seed by seed, is larger than
-    the larger of the two variants' standard deviations over seeds.
+    The difference in AP is taken seed by seed. A variant is above or below by more than the spread if the mean difference over
+    seeds is larger than the larger of the two standard deviations over seeds, its own and the baseline's.
     """
     question = QUESTIONS[key]
     base = cells(results, question.baseline, fraction)
@@ -129,7 +129,10 @@ def compare(key: str, results: Results, fraction: float) -> Comparison:
 
 
 def comparisons(results: Results) -> list[Comparison]:
-    """Of every question with at least two variants, at each share of the labels; without those that only repeat an earlier one."""
+    """The comparisons of every question with at least two variants, for each share of the labels.
+
+    A comparison is left out if an earlier one has all its rows and all its pairs.
+    """
     made: list[Comparison] = []
     for key in QUESTIONS:
         for fraction in fractions(results):
@@ -147,7 +150,7 @@ def epoch_reaching(results: Results, variant: str, target: float, fraction: floa
 
 # -- parts
 def _repeats(comparison: Comparison, earlier: Comparison) -> bool:
-    """Whether the earlier one has all its rows, and compares all the pairs that it does."""
+    """Whether the earlier comparison has all rows of this one, and all its pairs of variant and baseline."""
     own, others = (({row.name for row in c.rows}, _pairs(c)) for c in (comparison, earlier))
     return comparison.fraction == earlier.fraction and own[0] <= others[0] and own[1] <= others[1]
 

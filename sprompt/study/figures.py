@@ -1,4 +1,4 @@
-"""The pictures of a study for pages of documentation: learning curves and kernel maps as PNG files, predictions as JPEG."""
+"""The pictures of a study for documentation: learning curves and kernel maps as PNG files, predictions as JPEG files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from sprompt.study.predictions import Side
 from sprompt.study.tables import percent, title
 from sprompt.study.variants import VARIANTS
 
-_MAPS = 8  # kernels of a variant, from the most local to the least
-_SIDES = 5  # test pictures
+_MAPS = 8  # number of kernels of a variant, spread evenly from the most local to the least local
+_SIDES = 5  # number of test pictures
 
 
 def draw_curves(results: Results, out: Path) -> bool:
-    """AP over the epochs of fine-tuning, a panel for each question and share of the labels: the mean of the seeds, and a band from
-    the least of them to the most. False, and no file, where no cell has a curve."""
+    """AP over the epochs of fine-tuning, one panel for each question and share of the labels.
+
+    A line is the mean of the seeds, its band the range from the least to the largest value. Returns False and writes no file if
+    no cell has a curve.
+    """
     asked = [c for c in comparisons(results) if any(seed_curves(results, row.name, c.fraction) for row in c.rows)]
     if not asked:
         return False
@@ -51,7 +54,8 @@ def draw_curves(results: Results, out: Path) -> bool:
 
 
 def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
-    """A row of kernels for each variant, each map up to its own peak. False, and no file, without maps."""
+    """A row of kernel maps for each variant, with colours up to the peak of each map. Returns False and writes no file without
+    maps."""
     if not maps:
         return False
     figure = Figure(figsize=(1.25 * _MAPS, 1.45 * len(maps)), layout="constrained")
@@ -70,7 +74,10 @@ def draw_maps(maps: dict[str, np.ndarray], out: Path) -> bool:
 
 
 def draw_predictions(sides: Sequence[Side], out: Path) -> bool:
-    """A row for each of the first test pictures: the labels, then what each variant finds. False, and no file, without pictures."""
+    """A row for each of the first test pictures: its labels, then the predictions of each variant.
+
+    Returns False and writes no file without pictures.
+    """
     if not sides:
         return False
     rows = [
@@ -91,7 +98,7 @@ def draw_predictions(sides: Sequence[Side], out: Path) -> bool:
 
 
 def _shade(variant: str) -> tuple[float, ...]:
-    """The colour of a variant's curves, the same in every panel and study; black where it is not known any more."""
+    """The colour of a variant's curves, the same in every panel and study; black for a variant that is not in VARIANTS."""
     names = list(VARIANTS)
     return matplotlib.colormaps["tab20"](names.index(variant)) if variant in names else (0.0, 0.0, 0.0)
 

@@ -1,4 +1,5 @@
-"""Masks to compare saliency proposals with: those of other pictures, and the true ones. Files are of the form of `sprompt propose`."""
+"""Masks to compare saliency proposals with: masks of other pictures, and true masks. Files have the form of `sprompt
+propose`."""
 
 from __future__ import annotations
 
@@ -22,14 +23,15 @@ from sprompt.ops import mask_iou
 from sprompt.seeding import generator
 from sprompt.study.split import write_once
 
-IOU = 0.5  # at which two masks are of one object
+IOU = 0.5  # lower bound of the IoU of two masks of one object
 
 
 def shuffled(proposals: Path, out: Path, seed: int = 0) -> Path:
-    """Gives every picture of a proposal file the masks of another one: on a random circle of the pictures with masks, those of the
-    next. So number, sizes and shapes are those of proposals, but have nothing to do with the picture.
+    """Gives every picture of a proposal file the masks of another picture. Number, sizes and shapes of masks stay realistic,
+    but the masks have nothing to do with the picture.
 
-    Masks of another size are resized, and are gone where that leaves no pixel. Seeds are put anew, see `seed_addresses`.
+    The pictures with masks are put in a random circle; each picture gets the masks of the next one. Masks of another size are
+    resized; a mask without a pixel is then removed. `seed_addresses` chooses new seeds.
     """
     file, grid = _proposals(proposals)
     having = [p for p in sorted(file.pictures, key=lambda p: p.id) if _annotations(file, p)]
@@ -48,10 +50,10 @@ def shuffled(proposals: Path, out: Path, seed: int = 0) -> Path:
 
 
 def truth(annotations: Path, proposals: Path, out: Path) -> Path:
-    """Gives every picture of a proposal file that has masks, and is in a labelled file too, by file name, its true masks, of whatever
-    class. Other pictures are not in the result, so that training on either file sees the same pictures.
+    """Gives every picture of a proposal file its true masks, of all classes.
 
-    Crowds are left out, and masks that cannot be read, whose ids `info.left_out` has. Seeds are put anew, see `seed_addresses`.
+    The result holds the pictures that have proposals and are in the labelled file too, by file name. Crowds are left out.
+    Unreadable masks are left out too; `info.left_out` lists their ids. `seed_addresses` chooses new seeds.
     """
     file, grid = _proposals(proposals)
     labels = parse(read_json(annotations), str(annotations))
@@ -72,14 +74,15 @@ def truth(annotations: Path, proposals: Path, out: Path) -> Path:
 
 
 def agreement(proposals: Path, annotations: Path | None) -> dict[str, Any]:
-    """How good the masks of a proposal file are: "pictures" that have masks, and the number of "masks" in all; "precision", the share
-    of masks with an IoU of at least ½ with a true one; "recall", the share of true masks (no crowds) with one with a mask.
+    """The quality of the masks of a proposal file.
 
-    The shares are over the pictures that both files have, by file name; of nothing, they are None.
+    "pictures": number of pictures with masks. "masks": number of masks. "precision": share of the masks with an IoU of at least
+    ½ with a true mask. "recall": share of the true masks, without crowds, with an IoU of at least ½ with a mask. The shares are
+    over the pictures that both files have, by file name. A share of no masks is None.
     """
     file = parse(read_json(proposals), str(proposals))
-    right: list[bool] = []  # for every mask, whether it is one
-    found: list[bool] = []  # for every true mask
+    right: list[bool] = []  # of every mask: whether it matches a true mask
+    found: list[bool] = []  # of every true mask: whether it matches a mask
     if annotations is not None:
         labels = parse(read_json(annotations), str(annotations))
         for picture, labelled in _in_both(file, labels):
@@ -95,17 +98,17 @@ def agreement(proposals: Path, annotations: Path | None) -> dict[str, Any]:
 
 
 def seed_addresses(masks: BitMasks, grid: SeedGrid) -> Tensor:
-    """(L, 3) int64: for each of masks (L,), none of them empty, an address [0, row, col] in the grid of seeds.
+    """(L, 3) int64: an address [0, row, col] in the grid of seeds for each of masks (L,); no mask may be empty.
 
-    It is the cell whose centre lies in the mask and is nearest to the mask's centroid; where no centre lies in it, the cell of the
-    mask's pixel that is nearest to the centroid. Only cells whose centre lies in the picture are taken.
+    Among the cells with a centre in the mask, it is the cell with the centre nearest to the mask's centroid. If the mask holds
+    no centre, it is the cell of the mask's pixel nearest to the centroid. Only cells with a centre in the picture are used.
     """
     size = masks.size
     view = resized_size(size, grid.short, grid.long) if grid.keep_ratio else (grid.short, grid.long)
     padded = padded_size(view)
     numbers = grid.grid or (padded[0] // grid.stride, padded[1] // grid.stride)
     cells = [side / number for side, number in zip(padded, numbers, strict=True)]
-    centres = []  # of rows, and of columns, in pixels of the picture
+    centres = []  # centres of rows, then of columns, in pixels of the picture
     for i in range(2):
         middles = (torch.arange(numbers[i], dtype=torch.float64) + 0.5) * cells[i]
         inside = middles[middles < view[i]]
@@ -114,7 +117,7 @@ def seed_addresses(masks: BitMasks, grid: SeedGrid) -> Tensor:
     addresses = []
     for place in range(len(masks)):
         dense = masks[place].to_dense()
-        pixels = dense.nonzero().double() + 0.5  # their middles
+        pixels = dense.nonzero().double() + 0.5  # their centres
         y, x = centroid = pixels.mean(0)
         far = (ys - y).square()[:, None] + (xs - x).square()
         far[~dense[ys.long()][:, xs.long()]] = torch.inf
@@ -142,7 +145,7 @@ def _annotations(file: CocoFile, picture: Picture) -> list[dict[str, Any]]:
 
 
 def _read(file: CocoFile, picture: Picture) -> tuple[BitMasks, Tensor, list[int]]:
-    """Masks of a picture and their scores (1 where there is none), and the ids of annotations that cannot be read."""
+    """(masks, their scores, ids of unreadable annotations) of a picture. A mask without a score gets 1."""
     masks = [decode([], picture.size, str)]
     scores, broken = [], []
     for a in _annotations(file, picture):
@@ -157,7 +160,7 @@ def _read(file: CocoFile, picture: Picture) -> tuple[BitMasks, Tensor, list[int]
 
 
 def _in_both(file: CocoFile, labels: CocoFile) -> list[tuple[Picture, Picture]]:
-    """Pictures of a proposal file, each with that of the same name in a labelled one."""
+    """Pairs of a picture of a proposal file and the picture of the same name in a labelled file."""
     by_name: dict[PurePosixPath, Picture] = {}
     for picture in labels.pictures:
         if by_name.setdefault(PurePosixPath(picture.file_name), picture) is not picture:

@@ -1,4 +1,4 @@
-"""The page of a study: tables with the claims that they test, learning curves, every cell, predictions, and kernel maps."""
+"""The page of a study: tables and the claims they test, learning curves, all cells, predictions, and kernel maps."""
 
 from __future__ import annotations
 
@@ -46,10 +46,8 @@ from sprompt.study.tables import (
     title,
 )  # fmt: skip
 
-_MAPS = 36  # of a variant at most
-_BANDS = (
-    "Curves go over the epochs of fine-tuning: the mean of the seeds, and a band from the least of them to the most."
-)
+_MAPS = 36  # upper bound of the kernel maps of a variant
+_BANDS = "A curve is the mean of the seeds over the epochs of fine-tuning; its band goes from the least to the largest value."
 
 
 def write_page(
@@ -58,11 +56,11 @@ def write_page(
     """Writes out/index.html and out/pictures/, and returns the page's path. It opens from disk.
 
     Args:
-        results: as results.json has them; what is missing is left out.
+        results: the content of results.json. Sections without results are left out.
         maps: mean activation (N, h, w) of each kernel, by variant.
         sides: test pictures with the predictions of variants.
 
-    Raises ValueError where out/index.html is not a page of this kind, DataError for maps of another shape.
+    Raises ValueError if out/index.html is a page of another program, and DataError for maps of another shape.
     """
     html.check_place(out)
     album = Album(out)
@@ -81,7 +79,7 @@ def write_page(
 
 # -- sections
 def _questions(results: Results) -> Iterator[Section]:
-    """The tables of each question with the curves of its variants."""
+    """A section for each question: its tables, and the curves of its variants."""
     found: dict[str, list[Comparison]] = {}
     for comparison in comparisons(results):
         found.setdefault(comparison.key, []).append(comparison)
@@ -128,7 +126,7 @@ def _convergence(results: Results) -> Iterator[Section]:
 
 
 def _all_cells(results: Results) -> Iterator[Section]:
-    """Every seed's AP as a dot on one scale for all variants."""
+    """The section of all cells: the AP of each seed as a dot, on one scale for all variants."""
     parts = []
     for fraction in fractions(results):
         found = {}
@@ -142,7 +140,7 @@ def _all_cells(results: Results) -> Iterator[Section]:
             ends = tag("div", tag("span", "0"), tag("span", f"{100 * top:.2f}"), class_="ends")
             parts.append(join(tag("h3", f"{percent(fraction)} of the labels"), tag("div", rows, ends, class_="strip")))
     if parts:
-        note = tag("p", "AP × 100 of every cell: a dot is a seed, the bar their mean.", class_="note")
+        note = tag("p", "AP × 100 of every cell: a dot is a seed, a bar is the mean of the seeds.", class_="note")
         count = len(results["cells"])
         yield Section("cells", "All cells", join(note, parts), f"{count} cell{'s' if count > 1 else ''}")
 
@@ -161,7 +159,7 @@ def _strip(name: str, of_seeds: dict[int, float], top: float) -> Html:
 
 
 def _before(results: Results) -> Iterator[Section]:
-    """The masks to learn from, and what pre-training made of them."""
+    """The section before fine-tuning: the quality of the masks, and the pre-trained models."""
     found = (("proposals", proposals(results)), ("pretrained", pretrained(results)), ("monitors", monitors(results)))
     for anchor, grid in found:
         if grid:
@@ -170,7 +168,7 @@ def _before(results: Results) -> Iterator[Section]:
 
 
 def _predictions(album: Album, sides: Sequence[Side]) -> Iterator[Section]:
-    """Test pictures: the labels, then what each variant finds."""
+    """The section of test pictures: the labels, then the predictions of each variant."""
     figures = []
     for number, side in enumerate(sides):
         plain = scaled(side.plain)
@@ -206,7 +204,7 @@ def _predictions(album: Album, sides: Sequence[Side]) -> Iterator[Section]:
 
 
 def _kernels(album: Album, maps: dict[str, np.ndarray]) -> Iterator[Section]:
-    """Heat maps of every variant's kernels side by side, the most local first."""
+    """The section of kernel maps: heat maps of the kernels of every variant, the most local first."""
     parts, stored = [], 0
     for name, given in maps.items():
         of_kernels = read_activation(given)
@@ -227,9 +225,9 @@ def _kernels(album: Album, maps: dict[str, np.ndarray]) -> Iterator[Section]:
         parts.append(tag("div", tag("h3", title(name)), tag("p", said), sheet))
     if parts:
         note = tag(
-            "p", "Mean mask of kernels over the pictures, each map up to its own peak, the most local first. The spread is how far "
-            "activation lies from its centre, in widths of the picture; 0.41 is everywhere alike. Centres are scattered by 0 "
-            "where all kernels look at the same places.", class_="note",
+            "p", "The mean mask of each kernel over the pictures, the most local first. Colours go up to the peak of a map. "
+            "The spread is the distance of the activation from its centre, in widths of the picture; an even map has 0.41. If "
+            "all kernels look at the same places, their centres are scattered by 0.", class_="note",
         )  # fmt: skip
         yield Section("kernels", "Kernel activation", join(note, tag("div", parts, class_="beside")), "Figure 6")
 
@@ -265,7 +263,7 @@ def _settings(results: Results) -> Iterator[Section]:
 
 # -- parts
 def _table(grid: Grid) -> Html:
-    """Numbers to the right; the mean in front of its standard deviation."""
+    """A table with numbers aligned to the right, each mean before its standard deviation."""
     kinds = ["words" if i == grid.words else "n" if i else None for i in range(len(grid.head))]
     head = [
         tag("th", h, scope="col", class_=f"{k} long" if len(h) > 20 else k) if h else tag("td")

@@ -1,4 +1,4 @@
-"""The cells of a study and the commands that make them."""
+"""The cells of a study, and the commands that run them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sprompt.study.variants import VARIANTS
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all cells share."""
+    """The inputs that all cells share."""
 
     settings: str  # preset of the commands
     unlabelled: Path  # folder of the pictures for pre-training
-    images: Path  # labelled pictures, and their COCO file
-    annotations: Path
+    images: Path  # folder of the labelled pictures
+    annotations: Path  # their COCO file
     val_images: Path
     val_annotations: Path
     backbone: Path
@@ -28,7 +28,7 @@ class Inputs:
 
 @dataclass(frozen=True, order=True)
 class Pretraining:
-    """One pre-training, which the cells of all fractions start from."""
+    """One pre-training. The cells of all fractions start from it."""
 
     seed: int
     variant: str
@@ -37,7 +37,7 @@ class Pretraining:
         return out / "pretrain" / f"{self.variant}-s{self.seed}"
 
     def commands(self, out: Path, given: Inputs) -> list[list[str]]:
-        """Pre-training, and a test of the model as it then is, without prompts; none for variants that start otherwise."""
+        """The commands of pre-training, and of a test of the pre-trained model without prompts. Empty for other starts."""
         variant, folder = VARIANTS[self.variant], self.folder(out)
         if variant.start != "pretrained":
             return []
@@ -77,7 +77,10 @@ class Cell:
         return out / "finetune" / f"{self.variant}-{100 * self.fraction:g}%-s{self.seed}"
 
     def command(self, out: Path, given: Inputs, every: int) -> list[str]:
-        """`every`: epochs between tests. The seed also chooses the labelled pictures, alike for all variants."""
+        """The command of fine-tuning; `every` is the number of epochs between tests.
+
+        The seed also chooses the labelled pictures, so they are the same for all variants.
+        """
         start = {
             "scratch": [],
             "backbone": ["--backbone", str(given.backbone)],
@@ -94,12 +97,12 @@ class Cell:
 def chains(
     variants: Sequence[str], fractions: Sequence[float], seeds: Sequence[int]
 ) -> Iterator[tuple[Pretraining, list[Cell]]]:
-    """Pre-trainings with the cells that need them, seed by seed, so that a study cut short has whole seeds."""
+    """Pairs of a pre-training and the cells that start from it, seed by seed: an interrupted study then has complete seeds."""
     for seed, variant in itertools.product(seeds, variants):
         pretraining = Pretraining(seed, variant)
         yield pretraining, [Cell(pretraining, fraction) for fraction in fractions]
 
 
 def typed(command: Sequence[str]) -> str:
-    """A command as a person would type it."""
+    """The command as a line of a shell."""
     return shlex.join(["sprompt", *command])

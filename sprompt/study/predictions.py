@@ -1,4 +1,4 @@
-"""The same test pictures with the predictions of several models, side by side."""
+"""Test pictures with the predictions of several models, side by side."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from sprompt.report.records import evenly, masks_of, read_image, read_records
 
 @dataclass(frozen=True)
 class Side:
-    """A picture, drawn once with its labels and once with the predictions of each model, whose counts are found, false, missed."""
+    """A picture, drawn once with its labels, and once with the predictions of each model.
+
+    `found` maps a model to its picture and to the numbers of found labels, false predictions and missed labels.
+    """
 
     name: str
     plain: Image.Image
@@ -25,13 +28,16 @@ class Side:
 
 
 def side_by_side(images: Path, labels: Path, predictions: Mapping[str, Path], limit: int) -> list[Side]:
-    """At most `limit` pictures with labels, evenly from first to last. Drawn are the predictions of a model above the score that gives
-    its best F1 on them. Pictures that cannot be read are left out.
+    """At most `limit` pictures with labels, spread evenly over the file, with the predictions of each model.
+
+    The predictions drawn are those above the score threshold with the model's best F1 on these pictures. Unreadable pictures
+    are left out.
 
     Args:
         images: folder of the pictures.
-        labels: their COCO file.
-        predictions: COCO results, by model.
+        labels: COCO file of their labels.
+        predictions: files of COCO results, by model.
+        limit: upper bound of the number of pictures.
     """
     truth = read_records(labels)
     models = {model: read_records(file, images, truth) for model, file in predictions.items()}

@@ -1,4 +1,4 @@
-"""What all cells of a study share: pictures, their split, the backbone, proposals."""
+"""Prepares the inputs that all cells of a study share: pictures, their split, the backbone, proposals."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from sprompt.study.plan import Inputs
 from sprompt.study.split import link_pictures, split
 from sprompt.study.variants import VARIANTS
 
-Command = Callable[[Sequence[str], Path], object]  # runs a command, with a folder for what it prints
+Command = Callable[[Sequence[str], Path], object]  # runs a command; its output goes to a file in the folder
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of a study. Of those for pre-training `known` may hold the true masks."""
+    """Pictures of a study. `known` is a COCO file with the true masks of the pictures for pre-training, if there is one."""
 
     name: str
     unlabelled: Path
@@ -29,7 +29,7 @@ class Pictures:
 
 
 def scenes(out: Path, counts: tuple[int, int, int], side: int, likeness: float) -> Pictures:
-    """Synthetic scenes in `out`: without labels, with labels, to test on."""
+    """Writes synthetic scenes to `out`. The counts are: unlabelled scenes, labelled scenes, scenes to test on."""
     folders = [out / name for name in ("unlabelled", "labelled", "validation")]
     for place, (folder, count) in enumerate(zip(folders, counts, strict=True)):
         print(f"drawing {count} scenes in {folder}", flush=True)
@@ -45,7 +45,8 @@ def labelled(
     out: Path, images: Path, annotations: Path, val: tuple[Path, Path] | None, unlabelled: Path | None,
     *, val_share: float, within: str | None,
 ) -> Pictures:  # fmt: skip
-    """A labelled data set. Without `val` a share is kept to test on; without `unlabelled` what is left of it serves for that too."""
+    """A labelled data set. Without `val`, a share of its pictures is kept for the test. Without `unlabelled`, its other
+    pictures are also used for pre-training, without their labels."""
     train = annotations
     if val is None:
         train, held = split(annotations, out, val_share=val_share, within=within)
@@ -62,7 +63,7 @@ def inputs(
     out: Path, pictures: Pictures, settings: str, backbone: Path | None, lengthened: Sequence[str], variants: Sequence[str],
     command: Command,
 ) -> Inputs:  # fmt: skip
-    """Trains the backbone if there is none, and finds and makes the proposals that the variants learn."""
+    """Trains a backbone if none is given, finds proposals, and makes the other masks that the variants need."""
     if backbone is None:
         backbone = out / "backbone" / "backbone.safetensors"
         if not backbone.exists():
@@ -88,7 +89,7 @@ def inputs(
         if kind == "shuffled" and not path.exists():
             shuffled(found, path)
         elif kind == "truth" and not path.exists():
-            assert pictures.known is not None  # the command offers such variants only where they are known
+            assert pictures.known is not None  # the command offers variant "truth" only if they are known
             truth(pictures.known, found, path)
     return Inputs(
         settings, pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,

@@ -1,4 +1,4 @@
-"""What a study has found so far, gathered from its folders into one file."""
+"""Gathers the results of a study, as far as they are there, from its folders into one file."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ SHOWN = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
 def gather(out: Path, cells: Iterable[Cell], about: dict[str, Any], failed: dict[Cell, str]) -> dict[str, Any]:
-    """The results of all cells that are done, written to out/results.json.
+    """The results of all finished cells, also written to out/results.json.
 
     Args:
-        about: "study", "machine", "data", "proposals": what tables and page say of the whole.
-        failed: why cells ended early.
+        about: entries "study", "machine", "data" and "proposals" of the results, for the tables and the page.
+        failed: the reason of each cell that ended with an error.
     """
     rows, seconds = [], {}
     for cell in cells:

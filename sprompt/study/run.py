@@ -1,4 +1,4 @@
-"""Runs the cells of a study, several at a time; what is done stays done."""
+"""Runs the cells of a study, several at a time. Finished cells are not run again."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from sprompt.engine.log import read_log
 from sprompt.files import atomic_write
 from sprompt.study.plan import Cell, Inputs, Pretraining, typed
 
-CELL = "cell.json"  # in a run folder: it is done, by these commands, with these results
-LOG = "output.txt"  # what its commands printed
-_TAIL = 1 << 14  # bytes of a log in which its last line is sought
+CELL = "cell.json"  # in a run folder: it marks the run as finished and holds its commands and results
+LOG = "output.txt"  # output of its commands
+_TAIL = 1 << 14  # bytes at the end of a log that are searched for its last line
 
 
 class Failed(RuntimeError):
-    """A command ended with an error: the last line that it printed, and where the others are."""
+    """A command ended with an error. The message has the last line of its output, and the path of the log."""
 
 
 class Runner:
-    """Runs commands in processes of their own, `jobs` chains of them at once, and no other study in the folder beside them.
+    """Runs commands in processes of their own, `jobs` chains at once. A lock keeps other studies out of the folder.
 
-    While it is entered SIGTERM ends the program as SIGINT does: by an exception, so that commands in progress are ended with it.
+    Inside the context SIGTERM raises an exception, as SIGINT does, so that running commands are ended too.
     """
 
     def __init__(self, out: Path, jobs: int) -> None:
         self.out, self.jobs = out, jobs
-        self.running = 1  # commands that share the cores
+        self.running = 1  # number of commands that share the cores
         self.stopping = threading.Event()
         self.lock: IO[str] | None = None
         self._before: Any = None
@@ -56,7 +56,7 @@ class Runner:
         self.lock.close()
 
     def check(self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int) -> None:
-        """Raises DataError if a cell that is done was made with other settings than it would have now."""
+        """Raises DataError if a finished cell was made with other settings than the settings of this study."""
         for pretraining, cells in chains:
             _check(pretraining.folder(self.out), *pretraining.commands(self.out, given)[:1])
             for cell in cells:
@@ -66,7 +66,8 @@ class Runner:
         self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int,
         done: Callable[[Cell, str | None], None],
     ) -> None:  # fmt: skip
-        """Calls `done(cell, why it failed or None)` after each cell, in this thread. Cells that are done already are not run."""
+        """Runs the cells that are not finished. After each cell it calls `done(cell, reason of its failure or None)` in this
+        thread."""
         self.running = self.jobs
         with self._threads(self.jobs) as pool:
             futures = {pool.submit(self._chain, *chain, given, evaluate_every) for chain in chains}
@@ -77,14 +78,16 @@ class Runner:
                         done(cell, why)
 
     def command(self, command: Sequence[str], folder: Path) -> None:
-        """Runs one command, what it prints into folder/output.txt."""
+        """Runs one command; its output goes to folder/output.txt."""
         with self._threads(1) as pool:
             pool.submit(self._command, command, folder).result()
 
     @contextlib.contextmanager
     def _threads(self, number: int) -> Iterator[ThreadPoolExecutor]:
-        """Threads to run commands in, never the main one: there an exception of a signal could come between the start of a process
-        and its name. With an exception commands in progress are ended, and those to come not begun."""
+        """Threads that run commands. An exception ends running commands, and no others are started.
+
+        The main thread runs none: in it a signal could raise between the start of a process and the assignment to its variable.
+        """
         with ThreadPoolExecutor(number) as pool:
             try:
                 yield pool
@@ -151,15 +154,16 @@ class Runner:
 
 
 def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last value of every name in a log."""
+    """The last value of each name in a log."""
     return {name: value for line in lines for name, value in line.items()}
 
 
 def _done(folder: Path, commands: list[list[str]], found: dict[str, Any]) -> None:
-    """`found`: "metrics", the "seconds" of training, over all attempts, and what else tables and pictures show."""
+    """Writes CELL. `found` holds "metrics", "seconds" of training over all attempts, and other entries for tables and
+    pictures."""
     text = {"commands": [typed(command) for command in commands], **found}
     atomic_write(folder / CELL, json.dumps(text, indent=1) + "\n")
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # most of the disk; the trained model is there
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they take most of the space; the trained model stays
 
 
 def _check(folder: Path, *commands: list[str]) -> None:
@@ -172,20 +176,19 @@ def _check(folder: Path, *commands: list[str]) -> None:
 
 
 def _locked(out: Path) -> IO[str]:
-    """Waits until no other study works in the folder, nor a command that a killed one left behind: commands inherit the lock."""
-    lock = open(out / ".lock", "w")  # noqa: SIM115 (held by the runner)
+    """Takes the lock of the folder. It waits for other studies, and for commands left by a killed study: commands inherit the
+    lock."""
+    lock = open(out / ".lock", "w")  # noqa: SIM115  # held until the runner closes it
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        print(
-            f"{out}: another study, or a command that one left behind, is at work here; waiting for its end", flush=True
-        )
+        print(f"{out}: another study, or a command of a killed study, is at work here; waiting for its end", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     return lock
 
 
 def _numbers(metrics: dict[str, Any]) -> dict[str, float]:
-    """The numbers of metrics.json, those of boxes as box/…."""
+    """The numbers of metrics.json; the names of box metrics start with "box/"."""
     flat = {name: value for name, value in metrics.items() if isinstance(value, float)}
     return flat | {f"box/{n}": v for n, v in metrics.get("bbox", {}).items() if isinstance(v, float)}
 

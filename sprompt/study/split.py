@@ -1,4 +1,4 @@
-"""A labelled dataset in two, and its pictures without labels."""
+"""Splits a labelled dataset in two, and makes a folder of its pictures without labels."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ from sprompt.seeding import generator
 def split(
     annotations: Path, out: Path, *, val_share: float, seed: int = 0, within: str | None = None
 ) -> tuple[Path, Path]:
-    """Shares out the pictures of a COCO file at random, to OUT/train.json and OUT/val.json. What is no picture and no annotation is
-    in both.
+    """Splits the pictures of a COCO file at random into OUT/train.json and OUT/val.json. All other entries are in both files.
 
-    Of n pictures ⌊val_share · n + ½⌋ go to val, but at least one to each. They are drawn from pictures by ascending id, so that the
-    order of the file does not matter, and are part of those that a larger share draws. The files hold pictures and annotations by
-    ascending id; annotations of pictures that are not there are left out.
+    Of n pictures ⌊val_share · n + ½⌋ go to val, but each file gets at least one. They are drawn from the pictures by ascending
+    id, so the order of the file does not matter. A larger share contains the pictures of a smaller one. Pictures and
+    annotations are sorted by id; annotations of missing pictures are left out.
 
     Args:
-        within: a key of the records of pictures, such as "modality". The number above, and the draw, are then those of every value.
+        within: a key of the records of pictures, such as "modality". Each of its values is then split by itself with this
+            share.
 
-    Raises DataError where one of the files is there and holds something else.
+    Raises DataError if one of the files exists with other content.
     """
     if not 0 < val_share < 1:
         raise ValueError(f"split: val_share must lie between 0 and 1, got {val_share}; 0.2 are 20 %")
@@ -50,10 +50,10 @@ def split(
 
 
 def link_pictures(images: Path, annotations: Path, out: Path) -> Path:
-    """Makes OUT a folder of the pictures of a COCO file: links below their file names to those in the folder `images`, or copies
-    where links cannot be made.
+    """Fills the folder OUT with links to the pictures of a COCO file, under their file names. It copies files if links are not
+    possible.
 
-    Raises DataError where pictures are missing, lie outside of the folder, or OUT holds other pictures too.
+    Raises DataError if pictures are missing or lie outside of the folder `images`, or if OUT holds other pictures.
     """
     file = parse(read_json(annotations), str(annotations))
     sources = {PurePosixPath(p.file_name): Path(os.path.abspath(images / p.file_name)) for p in file.pictures}
@@ -76,8 +76,8 @@ def link_pictures(images: Path, annotations: Path, out: Path) -> Path:
 
 
 def write_once(files: Mapping[Path, Any]) -> None:
-    """Writes each value as JSON to its path. Files that are there with the same bytes stay; if one has others, DataError is raised
-    and nothing written."""
+    """Writes each value as JSON to its path. Existing files with the same bytes are kept. If a file has other bytes, DataError
+    is raised and nothing is written."""
     texts = {path: json.dumps(value, separators=(",", ":")).encode() + b"\n" for path, value in files.items()}
     for path, text in texts.items():
         if path.exists() and not (path.is_file() and path.stat().st_size == len(text) and path.read_bytes() == text):
@@ -89,7 +89,7 @@ def write_once(files: Mapping[Path, Any]) -> None:
 
 # -- split
 def _groups(images: list[dict[str, Any]], within: str | None, source: Path) -> list[list[int]]:
-    """Ids of the pictures of each value of the key, ascending, in an order that depends on the values only."""
+    """Ascending ids of the pictures of each value of the key; the order of the groups depends on the values only."""
     groups: dict[str, list[int]] = defaultdict(list)
     for record in sorted(images, key=lambda r: r["id"]):
         value = record.get(within) if within is not None else ""
@@ -117,7 +117,7 @@ def _drawn(groups: list[list[int]], share: float, seed: int) -> set[int]:
 
 
 def _part(data: dict[str, Any], val: set[int], *, inside: bool) -> dict[str, Any]:
-    """The file with the pictures in `val`, or with the others."""
+    """The content of a file with the pictures in `val`, or with all others."""
     images = sorted((r for r in data["images"] if (r["id"] in val) == inside), key=lambda r: r["id"])
     there = {r["id"] for r in images}
     annotations = sorted((a for a in data.get("annotations", []) if a["image_id"] in there), key=lambda a: a["id"])
@@ -126,8 +126,8 @@ def _part(data: dict[str, Any], val: set[int], *, inside: bool) -> dict[str, Any
 
 # -- link_pictures
 def _files(folder: Path) -> list[PurePosixPath]:
-    """Files in a folder and below it, and links to other folders, by their path from there. Hidden files are no pictures, and may
-    be temporary."""
+    """Relative paths of all files in a folder and below it, and of links to folders. Hidden files are skipped: they may be
+    temporary."""
     return [
         PurePosixPath((Path(parent) / name).relative_to(folder).as_posix())
         for parent, folders, files in os.walk(folder)
@@ -142,8 +142,8 @@ def _link(source: Path, path: Path) -> None:
         try:
             os.symlink(source, path)
         except FileExistsError:
-            pass  # another process was faster; what it made is looked at below
-        except OSError:  # file systems and accounts that know no links
+            pass  # another process was faster; its file is checked below
+        except OSError:  # file systems and accounts that cannot make links
             with replacing(path, sync=False) as temporary:
                 shutil.copyfile(source, temporary)
     same = os.readlink(path) == str(source) if path.is_symlink() else filecmp.cmp(source, path, shallow=False)

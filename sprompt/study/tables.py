@@ -1,4 +1,4 @@
-"""The tables of a study in the layout of the paper's, for people and for pages of documentation."""
+"""The tables of a study, in the layout of the paper's tables, for the page and for documentation."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ MONITORS = {
 
 @dataclass(frozen=True)
 class Grid:
-    """A table as it is printed."""
+    """A table, ready to print."""
 
     title: str
     note: str
     head: tuple[str, ...]
     rows: list[tuple[str, ...]]
-    best: int | None = None  # row that stands out
-    words: int | None = None  # column of words; all but this and the first hold numbers
+    best: int | None = None  # index of the highlighted row
+    words: int | None = None  # index of a column of words; all other columns but the first hold numbers
 
 
 def planned(results: Results) -> int | None:
-    """Cells that the study is to have, where it says so."""
+    """The planned number of cells; None if the results do not say it."""
     data, study = results.get("data") or {}, results.get("study") or {}
     axes = [
         a
@@ -77,7 +77,10 @@ def comparison_grid(comparison: Comparison) -> Grid:
 
 
 def convergence(results: Results, fraction: float) -> Grid | None:
-    """When every variant reaches what training from scratch, and from the backbone, end with; None without curves of either."""
+    """The epoch at which each variant reaches the final AP of training from scratch, and from the backbone.
+
+    None if neither has a curve.
+    """
     targets = {}
     for name in ("scratch", "backbone"):
         if curve := seed_curves(results, name, fraction):
@@ -106,7 +109,7 @@ def convergence(results: Results, fraction: float) -> Grid | None:
 
 
 def progress(results: Results, fraction: float) -> Grid | None:
-    """The AP to expect after each tested epoch of fine-tuning; None without curves."""
+    """The mean AP after each tested epoch of fine-tuning; None without curves."""
     curves = {v: seed_curves(results, v, fraction) for v in variants(results)}
     epochs = sorted({epoch for curve in curves.values() for epoch, _ in curve})
     rows = []
@@ -121,7 +124,7 @@ def progress(results: Results, fraction: float) -> Grid | None:
 
 
 def pretrained(results: Results) -> Grid | None:
-    """The models before fine-tuning; None where none was tested."""
+    """The models before fine-tuning; None if none was tested."""
     found = _pretrained(results, "pretrained")
     shown = [m for m in PRETRAINED if any(rate(f, m) is not None for fs in found.values() for f in fs)]
     rows = [
@@ -136,7 +139,7 @@ def pretrained(results: Results) -> Grid | None:
 
 
 def monitors(results: Results) -> Grid | None:
-    """What pre-training says of itself at its end; None where it says nothing."""
+    """The monitors of pre-training at its end; None if there are none."""
     found = _pretrained(results, "monitors")
     shown = [m for m in MONITORS if any(finite(f.get(m)) is not None for fs in found.values() for f in fs)]
     rows = []
@@ -151,7 +154,7 @@ def monitors(results: Results) -> Grid | None:
 
 
 def proposals(results: Results) -> Grid | None:
-    """How good the masks are that pre-training learns."""
+    """The quality of the masks that pre-training learns."""
     rows = []
     for kind, found in (results.get("proposals") or {}).items():
         pictures, masks = (finite(found.get(n)) for n in ("pictures", "masks"))
@@ -165,7 +168,7 @@ def proposals(results: Results) -> Grid | None:
 
 
 def grids(results: Results) -> list[Grid]:
-    """All tables that the results are enough for."""
+    """All tables that the results suffice for."""
     found: list[Grid | None] = [comparison_grid(comparison) for comparison in comparisons(results)]
     found += [part(results, fraction) for fraction in fractions(results) for part in (convergence, progress)]
     found += [pretrained(results), monitors(results), proposals(results)]
@@ -179,7 +182,7 @@ LEGEND = (
 
 
 def markdown(results: Results) -> str:
-    """All tables for a page of documentation."""
+    """All tables as Markdown, for documentation."""
     parts = [_plain(summary(results)), LEGEND]
     for grid in grids(results):
         sides = [":--" if i in (0, grid.words) else "--:" for i in range(len(grid.head))]
@@ -192,7 +195,7 @@ def markdown(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """One paragraph: the data, how much of the study is done, and what it ran on."""
+    """One paragraph: the data, the progress of the study, and its machine."""
     data, done, plan = results.get("data") or {}, len(results.get("cells", [])), planned(results)
     words = {"unlabelled": "without labels", "train": "with labels to draw from", "val": "to test on"}
     counts = [f"{data[part]:,} {what}" for part, what in words.items() if data.get(part) is not None]
@@ -215,7 +218,7 @@ def summary(results: Results) -> str:
 
 
 def points(estimate: Estimate | None, sign: bool = False) -> str:
-    """In hundredths, mean ± sd."""
+    """Mean ± standard deviation, times 100."""
     if estimate is None:
         return NONE
     mean = f"{100 * estimate.mean:{'+' if sign else ''}.2f}".replace("-", "−")
@@ -223,13 +226,13 @@ def points(estimate: Estimate | None, sign: bool = False) -> str:
 
 
 def percent(share: float, digits: int | None = None) -> str:
-    """0.05 as 5 %, with as many digits as it takes unless given."""
+    """0.05 as 5 %. Without `digits` it has as many digits as needed."""
     return f"{100 * share:.4g} %" if digits is None else f"{100 * share:.{digits}f} %"
 
 
 # -- parts
 def _pretrained(results: Results, part: str) -> dict[str, list[dict[str, Any]]]:
-    """That part of the cells by variant, once a seed: the cells of all fractions start from the same model."""
+    """This part of the cells by variant, once for each seed: the cells of all fractions start from the same model."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
     for cell in results.get("cells", []):
         if cell.get(part):
@@ -238,5 +241,5 @@ def _pretrained(results: Results, part: str) -> dict[str, list[dict[str, Any]]]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves alone, on one line."""
+    """The text on one line, with Markdown's special characters escaped."""
     return re.sub(r"([\\`*_\[\]<>|~])", r"\\\1", " ".join(str(text).split()))

@@ -1,4 +1,4 @@
-"""What a study compares: ways to start fine-tuning, and the questions that they answer together."""
+"""The variants of a study, which are ways to start fine-tuning, and the questions that compare them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ class Variant:
     title: str
     start: Literal["scratch", "backbone", "pretrained"] = "pretrained"
     proposals: Literal["saliency", "shuffled", "truth"] = "saliency"
-    """Masks that pre-training learns: those of `sprompt propose`, those of another picture, or the true ones."""
+    """Masks that pre-training learns: masks of `sprompt propose`, masks of another picture, or true masks."""
     method: dict[str, str] = field(default_factory=dict)
-    """Options of `sprompt pretrain --method.…` on top of the preset's, which prompt and supervise kernels."""
+    """Options `--method.…` of `sprompt pretrain` that replace options of the preset. The preset has prompts and kernel
+    supervision."""
 
 
-#: Without kernel supervision, so that variants differ in one thing. Those with it take its weight from the preset.
+#: No kernel supervision, so that variants differ in one point. Variants with it take its weight from the preset.
 _ALONE = {"kernel-weight": "0"}
 
-#: By name, in the order of the tables.
+#: The variants by name, in the order of the tables.
 VARIANTS = {
     "scratch": Variant("from scratch", "scratch"),
     "backbone": Variant("backbone only (DenseCL)", "backbone"),
@@ -52,7 +53,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Question:
-    """A table: the claim that it puts to the test, and the variants that are its rows."""
+    """A table: the claim that it tests, and its rows, the variants."""
 
     title: str
     claim: str
@@ -61,7 +62,7 @@ class Question:
     """The variant that the others are compared with, seed by seed."""
 
 
-#: The number is that of the table or figure in the paper.
+#: Numbers of tables and figures in the titles are those of the paper.
 QUESTIONS = {
     "start": Question(
         "Start of fine-tuning (Table 1)",

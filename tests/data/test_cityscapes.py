@@ -27,10 +27,10 @@ def root(tmp_path: Path) -> Path:
     rng = np.random.default_rng(0)
     first = np.full((H, W), 7, np.uint16)  # road
     first[2:9, 3:11] = 26000  # a car
-    first[5:20, 9:15] = 26001  # before another
+    first[5:20, 9:15] = 26001  # another car in front of it
     first[:3, 30:] = 24  # a group of persons
     first[rng.random((H, W)) < 0.1] = 33012  # a bicycle of many parts
-    first[20:, 20:30] = 29000  # a caravan is no class of the eight
+    first[20:, 20:30] = 29000  # a caravan, which is not one of the eight classes
     _write(tmp_path, "bonn", "bonn_000000_000019", first)
     _write(tmp_path, "aachen", "aachen_000001_000019", np.full((H, W), 23, np.uint16))  # sky
     return tmp_path
@@ -40,7 +40,7 @@ def test_instances(root: Path) -> None:
     dataset = read_cityscapes(root, "train")
     names = ["person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle"]
     assert dataset.classes == names and dataset.category_ids == [24, 25, 26, 27, 28, 31, 32, 33]
-    assert dataset.image_ids == [2] and "aachen" in dataset.problems[-1]  # the first in order has no thing
+    assert dataset.image_ids == [2] and "aachen" in dataset.problems[-1]  # the first picture in order has no object
     sample = dataset[0]
     path = root / "gtFine/train/bonn/bonn_000000_000019_gtFine_instanceIds.png"
     values = np.asarray(Image.open(path))

@@ -1,4 +1,4 @@
-"""COCO files: masks as pycocotools has them, and every broken file refused or reported by name."""
+"""COCO files: masks equal pycocotools', and every broken file is refused or reported by name."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _opened(folder: Path, change: Callable[[dict[str, Any]], Any] | None = None,
 
 
 def _truth(annotation: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """By pycocotools, which takes parts of four numbers for boxes: without them."""
+    """The mask by pycocotools, without parts of four numbers: it reads them as boxes."""
     segmentation = annotation["segmentation"]
     if isinstance(segmentation, list):
         segmentation = coco_mask.merge(coco_mask.frPyObjects([p for p in segmentation if len(p) >= 6], *size))
@@ -177,7 +177,7 @@ def _judge(truth: dict[str, Any], results: list[dict[str, Any]]) -> np.ndarray:
 
 def test_ground_truth_judges_as_the_file_does(folder: Path) -> None:
     def clean(data: dict[str, Any]) -> None:
-        data["annotations"][1]["segmentation"].pop(0)  # pycocotools would take the short part for something else
+        data["annotations"][1]["segmentation"].pop(0)  # pycocotools would read the short part as a box
 
     dataset = _opened(folder, clean, keep_empty=True)
     file = json.loads((folder / "changed.json").read_text())
@@ -271,7 +271,7 @@ REFUSED_WHEN_READ = [
 @pytest.mark.parametrize(("segmentation", "message"), REFUSED_WHEN_READ)
 def test_refused_when_read(folder: Path, segmentation: Any, message: str) -> None:
     dataset = _opened(folder, _set("annotations", 3, segmentation=segmentation, area=100))
-    assert len(dataset[0].masks) == 2  # others are read
+    assert len(dataset[0].masks) == 2  # the other pictures can be read
     with pytest.raises(DataError, match=message):
         dataset[1]
 
@@ -297,7 +297,7 @@ def test_left_out_and_said(folder: Path) -> None:
             {"image_id": 100, "segmentation": {"size": size, "counts": [600]}, "area": 0},
             {"image_id": 100, "segmentation": {"size": size, "counts": [600]}},
             {"image_id": 100, "segmentation": [[3.0, 3.0, 3.0, 3.0, 3.0, 3.0]], "area": 0.5},
-            {"image_id": 100, "segmentation": {"size": size, "counts": [600]}, "area": 99},  # a lie, found when read
+            {"image_id": 100, "segmentation": {"size": size, "counts": [600]}, "area": 99},  # a wrong area, found when read
         ]
         data["annotations"] += [{"id": 50 + i, "category_id": 3, **e} for i, e in enumerate(extra)]
 

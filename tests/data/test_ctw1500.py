@@ -1,4 +1,4 @@
-"""CTW1500 in miniature: three ways to write a text, and every other line refused."""
+"""CTW1500 in miniature: the three forms of a text region; every other line is refused."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _text(values: list[int]) -> str:
 
 
 def _offsets(values: list[int]) -> str:
-    """As the first release has it."""
+    """The line of a polygon in the first release."""
     xs, ys = values[::2], values[1::2]
     box = [min(xs), min(ys), max(xs), max(ys)]
     return _text(box + [v - box[i % 2] for i, v in enumerate(values)])

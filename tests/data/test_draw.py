@@ -1,4 +1,4 @@
-"""Overlays: where colour goes and where it does not."""
+"""Overlays: which pixels get colour, and which do not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_tiny_and_empty_masks() -> None:
     marks = [Mark((255, 0, 0), "1"), Mark((0, 255, 0), "")]
     drawn = overlay(picture, bits((1500, 1000, 1501, 1001), (0, 0, 0, 0), size=(2000, 3000)), marks)
     where = changed(drawn)
-    assert where[420:434, 633:647].any()  # seen although it is less than half a pixel
+    assert where[420:434, 633:647].any()  # visible although it is less than half a pixel wide
     assert where.sum() < 0.01 * where.size
     assert not changed(overlay(picture, bits((0, 0, 0, 0), size=(2000, 3000)), marks[:1])).any()
 

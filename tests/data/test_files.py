@@ -1,4 +1,4 @@
-"""Files are written whole or not at all, and read within bounds."""
+"""Files are written whole or not at all, and reading is bounded."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Batches: the same items whatever the processes, the workers, and where an epoch begins."""
+"""Batches hold the same items for every number of processes and workers, and for every first step of an epoch."""
 
 from __future__ import annotations
 
 import multiprocessing
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,8 @@ def _fails(item: int, generator: torch.Generator) -> int:
 
 
 def _batches(number: int = 10, **options: object) -> Batches[Item, list[Item]]:
-    return Batches(range(100, 100 + number), _draw, _list, **{"batch_size": 4, "seed": 7, **options})  # type: ignore[arg-type]
+    given: dict[str, Any] = {"batch_size": 4, "seed": 7, **options}
+    return Batches(range(100, 100 + number), _draw, _list, **given)
 
 
 def test_an_epoch_with_shuffle() -> None:
@@ -166,7 +168,7 @@ def test_no_worker_is_left() -> None:
 
 
 def test_an_epoch_is_whole_steps() -> None:
-    """Ten items in batches of 2, of which four are a step: the epoch is filled up from its start, no step is short."""
+    """Ten items in batches of 2, four batches a step: the epoch is filled up from its start, so no step is short."""
     batches = Batches(list(range(10)), lambda item, _: item, list, batch_size=2, whole=4, seed=3)
     order = [i for batch in batches.indices(0) for i in batch]
     assert batches.steps == 8 and len(order) == 16

@@ -1,4 +1,4 @@
-"""Pictures of every kind become RGB, those that cannot be read are named; folders are listed in one order."""
+"""Pictures of every kind become RGB, and unreadable pictures are named; folders are listed in one order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures that stay on the device, against the batches that are read anew every time."""
+"""Pictures that stay on the device give the same batches as pictures that are read every time."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AUGMENT = Augment(48, 80)
 
 
 class Pictures:
-    """Of different sizes and numbers of masks, one of them with none; one has a mask that a resize leaves nothing of."""
+    """Pictures of different sizes and numbers of masks. One has no mask, and one has a mask that a resize makes empty."""
 
     def __init__(self, seeds: bool) -> None:
         self.seeds = seeds
@@ -87,7 +87,7 @@ def test_scenes(tmp_path: Path) -> None:
 )
 def test_only_mirroring_can_be_by_chance(augment: Augment) -> None:
     with pytest.raises(
-        ValueError, match="keep_pictures: must be False where chance does more than to mirror; or give one length"
+        ValueError, match="keep_pictures: must be False where pictures are cropped, rotated or resized at random"
     ):
         Kept(Pictures(False), augment, "cpu")
 

@@ -1,4 +1,4 @@
-"""Parts of a dataset: how many, which, and lists that do not belong to the file."""
+"""Parts of a dataset: their sizes, their pictures, and lists for another file."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_too_small_fraction() -> None:
 
 
 def test_fraction_is_of_the_file(tmp_path: Path) -> None:
-    """Of the pictures of the file, as the paper counts, not of those with masks."""
+    """The fraction is of all pictures of the file, as in the paper, not of the pictures with masks."""
     drawn = sample(20, 0.5, 4)
     part = by_fraction(_dataset(tmp_path), 0.5, 4)
     assert part.positions == [p for p in drawn if p % 4] and len(part) < 10

@@ -1,4 +1,4 @@
-"""Made-up scenes: the same everywhere, masks that say what is seen, and files that pycocotools reads."""
+"""Synthetic scenes: the same on every machine, masks of the visible parts, and files that pycocotools reads."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pycocotools.coco import COCO
 from sprompt.data.errors import DataError
 from sprompt.data.synthetic import CLASSES, COLOURS, SHAPES, scene, write_scenes
 
-_SIDE = 2 * 0.32 * np.tan(np.pi / 5)  # of the star's pentagon; on each stands a tip of height side / 2 · tan 72°
+_SIDE = 2 * 0.32 * np.tan(np.pi / 5)  # side of the star's pentagon; a tip of height side / 2 · tan 72° stands on each side
 STAR = 5 * _SIDE * 0.32 / 2 + 5 * _SIDE**2 * np.tan(2 * np.pi / 5) / 4
 
 
@@ -22,7 +22,7 @@ def test_a_scene_is_the_same_on_every_machine() -> None:
     a = scene(3, 7, (96, 128))
     content = a.image.numpy().tobytes() + a.masks.numpy().tobytes() + bytes(a.labels.tolist())
     assert zlib.crc32(content) == 3184578734
-    torch.rand(3)  # no global state has a part in it
+    torch.rand(3)  # global random state must not matter
     b = scene(3, 7, (96, 128))
     assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     assert not torch.equal(scene(3, 8, (96, 128)).image, a.image)
@@ -44,7 +44,7 @@ def test_masks_are_what_is_seen() -> None:
 
 
 def test_objects_differ_from_the_ground() -> None:
-    """Else nothing could be learned: the mean colours of an object and of the ground are apart."""
+    """The mean colours of an object and of the ground differ, so that objects can be learned."""
     apart = []
     for index in range(20):
         image, masks, _ = scene(1, index)
@@ -54,7 +54,7 @@ def test_objects_differ_from_the_ground() -> None:
 
 
 def test_likeness_gives_objects_the_looks_of_their_class() -> None:
-    """The mean colour of an object tells its class where all are alike, and nearly never by chance."""
+    """With likeness 1 the mean colour of an object tells its class; with likeness 0 it does so only by chance."""
     for likeness, low, high in ((0.0, 0.05, 0.4), (1.0, 0.7, 1.0)):
         right = []
         for index in range(40):

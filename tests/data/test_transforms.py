@@ -1,4 +1,4 @@
-"""Transforms: picture, masks and seeds go the same way, by PIL, scipy and hand-made numbers."""
+"""Transforms move picture, masks and seeds alike, compared with PIL, scipy and numbers by hand."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_rotation_as_scipy_does_it(degrees: float) -> None:
 
 
 def test_seeds_stay_in_their_masks() -> None:
-    """A seed in the middle of a small blob is in the blob after every transform, whatever was drawn."""
+    """A seed in the middle of a small blob is still in the blob after every transform, for all random draws."""
     augment = Augment((40, 90), 140, flip=0.5, rotate_probability=0.8, rotate_degrees=40, crop=(48, 48))
     inside = 0
     for draw in range(60):

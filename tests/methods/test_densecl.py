@@ -36,7 +36,7 @@ def sample(index: int, size: tuple[int, int] = (96, 80)) -> Sample:
 
 
 def trained(config: DenseCLConfig = CONFIG, steps: int = 2) -> DenseCL:
-    """A task whose queue and key encoder are no longer those of the start."""
+    """A task after some steps, so that its queue and key encoder differ from the start."""
     task = DenseCL(config)
     optimiser = torch.optim.SGD(task.parameters(), lr=0.1)
     for step in range(steps):
@@ -95,7 +95,7 @@ def literal_terms(
 @pytest.mark.parametrize("level", ["C4", "C5"])
 @pytest.mark.parametrize("steps", [0, 1, 2, 3])
 def test_loss_by_loops(level, steps):
-    """With an empty queue, one with free places, a full one, and one whose oldest keys are replaced."""
+    """With an empty queue, a queue with free places, a full queue, and a queue with replaced keys."""
     config = DenseCLConfig(depth=18, width=4, embedding=8, queue=10, momentum=0.9, dense_level=level, dense_weight=0.3)
     task = trained(config, steps)
     batch = random_views(99)
@@ -207,7 +207,7 @@ def test_dense_loss_waits_for_its_warmup():
 
 
 def test_a_few_steps_tell_pictures_apart():
-    """Twelve scenes: the right view is found more often, and vectors do not become all alike."""
+    """On twelve scenes the right view is found more often after training, and vectors do not become equal."""
     task = DenseCL(DenseCLConfig(width=8, embedding=16, queue=12, dense_level="C4"))
     views = TwoViews(size=64)
     optimiser = torch.optim.AdamW((p for p in task.parameters() if p.requires_grad), lr=2e-3)
@@ -238,7 +238,7 @@ def test_views_are_of_their_size_and_generator():
 
 
 def test_views_of_the_whole_picture_unchanged():
-    """Without recolouring, a view of all of a picture of its size is the picture or its mirror image."""
+    """Without recolouring, a view of the whole picture at its own size is the picture or its mirror image."""
     views = TwoViews(size=64, crop=(1.0, 1.0), jitter=0, grey=0, blur=0)
     picture = sample(0, (64, 64))
     want = (picture.image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)

@@ -1,4 +1,4 @@
-"""The proposal file: the same bytes however the work is split or interrupted, and what is recorded in it."""
+"""The proposal file: the same bytes for every split and interruption of the work, and its records."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def same(a: Path, b: Path) -> bool:
     return a.read_bytes() == b.read_bytes() and vectors[0] == vectors[1]
 
 
-# -- what is in it ----------------------------------------------------------------------------------------------------------------
+# -- its content --------------------------------------------------------------------------------------------------------------
 
 
 def test_the_record(folder: Path, single: Path) -> None:
@@ -152,7 +152,7 @@ def test_three_processes_give_the_file_of_one(folder: Path, single: Path, tmp_pa
 
 
 def test_a_killed_process_goes_on_where_it_was(folder: Path, single: Path, tmp_path: Path) -> None:
-    """kill -9 once at least one unit is there and not all; then the rest, split otherwise."""
+    """kill -9 when some units are finished, but not all; then the rest of the work with another split."""
     out = tmp_path / "proposals.json"
     script = textwrap.dedent(f"""
         import sys, time
@@ -172,7 +172,7 @@ def test_a_killed_process_goes_on_where_it_was(folder: Path, single: Path, tmp_p
     finished = len(list(parts.glob("unit-*.json")))
     assert 2 <= finished < 4
     assert not out.exists()
-    (parts / ".unit-000003.json.1-2.tmp").write_text("half of a fi")  # what a kill in the middle of writing leaves
+    (parts / ".unit-000003.json.1-2.tmp").write_text("half of a fi")  # left by a kill in the middle of writing
     result = run(folder, out, index=0, of=2)
     assert result.out is None
     assert result.pictures == (3 if finished == 2 else 0)

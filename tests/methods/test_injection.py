@@ -1,4 +1,4 @@
-"""Prompts into queries: matching by §4 and §5, dropout, sites; the same however a batch is split."""
+"""Prompts added to queries: matching by §4 and §5, dropout, sites; the result is the same for every split of a batch."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def test_dropout_of_images() -> None:
 
 @pytest.mark.parametrize("site", ["kernel", "proposal", "late"])
 def test_prompts_of_the_map_that_queries_act_on(site: str) -> None:
-    """They are read once, from what the model hands over where queries are matched."""
+    """They are read once, from the map that the model gives to its prompter at the matching."""
     prompts, first, second = drawn(2, 3, 8, seed=1), drawn(2, 20, 8, seed=5), drawn(2, 20, 8, seed=6)
     maps = {"kernel": drawn(2, 8, 3, 5, seed=7).requires_grad_(), "proposal": drawn(2, 8, 3, 5, seed=8)}
     seen = []
@@ -191,7 +191,7 @@ def test_permuting_prompts_permutes_nothing_in_the_kernels() -> None:
 
 @pytest.mark.parametrize("site", ["kernel", "proposal", "late"])
 def test_ratio_is_the_length_of_prompts_in_lengths_of_queries(site: str) -> None:
-    """Every prompt that is added has the length asked for, its own direction, and goes to the kernels that it went to without."""
+    """Every added prompt has the requested length and its own direction, and goes to the same kernels as without ratio."""
     prompts, counts = drawn(2, 4, 8, seed=1) * torch.tensor([1.0, 5.0, 0.1, 30.0])[:, None], [4, 3]
     first, second = drawn(2, 20, 8, seed=5), 7 * drawn(2, 20, 8, seed=6)
     inject, plain = (injection(prompts, counts, site=site, ratio=ratio) for ratio in (0.5, None))

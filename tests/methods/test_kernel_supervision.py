@@ -1,4 +1,4 @@
-"""L_ker of §6: its value, its invariances, its projections, and the watch over collapse."""
+"""L_ker of §6: its value, its invariances, its projections, and the monitor of collapse."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_without_prompts_the_output_is_the_models_own(name: str, site: str, how:
     own = batch((0, 0)) if how == "no masks" else batch((3, 2))
     task = Pretraining(model, SaliencyPromptConfig(site=site, dropout=float(how == "dropout 1")))
     with torch.no_grad():
-        maps = model.encode(own.images).maps  # type: ignore[operator]
+        maps = model.encode(own.images).maps  # type: ignore[operator]  # a Module
         prompted = outputs_of(model, own.images, task.injection(maps, own, 0))
         plain = outputs_of(model, own.images)
     assert all(torch.equal(a, b) for a, b in zip(prompted, plain, strict=True))
@@ -135,40 +135,41 @@ def test_the_same_step_gives_the_same_loss() -> None:
 
 def test_the_backbone_stays_as_it_is() -> None:
     model = model_of("tiny")
-    model.backbone.train_batchnorm = True  # type: ignore[union-attr]
+    model.backbone.train_batchnorm = True  # type: ignore[union-attr]  # a Module
     task = Pretraining(model, SaliencyPromptConfig(site="query")).train()
-    assert not any(m.training for m in model.backbone.modules())  # type: ignore[union-attr]
-    assert model.neck.training  # type: ignore[union-attr]
-    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}  # type: ignore[union-attr]
+    assert not any(m.training for m in model.backbone.modules())  # type: ignore[union-attr]  # a Module
+    assert model.neck.training  # type: ignore[union-attr]  # a Module
+    before = {k: v.clone() for k, v in model.backbone.state_dict().items()}  # type: ignore[union-attr]  # a Module
     optimizer = torch.optim.AdamW((p for p in task.parameters() if p.requires_grad), lr=0.1, weight_decay=0.5)
     task(batch(), 0)[0].backward()
     optimizer.step()
-    assert all(torch.equal(before[k], v) for k, v in model.backbone.state_dict().items())  # type: ignore[union-attr]
+    assert all(torch.equal(before[k], v) for k, v in model.backbone.state_dict().items())  # type: ignore[union-attr]  # a Module
 
 
 def test_a_trained_backbone_gets_no_gradient_from_the_seeds() -> None:
-    """With the weight of L_ker far above the others, their gradients would show it."""
+    """The weight of L_ker is far above the other weights, so a gradient of it would be visible."""
     grads = []
     for weight in (0.0, 1e6):
         config = SaliencyPromptConfig(site="query", kernel_weight=weight, freeze_backbone=False, dropout=1.0)
         task = Pretraining(model_of("tiny"), config)
         own = batch()
-        features = task.model.encode(own.images)  # type: ignore[operator]
+        features = task.model.encode(own.images)  # type: ignore[operator]  # a Module
         if weight:
-            found = task.model.losses(task.model.decode(features), own.masks, own.labels, own.counts)  # type: ignore[operator]
+            found = task.model.losses(task.model.decode(features), own.masks, own.labels, own.counts)  # type: ignore[operator]  # a Module
             detached = [m._replace(kernels=m.kernels.detach()) for m in found.matched]
             loss, _ = task._supervision(features.backbone, own, found._replace(matched=detached))
             loss.backward()
-            grads.append(any(p.grad is not None for p in task.model.backbone.parameters()))  # type: ignore[union-attr]
+            grads.append(any(p.grad is not None for p in task.model.backbone.parameters()))  # type: ignore[union-attr]  # a Module
         else:
             task(own, 0)[0].backward()
-            grads.append(any(p.grad is not None for p in task.model.backbone.parameters()))  # type: ignore[union-attr]
+            grads.append(any(p.grad is not None for p in task.model.backbone.parameters()))  # type: ignore[union-attr]  # a Module
     assert grads == [True, False]
 
 
 @pytest.mark.parametrize("level", ["C4", "C5"])
 def test_seeds_are_read_at_the_level_of_the_proposals(level: str) -> None:
-    task = Pretraining(model_of("tiny"), SaliencyPromptConfig(site="query"), proposals=ProposalConfig(level=level))  # type: ignore[arg-type]
+    proposals = ProposalConfig(level=level)  # type: ignore[arg-type]  # a str
+    task = Pretraining(model_of("tiny"), SaliencyPromptConfig(site="query"), proposals=proposals)
     assert task.projection is not None
     assert task.projection.weight.shape == (32, {"C4": 32, "C5": 64}[level])
     task(batch(), 0)[0].backward()
@@ -224,7 +225,7 @@ def process(rank: int, path: str, config: SaliencyPromptConfig, results: Any) ->
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_two_processes_are_one(tmp_path: Any, reduction: str) -> None:
     """Shares of unequal size; dropout and a drawn permutation included."""
-    config = SaliencyPromptConfig(assign="random", dropout=0.3, projection="pca", reduction=reduction)  # type: ignore[arg-type]
+    config = SaliencyPromptConfig(assign="random", dropout=0.3, projection="pca", reduction=reduction)  # type: ignore[arg-type]  # a str
     loss, grads = step_of(batch((3, 0, 1)), config)
     context = torch.multiprocessing.get_context("fork")
     with context.Manager() as manager:

@@ -1,4 +1,4 @@
-"""Proposals of pictures: against an implementation of §2.2–2.9 of its own in float64, and the properties that must hold."""
+"""Proposals of pictures, compared with an independent float64 implementation of §2.2–2.9, and properties that must hold."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OPEN = {"centre": 0.0, "max_width": 2.0, "min_score": 0.0}  # no filter of whole
 
 
 class Maps(nn.Module):
-    """A backbone that gives one map, whatever the images, as all of its levels."""
+    """A backbone that returns one fixed map for all of its levels and all images."""
 
     def __init__(self, features: Tensor) -> None:
         super().__init__()
@@ -32,7 +32,7 @@ class Maps(nn.Module):
 
 
 def batch_of(cells: tuple[int, int], size: tuple[int, int], original: tuple[int, int], number: int = 1) -> Batch:
-    """An empty batch whose map of stride 32 has so many cells."""
+    """A batch of blank images; its map of stride 32 has `cells` cells."""
     return Batch(
         images=torch.zeros(number, 3, 32 * cells[0], 32 * cells[1]),
         masks=BitMasks.from_dense(torch.zeros(number, 0, 32 * cells[0], 32 * cells[1])),
@@ -57,7 +57,7 @@ def smooth(seed: int, channels: int, height: int, width: int) -> Tensor:
 
 
 def resized_half_pixel(x: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """x (h, w) at the fractional places, edges held: bilinear."""
+    """Bilinear values of x (h, w) at fractional places; edges are repeated."""
     grid = np.meshgrid(np.clip(rows, 0, x.shape[0] - 1), np.clip(columns, 0, x.shape[1] - 1), indexing="ij")
     return map_coordinates(x, grid, order=1, mode="nearest")
 
@@ -86,7 +86,7 @@ def oracle_seeds(x: np.ndarray, config: ProposalConfig) -> list[tuple[tuple[int,
 
 
 def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], original: tuple[int, int]) -> list[dict]:
-    """§2.2–2.9 for one picture whose view has `size` and lies in the map x (D, h, w), stride 32, without padded cells."""
+    """§2.2–2.9 for one picture with a view of size `size` and the map x (D, h, w) of stride 32, without padded cells."""
     pixels = x.reshape(len(x), -1)
     found = []
     for address, seed in oracle_seeds(x, config):
@@ -145,7 +145,7 @@ def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], origina
 @pytest.mark.parametrize("nms", ["matrix", "matrix_linear", "greedy"])
 @pytest.mark.parametrize("seeds", ["pyramid", (3, 4)])
 def test_proposals_are_those_of_an_independent_implementation(similarity: str, nms: str, seeds: object) -> None:
-    config = ProposalConfig(similarity=similarity, nms=nms, seeds=seeds, min_score=0.1, max_width=1.01)  # type: ignore[arg-type]
+    config = ProposalConfig(similarity=similarity, nms=nms, seeds=seeds, min_score=0.1, max_width=1.01)  # type: ignore[arg-type]  # a str
     compared = 0
     for seed in range(6):
         x = smooth(seed, 6, 9, 12)
@@ -174,7 +174,7 @@ def test_proposals_are_those_of_an_independent_implementation(similarity: str, n
 def test_two_orthogonal_halves_give_two_proposals_of_score_1(similarity: str) -> None:
     x = torch.zeros(1, 5, 24, 40)
     x[:, 1, :, :20] = x[:, 3, :, 20:] = 2.0
-    config = ProposalConfig(similarity=similarity)  # type: ignore[arg-type]
+    config = ProposalConfig(similarity=similarity)  # type: ignore[arg-type]  # a str
     (found,) = propose(Maps(x), batch_of((24, 40), (768, 1280), (240, 400)), config)
     assert found.scores.tolist() == [1.0, 1.0]
     assert sorted(found.masks.boxes().tolist()) == [[0, 0, 200, 240], [200, 0, 400, 240]]
@@ -182,7 +182,7 @@ def test_two_orthogonal_halves_give_two_proposals_of_score_1(similarity: str) ->
 
 
 def test_duplicate_seeds_leave_one_proposal() -> None:
-    """Every cell of a half is a duplicate of the others: after the first, e⁻² of the score is left, below the cut."""
+    """All cells of a half are duplicates: after the first, e⁻² of the score is left, which is below min_score."""
     x = torch.zeros(1, 2, 6, 8)
     x[:, 0, :, :3] = x[:, 1, :, 3:] = 1.0
     (cut,) = propose(Maps(x), batch_of((6, 8), (192, 256), (60, 80)), ProposalConfig())
@@ -196,7 +196,7 @@ def test_duplicate_seeds_leave_one_proposal() -> None:
 @pytest.mark.parametrize("scale", [2.0**-6, 2.0**5])
 def test_scaling_all_features_changes_nothing(similarity: str, scale: float) -> None:
     x = smooth(5, 8, 12, 16)
-    config = ProposalConfig(similarity=similarity, min_score=0.1)  # type: ignore[arg-type]
+    config = ProposalConfig(similarity=similarity, min_score=0.1)  # type: ignore[arg-type]  # a str
     batch = batch_of((12, 16), (384, 512), (100, 140))
     (a,), (b,) = propose(Maps(x), batch, config), propose(Maps(scale * x), batch, config)
     assert len(a.scores) > 0
@@ -213,7 +213,7 @@ def test_scaling_one_pixel_changes_dot_only() -> None:
     batch = batch_of((10, 12), (320, 384), (100, 120))
     same = {}
     for similarity in ("cosine", "dot"):
-        config = ProposalConfig(similarity=similarity, seeds=(10, 12), **OPEN)  # type: ignore[arg-type]
+        config = ProposalConfig(similarity=similarity, seeds=(10, 12), **OPEN)  # type: ignore[arg-type]  # options of any type
         (a,), (b,) = propose(Maps(x), batch, config), propose(Maps(scaled), batch, config)
         same[similarity] = torch.equal(a.masks.words, b.masks.words)
     assert same == {"cosine": True, "dot": False}
@@ -223,10 +223,10 @@ def test_scaling_one_pixel_changes_dot_only() -> None:
 
 
 def test_padding_is_neither_seed_nor_pixel() -> None:
-    """A picture gives the same proposals alone, and padded with whole cells of anything."""
+    """A picture gives the same proposals alone, and padded with whole cells of any values."""
     x = smooth(7, 6, 8, 8)
     wide = torch.cat([x, 50 * torch.rand(1, 6, 8, 4)], 3)
-    config = ProposalConfig(**OPEN)  # type: ignore[arg-type]
+    config = ProposalConfig(**OPEN)  # type: ignore[arg-type]  # options of any type
     (a,) = propose(Maps(x), batch_of((8, 8), (256, 256), (90, 90)), config)
     (b,) = propose(Maps(wide), batch_of((8, 12), (256, 256), (90, 90)), config)
     assert len(a.scores) > 0
@@ -236,7 +236,7 @@ def test_padding_is_neither_seed_nor_pixel() -> None:
 
 
 def test_a_mask_reaches_the_edge_of_the_picture() -> None:
-    """480×640 is seen as 800×1067: the last 11 of its columns lie in a cell that is not valid, and belong to the mask all the same."""
+    """480×640 becomes 800×1067. Its last 11 columns lie in a cell that is not valid; they belong to the mask nevertheless."""
     x = torch.zeros(1, 2, 25, 34)
     x[:, 0], x[:, 1, :, 17:] = 1 - (torch.arange(34) >= 17).float(), 1
     config = ProposalConfig(nms="greedy", centre=0.0)
@@ -269,7 +269,7 @@ def test_size_of_the_view(size: tuple[int, int], keep: bool, expected: tuple[int
 
 
 def test_threshold_is_reached_not_passed() -> None:
-    """A map whose upper half is exactly τ after normalisation, at cells and pixels alike."""
+    """The upper half of the map is exactly τ after normalisation, at cells and at pixels."""
     x = torch.tensor([1.0, 0.5, 0.5, 0.0]).reshape(1, 1, 4, 1).expand(1, 1, 4, 4)
     x = torch.cat([x, torch.zeros_like(x)], 1)
     config = ProposalConfig(similarity="dot", seeds=(1, 1), **OPEN)
@@ -323,7 +323,7 @@ def test_one_zero_pixel_spoils_nothing() -> None:
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"ProposalConfig: {name} must .*, got"):
-        replace(ProposalConfig(), **{name: value})  # type: ignore[arg-type]
+        replace(ProposalConfig(), **{name: value})  # type: ignore[arg-type]  # options of any type
 
 
 def test_settings_survive_the_record() -> None:
@@ -360,5 +360,6 @@ def test_switches_of_precision_are_put_back(user: str) -> None:
         assert state() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision = start[:2]  # type: ignore[assignment]
+        torch.backends.cuda.matmul.fp32_precision = start[0]  # type: ignore[assignment]  # saved as Any
+        torch.backends.mkldnn.matmul.fp32_precision = start[1]  # type: ignore[assignment]  # saved as Any
     assert state() == start

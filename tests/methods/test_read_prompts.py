@@ -1,4 +1,4 @@
-"""Prompts from the model's maps: which cells a box takes, and which map."""
+"""Prompts from the model's maps: the cells of a box, and the map that is read."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def box_mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> BitM
 #: box in pixels of 96 x 160 -> columns and rows of stride 32 (3 x 5 cells), by c0 = ⌊x1/32⌋, c1 = max(⌈x2/32⌉, c0 + 1)
 TABLE = [
     ((0, 0, 32, 32), (0, 1), (0, 1)),
-    ((0, 0, 33, 32), (0, 2), (0, 1)),  # a cell that is only just touched counts
+    ((0, 0, 33, 32), (0, 2), (0, 1)),  # a cell counts if the box covers one pixel of it
     ((31, 31, 33, 33), (0, 2), (0, 2)),
     ((32, 64, 64, 96), (1, 2), (2, 3)),
     ((40, 40, 41, 41), (1, 2), (1, 2)),  # one pixel, one cell
@@ -50,7 +50,7 @@ def test_the_cells_of_boxes() -> None:
 def test_levels(level: str, stride: int) -> None:
     maps = maps_of(96, 160)
     masks = box_mask(96, 160, (13, 21, 90, 50))
-    got = read_prompts(maps, masks, torch.tensor([1]), SaliencyPromptConfig(level=level)).vectors[0, 0]  # type: ignore[arg-type]
+    got = read_prompts(maps, masks, torch.tensor([1]), SaliencyPromptConfig(level=level)).vectors[0, 0]  # type: ignore[arg-type]  # a str
     rows, columns = slice(21 // stride, -(-50 // stride)), slice(13 // stride, -(-90 // stride))
     x = maps[(4, 8, 16, 32).index(stride)]
     torch.testing.assert_close(got, x[0, :, rows, columns].mean((1, 2)))
@@ -119,7 +119,7 @@ def test_prompts_have_no_gradient() -> None:
 
 
 def test_the_cells_of_the_release() -> None:
-    """⌊x1/32⌋ to ⌊x2/32⌋, two cells where these are equal, cut off by the map."""
+    """⌊x1/32⌋ to ⌊x2/32⌋, or two cells if these are equal; the map cuts off cells outside."""
     boxes = [(0, 0, 33, 32), (40, 40, 41, 41), (5, 10, 160, 96), (131, 0, 159, 96)]
     cells = [((0, 1), (0, 1)), ((1, 3), (1, 3)), ((0, 5), (0, 3)), ((4, 5), (0, 3))]
     maps = maps_of(96, 160)
@@ -161,7 +161,7 @@ def test_contrast_tells_by_the_angle(level: str) -> None:
     own = maps if level != "features" else [x]
     boxes = [(8, 16, 40, 48), (64, 0, 96, 32)]
     masks = BitMasks.stack([box_mask(96, 160, *boxes)[0], box_mask(96, 160, *boxes)[0]])
-    config = SaliencyPromptConfig(level=level, contrast=True)  # type: ignore[arg-type]
+    config = SaliencyPromptConfig(level=level, contrast=True)  # type: ignore[arg-type]  # a str
     got = read_prompts(own, masks, torch.tensor([2, 1]), config, [(96, 160), (80, 100)]).vectors.double()
     stride = 160 // x.shape[3]
     for b, (height, width) in enumerate([(96, 160), (80, 100)]):

@@ -1,4 +1,4 @@
-"""A seed's vector, read again in the view that is trained on, is the vector that the proposal was made with."""
+"""A seed's vector, read from the training view, equals the vector that the proposal was made with."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_from_a_picture_through_a_file_to_the_same_vector(
         image = torch.nn.functional.interpolate(coarse, size, mode="nearest")[0].to(torch.uint8)
         (folder / f"{i}.png").write_bytes(png(image))
     config = ProposalConfig(
-        short=128, long=192, level=level, seeds=seeds, min_score=0.0, centre=0.0, max_width=2.0  # type: ignore[arg-type]
+        short=128, long=192, level=level, seeds=seeds, min_score=0.0, centre=0.0, max_width=2.0  # type: ignore[arg-type]  # a str
     )  # fmt: skip
     pictures = PictureFolder(folder)
     backbone = Cells()

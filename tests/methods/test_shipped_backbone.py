@@ -1,4 +1,4 @@
-"""The small backbone that comes with the package finds objects in scenes it has not seen."""
+"""The small backbone of the package finds objects in scenes that it was not trained on."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ PATH = Path(sprompt.__file__).parent / "weights" / "scenes-resnet18.safetensors"
 
 
 def best_overlaps(backbone: ResNet, count: int = 6) -> torch.Tensor:
-    """The IoU of every object of `count` scenes with the proposal most like it."""
+    """The largest IoU of each object of `count` scenes with a proposal."""
     scenes = [scene(977, index) for index in range(count)]
     images = torch.stack(
         [(s.image - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1) for s in scenes]
@@ -40,6 +40,6 @@ def test_finds_objects():
     torch.manual_seed(0)
     untrained = ResNet(18, width=32).eval()
     trained, blind = best_overlaps(backbone), best_overlaps(untrained)
-    # With the weights of today 0.40 and 0.13; the bounds leave room for weights made on another machine.
+    # The committed weights have 0.40 and 0.13; the bounds are looser, for weights made on another machine.
     assert trained.mean() > 0.3
     assert trained.mean() > 2 * blind.mean()

@@ -1,4 +1,4 @@
-"""How steadily kernels are matched: against models whose kernels stay, or change places."""
+"""Stability of matching, on models with kernels that stay in place, or change places."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> CocoDataset:
 
 @torch.no_grad()
 def change_places(task: Pretraining) -> None:
-    """Kernel n becomes kernel n + 1: what is matched to n is then matched to n + 1."""
+    """Kernel n becomes kernel n + 1, so a proposal matched to n is then matched to n + 1."""
     for value in task.model.parameters():
         if value.shape[0] == 20:
             value.copy_(value.roll(1, 0))
@@ -41,7 +41,7 @@ def test_kernels_that_stay_and_kernels_that_change_places(scenes: CocoDataset, t
     change_places(task)
     assert stability.matched() == [(k + 1) % 20 for k in before]
     assert stability(3) == {"monitor/same_kernel": 0.0}
-    # a run that goes on in another process has the file, and an epoch that is done again its own numbers
+    # a run resumed in another process reads the file; a repeated epoch replaces its own numbers
     again = Stability(task, scenes, Augment((64, 80), 96), tmp_path)
     assert again(3) == {"monitor/same_kernel": 0.0}
     assert again(4) == {"monitor/same_kernel": 1.0}

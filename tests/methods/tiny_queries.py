@@ -1,4 +1,4 @@
-"""The example model of docs/adding_a_model.md, for tests: what its text shows is what they run."""
+"""The example model of docs/adding_a_model.md, for tests: they run the code that the page shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers by hand: positions, group norm under autocast, the pyramid's sums, upsampling. (K-Net's literal form tests them together.)"""
+"""Layers by hand: positions, group norm under autocast, the pyramid's sums, upsampling. Tests of K-Net cover them together."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_large_logits_stay_finite() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunk", [1, 5000, 1 << 20])
 def test_dense_focal(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, chunk: int) -> None:
-    """Value and gradient, whatever the number of classes done at a time."""
+    """Value and gradient, for every number of classes that are computed at a time."""
     monkeypatch.setattr(losses, "_CHUNK", chunk)
     logits = (2 * torch.randn(2, 5, 12, 16)).to(dtype).requires_grad_()
     labels = torch.randint(0, 6, (2, 24, 32))

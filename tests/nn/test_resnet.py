@@ -77,7 +77,7 @@ def functional(t: dict[str, Tensor], images: Tensor, depth: int) -> list[Tensor]
 
 
 def randomised(depth: int, **options: object) -> ResNet:
-    """A double network with statistics and weights that are not the neutral ones."""
+    """A float64 network with random statistics and weights of batch norm."""
     torch.manual_seed(0)
     network = ResNet(depth, **options).double()
     for name, tensor in network.state_dict().items():
@@ -145,7 +145,7 @@ class Convolutions(TorchDispatchMode):
 
 @pytest.mark.parametrize("width", [1, 4, 6, 8, 12, 16])
 def test_gradients_of_narrow_networks(width):
-    """Those of float64, in either layout; and what oneDNN computes wrongly, or not at all, is not asked of it."""
+    """They equal float64's in both layouts, and oneDNN never gets a convolution that it computes wrongly."""
     torch.manual_seed(width)
     network = ResNet(18, width=width, frozen_stages=-1)
     images = torch.randn(3, 3, 32, 32)

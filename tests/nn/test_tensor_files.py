@@ -1,4 +1,4 @@
-"""Files of tensors that are not of a model: what is peculiar to reading and writing them."""
+"""Files of tensors: details of reading and writing that the tests of weights do not cover."""
 
 from __future__ import annotations
 

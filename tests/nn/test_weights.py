@@ -1,4 +1,4 @@
-"""Checkpoints of other projects, laid out as those projects write them, and files of our own."""
+"""Checkpoints in the layouts of other projects, and files of this library."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from sprompt.nn.weights import load_backbone, open_backbone, save_backbone
 
 
 def network(depth: int = 18, width: int = 4, seed: int = 1) -> ResNet:
-    """A ResNet no two tensors of which are alike."""
+    """A ResNet with different values in all tensors."""
     generator = torch.Generator().manual_seed(seed)
     made = ResNet(depth, width=width)
     for tensor in made.state_dict().values():
@@ -36,7 +36,7 @@ def behind(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def foreign(kind: str, right: ResNet) -> object:
-    """What torch.load gives for the checkpoint of a project; tensors that are not `right`'s hold other values."""
+    """The content of a project's checkpoint, as torch.load returns it. Tensors that are not in `right` hold other values."""
     good, other = right.state_dict(), network(right.depth, right.width, seed=2).state_dict()
     odd = torch.full((2, 2), 9.0)
     if kind == "torchvision":
@@ -108,7 +108,7 @@ def test_own_files(depth, width, dtype, tmp_path):
     save_backbone(path, right, dtype)
     with safe_open(path, "pt") as file:
         assert json.loads(file.metadata()["sprompt"]) == {"backbone": {"depth": depth, "width": width}}
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118, not a dict
+        assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118  # not a dict
     opened = open_backbone(path)
     assert (opened.depth, opened.width, opened.training) == (depth, width, False)
     assert not any(parameter.requires_grad for parameter in opened.parameters())
@@ -151,7 +151,7 @@ def test_another_network_is_refused_with_advice(held, asked, message, tmp_path):
 
 
 class Unknown:
-    """What a checkpoint with objects of other classes holds."""
+    """An object of another class in a checkpoint."""
 
     def __reduce__(self):
         return os.mkdir, ("made-by-the-file",)

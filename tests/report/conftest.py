@@ -65,7 +65,7 @@ def disk(tmp_path: Path) -> Disk:
         one(1, 1, (4, 4, 20, 19), 3, score=0.9),  # found
         one(2, 1, (30, 10, 60, 30), 3, score=0.8),  # right place, wrong class: false, and the dog is missed
         one(3, 2, (6, 5, 30, 30), 3, score=0.7),  # found
-        one(4, 3, (6, 5, 30, 30), 3, score=0.05),  # false, far below
+        one(4, 3, (6, 5, 30, 30), 3, score=0.05),  # false, with a much lower score
     ]
     info = {"proposals": {"version": 1, "short": 80, "long": 160, "stride": 32, "seeds": "pyramid", "level": "C5"}}
     proposals = [

@@ -17,11 +17,11 @@ from sprompt.report.gallery import build
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser", "chrome"))), None)
 
-#: A frame: windows do not go down to the width of a phone. It leaves what the page says in an attribute.
+#: The page runs in a frame, since windows cannot be as narrow as a phone. Its message is stored in an attribute.
 FRAME = """<!doctype html><iframe src="probed.html" style="border:0;width:%dpx;height:900px"></iframe>
 <script>addEventListener('message', e => document.documentElement.setAttribute('data-seen', JSON.stringify(e.data)))</script>"""
 
-#: Waits for the pictures, tries the page out, and says what it saw.
+#: Waits for the pictures, uses the page, and reports its state.
 PROBE = """
 <script>
 addEventListener('load', () => look().catch(e => ({error: String(e)})).then(seen => parent.postMessage(seen, '*')));
@@ -56,7 +56,7 @@ async function look() {
 
 
 def look(page: Path, width: int) -> dict[str, Any]:
-    """What the probe sees in a page of this width."""
+    """The report of the probe from a page of this width."""
     text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page.read_text())
     (page.parent / "probed.html").write_text(text.replace("</body>", f"{PROBE}</body>"))
     (page.parent / "frame.html").write_text(FRAME % width)
@@ -70,7 +70,7 @@ def look(page: Path, width: int) -> dict[str, Any]:
     assert found, f"the probe did not finish\n{done.stderr[-2000:]}"
     seen = json.loads(html.unescape(found[1]))
     assert "error" not in seen, seen["error"]
-    return seen  # type: ignore[no-any-return]
+    return seen  # type: ignore[no-any-return]  # JSON is Any
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")

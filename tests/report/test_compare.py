@@ -1,4 +1,4 @@
-"""Found, false and missed, against COCO's own evaluation."""
+"""Found, false and missed masks, compared with COCO's own evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIZE = (40, 50)
 
 
 def scene(rng: np.random.Generator, labels: int, predictions: int) -> tuple[list[Any], list[Any]]:
-    """Blocks, and blocks moved a little; some labels are crowds, and there are two classes."""
+    """Labels are blocks, predictions are moved blocks. Some labels are crowds, and there are two classes."""
     places = [(*rng.integers(0, 25, 2), *rng.integers(6, 20, 2)) for _ in range(labels)]
 
     def mask(x: int, y: int, w: int, h: int) -> np.ndarray:
@@ -41,11 +41,11 @@ def scene(rng: np.random.Generator, labels: int, predictions: int) -> tuple[list
 
 
 def rle(mask: np.ndarray) -> dict[str, Any]:
-    return coco.encode(np.asfortranarray(mask.astype(np.uint8)))  # type: ignore[no-any-return]
+    return coco.encode(np.asfortranarray(mask.astype(np.uint8)))  # type: ignore[no-any-return]  # pycocotools has no types
 
 
 def by_coco(truth: list[Any], guesses: list[Any]) -> list[int]:
-    """(P,) by decreasing score: the label each guess is matched to, -1 none, -2 ignored."""
+    """(P,) by decreasing score: the matched label of each guess, -1 for none, -2 for ignored."""
     data = COCO()
     data.dataset = {
         "info": {}, "images": [{"id": 1, "height": SIZE[0], "width": SIZE[1]}], "categories": [{"id": 1}, {"id": 2}],
@@ -91,7 +91,7 @@ def test_matches_are_those_of_coco(seed: int) -> None:
 
 
 def test_the_cases_above_come_up() -> None:
-    """Otherwise the comparison with COCO would say little."""
+    """The random scenes contain all cases, so the comparison with COCO covers them."""
     seen: set[int] = set()
     for seed in range(25):
         rng = np.random.default_rng(seed)
@@ -125,6 +125,6 @@ def test_the_threshold_has_the_best_f1(seed: int) -> None:
     assert f1(chosen) == pytest.approx(max(f1(g[2]) for _, guesses in scenes for g in guesses))
     for whole, (truth, guesses) in zip(
         compared, scenes, strict=True
-    ):  # cutting off is the same as never having predicted
+    ):  # a cut-off prediction counts like a missing one
         cut, again = above(whole, chosen), ours(truth, [g for g in guesses if g[2] >= chosen])
         assert (cut.found, cut.ious, len(cut.masks)) == (again.found, again.ious, len(again.masks))

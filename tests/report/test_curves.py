@@ -1,4 +1,4 @@
-"""Curves and bars: numbers in their places."""
+"""Curves and bars: every number is drawn at its place."""
 
 from __future__ import annotations
 
@@ -63,10 +63,10 @@ def test_a_band_lies_around_its_line_and_the_axis_holds_it() -> None:
     (path,) = re.findall(r'd="([^"]+)" class="band r1"', html)
     y = [
         f"{1000 * (1 - v / 20.8):.1f}" for v in (0.0, 5.0, 20.0, 10.0)
-    ]  # along the low end and back along the high one
+    ]  # along the lower edge and back along the upper edge
     assert path == f"M0.0 {y[0]}L1000.0 {y[1]}L1000.0 {y[2]}L0.0 {y[3]}Z"
     assert 'aria-label="AP over epochs. ' in html and 'data-unit="epoch"' in html
-    assert html.index("band r1") < html.index("mean r1")  # which lies on it
+    assert html.index("band r1") < html.index("mean r1")  # the mean is drawn over its band
     assert "band" not in chart("AP", [Line("a", [(4, 5.0), (8, 5.0)], 1)])
 
 

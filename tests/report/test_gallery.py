@@ -1,4 +1,4 @@
-"""The page: well-formed, whole, escaped, and honest about what it has not got."""
+"""The page: well-formed, complete, escaped, and clear about missing sections."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SECTIONS = ["proposals", "prompts", "predictions", "curves", "metrics", "kernels
 
 
 class Reader(HTMLParser):
-    """Balance of tags, what is referred to, and the text by section."""
+    """Checks that tags balance, and collects references and the text of each section."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -63,7 +63,7 @@ class Reader(HTMLParser):
 
 
 def read(page: Path) -> Reader:
-    """Parses and checks what holds for every page."""
+    """Parses a page, and checks the properties of every page."""
     reader = Reader()
     text = page.read_text()
     reader.feed(text)
@@ -107,7 +107,7 @@ def test_every_section_is_there(disk: Any, tmp_path: Path) -> None:
         w in text["predictions"] for w in ("2found", "1false", "1missed", "at least 0.70", "cat 0.90 · IoU 0.94")
     )
     assert "0.250" in text["metrics"] and "0.350" in text["metrics"]
-    assert "none" in text["metrics"]  # −1 is COCO's "there are none"
+    assert "none" in text["metrics"]  # COCO writes −1 for a metric without labels
     assert "method.assign" in text["runs"] and "cosine" in text["runs"] and "60" in text["runs"]
 
 
@@ -133,7 +133,7 @@ def test_predictions_without_labels_take_pictures_by_their_order(disk: Any, tmp_
     reader = read(build(tmp_path / "site", predictions=(disk.images, None, disk.predictions)))
     assert "p1.png" in reader.text["predictions"] and "0.80" in reader.text["predictions"]
     assert "broken" not in reader.text["predictions"]
-    assert "0.05" in reader.text["predictions"]  # the best of a picture that has none above the threshold
+    assert "0.05" in reader.text["predictions"]  # the best prediction of a picture without one above the threshold
 
 
 HOSTILE = "<script>alert(1)</script>\"><img src=x onerror=alert(2)>&amp;'</style>\u202e"
@@ -230,7 +230,7 @@ def test_foreign_pages_and_wrong_inputs_are_refused(disk: Any, tmp_path: Path) -
     out = tmp_path / "site"
     out.mkdir()
     (out / "index.html").write_text("<html>my own page</html>")
-    with pytest.raises(ValueError, match="is a page of something else"):
+    with pytest.raises(ValueError, match="is a page of another program"):
         full(disk, out)
     assert (out / "index.html").read_text() == "<html>my own page</html>"
     with pytest.raises(ValueError, match="must be a folder, got a file"):

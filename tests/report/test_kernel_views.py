@@ -1,4 +1,4 @@
-"""What the gallery asks of a model: which kernel takes which prompt, and where its masks lie."""
+"""The views of a model in the gallery: the prompt of each kernel, and the mean mask of each kernel."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_matches_are_the_nearest_prompts_by_cosine(dataset: CocoDataset) -> None
 
 
 class Stub(nn.Module):
-    """Its two kernels see the red of the picture, and its width; whatever is padding shouts."""
+    """Its two kernels respond to the red of the picture, and to its width; padding gets extreme values."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -115,7 +115,7 @@ def test_activation_files(tmp_path: Path) -> None:
 
 def test_spread_is_the_distance_from_the_own_centre() -> None:
     maps = np.zeros((5, 40, 40))
-    maps[0] = 1  # uniform: √(1/12 + 1/12), but for the size of the cells
+    maps[0] = 1  # uniform: √(1/12 + 1/12), up to the size of a cell
     maps[1, 3, 7] = 0.5  # one cell
     maps[2, 0, 0] = maps[2, 0, 20] = 2.0  # half a width apart
     maps[4, 1:3, 1:3] = np.nan
@@ -126,7 +126,7 @@ def test_spread_is_the_distance_from_the_own_centre() -> None:
 def test_scatter_is_how_far_centres_lie_from_each_other() -> None:
     maps = np.zeros((5, 40, 40))
     maps[0, 0, 0] = maps[1, 0, 20] = 3.0  # half a width apart: each a quarter from their mean
-    assert scatter(maps) == pytest.approx(0.25)  # those without activation have no centre
+    assert scatter(maps) == pytest.approx(0.25)  # maps without activation have no centre
     maps[2, 30, 10] = 0.1  # y: 0, 0, 3/4 with variance 1/8, x: 0, 1/2, 1/4 with variance 1/24
     assert scatter(maps) == pytest.approx(np.sqrt(1 / 8 + 1 / 24))
     assert scatter(np.ones((7, 4, 4))) == pytest.approx(0) and np.isnan(scatter(np.zeros((2, 4, 4))))

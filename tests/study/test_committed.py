@@ -1,4 +1,4 @@
-"""The studies in docs/study: what their pages show is what their results say."""
+"""The studies in docs/study: their pages agree with their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_tables_are_those_of_the_results(folder: Path) -> None:
     assert (folder / "tables.md").read_text() == markdown(results)
     assert {cell["variant"] for cell in results["cells"]} <= set(VARIANTS) and not results["failed"]
     assert all((folder / name).is_file() for name in ("curves.png", "kernels.png"))
-    # what is found is shown on scenes only: photographs belong to others
+    # predictions are committed for scenes only: photographs belong to others
     assert (folder / "predictions.jpg").is_file() == (results["study"]["images"] is None)
 
 

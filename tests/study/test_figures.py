@@ -1,4 +1,4 @@
-"""Pictures of a study: that they are there, hold what differs, and are left out where there is nothing to draw."""
+"""Pictures of a study: they are written, they show differences, and they are left out if there is nothing to draw."""
 
 from __future__ import annotations
 

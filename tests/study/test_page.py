@@ -21,7 +21,7 @@ from sprompt.study.predictions import Side
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser", "chrome"))), None)
 NAMES = ("scratch", "backbone", "pseudo", "prompts", "site-late", "site-proposal")
-QUESTIONED = ["head", "start", "site"]  # the others would only repeat rows of start
+QUESTIONED = ["head", "start", "site"]  # other questions would only repeat rows of start
 VOID = {"meta", "link", "img", "input", "br", "hr"}
 HOSTILE = "<script>alert('x')</script><img src=x onerror=alert(1)>"
 
@@ -51,7 +51,7 @@ def maps(count: int) -> np.ndarray:
 
 
 class Reader(HTMLParser):
-    """Sections with their text; tags must balance."""
+    """Collects the text of each section, and checks that tags balance."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -105,7 +105,7 @@ def test_the_row_of_the_best_mean_is_bold_and_dots_are_at_their_numbers(tmp_path
 
 def test_bands_are_of_more_than_one_seed(tmp_path: Path) -> None:
     page = write_page(tmp_path, study(seeds=2, fractions=(0.05,))).read_text()
-    assert page.count('class="band') == page.count('class="mean') == 2 * (4 + 3)  # AP and pooled AP of all rows
+    assert page.count('class="band') == page.count('class="mean') == 2 * (4 + 3)  # AP and pooled AP of each row
     assert 'aria-label="AP over epochs. ' in page
 
 
@@ -139,13 +139,13 @@ def test_a_foreign_page_stays_and_old_maps_go(tmp_path: Path) -> None:
     write_page(tmp_path, study(), {"prompts": maps(2)})
     assert len(list((tmp_path / "pictures").iterdir())) == 2
     (tmp_path / "index.html").write_text("<p>mine")
-    with pytest.raises(ValueError, match="is a page of something else"):
+    with pytest.raises(ValueError, match="is a page of another program"):
         write_page(tmp_path, {})
     with pytest.raises(DataError, match=r"must hold numbers of shape \(N, h, w\)"):
         write_page(tmp_path / "a", {}, {"prompts": np.zeros((3, 3))})
 
 
-#: A frame: windows do not go down to the width of a phone.
+#: The page runs in a frame, since windows cannot be as narrow as a phone.
 FRAME = """<!doctype html><iframe src="probed.html" style="border:0;width:%dpx;height:900px"></iframe>
 <script>addEventListener('message', e => document.documentElement.setAttribute('data-seen', JSON.stringify(e.data)))</script>"""
 PROBE = """<script>

@@ -1,4 +1,4 @@
-"""Predictions side by side: which are drawn, and what is said of them, on pictures made by hand."""
+"""Predictions side by side: which are drawn, and their counts, on pictures made by hand."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def found(image: int, category: int, score: float, x: int, y: int) -> dict[str, 
 
 @pytest.fixture
 def files(tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]:
-    """Three grey pictures: 1 with objects of class 1 at (5, 5) and of class 2 at (25, 25), 2 with one of class 1 at (5, 5), 3 without."""
+    """Three grey pictures. The first has objects of class 1 at (5, 5) and of class 2 at (25, 25), the second has an object of
+    class 1 at (5, 5), the third has none."""
     for i in (1, 2, 3):
         Image.fromarray(np.full((SIDE, SIDE, 3), 128, np.uint8)).save(tmp_path / f"{i}.png")
     objects = [(1, 1, 5, 5), (1, 2, 25, 25), (2, 1, 5, 5)]
@@ -41,9 +42,9 @@ def files(tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]:
         ],
     }  # fmt: skip
     models = {
-        # all three, then, below, a false one: the best F1 leaves it out
+        # three right predictions, and a false one with a lower score: the best F1 leaves it out
         "good": [found(1, 1, 0.9, 5, 5), found(1, 2, 0.8, 25, 25), found(2, 1, 0.7, 5, 5), found(2, 1, 0.1, 25, 25)],
-        # a wrong class above the one that is right: the best F1 has both
+        # a wrong class with a higher score than the right prediction: the best F1 has both
         "bad": [found(1, 2, 0.9, 5, 5), found(2, 1, 0.6, 5, 5)],
         "none": [],
     }
@@ -56,7 +57,7 @@ def files(tmp_path: Path) -> tuple[Path, Path, dict[str, Path]]:
 
 def test_counts_are_those_of_the_best_score(files: tuple[Path, Path, dict[str, Path]]) -> None:
     sides = side_by_side(*files, limit=9)
-    assert [side.name for side in sides] == ["1.png", "2.png"]  # nothing is labelled in the third
+    assert [side.name for side in sides] == ["1.png", "2.png"]  # the third picture has no label
     counts = [{model: counts for model, (_, counts) in side.found.items()} for side in sides]
     assert counts == [
         {"good": (2, 0, 0), "bad": (0, 1, 2), "none": (0, 0, 2)},
@@ -82,10 +83,10 @@ def test_what_is_drawn(files: tuple[Path, Path, dict[str, Path]]) -> None:
     first, second = side_by_side(*files, limit=9)
     grey = (128, 128, 128)
     assert nearer(at(first.labels, 5, 5), TRUE, FALSE) and nearer(at(first.labels, 25, 25), TRUE, FALSE)
-    assert nearer(at(first.found["bad"][0], 5, 5), FALSE, TRUE)  # of another class
-    assert np.allclose(at(first.found["bad"][0], 25, 25), grey, atol=3)  # nothing was found there
+    assert nearer(at(first.found["bad"][0], 5, 5), FALSE, TRUE)  # a prediction of another class
+    assert np.allclose(at(first.found["bad"][0], 25, 25), grey, atol=3)  # no prediction there
     assert nearer(at(second.found["bad"][0], 5, 5), TRUE, FALSE)
-    assert np.allclose(at(second.found["good"][0], 25, 25), grey, atol=3)  # its score is too low
+    assert np.allclose(at(second.found["good"][0], 25, 25), grey, atol=3)  # the score of its prediction is too low
 
 
 def test_broken_pictures_are_left_out(files: tuple[Path, Path, dict[str, Path]]) -> None:

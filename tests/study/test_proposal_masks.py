@@ -1,4 +1,5 @@
-"""Masks of other pictures and true masks as proposals; seeds by a formula of our own, overlaps by pycocotools."""
+"""Masks of other pictures and true masks as proposals. Seeds are compared with an independent formula, overlaps with
+pycocotools."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ RECORD = {**ProposalConfig(short=96, long=160, level="C4").record(), "backbone":
 
 
 def _blob(size: tuple[int, int], draw: np.random.Generator) -> np.ndarray:
-    """A box or an ellipse somewhere."""
+    """A box or an ellipse at a random place."""
     h, w = size
     y, x = draw.uniform(0, h), draw.uniform(0, w)
     a, b = draw.uniform(2, h / 3), draw.uniform(2, w / 3)
@@ -42,7 +43,7 @@ def _rle(mask: np.ndarray) -> dict[str, Any]:
 def _content(
     pictures: list[tuple[str, tuple[int, int], list[np.ndarray]]], first: int = 0, **info: Any
 ) -> dict[str, Any]:
-    """A file of the named pictures with their masks."""
+    """The content of a COCO file of the named pictures with their masks."""
     images = [
         {"id": i, "file_name": name, "height": size[0], "width": size[1]}
         for i, (name, size, _) in enumerate(pictures, start=first)
@@ -66,7 +67,7 @@ def _file(path: Path, content: dict[str, Any]) -> Path:
 
 
 def _proposals(folder: Path, sizes: list[tuple[int, int]], record: dict[str, Any] | None = None) -> Path:
-    """Two to four masks on each picture but the last, which has none."""
+    """Two to four masks on each picture; the last picture has none."""
     draw = np.random.default_rng(5)
     pictures = []
     for i, size in enumerate(sizes):
@@ -89,7 +90,7 @@ def _masks(path: Path) -> dict[str, list[np.ndarray]]:
 
 
 def _point(seed: list[int], size: tuple[int, int], record: dict[str, Any]) -> tuple[float, float]:
-    """y and x in the picture of the centre of a seed's cell, as the format states it."""
+    """(y, x) of the centre of a seed's cell, in pixels of the picture, by the definition of the format."""
     short, long = record["short"], record["long"]
     ratio = min(short / min(size), long / max(size))
     view = [math.floor(side * ratio + 0.5) for side in size]
@@ -111,13 +112,13 @@ def _expected_seed(mask: np.ndarray, record: dict[str, Any]) -> list[int]:
     ys, xs = np.nonzero(mask)
     middle = (ys.mean() + 0.5, xs.mean() + 0.5)
     cells = [[0, r, c] for r in range(40) for c in range(40)]
-    points = {tuple(cell): _point(cell, mask.shape, record) for cell in cells}  # type: ignore[arg-type]
+    points = {tuple(cell): _point(cell, mask.shape, record) for cell in cells}  # type: ignore[arg-type]  # three numbers each
     there = {cell: p for cell, p in points.items() if _inside(mask, p)}
     if there:
         return list(min(there, key=lambda cell: (math.dist(there[cell], middle), cell)))
     y, x = min(zip(ys + 0.5, xs + 0.5, strict=True), key=lambda p: (math.dist(p, middle), p))
-    # the cells are equal boxes on a lattice: the one that holds a pixel is the one with the nearest centre along each axis, the
-    # later one where the pixel is on the border
+    # Cells are equal boxes on a lattice, so the cell that holds a pixel is the cell with the nearest centre along each axis.
+    # For a pixel on a border it is the later cell.
     picture = [(c, p) for c, p in points.items() if p[0] < mask.shape[0] and p[1] < mask.shape[1]]
     nearest = (min(picture, key=lambda q: (round(abs(q[1][i] - v), 6), -q[0][1 + i]))[0] for i, v in enumerate((y, x)))
     return [0, *(cell[1 + i] for i, cell in enumerate(nearest))]
@@ -138,19 +139,19 @@ def test_seeds(record: dict[str, Any], size: tuple[int, int]) -> None:
         masks[-1][place] = True
     ring = np.ones(size, bool)
     ring[8:-8, 8:-8] = False
-    masks.append(ring)  # its centroid is outside of it
+    masks.append(ring)  # the centroid of a ring lies outside of it
     grid = SeedGrid.parse(record, "here")
     seeds = seed_addresses(BitMasks.from_dense(torch.from_numpy(np.stack(masks))), grid).tolist()
     assert seeds == [_expected_seed(mask, record) for mask in masks]
     reachable = [_inside(m, _point(s, size, record)) for m, s in zip(masks, seeds, strict=True)]
-    assert sum(reachable) > 10 and not all(reachable)  # both rules were at work
+    assert sum(reachable) > 10 and not all(reachable)  # the masks use both rules
     points = grid.points(seeds, size, "here")
     for (y, x), point in zip((_point(s, size, record) for s in seeds), points.tolist(), strict=True):
         assert point == pytest.approx([x, y, 0]) and point[0] < size[1] and point[1] < size[0]
 
 
 def test_seeds_of_a_stretched_and_of_a_tiny_picture() -> None:
-    """Without the ratio the view is 160 x 96 pixels; a view of less than half a cell still has one."""
+    """Without keep_ratio the view is 160 x 96 pixels. A view smaller than half a cell still has one cell."""
     record = {**RECORD, "keep_ratio": False}
     mask = torch.zeros(1, 50, 40, dtype=torch.bool)
     mask[0, 20:30, 30:40] = True
@@ -167,7 +168,7 @@ def _same(a: list[np.ndarray], b: list[np.ndarray]) -> bool:
 
 
 def test_masks_go_round(tmp_path: Path) -> None:
-    """At equal sizes all masks are kept, nobody keeps their own, and the order is one circle."""
+    """At equal sizes all masks are kept, no picture keeps its own, and the order is one circle."""
     path = _proposals(tmp_path, [(60, 80)] * 12)
     before = _masks(path)
     circles = set()
@@ -216,7 +217,7 @@ def _overlap(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_masks_that_vanish(tmp_path: Path) -> None:
-    """A speck of a large picture has no pixel in a small one, and goes with its score."""
+    """A speck of a large picture has no pixel in a small one; it is removed with its score."""
     speck, half = np.zeros((80, 80), bool), np.zeros((80, 80), bool)
     speck[0, 0] = half[:, 40:] = True
     pictures = [("large.png", (80, 80), [speck, half]), ("small.png", (8, 8), [np.ones((8, 8), bool)])]
@@ -230,7 +231,7 @@ def test_masks_that_vanish(tmp_path: Path) -> None:
 
 # -- true masks
 def _labels(path: Path) -> dict[str, Any]:
-    """Labels of some pictures of SIZES, in another order, under other ids and categories, and one that is not there."""
+    """Labels of some pictures of SIZES, in another order, with other ids and categories. One picture is not in SIZES."""
     draw = np.random.default_rng(9)
     names = ["4.png", "./0.png", "3.png", "8.png", "strange.png", "5.png"]
     sizes = [SIZES[int(n.strip("./png"))] if n != "strange.png" else (60, 80) for n in names]
@@ -242,7 +243,7 @@ def _labels(path: Path) -> dict[str, Any]:
     for place, a in enumerate(content["annotations"]):
         del a["seed"], a["score"]
         a["category_id"] = 1 + 2 * (place % 2)
-    # the first picture: a mask, a crowd and one that cannot be read; the second: a polygon
+    # the first picture has a mask, a crowd and an unreadable mask; the second has a polygon
     content["annotations"][1]["iscrowd"] = 1
     content["annotations"][2]["segmentation"] = [[1e9, 0, 1, 0, 1, 1]]
     content["annotations"][3]["segmentation"] = [[10, 10, 30, 10, 30, 20, 10, 20]]
@@ -256,7 +257,7 @@ def test_true_masks(tmp_path: Path) -> None:
     data, after = json.loads(out.read_text()), _masks(out)
     assert [(i["id"], i["file_name"]) for i in data["images"]] == [
         (i, f"{i}.png") for i in (0, 3, 4, 5)
-    ]  # 8 has no proposals
+    ]  # picture 8 has no proposals
     assert {n: len(m) for n, m in after.items()} == {"0.png": 3, "3.png": 3, "4.png": 1, "5.png": 0}
     assert data["info"] == {"proposals": RECORD, "skipped": [], "work": {"unit": 16}, "truth": True, "left_out": [3]}
     ids = {image["file_name"].removeprefix("./"): image["id"] for image in content["images"]}
@@ -365,7 +366,7 @@ def test_agreement(tmp_path: Path) -> None:
     path = _proposals(tmp_path, SIZES)
     content = _labels(path)
     own = json.loads(path.read_text())
-    # true masks are some of the proposals, moved by more and more, and others
+    # true masks: some of the proposals, each moved farther than the one before, and other masks
     draw = np.random.default_rng(1)
     for a in content["annotations"]:
         name = next(i["file_name"] for i in content["images"] if i["id"] == a["image_id"]).removeprefix("./")
@@ -383,7 +384,7 @@ def test_agreement(tmp_path: Path) -> None:
 
 
 def test_agreement_at_a_half(tmp_path: Path) -> None:
-    """6 of 12 pixels count, 6 of 13 do not; the crowd is no object to find, the picture without masks has one."""
+    """An IoU of 6 / 12 counts, 6 / 13 does not. The crowd is not an object to find; the picture without masks has an object."""
 
     def strip(pixels: int) -> np.ndarray:
         mask = np.zeros((1, 40), bool)

@@ -1,4 +1,4 @@
-"""Train and val of a COCO file: how many, which, and that nothing is lost; folders of links."""
+"""Train and val of a COCO file: their sizes, their pictures, and that no entry is lost; folders of links."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KINDS = {"bright": 10, "dark": 5, "rare": 1}
 
 
 def _content() -> dict[str, Any]:
-    """Sixteen pictures, ids far apart and not in order, two annotations on most."""
+    """Sixteen pictures with unordered ids far apart; most have two annotations."""
     kinds = [kind for kind, number in KINDS.items() for _ in range(number)]
     images = [
         {"id": 7 * (i * 5 % 16) + 3, "file_name": f"{kind}/{i}.png", "height": 8, "width": 8, "kind": kind, "extra": i}
@@ -79,7 +79,7 @@ def test_nothing_is_lost(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("share", "numbers"),
-    # floor(share n + 1/2) of 10, 5 and 1 pictures; the last two would leave one side without pictures
+    # floor(share n + 1/2) of 10, 5 and 1 pictures; the last two cases would leave one side without pictures
     [(0.1, (1, 1, 0)), (0.3, (3, 2, 0)), (0.25, (3, 1, 0)), (0.5, (5, 3, 1)), (0.01, (1, 0, 0)), (0.99, (9, 5, 1))],
 )
 def test_how_many_of_each_kind(tmp_path: Path, share: float, numbers: tuple[int, int, int]) -> None:
@@ -146,7 +146,7 @@ def test_again_writes_nothing_and_replaces_nothing(tmp_path: Path) -> None:
         split(path, tmp_path / "out", val_share=0.5)
     text = val.read_bytes()
     val.unlink()
-    split(path, tmp_path / "out", val_share=0.25)  # as after a kill between the two
+    split(path, tmp_path / "out", val_share=0.25)  # the state after a kill between the two files
     assert val.read_bytes() == text
     train.unlink()
     val.write_bytes(text.replace(b"2018", b"2019"))  # same length
@@ -175,7 +175,7 @@ def test_what_cannot_be_split(tmp_path: Path) -> None:
 
 # -- links
 def _pictures(folder: Path, names: list[str]) -> Path:
-    """Pictures of different grey below folder/pictures, and a COCO file of them."""
+    """Pictures of different grey values below folder/pictures, and a COCO file of them."""
     for grey, name in enumerate([*names, "left/out.png"]):
         (folder / "pictures" / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (6, 4), (grey, grey, grey)).save(folder / "pictures" / name)
@@ -192,7 +192,7 @@ def test_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_link: bool) 
             raise PermissionError("no links here")
 
         monkeypatch.setattr(os, "symlink", refuse)
-    monkeypatch.chdir(tmp_path)  # a link to a relative path would lead nowhere
+    monkeypatch.chdir(tmp_path)  # a link to a relative path would be broken
     out = link_pictures(Path("pictures"), path, Path("deep/er/links"))
     assert out == Path("deep/er/links")
     folder = PictureFolder(out)

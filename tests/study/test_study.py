@@ -1,4 +1,4 @@
-"""`sprompt study` as a user meets it, at the smallest size: what it runs, what it keeps, what it says of failures."""
+"""`sprompt study` from the command line, at the smallest size: its commands, its files, its messages on failures."""
 
 import fcntl
 import json
@@ -125,7 +125,7 @@ def test_started_again_it_runs_nothing(whole: Path, settings: Path) -> None:
 
 
 def test_other_settings_in_the_folder_are_refused(whole: Path, settings: Path) -> None:
-    """Those of the study, and those in the preset's file, which the commands only name."""
+    """Other settings of the study, and other settings in the preset's file; the commands only name that file."""
     before = (whole / "results.json").read_text()
     status, said = run(whole, settings, *WHOLE, "--evaluate-every", "2")
     assert status == 1 and "was made with other settings" in said.splitlines()[-1]
@@ -166,8 +166,10 @@ def test_killed_it_goes_on(whole: Path, settings: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("where", ["backbone", "finetune"])
 def test_asked_to_end_it_leaves_no_command_behind(settings: Path, tmp_path: Path, where: str) -> None:
-    """In preparation and in cells, and at the moment of a command's start, which the file comes just before. Commands hold the
-    folder's lock."""
+    """In preparation, in cells, and at the start of a command; the file appears just before that start.
+
+    Commands hold the folder's lock.
+    """
     variant = "scratch" if where == "finetune" else "backbone"
     process = start(tmp_path, settings, "--variants", variant, "--seeds", "0", "1", "2", "--jobs", "2")
     deadline = time.monotonic() + 300
@@ -181,7 +183,7 @@ def test_asked_to_end_it_leaves_no_command_behind(settings: Path, tmp_path: Path
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(settings: Path, tmp_path: Path) -> None:
-    """A hundredth of eight pictures is none."""
+    """A cell with a hundredth of eight pictures has no picture, so it fails."""
     status, said = run(tmp_path, settings, "--variants", "scratch", "--seeds", "0", "--fractions", "0.01", "0.5")
     assert status == 1 and "1 of 2 cells failed" in said.splitlines()[-1]
     assert "scratch, 1 %, seed 0: failed: " in said
@@ -200,7 +202,8 @@ def test_a_preparation_that_fails_is_one_line(settings: Path, tmp_path: Path) ->
 
 
 def test_pictures_of_ones_own(settings: Path, tmp_path: Path) -> None:
-    """With other pictures for pre-training, and without: then those that are not tested on serve for that, with known masks."""
+    """With other pictures for pre-training, and without. Without them the training pictures are used, and their masks are
+    known."""
     write_scenes(tmp_path / "mine", 10, seed=1, size=(64, 64))
     write_scenes(tmp_path / "more", 8, seed=2, size=(64, 64))
     mine, more = tmp_path / "mine" / "images", str(tmp_path / "more" / "images")

@@ -1,4 +1,4 @@
-"""Means, differences, verdicts and convergence, worked out by hand."""
+"""Means, differences, verdicts and convergence, computed by hand."""
 
 from __future__ import annotations
 
@@ -113,9 +113,9 @@ def test_questions_need_two_variants_and_every_fraction_has_its_table() -> None:
 
 def test_questions_that_only_repeat_an_earlier_one_are_left_out() -> None:
     core = of(scratch=[0.1], pseudo=PSEUDO, prompts=PSEUDO)
-    assert [c.key for c in comparisons(core)] == ["start"]  # all others would be its rows pseudo and prompts
+    assert [c.key for c in comparisons(core)] == ["start"]  # all other questions would only repeat its rows pseudo and prompts
     core["cells"] += [cell("pseudo", 0, 0.5, 0.1), cell("prompts", 0, 0.4, 0.1), cell("prompts-kernel", 0, 0.4)]
-    # supervision has rows of start only, but compares prompts-kernel with prompts
+    # supervision repeats rows of start, but it compares prompts-kernel with prompts
     assert [(c.key, c.fraction) for c in comparisons(core)] == [
         ("start", 0.05), ("start", 0.1), ("supervision", 0.05)
     ]  # fmt: skip
@@ -171,7 +171,7 @@ def test_curves_are_taken_where_all_seeds_were_tested() -> None:
         cell("scratch", 1, 0.3, curve=[[4, 0.3, 0.5], [5, 0.4, -1]]),
         cell("scratch", 2, 0.3, curve=[]),
     ]}  # fmt: skip
-    assert seed_curves(results, "scratch", 0.05) == [(4, [0.25, 0.3])]  # of two tests of an epoch, the later
+    assert seed_curves(results, "scratch", 0.05) == [(4, [0.25, 0.3])]  # the later of two tests of an epoch counts
     assert seed_curves(results, "scratch", 0.05, pooled=True) == [(4, [0.35, 0.5])]
     assert convergence({"cells": [cell("prompts", 0, 0.1, curve=curve(0.1))]}, 0.05) is None  # nothing to reach
 

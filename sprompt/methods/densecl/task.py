@@ -1,14 +1,15 @@
 """Dense contrastive learning (DenseCL, Wang et al. 2021): a backbone from pictures alone.
 
-A query encoder sees the first view of every picture, a key encoder that follows it slowly the second. Each query vector must
-be closer to its own key than to the keys in a queue of earlier pictures: once for whole views, once for every cell of the last
-map, whose key is the cell of the other view that the backbone finds most alike.
+The query encoder sees the first view of every picture. The key encoder sees the second view; its weights follow the query
+encoder slowly. Each query vector must be closer to its own key than to the keys in a queue of earlier pictures. There is a loss
+for whole views, and a loss for the cells of one map. The key of a cell is the most similar cell of the other view, compared in
+the backbone's features.
 
-The key encoder runs with batch norm at its running statistics, which follow the query encoder's as its weights do. So a key
-depends on its own picture only: nothing of the batch leaks into it, and no batches are shuffled between processes.
+Batch norm of the key encoder uses its running statistics. They follow the query encoder as the weights do. So a key depends on
+its own picture only: no information of the batch leaks into it, and batches need not be shuffled between processes.
 
-The queue starts empty, and the other keys of the batch are in it already when a query is compared. Random vectors in it, or
-old keys alone, have a cheap way out: one vector for all pictures that is unlike those, or moves away from them.
+The queue starts empty. The keys of the batch enter it before queries are compared. A queue of random vectors or of old keys
+only has a trivial solution: one vector for all pictures that differs from the queue, or moves away from it.
 """
 
 from __future__ import annotations
@@ -29,28 +30,29 @@ from sprompt.nn.resnet import ResNet
 
 @dataclass(frozen=True)
 class DenseCLConfig:
-    """The network and the contrast it learns from. The defaults suit a small run; the paper's values stand in brackets."""
+    """The network and its contrastive loss. The defaults suit a small run; the paper's values are in brackets."""
 
     depth: int = 18
     """Layers of the ResNet: 18, 34, 50 or 101 (50)."""
     width: int = 64
-    """Channels of its stem; 64 is the normal network (64)."""
+    """Channels of the ResNet's stem, at least 1; 64 is the normal network (64)."""
     embedding: int = 128
-    """Length of the vectors that are compared (128)."""
+    """Channels of the vectors that are compared, at least 1 (128)."""
     queue: int = 4096
-    """Keys of earlier pictures that each query is compared with (65536)."""
+    """Number of keys in the queue, at least the pictures of a batch. Each query is compared with all of them (65536)."""
     momentum: float = 0.99
-    """How slowly the key encoder follows; it starts fast and slows down to this (0.999)."""
+    """Share of its weights that the key encoder keeps in a step, from 0 to 1. It starts at 0 and rises to this value
+    (0.999)."""
     temperature: float = 0.2
-    """Divisor of the similarities; small values attend to the closest keys (0.2)."""
+    """Divisor of the cosine similarities, above 0. Smaller values give more weight to the closest keys (0.2)."""
     dense_weight: float = 0.5
-    """Share of the loss of cells, against that of whole views (0.5)."""
+    """Weight of the loss of cells, from 0 to 1. The loss of whole views has weight 1 minus this (0.5)."""
     dense_level: Literal["C3", "C4", "C5"] = "C5"
-    """The map whose cells are compared; C4 where views are so small that C5 has few cells (C5)."""
+    """The backbone's map whose cells are compared, of stride 8, 16 or 32. Take a finer map if views are small (C5)."""
     dense_warmup: int = 0
-    """Steps before the loss of cells comes in (0)."""
+    """Number of first steps without the loss of cells, at least 0 (0)."""
     seed: int = 0
-    """Of the first weights."""
+    """Seed of the initial weights, at least 0."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("momentum", 0, 1), ("dense_weight", 0, 1)):
@@ -64,8 +66,8 @@ class DenseCLConfig:
 
 
 class Heads(nn.Module):
-    """C5 (B, D, H, W) -> a vector for the whole view (B, E); the dense map (B, D', H', W') -> one for each cell
-    (B, E, H', W'). All of length 1."""
+    """C5 (B, D, H, W) -> a vector for the whole view (B, E); the dense map (B, D', H', W') -> a vector for each cell
+    (B, E, H', W'). All vectors have length 1."""
 
     def __init__(self, channels: int, dense_channels: int, embedding: int) -> None:
         super().__init__()
@@ -80,11 +82,11 @@ class Heads(nn.Module):
 
 
 class DenseCL(nn.Module):
-    """Views and the step -> the loss, and what to log. `backbone` is what training is for."""
+    """(views, step) -> (loss, values to log). The result of training is `backbone`."""
 
-    queue: Tensor  # (K, E) keys of whole views, of length 1; zeros where none came yet
+    queue: Tensor  # (K, E) keys of whole views, of length 1; zeros in places that are still empty
     dense_queue: Tensor  # (K, E) keys of the mean of a view's cells
-    keys_seen: Tensor  # () int64, how many keys ever came; the next one goes to this place, modulo K
+    keys_seen: Tensor  # () int64, number of keys that entered so far; modulo K it is the place of the next key
 
     def __init__(self, config: DenseCLConfig) -> None:
         super().__init__()
@@ -109,7 +111,7 @@ class DenseCL(nn.Module):
         return self
 
     def forward(self, batch: Views, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """In training the key encoder takes its step first, and the batch's keys enter the queues before they are compared."""
+        """In training the key encoder is updated first, and the keys of the batch enter the queues before the comparison."""
         if self.training:
             self._follow(step)
         maps = self.backbone(batch.first)
@@ -138,13 +140,13 @@ class DenseCL(nn.Module):
         logs = {name: term.detach() for name, term in terms.items()}
         for name, compared in (("global", logits), ("dense", dense_logits)):
             logs[f"monitor/{name}_accuracy"] = (compared.detach().argmax(1) == 0).float().mean()
-        # 1 when all vectors of a batch are alike: the encoder has collapsed.
+        # 1 if all vectors of a batch are equal: the encoder has collapsed
         logs["monitor/alikeness"] = whole.detach().mean(0).square().sum()
         return terms["global"] + terms["dense"], logs
 
     @torch.no_grad()
     def _follow(self, step: int) -> None:
-        """key = m · key + (1 - m) · query, for weights and running statistics; at step 0 the key encoder is a copy."""
+        """key = m · key + (1 - m) · query, for weights and running statistics. At step 0 m is 0: the key encoder is a copy."""
         momentum = min(self.config.momentum, step / (step + 10))
         for key, query in ((self.key_backbone, self.backbone), (self.key_heads, self.heads)):
             for old, new in zip(key.state_dict().values(), query.state_dict().values(), strict=True):
@@ -155,8 +157,11 @@ class DenseCL(nn.Module):
 
     @torch.no_grad()
     def _enqueue(self, whole: Tensor, dense: Tensor) -> Tensor:
-        """The keys of all processes replace the oldest. Returns which places are no negatives of each query of this process:
-        its own key's, and those where no key came yet: (B, K) bool."""
+        """Replaces the oldest keys by the keys of all processes.
+
+        Returns (B, K) bool, true for places that are no negatives of a query of this process: the place of its own key, and
+        places that are still empty.
+        """
         size, own = len(self.queue), len(whole)
         whole, dense = _gathered(whole), _gathered(dense)
         if len(whole) > size:
@@ -172,13 +177,19 @@ class DenseCL(nn.Module):
 
 
 def correspondence(features: Tensor, key_features: Tensor) -> Tensor:
-    """For each cell of (B, D, H, W) the cell of (B, D, H', W') with the highest cosine, the first of equals: (B, HW) int64."""
+    """For each cell of (B, D, H, W) the index of the cell of (B, D, H', W') with the highest cosine: (B, HW) int64.
+
+    Among equal cosines the first cell counts.
+    """
     queries, keys = (normalize(x.detach().float().flatten(2), dim=1) for x in (features, key_features))
     return torch.einsum("bdi,bdj->bij", queries, keys).argmax(2)
 
 
 def contrast(queries: Tensor, keys: Tensor, queue: Tensor, hidden: Tensor) -> Tensor:
-    """Similarities (n, 1 + K) of queries (n, E) with their own keys (n, E), then with the queue (K, E), -inf where hidden (n, K)."""
+    """Similarities (n, 1 + K) of queries (n, E): first with their own keys (n, E), then with the queue (K, E).
+
+    They are -inf where `hidden` (n, K) is true.
+    """
     others = (queries @ queue.T).masked_fill(hidden, -torch.inf)
     return torch.cat(((queries * keys).sum(1, keepdim=True), others), 1)
 
@@ -190,7 +201,7 @@ def info_nce(similarities: Tensor, temperature: float) -> Tensor:
 
 
 def _gathered(keys: Tensor) -> Tensor:
-    """Keys (n, E) of every process, by rank; every process must have equally many."""
+    """Keys (n, E) of every process, by rank; n must be the same in every process."""
     if world() == 1:
         return keys
     parts = [torch.empty_like(keys) for _ in range(world())]

@@ -1,4 +1,4 @@
-"""Two random views of a picture: what DenseCL learns to tell from views of other pictures."""
+"""Two random views of a picture. DenseCL learns to tell them from views of other pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 @dataclass(frozen=True)
 class View:
-    """One picture, twice."""
+    """Two views of one picture."""
 
     first: Tensor  # (3, S, S) float32, normalised
     second: Tensor
@@ -28,10 +28,10 @@ class View:
 
 @dataclass(frozen=True)
 class Views:
-    """B pictures, twice."""
+    """Two views of each of B pictures."""
 
-    first: Tensor  # (B, 3, S, S) float32, normalised; for the encoder that learns
-    second: Tensor  # for the encoder that follows
+    first: Tensor  # (B, 3, S, S) float32, normalised; for the query encoder
+    second: Tensor  # the same shape; for the key encoder
     names: list[str]
 
     def __len__(self) -> int:
@@ -51,18 +51,19 @@ def collate_views(views: Sequence[View]) -> Views:
 
 @dataclass(frozen=True)
 class TwoViews:
-    """Crops of random size and shape, each mirrored, recoloured, greyed and blurred at random, as in MoCo v2 and DenseCL."""
+    """Crops of random size and shape. Each is mirrored, recoloured, greyed and blurred at random, as in MoCo v2 and DenseCL."""
 
     size: int = 224
-    """Side of a view in pixels."""
+    """Side of a view in pixels, at least 32."""
     crop: tuple[float, float] = (0.2, 1.0)
-    """Least and largest share of the picture's area that a view shows."""
+    """Lower and upper bound of the share of the picture's area that a view shows, above 0 and at most 1."""
     jitter: float = 0.4
-    """Strength of changes in brightness, contrast and saturation; hue turns by a quarter of it. Eight views of ten have them."""
+    """Strength of colour changes, from 0 to 1: brightness, contrast and saturation change by up to this factor, hue by a
+    quarter of it of the colour circle. Of the views, 80 % are changed."""
     grey: float = 0.2
-    """Share of views without colour."""
+    """Share of views without colour, from 0 to 1."""
     blur: float = 0.5
-    """Share of blurred views."""
+    """Share of blurred views, from 0 to 1."""
 
     def __post_init__(self) -> None:
         if self.size < 32:
@@ -87,12 +88,15 @@ class TwoViews:
         if _uniform(generator) < self.grey:
             view = _grey(view).expand(3, -1, -1)
         if _uniform(generator) < self.blur:
-            # The sigma of 0.1 to 2 pixels is that of views of 224.
+            # 0.1 to 2 pixels is the sigma for views of 224 pixels
             view = _blurred(view, _uniform(generator, 0.1, 2.0) * self.size / 224)
         return (view - torch.tensor(MEAN).view(3, 1, 1) / 255) / (torch.tensor(STD).view(3, 1, 1) / 255)
 
     def _crop(self, height: int, width: int, generator: Generator) -> tuple[int, int, int, int]:
-        """Top, left, height and width of a part with an aspect ratio of 3:4 to 4:3."""
+        """Top, left, height and width of a random part with an aspect ratio of 3:4 to 4:3.
+
+        If no part fits in ten draws, it is a square of the shorter side.
+        """
         for _ in range(10):
             area = height * width * _uniform(generator, *self.crop)
             ratio = math.exp(_uniform(generator, math.log(3 / 4), math.log(4 / 3)))
@@ -114,7 +118,8 @@ def _grey(view: Tensor) -> Tensor:
 
 
 def _recoloured(view: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Brightness, contrast and saturation times 1 ± strength, then the hue turned by ± strength / 4 of the circle."""
+    """Brightness, contrast and saturation times up to 1 ± strength, then the hue rotated by up to ± strength / 4 of the
+    circle."""
     bright, contrast, saturation = (_uniform(generator, 1 - strength, 1 + strength) for _ in range(3))
     view = (view * bright).clamp(0, 1)
     mean = _grey(view).mean()

@@ -1,4 +1,4 @@
-"""Saliency Prompt: masks that a frozen backbone finds in pictures, as labels and as prompts of a model's queries."""
+"""Saliency Prompt: a frozen backbone finds masks in pictures. They are the labels and the prompts of a model's queries."""
 
 from sprompt.methods.saliency_prompt.config import ProposalConfig, SaliencyPromptConfig
 from sprompt.methods.saliency_prompt.generate import Generated, fingerprint, generate

@@ -1,4 +1,4 @@
-"""What can be set about proposals and about pre-training on them."""
+"""Settings of proposals, and of pre-training on them."""
 
 from __future__ import annotations
 
@@ -17,40 +17,46 @@ STRIDES = {"C2": 4, "C3": 8, "C4": 16, "C5": 32}
 
 @dataclass(frozen=True)
 class ProposalConfig:
-    """How saliency masks are found in a picture, and which are kept."""
+    """How saliency masks are found in a picture, and which masks are kept."""
 
     short: int = 800
-    """Short side of the picture that the backbone sees, in pixels; with keep_ratio off, its height."""
+    """Short side, in pixels, of the resized picture that the backbone sees; at least 1. Without keep_ratio: its height."""
     long: int = 1333
-    """Its long side at most; with keep_ratio off, its width."""
+    """Upper bound of the long side of that picture in pixels, at least `short`. Without keep_ratio: its width, at least 1."""
     keep_ratio: bool = True
-    """Off: every picture is stretched to long x short pixels."""
+    """True keeps the aspect ratio. False stretches every picture to a width of `long` and a height of `short` pixels."""
     level: Level = "C5"
-    """The backbone's map that is searched, of stride 32; C4 and C3 (16 and 8) suit small pictures."""
+    """The backbone's map that is searched. C2 to C5 have strides 4, 8, 16 and 32; finer maps than C5 suit small pictures."""
     seeds: Literal["pyramid"] | tuple[int, int] = "pyramid"
-    """"pyramid": cells and their means at half and quarter scale. Or a grid, height and width, of window means."""
+    """The seeds: features that are compared with all cells of the map. "pyramid": every cell, and the averages of the map at
+    half and quarter scale. Two whole numbers, height and width, at least 1: the averages of a grid of height x width
+    windows."""
     similarity: Literal["cosine", "dot"] = "cosine"
-    """Of a seed with the cells."""
+    """Similarity of a seed and a cell: cosine, or dot product."""
     threshold: float = 0.5
-    """A cell or pixel belongs to a mask where its normalised similarity is at least this."""
+    """Lower bound, above 0 and at most 1, of the normalised similarity of the cells or pixels in a mask."""
     min_area: int = 2
-    """Cells that a mask has at least."""
+    """Lower bound of a mask's size in cells of the map, at least 1."""
     nms: Literal["matrix", "matrix_linear", "greedy"] = "matrix"
-    """Matrix NMS lets scores decay by overlap, along a gaussian or a line; greedy NMS removes masks."""
+    """Suppression of overlapping masks. "matrix" and "matrix_linear" lower the scores by a gaussian or linear function of the
+    overlap; "greedy" removes masks."""
     iou_threshold: float = 0.5
-    """Greedy NMS removes masks that overlap by more."""
+    """With nms "greedy": a mask is removed if its IoU with a better mask exceeds this value, from 0 to 1."""
     sigma: float = 2.0
-    """Gaussian matrix NMS: more of it suppresses more."""
+    """With nms "matrix": strength of the gaussian decay, at least 0. Larger values lower the scores of overlapping masks
+    more."""
     max_masks: int = 20
-    """Masks a picture, before the filters below."""
+    """Upper bound of the masks of a picture, at least 1. The filters centre, max_width and min_score come after it."""
     centre: float = 0.2
-    """A mask's rows must have their mean below this share of the height, which drops the sky."""
+    """The mean of the rows that a mask occupies must exceed this share of the picture's height, from the top; at least 0. This
+    removes the sky."""
     max_width: float = 0.95
-    """A mask's box must be narrower than this share of the width."""
+    """A mask's tight box must be narrower than this share of the picture's width; at least 0. The released code counts the
+    columns that the mask occupies instead: the box also includes the gaps between them."""
     min_score: float = 0.7
-    """Score after NMS that a mask must have."""
+    """Lower bound of a mask's score after suppression, from 0 to 1."""
     keep_best: bool = False
-    """Keep the best mask of a picture where the filters leave none."""
+    """Keep the mask with the best score if the filters remove all masks of a picture."""
 
     def __post_init__(self) -> None:
         def check(name: str, good: bool, rule: str) -> None:
@@ -79,12 +85,12 @@ class ProposalConfig:
         return STRIDES[self.level]
 
     def record(self) -> dict[str, Any]:
-        """What a proposal file says of itself under `info.proposals`."""
+        """The entry `info.proposals` of a proposal file."""
         return {"version": 1, "stride": self.stride} | dataclasses.asdict(self)
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> ProposalConfig:
-        """The settings that a proposal file was made with, from its `info.proposals`; other entries are passed over."""
+        """The settings of a proposal file, from its `info.proposals`; other entries are ignored."""
         names = {field.name for field in dataclasses.fields(ProposalConfig)}
         return ProposalConfig(**{name: value for name, value in record.items() if name in names})
 
@@ -94,11 +100,12 @@ class SaliencyPromptConfig(MethodConfig):
     """How proposals teach a model: prompts added to its queries, and kernels drawn to the seeds of their proposals."""
 
     level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5", "features"] = "coarsest"
-    """The map that prompts are read from: one of the pyramid, by the size of the box ("auto"), or that which queries themselves are
-    multiplied with to give masks ("features")."""
+    """The map that prompts are read from. "P2" to "P5" and "coarsest" are maps of the pyramid. "auto" chooses a map of the
+    pyramid by the size of the box. "features" is the map that the model multiplies by its queries to get masks."""
     pooling: Literal["box", "mask", "roi_align", "release"] = "box"
-    """A prompt is the mean over the cells of a proposal's box, or over those whose centre is in the mask, or RoIAlign of the box
-    with one bin; "release" takes the cells of the first public code, which leaves out the last one that a box covers in part."""
+    """How a proposal becomes a prompt. "box": mean over the cells of its box. "mask": mean over the cells with a centre in the
+    mask. "roi_align": RoIAlign of the box with one bin. "release": the box as in the first public code, without the last,
+    partly covered cell."""
     contrast: bool = False
     """Take from each prompt v what it has in common with its picture: v − μ ‖v‖/‖μ‖ with the picture's mean μ on the same map. Its
     product with a cell is above 0 where the cell is nearer in angle to the proposal than to the picture."""
@@ -106,24 +113,27 @@ class SaliencyPromptConfig(MethodConfig):
     """Place in the model where queries take prompts: "first", the model's first site; the name of a site (K-Net: kernel, proposal); or
     "late", which matches at the first site and adds at the second."""
     assign: Literal["cosine", "sequential", "random", "none"] = "cosine"
-    """Which prompt a query takes: the most similar, by place, by a permutation drawn every step, or none (labels only)."""
+    """Which prompt a query takes. "cosine": the most similar. "sequential": by place, in turn. "random": by a permutation drawn
+    every step. "none": no prompt, so proposals serve as labels only."""
     ratio: float | None = None
-    """Length of the prompts, in mean lengths of the queries that they are added to; none adds them as they are."""
+    """Length of the prompts, in units of the mean length of the queries that they are added to; above 0. None keeps their
+    length."""
     dropout: float = 0.1
-    """Chance that no prompt is taken,"""
+    """Probability, from 0 to 1, that a query takes no prompt; see dropout_of."""
     dropout_of: Literal["query", "image"] = "query"
-    """by each query of each image for itself, or by all queries of an image."""
+    """Whether dropout draws for each query, or once for all queries of an image."""
     kernel_weight: float = 1.0
-    """Weight of the kernel supervision; 0 leaves it out."""
+    """Weight of the kernel supervision in the loss, at least 0; 0 switches it off."""
     projection: Literal["linear", "linear_nobias", "frozen_orthogonal", "pca"] = "linear_nobias"
-    """From seed features to the width of kernels: trained (two kinds), a fixed random rotation, or principal components fitted to
-    the first batch."""
+    """How seed features are brought to the width of kernels. "linear" and "linear_nobias" are trained, "frozen_orthogonal" is a
+    fixed random rotation, and "pca" holds principal components fitted to the first batch."""
     reduction: Literal["mean", "sum"] = "mean"
-    """Of the kernel supervision over matched pairs."""
+    """Whether the kernel supervision is the mean or the sum over all matched pairs."""
     release_pairing: bool = False
-    """Pair kernels in their own order with seeds in theirs, as the first public code does. It is wrong; for comparisons only."""
+    """Pair the matched kernels with the seeds by their order, not by their match, as the first public code does. It is wrong;
+    use it for comparisons only."""
     freeze_backbone: bool = True
-    """Train everything but the backbone."""
+    """Keep the backbone's weights fixed and train all others."""
 
     def __post_init__(self) -> None:
         for name, choices in (

@@ -1,4 +1,5 @@
-"""Proposals of a folder of pictures, once and for all: in units that any number of processes share, and that survive a kill."""
+"""Writes the proposals of a folder of pictures. The work is cut into units: processes share them, and finished units survive a
+kill."""
 
 from __future__ import annotations
 
@@ -31,13 +32,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Generated:
-    """What one call of `generate` did."""
+    """The result of one call of `generate`."""
 
-    out: Path | None  # the file, once all units of all processes are there
-    pictures: int  # worked on by this call
+    out: Path | None  # the proposal file; None while units of other processes are missing
+    pictures: int  # number of pictures processed by this call
     skipped: list[
         dict[str, str]
-    ]  # file_name and reason of broken pictures in the units of this process, earlier calls included
+    ]  # file_name and reason of the broken pictures in this process's units, including those of earlier calls
 
 
 def generate(
@@ -56,21 +57,25 @@ def generate(
 ) -> Generated:
     """Writes the proposal file of a folder of pictures.
 
-    Pictures are cut into units of `unit`, in their order; unit u is work of the process `index` with u % of == index. A finished
-    unit is one file in the folder OUT.parts, so that a call after a kill goes on where the last one was. The last process to finish
-    (or a later call) puts the units together to OUT and removes the folder. Within a unit, pictures whose views have one padded
-    size go through the backbone together, up to `batch` at a time: what is computed together does not depend on `of`, and neither
-    does a byte of the file.
+    Pictures are cut, in order, into units of `unit` pictures. Process `index` works on the units u with u % of == index. A
+    finished unit is a file in the folder OUT.parts, so a call after a kill continues with the unfinished units. The last
+    process to finish, or a later call, merges the units into OUT and removes the folder. Within a unit, pictures with views of
+    the same padded size go through the backbone together, up to `batch` at a time. The grouping does not depend on `of`, so the
+    bytes of the file do not either.
 
-    Pictures that cannot be read are left out, and listed in `info.skipped` with the reason. Pictures without proposals are in the
-    file without annotations.
+    Unreadable pictures are left out; `info.skipped` lists them with the reason. Pictures without proposals are in the file,
+    without annotations.
 
     Args:
+        unit: pictures of a unit, at least 1.
+        batch: upper bound of the pictures that go through the backbone together, at least 1.
+        index: number of this process, from 0 to of - 1.
+        of: number of processes.
         backbone: images -> maps C2, C3, C4, C5. It is moved to `device`, and set to eval mode.
-        vectors: whether to write the seeds' feature vectors too, to OUT with the suffix .vectors.safetensors.
-        progress: called with the number of pictures done and of all, of this process, as units finish.
+        vectors: whether to write the feature vectors of the seeds too, to OUT with the suffix .vectors.safetensors.
+        progress: called after each unit with the number of finished pictures and of all pictures of this process.
 
-    Raises DataError where OUT, or units in OUT.parts, were made from other pictures, another backbone or other settings.
+    Raises DataError if OUT, or a unit in OUT.parts, was made from other pictures, another backbone or other settings.
     """
     if unit < 1 or batch < 1 or of < 1 or not 0 <= index < of:
         raise ValueError(
@@ -82,7 +87,7 @@ def generate(
     units = [range(start, min(start + unit, len(pictures))) for start in range(0, len(pictures), unit)]
     if out.exists():
         skipped = _skipped_in(out, info)
-        shutil.rmtree(folder, ignore_errors=True)  # a kill may have come before the last call could
+        shutil.rmtree(folder, ignore_errors=True)  # a kill may have left it behind
         return Generated(out, 0, skipped)
     _check_parts(folder, info)
     mine = range(index, len(units), of)
@@ -103,7 +108,8 @@ def generate(
 
 
 def fingerprint(backbone: nn.Module) -> str:
-    """Of a network's floating-point tensors, by name and value; batch norm's counters are not in every file."""
+    """A hash of a network's floating-point tensors, by name and value. Batch norm's counters are left out: some files lack
+    them."""
     digest = hashlib.sha256()
     for name, tensor in sorted(backbone.state_dict().items()):
         if not tensor.is_floating_point():
@@ -118,7 +124,7 @@ Loaded = tuple[list[Batch], list[dict[str, str]]]
 
 
 def _load(pictures: PictureFolder, places: Sequence[int], config: ProposalConfig, most: int) -> Loaded:
-    """The batches of a unit, and its broken pictures."""
+    """(batches, broken pictures) of a unit."""
     groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
     skipped = []
     for place in places:
@@ -136,7 +142,7 @@ def _load(pictures: PictureFolder, places: Sequence[int], config: ProposalConfig
 
 
 def _ahead(units: Sequence[int], load: Callable[[int], Loaded]) -> Iterator[tuple[int, Loaded]]:
-    """Units with what they hold; the next one is read while one is worked on."""
+    """Pairs of a unit's number and its loaded content. The next unit is read while the caller works on this one."""
     with ThreadPoolExecutor(1) as reader:
         coming = reader.submit(load, units[0]) if units else None
         for place, number in enumerate(units):
@@ -150,7 +156,7 @@ def _finish(
     folder: Path, number: int, batches: list[Batch], skipped: list[dict[str, str]], pictures: PictureFolder,
     backbone: nn.Module, config: ProposalConfig, device: torch.device, vectors: bool,
 ) -> None:  # fmt: skip
-    """Writes the file of a unit, its pictures by their order."""
+    """Writes the file of a unit, with its pictures in order."""
     found = {}
     for batch in batches:
         proposals = propose(backbone, batch.to(device), config, vectors=vectors)
@@ -162,7 +168,7 @@ def _finish(
     if vectors:
         rows = [found[i][1].vectors for i in order]
         stacked = torch.cat([r for r in rows if r is not None]) if rows else torch.zeros(0, 0)
-        # before the unit's own file, which says that the unit is finished
+        # written first: the unit's own file marks it as finished
         atomic_write(_vector_part(folder, number), save({"vectors": stacked.half().contiguous()}), sync=True)
     text = json.dumps({"images": images, "annotations": annotations, "skipped": skipped})
     atomic_write(_part(folder, number), text, sync=True)
@@ -172,7 +178,7 @@ def _finish(
 def _info(
     pictures: PictureFolder, backbone: nn.Module, config: ProposalConfig, unit: int, batch: int, vectors: bool
 ) -> dict[str, Any]:
-    """What the file says of itself, and units must have in common to be parts of it."""
+    """The `info` of the file. Units must agree on it to be merged."""
     names = "\n".join(
         f"{i} {name} {(pictures.path / name).stat().st_size}"
         for i in pictures.image_ids
@@ -199,7 +205,8 @@ def _check_parts(folder: Path, info: dict[str, Any]) -> None:
 
 
 def _skipped_in(out: Path, info: dict[str, Any]) -> list[dict[str, str]]:
-    """`info.skipped` of a finished file, if the rest is as wanted. Only the first line is read: `merge` writes the info there."""
+    """`info.skipped` of a finished file; DataError if the rest of its info differs. `merge` writes the info into the first
+    line, so only that line is read."""
     with open(out, "rb") as file:
         line = file.readline(1 << 28)
     try:
@@ -214,7 +221,7 @@ def _skipped_in(out: Path, info: dict[str, Any]) -> list[dict[str, str]]:
 
 
 def _differing(there: Any, wanted: dict[str, Any]) -> str:
-    """Names of the settings that are not as wanted."""
+    """Names of the settings that differ from the wanted settings."""
     there = there if isinstance(there, dict) else {}
     names = []
     for name, value in wanted.items():
@@ -229,7 +236,7 @@ def _digest(data: bytes) -> str:
 
 
 def _merged(folder: Path, number: int, out: Path, info: dict[str, Any], vectors: bool) -> Path | None:
-    """OUT, written if all units are there. Another process may do the same at the same time: with the same bytes."""
+    """OUT, written if all units are there. Another process may write it at the same time, with the same bytes."""
     parts = [_part(folder, u) for u in range(number)]
     if not out.exists():
         if not all(part.exists() for part in parts):

@@ -1,4 +1,4 @@
-"""Prompts into queries: which query takes which, where, and how often."""
+"""Adds prompts to queries: which prompt a query takes, at which site, and with which probability."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ class Injection:
 
 @torch.no_grad()
 def _lengthened(vectors: Tensor, queries: Tensor, ratio: float) -> Tensor:
-    """Prompts (B, L, C) of `ratio` times the mean length of their image's queries (B, N, C). Which is most similar stays so."""
+    """Prompts (B, L, C) of `ratio` times the mean length of their image's queries (B, N, C). Cosine matches do not change."""
     length = queries.detach().float().norm(dim=2).mean(1)[:, None, None]
     return (normalize(vectors.float(), dim=2) * (ratio * length)).to(vectors.dtype)
 

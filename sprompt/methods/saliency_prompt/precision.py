@@ -1,4 +1,4 @@
-"""float32 all through, whatever torch's switches allow."""
+"""Full float32 precision, independent of torch's switches."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import torch
 
 @contextmanager
 def exact_products(device: torch.device) -> Iterator[None]:
-    """Convolutions and products of float32 in float32, without autocast: thresholds turn over with tf32 and bfloat16.
+    """Computes convolutions and matrix products of float32 in full float32, without autocast, in its block.
 
-    Torch has two generations of switches, which must agree where an old one is read; both are put back as they were.
+    With tf32 or bfloat16, values close to a threshold would fall on the other side. Torch has two generations of switches; they
+    must agree when an old one is read. Both are restored at the end of the block.
     """
     switches = _switches()
     before = [getattr(switch, name) for switch, name, _ in switches]
     products = None
-    with suppress(RuntimeError):  # the user set a new one only
+    with suppress(RuntimeError):  # raised if the user set switches of the new generation only
         products = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("highest")
@@ -34,7 +35,7 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 
 def _switches() -> list[tuple[Any, str, Any]]:
-    """Where a switch is, its name, and its value for float32."""
+    """(owner of a switch, its name, its value for full float32) of each switch."""
     backends: Any = torch.backends
     if not hasattr(backends.cuda.matmul, "fp32_precision"):  # before torch 2.9
         return [(backends.cudnn, "allow_tf32", False)]

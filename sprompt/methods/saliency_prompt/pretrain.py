@@ -1,4 +1,5 @@
-"""Pre-training: a model learns proposals as labels, prompted by them, its kernels drawn to their seeds."""
+"""Pre-training: a model learns proposals as labels. Its queries take prompts from them, and its kernels are pulled to their
+seeds."""
 
 from __future__ import annotations
 
@@ -21,14 +22,14 @@ from sprompt.models.protocol import Losses, ParameterGroup, QueryModel, Targets,
 class Pretraining(nn.Module):
     """The task of a model and a proposal file.
 
-    The loss is that of the model against the proposals, one class, plus kernel supervision. In training mode queries are prompted;
-    in eval mode they are not. Keep `model`; the projection of the seeds goes with the task.
+    The loss is the model's loss with the proposals as labels of one class, plus kernel supervision. Queries get prompts in
+    training mode only. The result of training is `model`; the projection of the seeds is not needed afterwards.
 
     Args:
         model: an nn.Module that is a `QueryModel` of one class.
-        config: how it is taught.
-        proposals: the settings that the proposal file was made with, `ProposalConfig.from_record` of its `info.proposals`.
-        seed: of all that is drawn, together with the step and the picture.
+        config: prompts and kernel supervision.
+        proposals: the settings of the proposal file, `ProposalConfig.from_record` of its `info.proposals`.
+        seed: seed of all random draws, together with the step and the picture.
     """
 
     Config = SaliencyPromptConfig
@@ -86,7 +87,7 @@ class Pretraining(nn.Module):
         return self
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss, and its terms and monitors for the log."""
+        """(loss, its terms and monitors for the log)."""
         model = self.network
         features = model.encode(batch.images)
         injection = self.injection(features.maps, batch, step) if self.training else None
@@ -99,7 +100,7 @@ class Pretraining(nn.Module):
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()} | monitors
 
     def injection(self, maps: list[Tensor], batch: Batch, step: int) -> Injection | None:
-        """The prompter of a batch; None where prompts are off."""
+        """The prompter of a batch; None if prompts are off."""
         if self.config.assign == "none":
             return None
         read = prompts_of(batch, maps, self.config)
@@ -107,7 +108,7 @@ class Pretraining(nn.Module):
         return Injection(read, self.config, batch.image_ids, sites=sites, seed=self.seed, step=step)
 
     def _supervision(self, backbone: list[Tensor], batch: Batch, found: Losses) -> tuple[Tensor, Tensor]:
-        """The weighted loss of the kernels, and how alike its targets are."""
+        """(weighted loss of the kernels, mean cosine of its targets)."""
         assert self.projection is not None
         level = backbone[self._level]
         if self.training:
@@ -125,5 +126,5 @@ class Pretraining(nn.Module):
 
     @property
     def _level(self) -> int:
-        """Place of the map that seeds are read from among the backbone's."""
+        """Index of the seeds' map in the list of the backbone's maps."""
         return list(STRIDES).index(self.proposals.level)

@@ -1,4 +1,4 @@
-"""Prompts: what one of the model's own maps holds under each proposal."""
+"""Prompts: means of one of the model's own maps over each proposal."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from sprompt.masks import BitMasks, Size
 from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
 from sprompt.ops import mask_mean, region_mean
 
-FINEST = 56.0  # pixels: boxes of up to twice this side are read from P2 where the level is "auto"
+FINEST = 56.0  # pixels: with level "auto", boxes below twice this side are read from P2
 
 
 class Prompts(NamedTuple):
     vectors: Tensor  # (B, L, C), without gradient; zeros for empty masks
-    counts: Tensor  # (B,) int64, how many are real
+    counts: Tensor  # (B,) int64, number of real prompts of each image
 
 
 def prompts_of(batch: Batch, maps: list[Tensor], config: SaliencyPromptConfig) -> Callable[[Tensor | None], Prompts]:
@@ -41,16 +41,16 @@ def prompts_of(batch: Batch, maps: list[Tensor], config: SaliencyPromptConfig) -
 def read_prompts(
     maps: Sequence[Tensor], masks: BitMasks, counts: Tensor, config: SaliencyPromptConfig, sizes: Sequence[Size] = ()
 ) -> Prompts:
-    """One prompt a mask: the mean of a map over the cells of its box, or of the mask.
+    """One prompt for each mask: the mean of a map over the cells of its box, or over the mask.
 
-    A box (x1, y1, x2, y2) in pixels covers the columns ⌊x1/s⌋ to max(⌈x2/s⌉, ⌊x1/s⌋ + 1) of a map of stride s, and rows likewise;
-    with pooling "release" ⌊x1/s⌋ to ⌊x2/s⌋, or two columns where these are equal.
+    In a map of stride s, a box (x1, y1, x2, y2) in pixels covers the columns ⌊x1/s⌋ to max(⌈x2/s⌉, ⌊x1/s⌋ + 1), and rows
+    likewise. With pooling "release" it covers the columns ⌊x1/s⌋ to ⌊x2/s⌋, or two columns if these are equal.
 
     Args:
-        maps: (B, C, h, w) each, P2 first, of the images that the masks lie on; for level "features" that map alone.
+        maps: maps (B, C, h, w) of the padded images, P2 first; for level "features" only the map of that name.
         masks: (B, L), of the size of the padded images.
-        counts: (B,), how many masks of each image are real.
-        sizes: of the images before padding, for `contrast`; by default all of what is there counts.
+        counts: (B,), number of real masks of each image.
+        sizes: sizes of the images before padding, for `contrast`. By default the mean includes the padding.
     """
     boxes = masks.boxes()
     if config.level == "auto":
@@ -80,7 +80,7 @@ def _by_size(
     config: SaliencyPromptConfig,
     sizes: Sequence[Size],
 ) -> Tensor:
-    """From P(2 + k), k = ⌊log₂(√area / 56)⌋ held to the levels there are."""
+    """Prompts from P(2 + k) with k = ⌊log₂(√area / 56)⌋ of the box, clamped to the levels of the pyramid."""
     sides = (boxes[..., 2:] - boxes[..., :2]).float()
     level = (sides.prod(-1).clamp(min=1).sqrt() / FINEST).log2().floor().clamp(0, len(maps) - 1)
     vectors = _from_map(maps[0], masks, boxes, counts, config, sizes)
@@ -111,7 +111,7 @@ def _from_map(
 
 
 def _picture_mean(x: Tensor, stride: list[float], sizes: Sequence[Size]) -> Tensor:
-    """(B, 1, C): the mean over the cells that the image without its padding reaches."""
+    """(B, 1, C): the mean over the cells that the image covers at least in part, without its padding."""
     if not sizes:
         return x.mean((2, 3))[:, None]
     ends = [[0.0, 0.0, width / stride[1], height / stride[0]] for height, width in sizes]
@@ -120,17 +120,19 @@ def _picture_mean(x: Tensor, stride: list[float], sizes: Sequence[Size]) -> Tens
 
 
 def contrasted(vectors: Tensor, mean: Tensor) -> Tensor:
-    """v − μ ‖v‖/‖μ‖ for vectors (B, L, C) and mean (B, 1, C): its product with x is above 0 where x is nearer in angle to v than to μ.
-    A μ of 0 takes nothing."""
+    """v − μ ‖v‖/‖μ‖ for vectors (B, L, C) and mean (B, 1, C).
+
+    Its product with x is above 0 if the angle of x to v is smaller than to μ. A μ of 0 leaves v unchanged.
+    """
     scale = vectors.float().norm(dim=2, keepdim=True) / mean.float().norm(dim=2, keepdim=True).clamp(min=1e-8)
     return (vectors - scale * mean).to(vectors.dtype)
 
 
 def roi_align(x: Tensor, boxes: Tensor) -> Tensor:
-    """RoIAlign with one bin: the mean of ⌈height⌉ × ⌈width⌉ bilinear samples, evenly spread over each box. (B, C, H, W), boxes
-    (B, L, 4) in cells -> (B, L, C).
+    """RoIAlign with one bin: map (B, C, H, W), boxes (B, L, 4) in cells -> (B, L, C).
 
-    Samples and bilinear weights are products of a row's and a column's, so a prompt is one weighted sum over rows, then columns.
+    The result is the mean of ⌈height⌉ × ⌈width⌉ bilinear samples, evenly spread over each box. Each bilinear weight is the
+    product of a row weight and a column weight, so a prompt is a weighted sum over rows and then over columns.
     """
     x1, y1, x2, y2 = boxes.to(torch.float32).unbind(-1)
     rows, columns = _sample_weights(y1, y2, x.shape[2]), _sample_weights(x1, x2, x.shape[3])
@@ -142,16 +144,16 @@ def _sample_weights(start: Tensor, end: Tensor, cells: int) -> Tensor:
     number = (end - start).ceil().clamp(min=1)
     place = torch.arange(
         cells + 1, device=start.device
-    )  # no box has more samples than the map has cells, but by rounding
+    )  # a box has at most as many samples as the map has cells; one more because of rounding
     at = start[..., None] + (end - start)[..., None] * (place + 0.5) / number[..., None] - 0.5
-    at = at.clamp(0, cells - 1)  # as the outermost cells go on
+    at = at.clamp(0, cells - 1)  # beyond the map the outermost cells are repeated
     weight = (1 - (at[..., None] - torch.arange(cells, device=start.device)).abs()).clamp(min=0)
     real = place < number[..., None]
     return (weight * real[..., None]).sum(-2) / number[..., None]
 
 
 def bits_at_centres(masks: BitMasks, cells: tuple[int, int]) -> Tensor:
-    """Whether the pixel at the centre of each cell of a coarser map is set, bool (..., h, w). No mask becomes dense."""
+    """Bool (..., h, w): whether the pixel at the centre of each cell of a coarser map is set. No dense mask is made."""
     rows, columns = (
         ((torch.arange(n, device=masks.device) + 0.5) * (pixels / n)).floor().long()
         for pixels, n in zip(masks.size, cells, strict=True)

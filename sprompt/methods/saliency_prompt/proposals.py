@@ -18,7 +18,7 @@ from sprompt.methods.saliency_prompt.precision import exact_products
 from sprompt.methods.saliency_prompt.seeds import pooled_at, windows_at
 from sprompt.ops import resize_masks, saliency_masks
 
-DIVISOR = 32  # sides of what the backbone sees are multiples of it
+DIVISOR = 32  # the sides of the backbone's input are multiples of it
 
 
 class Proposals(NamedTuple):
@@ -27,11 +27,11 @@ class Proposals(NamedTuple):
     masks: BitMasks  # (L,) of the picture's own size
     scores: Tensor  # (L,) float32
     seeds: Tensor  # (L, 3) int64: scale, row, column in the map of the view
-    vectors: Tensor | None = None  # (L, D) the seeds' feature vectors
+    vectors: Tensor | None = None  # (L, D) feature vectors of the seeds
 
 
 def view_size(size: Size, config: ProposalConfig) -> Size:
-    """What a picture of this size is resized to."""
+    """The size that a picture of this size is resized to."""
     return resized_size(size, config.short, config.long) if config.keep_ratio else (config.short, config.long)
 
 
@@ -46,7 +46,7 @@ def padded_size(size: Size) -> Size:
 
 
 def valid_cells(sizes: Sequence[Size], cells: Size, stride: int) -> Tensor:
-    """(B, H, W) bool: the cells of a map whose centre lies in the image before padding, of size sizes[b]."""
+    """(B, H, W) bool: true for cells of a map with their centre in the image, of size sizes[b] before padding."""
     heights, widths = torch.tensor(sizes).reshape(-1, 2).unbind(1)
     rows = (torch.arange(cells[0]) + 0.5) * stride < heights[:, None]
     columns = (torch.arange(cells[1]) + 0.5) * stride < widths[:, None]
@@ -59,8 +59,8 @@ def propose(backbone: nn.Module, batch: Batch, config: ProposalConfig, *, vector
 
     Args:
         backbone: images -> maps C2, C3, C4, C5; in eval mode.
-        batch: `collate([view(sample, config), ...])`.
-        vectors: whether to return the seeds' feature vectors as well.
+        batch: the result of `collate([view(sample, config), ...])`.
+        vectors: whether to return the feature vectors of the seeds too.
     """
     with exact_products(batch.images.device):
         maps = backbone(batch.images)[list(STRIDES).index(config.level)].float()
@@ -92,10 +92,10 @@ def _of_picture(
     soft: Tensor, scores: Tensor, seeds: Tensor, features: Tensor, valid: Tensor, size: Size, original: Size,
     config: ProposalConfig, vectors: bool,
 ) -> Proposals:  # fmt: skip
-    """The masks at the picture's own size that pass the filters. What padding added is cut off before the resize."""
+    """The masks, at the picture's own size, that pass the filters. The padding is cut off before the resize."""
     below = float(
         np.nextafter(np.float32(config.threshold), np.float32(0))
-    )  # resize_masks compares with >, masks with >=
+    )  # resize_masks uses >, but the threshold means >=
     crop = tuple(side / config.stride for side in size)
     masks = resize_masks(_continued(soft, valid), original, threshold=below, crop=(crop[0], crop[1]))
     keep = image_level(masks, scores, config)
@@ -104,8 +104,11 @@ def _of_picture(
 
 
 def _continued(soft: Tensor, valid: Tensor) -> Tensor:
-    """Soft maps (L, h, w) whose cells beyond the valid ones, top left, repeat the last valid row and column: the picture may reach
-    into such a cell by up to half of it, and there a mask goes on as at its edge."""
+    """Soft maps (L, h, w) with the last valid row and column repeated beyond the valid cells, which lie at the top left.
+
+    The picture may cover up to half of a cell that is not valid; there a mask continues with the values of the last valid
+    cells.
+    """
     rows, columns = (int(valid.any(axis).sum()) for axis in (1, 0))
     if rows == 0 or columns == 0 or len(soft) == 0:
         return soft
@@ -114,21 +117,25 @@ def _continued(soft: Tensor, valid: Tensor) -> Tensor:
 
 
 def image_level(masks: BitMasks, scores: Tensor, config: ProposalConfig) -> Tensor:
-    """Places (int64) of the masks that stay: not empty, not hugging the top, not as wide as the picture, of a high score."""
+    """Indices (int64) of the masks that pass the filters: not empty, below the top, narrower than the picture, of a high score.
+
+    The width of a mask is the width of its tight box. The released code counts the columns that the mask occupies instead.
+    """
     height, width = masks.size
     boxes = masks.boxes()
     found = masks.area() > 0
     good = found & (boxes[:, 2] - boxes[:, 0] < config.max_width * width) & (scores >= config.min_score)
-    for place in good.nonzero().flatten().tolist():  # one mask is dense at a time
+    for place in good.nonzero().flatten().tolist():  # one by one: only one dense mask is in memory
         rows = masks[place].to_dense().any(1).nonzero().flatten()
         good[place] = rows.double().mean() > config.centre * height
     if config.keep_best and not good.any():
-        return found.nonzero().flatten()[:1]  # the best score comes first
+        return found.nonzero().flatten()[:1]  # masks are sorted by decreasing score
     return good.nonzero().flatten()
 
 
 def seed_vectors(features: Tensor, valid: Tensor, seeds: Tensor, config: ProposalConfig) -> Tensor:
-    """Feature vectors (L, D) of seeds at addresses (L, 3) of a map (D, H, W) with valid cells (H, W)."""
+    """Feature vectors (L, D) of the seeds at these addresses (L, 3) in a map (D, H, W); `valid` (H, W) marks its valid
+    cells."""
     if config.seeds == "pyramid":
         points = (seeds[:, [2, 1]] + 0.5) * 2.0 ** seeds[:, :1]
         return pooled_at(features[None], points[None], seeds[None, :, 0])[0]

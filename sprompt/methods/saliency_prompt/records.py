@@ -1,4 +1,4 @@
-"""Proposals as a COCO-style file, put together from parts."""
+"""Proposals as a COCO-style file, merged from parts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from sprompt.files import sync_folder
 from sprompt.masks import Size
 from sprompt.methods.saliency_prompt.proposals import Proposals
 
-PART_BYTES = 1 << 30  # at most, of one unit's file
+PART_BYTES = 1 << 30  # upper bound of the size of one unit's file
 
 
 def image_record(image_id: int, file_name: str, size: Size) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def image_record(image_id: int, file_name: str, size: Size) -> dict[str, Any]:
 
 
 def annotation_records(image_id: int, proposals: Proposals) -> list[dict[str, Any]]:
-    """Without ids, which the whole file gives."""
+    """Annotations without ids; `merge` numbers them."""
     masks = proposals.masks
     return [
         {
@@ -41,7 +41,7 @@ def annotation_records(image_id: int, proposals: Proposals) -> list[dict[str, An
 
 
 def merge(parts: list[Path], out: Path, info: dict[str, Any]) -> None:
-    """Writes the file of all parts, in their order; annotations are numbered from 1. One part is in memory at a time."""
+    """Writes the file of all parts, in order, with annotations numbered from 1. Only one part is in memory at a time."""
     skipped = [entry for part in parts for entry in read_json(part, PART_BYTES)["skipped"]]
     with _written(out, parts[0].parent) as file:
         file.write(b'{"info":' + _json({**info, "skipped": skipped}) + b',\n"images":[')
@@ -53,8 +53,10 @@ def merge(parts: list[Path], out: Path, info: dict[str, Any]) -> None:
 
 
 def merge_vectors(parts: list[Path], out: Path) -> None:
-    """Writes a safetensors file with "vectors" (n, D) float16 and "annotation_ids" (n,) int64, the row index, from parts that
-    hold "vectors" each. One part is in memory at a time."""
+    """Writes a safetensors file with "vectors" (n, D) float16 and "annotation_ids" (n,) int64, the annotation of each row.
+
+    Each part holds a "vectors" of its own. Only one part is in memory at a time.
+    """
     headers = [_header(part) for part in parts]
     rows = sum(shape[0] for _, shape in headers)
     width = max((shape[1] for _, shape in headers), default=0)
@@ -78,7 +80,7 @@ def merge_vectors(parts: list[Path], out: Path) -> None:
 
 
 def _header(part: Path) -> tuple[int, tuple[int, int]]:
-    """Where the data of a part begin, and the shape of its vectors."""
+    """(offset of the data of a part in bytes, shape of its vectors)."""
     with open(part, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         entry = json.loads(file.read(min(length, 1 << 16)))["vectors"]
@@ -97,8 +99,11 @@ def _json(value: Any) -> bytes:
 
 @contextmanager
 def _written(path: Path, folder: Path) -> Iterator[BinaryIO]:
-    """A file that is there under its name once it is whole and on the disk. Until then it is in `folder`, of the same file system,
-    which is removed some day, and with it what a killed process left."""
+    """A file that gets its name `path` once it is complete and on the disk.
+
+    Until then it is a temporary file in `folder`, on the same file system. The caller removes `folder` in the end, and with it
+    the temporary files of killed processes.
+    """
     temporary = folder / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     with open(temporary, "xb") as file:
         yield file

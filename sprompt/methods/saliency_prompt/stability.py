@@ -16,21 +16,21 @@ from sprompt.data.transforms import Augment, collate
 from sprompt.files import atomic_write
 from sprompt.methods.saliency_prompt.pretrain import Pretraining
 
-FILE = "matching.json"  # in a run folder: the kernels of the proposals after each epoch
-_BATCH, _BATCHES = 8, 4  # pictures at once, and how often
+FILE = "matching.json"  # in a run folder: the kernel matched to each proposal, after each epoch
+_BATCH, _BATCHES = 8, 4  # pictures of a batch, number of batches
 
 
 class Stability:
-    """The share of the proposals of 32 fixed pictures that the last decoder stage matches to the same kernel as an epoch before.
+    """The share of proposals that the last decoder stage matches to the same kernel as one epoch before.
 
-    Pictures are not augmented and kernels not prompted, so that the figure can be compared between ways to prompt them. It is low
-    while kernels have not settled on what they look for.
+    It is measured on the proposals of 32 fixed pictures. Pictures are not augmented and kernels get no prompts, so the
+    figure can be compared between settings of prompts. A low share means that the roles of the kernels are not settled.
 
     Args:
-        task: what is trained, on any device.
+        task: the task in training, on any device.
         dataset: samples with masks.
-        augment: how they are resized; nothing else of it is done.
-        out: the run folder, whose `FILE` keeps what was matched, so that a run that goes on has it.
+        augment: the size of pictures; its random steps are off.
+        out: the run folder; `FILE` in it keeps the matches, so that a resumed run has them.
     """
 
     def __init__(self, task: Pretraining, dataset: Any, augment: Augment, out: Path) -> None:
@@ -39,7 +39,8 @@ class Stability:
         self.batches: Batches[Any, Batch] = Batches(dataset, still, collate, batch_size=_BATCH, seed=0)
 
     def __call__(self, epoch: int, keep: bool = True) -> dict[str, float]:
-        """What to log after so many epochs: nothing after the first. `keep`: write `FILE`, as one process of all does."""
+        """The value to log after epoch `epoch`; empty without matches of the epoch before. One process sets `keep` to write
+        `FILE`."""
         now = self.matched()
         epochs = read_json(self.file)["epochs"] if self.file.exists() else {}
         before = epochs.get(str(epoch - 1))
@@ -51,7 +52,7 @@ class Stability:
 
     @torch.no_grad()
     def matched(self) -> list[int]:
-        """The kernel of each proposal, picture after picture."""
+        """The index of the kernel matched to each proposal, picture after picture."""
         task, found = self.task, []
         model, device = task.network, next(task.parameters()).device
         task.eval()

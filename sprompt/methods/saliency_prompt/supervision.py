@@ -1,4 +1,4 @@
-"""Kernel supervision: the kernel matched to a proposal is drawn to the feature vector of the proposal's seed."""
+"""Kernel supervision: the loss pulls the kernel matched to a proposal towards the feature vector of the proposal's seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sprompt.seeding import generator
 
 @torch.no_grad()
 def seed_vectors(features: Tensor, batch: Batch, config: ProposalConfig) -> Tensor:
-    """Vectors (B, G, D) of the seeds of a batch's proposals, from the backbone's map of the views that are trained on."""
+    """Vectors (B, G, D) of the seeds of a batch's proposals, from `features`, the backbone's map of the same batch."""
     if batch.seeds is None:
         raise ValueError(
             "kernel supervision: the batch must hold seeds, got none; train on a file of `sprompt propose`, or with kernel_weight 0"
@@ -30,16 +30,17 @@ def seed_vectors(features: Tensor, batch: Batch, config: ProposalConfig) -> Tens
         return pooled_at(features, points, batch.seeds[..., 2])
     extent = torch.tensor([padded_size(size) for size in batch.sizes]).reshape(-1, 2) // config.stride
     valid = valid_cells(batch.sizes, (features.shape[2], features.shape[3]), config.stride)
-    there = (part.to(features.device, non_blocking=True) for part in (extent, valid))  # without waiting
+    there = (part.to(features.device, non_blocking=True) for part in (extent, valid))  # without waiting for a GPU
     return windows_at(features, points, config.seeds, *there)
 
 
 class Projection(nn.Module):
-    """From the backbone's width to the kernels': W s, of seeds of norm 1. It is thrown away with the task.
+    """A linear map W s from the width of the backbone to the width of the kernels, of seeds s of norm 1. It is needed in
+    training only.
 
-    "linear" is trained, with bias; "linear_nobias" trained, without; "frozen_orthogonal" stays the rotation it starts as, as the
-    other two do; "pca" is fitted to all cells of the first batch, over all processes, and stays: centred principal components,
-    the strongest first. Rows for directions that the batch does not have are 0.
+    "linear" is trained, with a bias; "linear_nobias" is trained, without a bias. Both start as a random rotation.
+    "frozen_orthogonal" keeps such a rotation. "pca" is fitted once, to all cells of the first batch over all processes: W holds
+    the principal components of the centred cells, the strongest first. Its rows are 0 if the batch spans fewer directions.
     """
 
     weight: Tensor
@@ -69,10 +70,10 @@ class Projection(nn.Module):
 
     @torch.no_grad()
     def fit(self, features: Tensor) -> None:
-        """Principal components of the cells of (B, D, H, W); nothing where they are not asked for, or there already."""
+        """Fits kind "pca" to the cells of (B, D, H, W). Does nothing for other kinds, or if it is fitted."""
         if self._ready:
             return
-        if not bool(self.fitted):  # the first step only, so that it is waited for once
+        if not bool(self.fitted):  # reading it waits for a GPU; _ready spares all steps but the first
             cells = normalize(features.detach().double().flatten(2), dim=1, eps=1e-12)
             number = all_sum(cells.new_tensor(cells.shape[0] * cells.shape[2]))
             mean = all_sum(cells.sum((0, 2))) / number
@@ -95,14 +96,15 @@ def kernel_loss(
     reduction: str = "mean",
     release_pairing: bool = False,
 ) -> Tensor:
-    """Σ over the stages of 1 − cos(target, kernel matched to it), as the mean over the pairs of the batch of all processes, or
-    the sum. 0, with gradients of 0, where there is no pair.
+    """Σ over the stages of 1 − cos(target, matched kernel), as the mean or the sum over the pairs of the batch.
+
+    The mean is over the pairs of all processes. Without pairs the loss and its gradients are 0.
 
     Args:
         targets: (B, G, C) projected seeds.
-        matched: the stages' kernels (B, N, C) and the kernel of each target, (B, G), -1 for none.
-        counts: (B,), how many targets of each image are real.
-        release_pairing: the l-th matched kernel, by its place, is paired with the l-th target, whichever it was matched to.
+        matched: of each stage the kernels (B, N, C), and the index of the kernel of each target (B, G), -1 for none.
+        counts: (B,), number of real targets of each image.
+        release_pairing: pair the l-th matched kernel, by its index, with the l-th target, although it was matched to another.
     """
     real = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
     total = targets.new_zeros(())
@@ -116,13 +118,13 @@ def kernel_loss(
         distance = 1 - cosine_similarity(targets, kernels.float().gather(1, index), dim=-1, eps=1e-8)
         loss = torch.where(paired, distance, 0).sum()
         pairs = all_sum(paired.sum()).clamp(min=1) if reduction == "mean" else 1
-        total = total + loss * world() / pairs  # losses and gradients are averaged over processes
+        total = total + loss * world() / pairs  # times world, since gradients are averaged over processes
     return total
 
 
 @torch.no_grad()
 def target_cosine(targets: Tensor, counts: Tensor) -> Tensor:
-    """Mean cosine of the pairs of real targets (B, G, C) of the batch; towards 1 they collapse. 0 where there is no pair."""
+    """Mean cosine of all pairs of real targets (B, G, C) of the batch, 0 without pairs. Near 1 the targets have collapsed."""
     real = torch.arange(targets.shape[1], device=targets.device) < counts[:, None]
     units = torch.where(real[..., None], normalize(targets.float(), dim=-1), 0)
     number = real.sum()
