@@ -97,7 +97,8 @@ class ProposalConfig:
 
 @dataclass(frozen=True)
 class SaliencyPromptConfig(MethodConfig):
-    """How proposals teach a model: prompts added to its queries, and kernels drawn to the seeds of their proposals."""
+    """How proposals teach a model. Prompts are added to its queries; kernel supervision pulls kernels to the seeds of
+    proposals."""
 
     level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5", "features"] = "coarsest"
     """The map that prompts are read from. "P2" to "P5" and "coarsest" are maps of the pyramid. "auto" chooses a map of the
@@ -107,8 +108,8 @@ class SaliencyPromptConfig(MethodConfig):
     mask. "roi_align": RoIAlign of the box with one bin. "release": the box as in the first public code, without the last,
     partly covered cell."""
     contrast: bool = False
-    """Take from each prompt v what it has in common with its picture: v − μ ‖v‖/‖μ‖ with the picture's mean μ on the same map. Its
-    product with a cell is above 0 where the cell is nearer in angle to the proposal than to the picture."""
+    """Remove from each prompt v the mean μ of the picture on the same map: v − μ ‖v‖/‖μ‖. The product of a prompt and a cell is
+    then above 0 if the angle between cell and proposal is smaller than the angle between cell and picture."""
     site: str = "first"
     """Place in the model where queries take prompts: "first", the model's first site; the name of a site (K-Net: kernel, proposal); or
     "late", which matches at the first site and adds at the second."""
