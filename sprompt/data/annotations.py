@@ -61,6 +61,11 @@ def named(ids: Sequence[Any], most: int = 5) -> str:
     return ", ".join(str(i) for i in ids[:most]) + (f" and {rest} more" if rest > 0 else "")
 
 
+def leaves(name: str) -> bool:
+    """Whether a file name is absolute, or goes up with `..`."""
+    return name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
+
+
 def _with_annotations(
     records: list[Any], pictures: list[Picture], categories: list[tuple[int, str]], info: Any, source: str
 ) -> CocoFile:
@@ -129,7 +134,7 @@ def _picture(record: Any, position: int, source: str) -> Picture:
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
         raise DataError(f"{source}: picture {own} must have a file_name, got {name!r:.40}; correct it")
-    if name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
+    if leaves(name):
         raise DataError(
             f"{source}: picture {own} must lie below the folder of the pictures, got {name!r:.80}; write the path from there"
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset
 from sprompt.data.annotations import CocoFile, Picture, named, parse
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
+from sprompt.data.listed import read_list
 from sprompt.data.pictures import read_picture
 from sprompt.data.sample import Sample
 from sprompt.data.seeds import SeedGrid
@@ -29,10 +31,14 @@ class CocoDataset(Dataset[Sample]):
         class_agnostic: one class, "object", for all masks.
         keep_empty: keep pictures without masks, as an evaluation must.
         categories: names of the categories that count; None means all. Annotations of others are left out.
+        only: a text file with the file names of the pictures that are taken, as they stand in the COCO file; None takes all. See
+            `sprompt.data.listed.read_list`.
 
     What the file may hold, and what is left out or refused, see `sprompt.data.annotations`. Pictures that are not there are
     refused here, those that are broken or have another size than the file says when they are read: DataError names them.
     """
+
+    limited = False  # whether a list chose the pictures
 
     def __init__(
         self,
@@ -42,8 +48,12 @@ class CocoDataset(Dataset[Sample]):
         class_agnostic: bool = False,
         keep_empty: bool = False,
         categories: Sequence[str] | None = None,
+        only: Path | str | None = None,
     ) -> None:
         file = parse(read_json(annotations), str(annotations))
+        if only is not None:
+            file = _limited(file, only)
+            self.limited = True
         self._start(Path(images), file, class_agnostic, keep_empty, categories)
 
     @classmethod
@@ -99,7 +109,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def total(self) -> int:
-        """Pictures of the file, those left out included."""
+        """Pictures of the file, or of the list `only`, those left out included."""
         return len(self._file.pictures)
 
     @property
@@ -204,6 +214,13 @@ class CocoDataset(Dataset[Sample]):
             for a in self._file.annotations[picture.id]
             if a["category_id"] in self._class_of and a["id"] not in no_instance
         ]
+
+
+def _limited(file: CocoFile, only: Path | str) -> CocoFile:
+    """The file with the pictures of a list only."""
+    wanted = read_list(only, [p.file_name for p in file.pictures], file.source)
+    pictures = [p for p in file.pictures if p.file_name in wanted]
+    return replace(file, pictures=pictures, annotations={p.id: file.annotations[p.id] for p in pictures})
 
 
 def _counted(file: CocoFile, names: Sequence[str] | None) -> list[tuple[int, str]]:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sprompt.data.annotations import named
 from sprompt.data.errors import DataError
+from sprompt.data.listed import read_list
 from sprompt.data.pictures import EXTENSIONS, read_picture
 from sprompt.data.sample import Sample
 from sprompt.masks import BitMasks, words_for
@@ -23,13 +24,19 @@ class PictureFolder(Dataset[Sample]):
 
     They are told by their extension and sorted by their path from the folder; an image_id is a place in that list. Hidden files
     and folders are passed over. A broken picture is found when it is read: DataError names it.
+
+    Args:
+        only: a text file with the names of the pictures that are taken, see `sprompt.data.listed.read_list`; None takes all.
     """
 
-    def __init__(self, path: Path | str, *, recursive: bool = True) -> None:
+    def __init__(self, path: Path | str, *, recursive: bool = True, only: Path | str | None = None) -> None:
         self.path = Path(path)
         self.problems: list[str] = []
         paths, others = _listed(self.path, recursive)
-        if others:
+        if only is not None:
+            wanted = read_list(only, paths, str(self.path))
+            paths = [name for name in paths if name in wanted]
+        elif others:
             self.problems.append(f"{self.path}: {len(others)} files are no pictures and left out: {named(others)}")
         if not paths:
             raise DataError(
