@@ -16,7 +16,7 @@ from sprompt.data.annotations import CocoFile, Picture, named, parse
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
 from sprompt.data.listed import read_list
-from sprompt.data.pictures import read_picture
+from sprompt.data.pictures import read_picture, stored_size
 from sprompt.data.sample import Sample
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode
@@ -36,6 +36,7 @@ class CocoDataset(Dataset[Sample]):
 
     What the file may hold, and what is left out or refused, see `sprompt.data.annotations`. Pictures that are not there are
     refused here, those that are broken or have another size than the file says when they are read: DataError names them.
+    Pictures are turned as their EXIF orientation says, and width and height in the file are those of the turned picture.
     """
 
     limited = False  # whether a list chose the pictures
@@ -139,6 +140,12 @@ class CocoDataset(Dataset[Sample]):
         image = read_picture(path)
         if tuple(image.shape[1:]) != picture.size:
             (h, w), (height, width) = image.shape[1:], picture.size
+            if stored_size(path) == picture.size:
+                raise DataError(
+                    f"{path}: has {h}x{w} pixels as its EXIF orientation turns it, but {self.source} says {height}x{width}, the "
+                    "size of the unturned picture, on which its labels were drawn; remove the orientation from the file "
+                    "(exiftool -Orientation= FILE), or turn the labels"
+                )
             raise DataError(
                 f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w}; was it resized or turned?"
             )

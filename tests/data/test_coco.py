@@ -286,6 +286,20 @@ def test_pictures_that_do_not_fit(folder: Path) -> None:
         dataset[2]
 
 
+def test_labels_of_an_unturned_picture_are_refused(folder: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (17, 33)).save(folder / "1.png", exif=exif)  # stored as the file says, shown turned
+    Image.new("RGB", (8, 8)).save(folder / "2.png", exif=exif)
+    dataset = CocoDataset(folder, folder / "a.json")
+    said = r"1\.png: has 17x33 pixels as its EXIF orientation turns it, but .*a\.json says 33x17, the size of the unturned picture"
+    with pytest.raises(DataError, match=said):
+        dataset[1]
+    assert dataset[2].size == (8, 8)
+    Image.new("RGB", (33, 17)).save(folder / "1.png", exif=exif)
+    assert dataset[1].size == (33, 17)
+
+
 def test_left_out_and_said(folder: Path) -> None:
     def change(data: dict[str, Any]) -> None:
         size = list(SIZES[0])
