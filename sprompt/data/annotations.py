@@ -7,6 +7,7 @@ one that has no pixel. Crowd regions are no instances: they stay in the ground t
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class CocoFile:
     categories: list[tuple[int, str]]  # by ascending id
     info: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    boxes: dict[int, int] = field(default_factory=dict)  # by picture's id: annotations with a box but without a mask
 
 
 def parse(data: Any, source: str) -> CocoFile:
@@ -73,7 +75,8 @@ def _with_annotations(
     known = {c[0] for c in categories}
     annotations: dict[int, list[dict[str, Any]]] = {p.id: [] for p in pictures}
     ids: list[int] = []
-    homeless, maskless, crowds, empty, strange, misfits = [], [], [], [], [], []
+    homeless, maskless, boxed, crowds, empty, strange, misfits = [], [], [], [], [], [], []
+    boxes: dict[int, int] = defaultdict(int)
     for position, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(f"{source}: annotation at place {position} must be an object, got {_kind(record)}")
@@ -92,7 +95,11 @@ def _with_annotations(
         if category not in known:
             strange.append(own)
         if not is_segmentation(segmentation):
-            maskless.append(own)
+            if _is_box(record.get("bbox")):
+                boxed.append(own)
+                boxes[picture.id] += 1
+            else:
+                maskless.append(own)
             continue
         if isinstance(segmentation, dict) and not _has_size(segmentation, picture.size):
             misfits.append(own)
@@ -114,12 +121,19 @@ def _with_annotations(
             f"{named(misfits)}; were pictures or labels resized?"
         )
     left_out = [
-        (homeless, "of pictures that are not in the file"), (maskless, "without a mask"),
-        (crowds, "of crowds"), (empty, "whose mask has no pixel"),
+        (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
+        (maskless, "without a mask"), (crowds, "of crowds"), (empty, "whose mask has no pixel"),
     ]  # fmt: skip
-    problems = [f"{source}: {len(a)} annotations {why} are left out: {named(a)}" for a, why in left_out if a]
+    problems = [_left_out(source, ids, why) for ids, why in left_out if ids]
     info = info if isinstance(info, dict) else {}
-    return CocoFile(source, pictures, annotations, frozenset(crowds + empty), categories, info, problems)
+    no_instance = frozenset(crowds + empty)
+    return CocoFile(source, pictures, annotations, no_instance, categories, info, problems, dict(boxes))
+
+
+def _left_out(source: str, ids: Sequence[int], why: str) -> str:
+    if len(ids) == 1:
+        return f"{source}: 1 annotation {why} is left out (annotation id {ids[0]})"
+    return f"{source}: {len(ids)} annotations {why} are left out (annotation ids {named(ids)})"
 
 
 def _picture(record: Any, position: int, source: str) -> Picture:
@@ -160,6 +174,10 @@ def _refuse_twice(source: str, what: str, ids: Iterable[int]) -> None:
     twice = sorted({i for i in ids if i in seen or seen.add(i)})  # type: ignore[func-returns-value]
     if twice:
         raise DataError(f"{source}: ids of {what} must be unique, got twice {named(twice)}; number them anew")
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
 
 
 def _has_size(segmentation: dict[str, Any], size: Size) -> bool:

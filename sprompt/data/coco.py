@@ -76,6 +76,7 @@ class CocoDataset(Dataset[Sample]):
     def _start(
         self, folder: Path, file: CocoFile, class_agnostic: bool, keep_empty: bool, categories: Sequence[str] | None
     ) -> None:
+        _refuse_boxes_alone(file)
         counted = _counted(file, categories)
         self._folder = folder
         self._file = file
@@ -241,6 +242,16 @@ def _counted(file: CocoFile, names: Sequence[str] | None) -> list[tuple[int, str
             f"{file.source}: categories must be some of {named(there, 20)}, got {named(unknown) or 'none'}; correct the names"
         )
     return [c for c in file.categories if c[1] in names]
+
+
+def _refuse_boxes_alone(file: CocoFile) -> None:
+    boxes = sum(file.boxes.get(p.id, 0) for p in file.pictures)
+    if boxes and not any(file.annotations[p.id] for p in file.pictures):
+        raise DataError(
+            f"{file.source}: must have masks, got {boxes} annotations with a box and none with a mask; export the labels with "
+            "polygons or run lengths as `segmentation`, or draw masks in the boxes with a labelling tool. `sprompt propose` and "
+            "`sprompt pretrain` need no labels"
+        )
 
 
 def _refuse_missing(folder: Path, names: list[str], source: str) -> None:

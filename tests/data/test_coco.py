@@ -116,7 +116,7 @@ def test_samples_are_what_pycocotools_reads(folder: Path) -> None:
         assert sample.labels.dtype == torch.int64 and len(sample.masks) == len(own)
         for mask, annotation in zip(sample.masks.to_dense().numpy(), own, strict=True):
             assert (mask == _truth(annotation, size)).all()
-    assert dataset.problems == [f"{folder / 'a.json'}: 1 annotations of crowds are left out: 13"]
+    assert dataset.problems == [f"{folder / 'a.json'}: 1 annotation of crowds is left out (annotation id 13)"]
 
 
 def test_mask_counts_are_those_of_the_samples(folder: Path) -> None:
@@ -317,13 +317,41 @@ def test_left_out_and_said(folder: Path) -> None:
 
     dataset = _opened(folder, change)
     assert [p.split(": ", 1)[1] for p in dataset.problems] == [
-        "1 annotations of pictures that are not in the file are left out: 50",
-        "3 annotations without a mask are left out: 51, 52, 53",
-        "1 annotations of crowds are left out: 13",
-        "3 annotations whose mask has no pixel are left out: 54, 55, 56",
+        "1 annotation of pictures that are not in the file is left out (annotation id 50)",
+        "3 annotations without a mask are left out (annotation ids 51, 52, 53)",
+        "1 annotation of crowds is left out (annotation id 13)",
+        "3 annotations whose mask has no pixel are left out (annotation ids 54, 55, 56)",
         "1 pictures without masks are left out: 3.png",
     ]
     assert dataset[0].labels.tolist() == [1, 0] and (dataset[0].masks.area() > 0).all()
+
+
+def test_boxes_without_masks(folder: Path) -> None:
+    def boxed(places: list[int]) -> Callable[[dict[str, Any]], None]:
+        def change(data: dict[str, Any]) -> None:
+            for place in places:
+                data["annotations"][place]["segmentation"] = []
+            del data["annotations"][places[0]]["segmentation"]
+
+        return change
+
+    some = _opened(folder, boxed([0, 3]))
+    said = "2 annotations with a box but without a mask are left out (annotation ids 11, 14)"
+    assert some.problems[0] == f"{folder / 'changed.json'}: {said}" and some.image_ids == [100, 101, 102]
+    (folder / "list.txt").write_text("2.png\n")
+    for keep in (False, True):
+        with pytest.raises(
+            DataError, match=r"must have masks, got 6 annotations with a box and none with a mask; export"
+        ):
+            _opened(folder, boxed([0, 1, 2, 3, 4, 5]), keep_empty=keep)
+        with pytest.raises(DataError, match="got 1 annotations with a box and none with a mask"):
+            _opened(folder, boxed([5]), keep_empty=keep, only=folder / "list.txt")
+
+    def nothing(data: dict[str, Any]) -> None:
+        for annotation in data["annotations"]:
+            del annotation["segmentation"], annotation["bbox"]
+
+    assert "6 annotations without a mask are left out" in _opened(folder, nothing, keep_empty=True).problems[0]
 
 
 def test_bad_paths(folder: Path) -> None:
