@@ -7,7 +7,7 @@ one that has no pixel. Crowd regions are no instances: they stay in the ground t
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,7 +33,7 @@ class CocoFile:
     pictures: list[Picture]  # in the order of the file
     annotations: dict[int, list[dict[str, Any]]]  # of each picture's id, in the order of the file; as they are there
     no_instance: frozenset[int]  # ids of annotations that no sample has: crowds and empty masks
-    categories: list[tuple[int, str]]  # by ascending id
+    categories: list[tuple[int, str]]  # by ascending id, with names as `distinct` makes them
     info: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     boxes: dict[int, int] = field(default_factory=dict)  # by picture's id: annotations with a box but without a mask
@@ -53,8 +53,25 @@ def parse(data: Any, source: str) -> CocoFile:
     _refuse_twice(source, "pictures", (p.id for p in pictures))
     categories = sorted(_category(c, i, source) for i, c in enumerate(data.get("categories", [])))
     _refuse_twice(source, "categories", (c[0] for c in categories))
-    info = data.get("info")
-    return _with_annotations(data.get("annotations", []), pictures, categories, info, source)
+    file = _with_annotations(data.get("annotations", []), pictures, distinct(categories), data.get("info"), source)
+    changed = [new for (_, old), (_, new) in zip(categories, file.categories, strict=True) if old != new]
+    if changed:
+        file.problems.insert(0, f"{source}: {len(changed)} categories share a name and are called {named(changed)}")
+    return file
+
+
+def distinct(categories: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Ids and names of categories, where names that several categories share become "name (id)".
+
+    >>> distinct([(1, "cat"), (2, "dog"), (5, "cat")])
+    [(1, 'cat (1)'), (2, 'dog'), (5, 'cat (5)')]
+    """
+    named_so = list(categories)
+    while len(counts := Counter(name for _, name in named_so)) < len(
+        named_so
+    ):  # again where "cat (1)" was a name before
+        named_so = [(own, f"{name} ({own})" if counts[name] > 1 else name) for own, name in named_so]
+    return named_so
 
 
 def named(ids: Sequence[Any], most: int = 5) -> str:

@@ -24,13 +24,14 @@ from sprompt.data.segmentation import decode
 
 class CocoDataset(Dataset[Sample]):
     """The pictures of a COCO file as samples: `dataset[i]` reads the i-th. A class is the place of its category by ascending id.
+    Categories that share a name are different classes, called "name (id)" everywhere.
 
     Args:
         images: folder that the file names of the pictures are relative to.
         annotations: the COCO file; a proposal file too, whose samples then have seeds.
         class_agnostic: one class, "object", for all masks.
         keep_empty: keep pictures without masks, as an evaluation must.
-        categories: names of the categories that count; None means all. Annotations of others are left out.
+        categories: names of the categories that count, as in `classes`; None means all. Annotations of others are left out.
         only: a text file with the file names of the pictures that are taken, as they stand in the COCO file; None takes all. See
             `sprompt.data.listed.read_list`.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from sprompt.data.annotations import distinct
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
@@ -74,6 +75,7 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
         for category in data.get("categories") or []:
             if isinstance(category, dict) and _whole(category.get("id")):
                 records.categories[category["id"]] = str(category.get("name", category["id"]))
+        records.categories = dict(distinct(list(records.categories.items())))
     else:
         raise DataError(
             f"{path}: must be a COCO file with images, or a list of COCO results, got {type(data).__name__}"

@@ -19,6 +19,7 @@ from pycocotools.cocoeval import COCOeval
 
 from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
+from sprompt.engine.evaluate import coco_metrics
 
 SIZES = [(20, 30), (33, 17), (8, 8), (40, 40)]
 CATEGORIES = [{"id": 7, "name": "cat"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "owl"}]  # not in order
@@ -142,6 +143,22 @@ def test_categories(folder: Path) -> None:
         CocoDataset(folder, folder / "a.json", categories=["cow", "dog"])
     with pytest.raises(DataError, match="got none"):
         CocoDataset(folder, folder / "a.json", categories=[])
+
+
+def test_categories_of_one_name_are_told_apart(folder: Path) -> None:
+    def change(data: dict[str, Any]) -> None:
+        names = {7: "cat", 3: "cat", 90: "cat (3)"}
+        for category in data["categories"]:
+            category["name"] = names[category["id"]]
+
+    dataset = _opened(folder, change, keep_empty=True)
+    assert dataset.classes == ["cat (3) (3)", "cat (7)", "cat (3) (90)"] and dataset.category_ids == [3, 7, 90]
+    assert "3 categories share a name and are called cat (3) (3), cat (7), cat (3) (90)" in dataset.problems[0]
+    assert _opened(folder, change, categories=["cat (7)"]).category_ids == [7]
+    with pytest.raises(DataError, match=r"must be some of cat \(3\) \(3\), cat \(7\), .* got cat;"):
+        _opened(folder, change, categories=["cat"])
+    truth = dataset.ground_truth()
+    assert list(coco_metrics(truth, [])["per_class"]) == dataset.classes
 
 
 def test_class_agnostic(folder: Path) -> None:
