@@ -67,11 +67,11 @@ def distinct(categories: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
     [(1, 'cat (1)'), (2, 'dog'), (5, 'cat (5)')]
     """
     named_so = list(categories)
-    while len(counts := Counter(name for _, name in named_so)) < len(
-        named_so
-    ):  # again where "cat (1)" was a name before
+    while True:  # again where "cat (1)" is the name of another category
+        counts = Counter(name for _, name in named_so)
+        if len(counts) == len(named_so):
+            return named_so
         named_so = [(own, f"{name} ({own})" if counts[name] > 1 else name) for own, name in named_so]
-    return named_so
 
 
 def named(ids: Sequence[Any], most: int = 5) -> str:
