@@ -14,7 +14,7 @@ from sprompt.data.annotations import distinct
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
-from sprompt.data.pictures import read_picture
+from sprompt.data.pictures import MAX_PIXELS, read_picture
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode, is_segmentation
 from sprompt.masks import BitMasks, Size
@@ -38,6 +38,7 @@ class Entry:
     id: int
     name: str
     instances: list[Instance] = field(default_factory=list)
+    size: Size | None = None  # (h, w), where the file says so
 
 
 @dataclass
@@ -69,7 +70,7 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
         records = Records({}, {}, info if isinstance(info, dict) else {})
         for image in data["images"]:
             if isinstance(image, dict) and _whole(image.get("id")) and isinstance(image.get("file_name"), str):
-                records.entries[image["id"]] = Entry(image["id"], image["file_name"])
+                records.entries[image["id"]] = Entry(image["id"], image["file_name"], size=_size(image))
             else:
                 records.problems.append(f"{path.name}: a picture without id or file_name is left out")
         for category in data.get("categories") or []:
@@ -95,6 +96,12 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
             f"{path.name}: {skipped} of {len(annotations)} masks belong to no known picture or are none"
         )
     return records
+
+
+def listed(results: Path) -> Records | None:
+    """The pictures and classes in the pictures.json that `sprompt predict` writes beside its results; None where there is none."""
+    listing = results.with_name("pictures.json")
+    return read_records(listing) if listing.is_file() else None
 
 
 def evenly(entries: Sequence[Entry], limit: int) -> list[Entry]:
@@ -137,6 +144,13 @@ def seed_grid(records: Records, source: str) -> SeedGrid | None:
 # -- parts
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _size(image: dict[str, Any]) -> Size | None:
+    height, width = image.get("height"), image.get("width")
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0 and height * width <= MAX_PIXELS:
+        return height, width
+    return None
 
 
 def _instance(annotation: Any) -> Instance | None:
