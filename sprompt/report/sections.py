@@ -30,7 +30,7 @@ from sprompt.report.records import (
     seed_grid,
 )
 
-_BADGES = 24  # of pictures with more masks than this, none is numbered
+_BADGES = draw.BADGES  # of pictures with more masks than this, none is numbered
 _CHIPS = 8
 _UNLABELLED = 0.3  # least score drawn where there are no labels to choose it by
 
