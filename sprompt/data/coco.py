@@ -144,8 +144,8 @@ class CocoDataset(Dataset[Sample]):
             (h, w), (height, width) = image.shape[1:], picture.size
             if stored_size(path) == picture.size:
                 raise DataError(
-                    f"{path}: has {h}x{w} pixels as its EXIF orientation turns it, but {self.source} says {height}x{width}, the "
-                    "size of the unturned picture, on which its labels were drawn; remove the orientation from the file "
+                    f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w} after its EXIF orientation is "
+                    "applied; the labels were drawn on the unturned picture, so remove the orientation from the file "
                     "(exiftool -Orientation= FILE), or turn the labels"
                 )
             raise DataError(
@@ -249,9 +249,9 @@ def _refuse_boxes_alone(file: CocoFile) -> None:
     boxes = sum(file.boxes.get(p.id, 0) for p in file.pictures)
     if boxes and not any(file.annotations[p.id] for p in file.pictures):
         raise DataError(
-            f"{file.source}: must have masks, got {boxes} annotations with a box and none with a mask; export the labels with "
-            "polygons or run lengths as `segmentation`, or draw masks in the boxes with a labelling tool. `sprompt propose` and "
-            "`sprompt pretrain` need no labels"
+            f"{file.source}: must have masks, got only boxes (annotations: {boxes}); export the labels with polygons or run lengths "
+            "as `segmentation`, or draw masks in the boxes with a labelling tool. `sprompt propose` and `sprompt pretrain` need no "
+            "labels"
         )
 
 

@@ -23,8 +23,8 @@ class PictureFolder(Dataset[Sample]):
     """The pictures in a folder, and in those below it if `recursive`, as samples without masks.
 
     They are told by their extension and sorted by their path from the folder; an image_id is a place in that list. Hidden files
-    and folders are passed over. A broken picture is found when it is read: DataError names it. So is a link to nothing, and a pipe,
-    socket or device with the name of a picture. Links are followed, also to files and folders outside of the folder.
+    and folders are passed over. A broken picture is found when it is read: DataError names it. DataError also names a link to nothing,
+    and a pipe, socket or device with the name of a picture. Links are followed, also to files and folders outside of the folder.
 
     Args:
         only: a text file with the names of the pictures that are taken, see `sprompt.data.listed.read_list`; None takes all.
