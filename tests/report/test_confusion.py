@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import block, dump
+from pycocotools import mask as coco
 
 from sprompt.report.confusion import Counts, count, section, tabulate, worst
 from sprompt.report.page import tag
@@ -19,11 +19,23 @@ SIZE = (20, 60)
 CATEGORIES = [{"id": OWL, "name": "owl"}, {"id": CAT, "name": "cat"}, {"id": DOG, "name": "<dog>"}]
 
 
+def dump(path: Path, data: Any) -> Path:
+    path.write_text(json.dumps(data))
+    return path
+
+
+def block(x1: int, x2: int) -> dict[str, Any]:
+    """Run lengths of some columns."""
+    mask = np.zeros(SIZE, np.uint8, order="F")
+    mask[:, x1:x2] = 1
+    return {"size": list(SIZE), "counts": coco.encode(mask)["counts"].decode()}
+
+
 def _disk(folder: Path) -> tuple[Path, Path]:
     """Two pictures of six places, 10 x 20 pixels each; a mask `shift`ed by s pixels has IoU (10 - s) / (10 + s) with its label."""
 
     def one(picture: int, place: int, category: int, shift: int = 0, **more: Any) -> dict[str, Any]:
-        mask = block(SIZE, 10 * place + shift, 0, min(10 * place + 10 + shift, 60), 20)
+        mask = block(10 * place + shift, min(10 * place + 10 + shift, 60))
         return {"image_id": picture, "category_id": category, "segmentation": mask, **more}
 
     labels = [
