@@ -24,7 +24,8 @@ class View:
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
-    """Run folders of `pretrain`, `finetune`, `evaluate` and `predict`. Of several of a kind the last one's pictures are shown."""
+    """Run folders of `pretrain`, `finetune`, `evaluate` and `predict`. If you name several runs of one kind, the page shows the pictures
+    of the last. It shows predictions of `finetune` and `evaluate` beside the labels, predictions of `predict` in their own section."""
     out: Path = Path("view")
     """Folder of the page."""
     images: Path | None = None
@@ -56,7 +57,8 @@ class View:
         if (self.proposals or self.predictions) and self.images is None:
             raise ValueError("--images: must be given with --proposals or --predictions")
         pretrained = self._last("pretrain")
-        tested = self._last("finetune", "evaluate", "predict", having=run_folder.PREDICTIONS)
+        tested = self._last("finetune", "evaluate", having=run_folder.PREDICTIONS)
+        predicted = self._last("predict", having=run_folder.PREDICTIONS)
         proposals = (self.images, self.proposals) if self.images and self.proposals else None
         predictions = (self.images, self.labels, self.predictions) if self.images and self.predictions else None
         prompts = activation = None
@@ -67,12 +69,19 @@ class View:
         if tested is not None:
             folder, settings = tested
             predictions = predictions or (*_labelled(settings), folder / run_folder.PREDICTIONS)
-            activation = self._activation(folder, settings)
+        found = None
+        if predicted is not None:
+            folder, settings = predicted
+            found = (settings.images, folder / run_folder.PREDICTIONS)
+            if predictions is None:
+                predictions, found = (settings.images, None, found[1]), None
+        if last := tested or predicted:
+            activation = self._activation(*last)
         if not (self.runs or proposals or predictions):
             raise ValueError("view: needs a run folder, --proposals or --predictions; see --help")
         page = build(
-            self.out, proposals=proposals, runs=self.runs, predictions=predictions, activation=activation, prompts=prompts,
-            title=self.title, limit=self.limit,
+            self.out, proposals=proposals, runs=self.runs, predictions=predictions, found=found, activation=activation,
+            prompts=prompts, title=self.title, limit=self.limit,
         )  # fmt: skip
         print(f"open {page} in a browser")
 

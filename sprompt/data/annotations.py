@@ -8,6 +8,7 @@ in the ground truth, but no sample has them; `problems` names them too.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,9 +34,10 @@ class CocoFile:
     pictures: list[Picture]  # in the order of the file
     annotations: dict[int, list[dict[str, Any]]]  # by the id of the picture, in the order of the file, unchanged
     no_instance: frozenset[int]  # ids of the annotations that are not in samples: crowds and empty masks
-    categories: list[tuple[int, str]]  # by ascending id
+    categories: list[tuple[int, str]]  # by ascending id, with names as `distinct` makes them
     info: dict[str, Any]
     problems: list[str] = field(default_factory=list)
+    boxes: dict[int, int] = field(default_factory=dict)  # by picture's id: annotations with a box but without a mask
 
 
 def parse(data: Any, source: str) -> CocoFile:
@@ -52,14 +54,36 @@ def parse(data: Any, source: str) -> CocoFile:
     _refuse_twice(source, "pictures", (p.id for p in pictures))
     categories = sorted(_category(c, i, source) for i, c in enumerate(data.get("categories", [])))
     _refuse_twice(source, "categories", (c[0] for c in categories))
-    info = data.get("info")
-    return _with_annotations(data.get("annotations", []), pictures, categories, info, source)
+    file = _with_annotations(data.get("annotations", []), pictures, distinct(categories), data.get("info"), source)
+    changed = [new for (_, old), (_, new) in zip(categories, file.categories, strict=True) if old != new]
+    if changed:
+        file.problems.insert(0, f"{source}: {len(changed)} categories share a name and are called {named(changed)}")
+    return file
+
+
+def distinct(categories: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Ids and names of categories, where names that several categories share become "name (id)".
+
+    >>> distinct([(1, "cat"), (2, "dog"), (5, "cat")])
+    [(1, 'cat (1)'), (2, 'dog'), (5, 'cat (5)')]
+    """
+    named_so = list(categories)
+    while True:  # again where "cat (1)" is the name of another category
+        counts = Counter(name for _, name in named_so)
+        if len(counts) == len(named_so):
+            return named_so
+        named_so = [(own, f"{name} ({own})" if counts[name] > 1 else name) for own, name in named_so]
 
 
 def named(ids: Sequence[Any], most: int = 5) -> str:
     """The first few entries of a list, and the number of the others."""
     rest = len(ids) - most
     return ", ".join(str(i) for i in ids[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def leaves(name: str) -> bool:
+    """Whether a file name is absolute, or goes up with `..`."""
+    return name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
 
 
 def _with_annotations(
@@ -69,7 +93,8 @@ def _with_annotations(
     known = {c[0] for c in categories}
     annotations: dict[int, list[dict[str, Any]]] = {p.id: [] for p in pictures}
     ids: list[int] = []
-    homeless, maskless, crowds, empty, strange, misfits = [], [], [], [], [], []
+    homeless, maskless, boxed, crowds, empty, strange, misfits = [], [], [], [], [], [], []
+    boxes: dict[int, int] = defaultdict(int)
     for position, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(f"{source}: annotation at place {position} must be an object, got {_kind(record)}")
@@ -88,7 +113,11 @@ def _with_annotations(
         if category not in known:
             strange.append(own)
         if not is_segmentation(segmentation):
-            maskless.append(own)
+            if _is_box(record.get("bbox")):
+                boxed.append(own)
+                boxes[picture.id] += 1
+            else:
+                maskless.append(own)
             continue
         if isinstance(segmentation, dict) and not _has_size(segmentation, picture.size):
             misfits.append(own)
@@ -110,12 +139,19 @@ def _with_annotations(
             f"{named(misfits)}; were pictures or labels resized?"
         )
     left_out = [
-        (homeless, "of pictures that are not in the file"), (maskless, "without a mask"),
-        (crowds, "of crowds"), (empty, "whose mask has no pixel"),
+        (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
+        (maskless, "without a mask"), (crowds, "of crowds"), (empty, "whose mask has no pixel"),
     ]  # fmt: skip
-    problems = [f"{source}: {len(a)} annotations {why} are left out: {named(a)}" for a, why in left_out if a]
+    problems = [_left_out(source, ids, why) for ids, why in left_out if ids]
     info = info if isinstance(info, dict) else {}
-    return CocoFile(source, pictures, annotations, frozenset(crowds + empty), categories, info, problems)
+    no_instance = frozenset(crowds + empty)
+    return CocoFile(source, pictures, annotations, no_instance, categories, info, problems, dict(boxes))
+
+
+def _left_out(source: str, ids: Sequence[int], why: str) -> str:
+    if len(ids) == 1:
+        return f"{source}: 1 annotation {why} is left out (annotation id {ids[0]})"
+    return f"{source}: {len(ids)} annotations {why} are left out (annotation ids {named(ids)})"
 
 
 def _picture(record: Any, position: int, source: str) -> Picture:
@@ -130,7 +166,7 @@ def _picture(record: Any, position: int, source: str) -> Picture:
     name = record.get("file_name")
     if not isinstance(name, str) or not name:
         raise DataError(f"{source}: picture {own} must have a file_name, got {name!r:.40}; correct it")
-    if name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/"):
+    if leaves(name):
         raise DataError(
             f"{source}: picture {own} must lie below the folder of the pictures, got {name!r:.80}; write the path from there"
         )
@@ -156,6 +192,10 @@ def _refuse_twice(source: str, what: str, ids: Iterable[int]) -> None:
     twice = sorted({i for i in ids if i in seen or seen.add(i)})  # type: ignore[func-returns-value]  # None is meant: false
     if twice:
         raise DataError(f"{source}: ids of {what} must be unique, got twice {named(twice)}; number them anew")
+
+
+def _is_box(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
 
 
 def _has_size(segmentation: dict[str, Any], size: Size) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch.utils.data import Dataset
 from sprompt.data.annotations import CocoFile, Picture, named, parse
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
-from sprompt.data.pictures import read_picture
+from sprompt.data.listed import read_list
+from sprompt.data.pictures import read_picture, stored_size
 from sprompt.data.sample import Sample
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode
@@ -22,19 +24,24 @@ from sprompt.data.segmentation import decode
 
 class CocoDataset(Dataset[Sample]):
     """The pictures of a COCO file as samples: `dataset[i]` reads the i-th picture.
-    Classes number the categories by ascending id.
+    Classes number the categories by ascending id. Categories that share a name are different classes, called "name (id)".
 
     Args:
         images: folder that the file names of the pictures are relative to.
         annotations: the COCO file. Samples of a proposal file have seeds.
         class_agnostic: give all masks one class, "object".
         keep_empty: keep pictures without masks, as an evaluation must.
-        categories: names of the categories that count; None means all. Annotations of other categories are left out.
+        categories: names of the categories that count, as in `classes`; None means all. Annotations of other categories are left out.
+        only: a text file with the file names of the pictures to take, as they stand in the COCO file; None takes all. See
+            `sprompt.data.listed.read_list`.
 
     `sprompt.data.annotations` says which annotations are left out and which files are refused. The constructor refuses a file
     if pictures are missing. A broken picture, or a picture of another size than the file says, is refused when it is read.
-    DataError names the picture.
+    DataError names the picture. Pictures are turned as their EXIF orientation says; width and height in the file are those of the
+    turned picture.
     """
+
+    limited = False  # whether a list chose the pictures
 
     def __init__(
         self,
@@ -44,8 +51,12 @@ class CocoDataset(Dataset[Sample]):
         class_agnostic: bool = False,
         keep_empty: bool = False,
         categories: Sequence[str] | None = None,
+        only: Path | str | None = None,
     ) -> None:
         file = parse(read_json(annotations), str(annotations))
+        if only is not None:
+            file = _limited(file, only)
+            self.limited = True
         self._start(Path(images), file, class_agnostic, keep_empty, categories)
 
     @classmethod
@@ -67,6 +78,7 @@ class CocoDataset(Dataset[Sample]):
     def _start(
         self, folder: Path, file: CocoFile, class_agnostic: bool, keep_empty: bool, categories: Sequence[str] | None
     ) -> None:
+        _refuse_boxes_alone(file)
         counted = _counted(file, categories)
         self._folder = folder
         self._file = file
@@ -101,7 +113,7 @@ class CocoDataset(Dataset[Sample]):
 
     @property
     def total(self) -> int:
-        """Number of pictures in the file, including the ones that are left out."""
+        """Number of pictures in the file, or in the list `only`, including the pictures that are left out."""
         return len(self._file.pictures)
 
     @property
@@ -131,6 +143,12 @@ class CocoDataset(Dataset[Sample]):
         image = read_picture(path)
         if tuple(image.shape[1:]) != picture.size:
             (h, w), (height, width) = image.shape[1:], picture.size
+            if stored_size(path) == picture.size:
+                raise DataError(
+                    f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w} after its EXIF orientation is "
+                    "applied; the labels were drawn on the unturned picture, so remove the orientation from the file "
+                    "(exiftool -Orientation= FILE), or turn the labels"
+                )
             raise DataError(
                 f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w}; was it resized or turned?"
             )
@@ -209,6 +227,13 @@ class CocoDataset(Dataset[Sample]):
         ]
 
 
+def _limited(file: CocoFile, only: Path | str) -> CocoFile:
+    """The file with the pictures of a list only."""
+    wanted = read_list(only, [p.file_name for p in file.pictures], file.source)
+    pictures = [p for p in file.pictures if p.file_name in wanted]
+    return replace(file, pictures=pictures, annotations={p.id: file.annotations[p.id] for p in pictures})
+
+
 def _counted(file: CocoFile, names: Sequence[str] | None) -> list[tuple[int, str]]:
     """The categories of these names, by ascending id."""
     if names is None:
@@ -220,6 +245,16 @@ def _counted(file: CocoFile, names: Sequence[str] | None) -> list[tuple[int, str
             f"{file.source}: categories must be some of {named(there, 20)}, got {named(unknown) or 'none'}; correct the names"
         )
     return [c for c in file.categories if c[1] in names]
+
+
+def _refuse_boxes_alone(file: CocoFile) -> None:
+    boxes = sum(file.boxes.get(p.id, 0) for p in file.pictures)
+    if boxes and not any(file.annotations[p.id] for p in file.pictures):
+        raise DataError(
+            f"{file.source}: must have masks, got only boxes (annotations: {boxes}); export the labels with polygons or run lengths "
+            "as `segmentation`, or draw masks in the boxes with a labelling tool. `sprompt propose` and `sprompt pretrain` need no "
+            "labels"
+        )
 
 
 def _refuse_missing(folder: Path, names: list[str], source: str) -> None:

@@ -10,6 +10,7 @@ from statistics import NormalDist
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageFont, ImageOps
+from torch import Tensor
 
 from sprompt.masks import BitMasks
 
@@ -22,6 +23,8 @@ PALETTE: tuple[RGB, ...] = (
     (20, 200, 215), (240, 90, 220), (150, 210, 50), (255, 120, 60), (120, 130, 255), (0, 190, 150),
 )  # fmt: skip
 TRUE, FALSE, MISSED, IGNORED = (0, 200, 150), (255, 110, 40), (255, 95, 200), (160, 165, 175)
+
+BADGES = 24  # masks of a picture with a text; more texts would hide it
 
 _HEAT = ((10, 12, 34), (52, 24, 96), (120, 28, 109), (187, 55, 84), (237, 105, 37), (251, 180, 44), (252, 250, 190))
 _INK: RGB = (12, 14, 18)
@@ -81,6 +84,35 @@ def overlay(picture: Image.Image, masks: BitMasks, marks: Sequence[Mark]) -> Ima
         if mark.name:
             _draw_badge(drawn, place, mark)
     return drawn
+
+
+def draw_picture(
+    picture: Image.Image, masks: BitMasks, scores: Tensor, labels: Tensor, names: Sequence[str]
+) -> Image.Image:
+    """The picture, `scaled`, with the masks of a prediction: fill and outline, the name of the class and the score.
+
+    The mask with the k-th best score has the k-th colour. The best `BADGES` masks have a name and a score, the others would hide
+    them. Empty masks are not drawn.
+
+    Args:
+        masks: (N,) of the picture's size.
+        scores: (N,), any order.
+        labels: (N,) places in `names`.
+        names: of the classes. With a single class, only scores are written.
+    """
+    if not len(masks) == len(scores) == len(labels):
+        got = f"{len(masks)}, {len(scores)} and {len(labels)}"
+        raise ValueError(
+            f"draw_picture: masks, scores and labels must be of one number, got {got}; pass those of one prediction"
+        )
+    marks = [Mark(_INK)] * len(masks)
+    values, classes = scores.tolist(), labels.tolist()
+    for rank, i in enumerate(sorted(range(len(marks)), key=lambda i: -values[i])):
+        if not 0 <= classes[i] < len(names):
+            raise ValueError(f"draw_picture: labels must lie in [0, {len(names)}), the classes, got {classes[i]}")
+        said = f"{names[classes[i]]} {values[i]:.2f}" if len(names) > 1 else f"{values[i]:.2f}"
+        marks[i] = Mark(colour(rank), said if rank < BADGES else "")
+    return overlay(picture, masks.to("cpu"), marks)
 
 
 def heat_map(values: np.ndarray, low: float | None = None, high: float | None = None) -> Image.Image:

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from sprompt.data.annotations import named
 from sprompt.data.errors import DataError
+from sprompt.data.listed import read_list
 from sprompt.data.pictures import EXTENSIONS, read_picture
 from sprompt.data.sample import Sample
 from sprompt.masks import BitMasks, words_for
@@ -22,15 +23,22 @@ class PictureFolder(Dataset[Sample]):
     """The pictures of a folder, as samples without masks. `recursive` includes the pictures of its subfolders.
 
     A file is a picture if its extension is one of `EXTENSIONS`. Pictures are sorted by their path from the folder; an image_id
-    is a place in that list. Hidden files and folders are skipped. A broken picture is found when it is read: DataError names
-    it.
+    is a place in that list. Hidden files and folders are skipped. Links are followed, also to files outside of the folder. A broken
+    picture is found when it is read: DataError names it. The same holds for a link to nothing, and for a pipe, socket or device with
+    the name of a picture.
+
+    Args:
+        only: a text file with the names of the pictures to take, see `sprompt.data.listed.read_list`; None takes all.
     """
 
-    def __init__(self, path: Path | str, *, recursive: bool = True) -> None:
+    def __init__(self, path: Path | str, *, recursive: bool = True, only: Path | str | None = None) -> None:
         self.path = Path(path)
         self.problems: list[str] = []
         paths, others = _listed(self.path, recursive)
-        if others:
+        if only is not None:
+            wanted = read_list(only, paths, str(self.path))
+            paths = [name for name in paths if name in wanted]
+        elif others:
             self.problems.append(f"{self.path}: {len(others)} files are no pictures and left out: {named(others)}")
         if not paths:
             raise DataError(

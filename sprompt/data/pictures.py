@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import stat
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from sprompt.data.errors import DataError
@@ -15,18 +16,26 @@ from sprompt.masks import Size
 
 MAX_PIXELS = 1 << 26  # 67 million (8192 × 8192): a file of a few kilobytes can claim any number of pixels
 EXTENSIONS = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"))
+#: How a picture is turned for its EXIF orientation; 1 and any other value leave it as it is.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
+_SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
 
 def read_picture(path: Path | str) -> Tensor:
-    """The stored pixels of a picture as RGB, uint8 (3, H, W). Raises DataError if the file is not a readable picture.
+    """The pixels of a picture as a viewer shows it: RGB, uint8 (3, H, W). Raises DataError if the file is not a readable picture.
 
-    An EXIF orientation is ignored, because labels (of COCO too) refer to the stored pixels. Grey values are repeated for all
-    three channels, palettes are looked up, transparency is dropped, and 16 bits are scaled to 8. Of an animation the first
-    frame is read.
+    Pixels are turned as the file's EXIF orientation says. In a PNG file the tag counts only if it stands before the pixels. Grey values
+    are repeated for all three channels, palettes are looked up, transparency is dropped, and 16 bits are scaled to 8. Of an animation
+    the first frame is read.
     """
     with _opened(path) as image:
         try:
-            return torch.from_numpy(_rgb(image, path)).permute(2, 0, 1).contiguous()
+            turn = _TURNS.get(_orientation(image))
+            pixels = _rgb(image if turn is None else image.transpose(turn), path)
+            return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
         except DataError:
             raise
         except Exception as error:  # on broken files decoders raise exceptions of any type
@@ -34,9 +43,17 @@ def read_picture(path: Path | str) -> Tensor:
 
 
 def picture_size(path: Path | str) -> Size:
-    """(H, W) of a picture; only its header is read."""
+    """(H, W) that `read_picture` gives, from the header of the file."""
     with _opened(path) as image:
-        return image.height, image.width
+        size = (image.height, image.width)
+        return size[::-1] if _orientation(image) in _SIDEWAYS else size
+
+
+def stored_size(path: Path | str) -> Size:
+    """(H, W) of the pixels in the file, before they are turned."""
+    with _opened(path) as image:
+        size = (image.height, image.width)
+        return size[::-1] if image.format == "TIFF" and _tag(image) in _SIDEWAYS else size
 
 
 def png(image: Tensor) -> bytes:
@@ -50,9 +67,14 @@ def png(image: Tensor) -> bytes:
 def _opened(path: Path | str) -> Image.Image:
     """The opened picture; its header is read, its pixels are not decoded yet."""
     try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # to open a pipe would wait for a writer
+            raise DataError(f"{path}: must be a file, got a folder, pipe, socket or device; remove it")
         image = Image.open(path)
+    except DataError:
+        raise
     except FileNotFoundError:
-        raise DataError(f"{path}: no such file; check the path") from None
+        what = "is a link to a file that is not there" if Path(path).is_symlink() else "no such file"
+        raise DataError(f"{path}: {what}; check the path") from None
     except Exception as error:
         raise DataError(f"{path}: is not a picture that can be read ({_cause(error)}); replace or remove it") from None
     if image.width * image.height > MAX_PIXELS:
@@ -61,6 +83,22 @@ def _opened(path: Path | str) -> Image.Image:
             f"{path}: must have at most {MAX_PIXELS} pixels, got {image.height}x{image.width}; cut it into smaller ones"
         )
     return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation that is still to be applied; TIFF files are turned by their decoder."""
+    if image.format == "TIFF" or (image.format == "PNG" and "exif" not in image.info):  # PNG: the tag's search decodes
+        return 1
+    return _tag(image)
+
+
+def _tag(image: Image.Image) -> int:
+    """The EXIF orientation; 1 where there is none, or one that cannot be read."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # tags are optional, and parsers raise whatever they like on broken ones
+        return 1
+    return value if isinstance(value, int) else 1
 
 
 def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:

@@ -20,7 +20,7 @@ class Sample:
     labels: Tensor  # (G,) int64, class index from 0
     image_id: int
     name: str  # the file, for messages
-    size: Size  # (h, w) of the picture as stored
+    size: Size  # (h, w) of the picture as `read_picture` gives it
     seeds: Tensor | None = None  # (G, 3) float32, the seed of each proposal: x, y in pixels of `image`, scale
 
     def kept(self, index: Tensor) -> Sample:
@@ -40,7 +40,7 @@ class Batch:
     sizes: list[Size]  # of each image before padding
     image_ids: list[int]
     names: list[str]
-    original_sizes: list[Size]  # of each picture as stored
+    original_sizes: list[Size]  # of each picture as `read_picture` gives it
     seeds: Tensor | None = None  # (B, G, 3) float32: x, y in pixels of `images`, scale; 0 behind counts
 
     def __len__(self) -> int:

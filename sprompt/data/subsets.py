@@ -37,6 +37,10 @@ def by_fraction(dataset: CocoDataset, fraction: float, seed: int = 0) -> CocoDat
 
 def from_list(dataset: CocoDataset, path: Path | str, percent: str = "10.0", run: str = "1") -> CocoDataset:
     """The pictures of a published list such as COCO_supervision.txt: JSON {percent: {run: [places in the file's images]}}."""
+    if dataset.limited:
+        raise ValueError(
+            f"subsets: {path} counts all pictures of {dataset.source}, but another list limits them; give one list"
+        )
     table = read_json(path, 1 << 28)
     for key, what in ((percent, "percentage"), (run, "run")):
         if not isinstance(table, dict) or key not in table:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sprompt.data.errors import DataError
 from sprompt.machine import machine
 from sprompt.report import activation as kernel_activation
-from sprompt.report import sections
+from sprompt.report import confusion, sections
 from sprompt.report.album import Album
 from sprompt.report.curves import curves, is_rate, key, metric_bars
 from sprompt.report.page import Html, Section, check_place, join, tag, write_page
@@ -26,6 +26,7 @@ def build(
     proposals: tuple[Path, Path] | None = None,
     runs: Sequence[Path] = (),
     predictions: tuple[Path, Path | None, Path] | None = None,
+    found: tuple[Path, Path] | None = None,
     activation: Path | Tensor | np.ndarray | None = None,
     prompts: Sequence[Matches] | None = None,
     title: str = "Gallery",
@@ -40,6 +41,7 @@ def build(
         proposals: (folder of the pictures, proposal file).
         runs: folders of training runs. Each may have log.jsonl, metrics.json and config.yaml.
         predictions: (folder of the pictures, COCO file of the labels or None, COCO results).
+        found: (folder of the pictures, COCO results) of pictures without labels, for a section beside that of `predictions`.
         activation: maps (N, h, w) of the kernels, or the .npz file of `save_activation`.
         prompts: the result of `prompt_matches`.
         limit: upper bound of the pictures of a section; they are spread evenly over the input.
@@ -51,16 +53,18 @@ def build(
         raise ValueError(f"limit: must be at least 1, got {limit}")
     check_place(out)
     page = out / "index.html"
-    for images in (proposals and proposals[0], predictions and predictions[0]):
+    for images in (proposals and proposals[0], predictions and predictions[0], found and found[0]):
         if images is not None and not images.is_dir():
             raise DataError(f"{images}: must be the folder of the pictures; check the path")
     read = read_runs(runs)
     logged = [run for run in read if run.log]
     album = Album(out)
-    asked: list[tuple[Section, Callable[[], Section] | None]] = [
+    asked: list[tuple[Section | None, Callable[[], Section | None] | None]] = [
         (_MISSING["proposals"], proposals and (lambda: sections.proposals(album, *proposals, limit))),
         (_MISSING["prompts"], (lambda: sections.prompts(album, prompts[:limit])) if prompts else None),
         (_MISSING["predictions"], predictions and (lambda: sections.predictions(album, *predictions, limit))),
+        (None, predictions and (lambda: confusion.section(predictions[1], predictions[2]))),
+        (None, found and (lambda: sections.unlabelled(album, *found, limit, "found"))),
         (_MISSING["curves"], (lambda: Section("curves", "Learning curves", curves(logged))) if logged else None),
         (_MISSING["metrics"], (lambda: _metrics(read)) if any(run.metrics for run in read) else None),
         (
@@ -71,7 +75,8 @@ def build(
         ),
         (_MISSING["runs"], (lambda: _summary(read)) if read else None),
     ]
-    made = [missing if make is None else make() for missing, make in asked]
+    every = [missing if make is None else make() for missing, make in asked]
+    made = [section for section in every if section is not None]
     names = [section.title.lower() for section in made if not section.missing]
     lead = f"{', '.join(names).capitalize()}." if names else "There is nothing to show yet."
     write_page(page, title, lead, made, f"Made by sprompt on {machine(torch.device('cpu'))}.")

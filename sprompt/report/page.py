@@ -135,7 +135,7 @@ _LIGHTBOX = tag(
         tag("button", "‹", type="button", data_act="back", aria_label="Previous picture"),
         tag("button", "›", type="button", data_act="next", aria_label="Next picture"),
         tag("button", "×", type="button", data_act="close", aria_label="Close"),
-        class_="bar",
+        class_="controls",
     ),
     tag("div", class_="stage"),
     aria_label="Picture",

@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image
 
+from sprompt.data.annotations import distinct
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
-from sprompt.data.pictures import read_picture
+from sprompt.data.pictures import MAX_PIXELS, read_picture
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode, is_segmentation
 from sprompt.masks import BitMasks, Size
@@ -37,6 +38,7 @@ class Entry:
     id: int
     name: str
     instances: list[Instance] = field(default_factory=list)
+    size: Size | None = None  # (h, w), where the file says so
 
 
 @dataclass
@@ -69,12 +71,13 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
         records = Records({}, {}, info if isinstance(info, dict) else {})
         for image in data["images"]:
             if isinstance(image, dict) and _whole(image.get("id")) and isinstance(image.get("file_name"), str):
-                records.entries[image["id"]] = Entry(image["id"], image["file_name"])
+                records.entries[image["id"]] = Entry(image["id"], image["file_name"], size=_size(image))
             else:
                 records.problems.append(f"{path.name}: a picture without id or file_name is left out")
         for category in data.get("categories") or []:
             if isinstance(category, dict) and _whole(category.get("id")):
                 records.categories[category["id"]] = str(category.get("name", category["id"]))
+        records.categories = dict(distinct(list(records.categories.items())))
     else:
         raise DataError(
             f"{path}: must be a COCO file with images, or a list of COCO results, got {type(data).__name__}"
@@ -94,6 +97,12 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
             f"{path.name}: {skipped} of {len(annotations)} masks are left out: they are broken, or their picture is unknown"
         )
     return records
+
+
+def listed(results: Path) -> Records | None:
+    """The pictures and classes in the pictures.json that `sprompt predict` writes beside its results; None where there is none."""
+    listing = results.with_name("pictures.json")
+    return read_records(listing) if listing.is_file() else None
 
 
 def evenly(entries: Sequence[Entry], limit: int) -> list[Entry]:
@@ -137,6 +146,13 @@ def seed_grid(records: Records, source: str) -> SeedGrid | None:
 # -- parts
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _size(image: dict[str, Any]) -> Size | None:
+    height, width = image.get("height"), image.get("width")
+    if isinstance(height, int) and isinstance(width, int) and min(height, width) > 0 and height * width <= MAX_PIXELS:
+        return height, width
+    return None
 
 
 def _instance(annotation: Any) -> Instance | None:

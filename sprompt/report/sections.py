@@ -18,9 +18,19 @@ from sprompt.report.compare import IOU, Compared, above, best_threshold, compare
 from sprompt.report.curves import histogram
 from sprompt.report.page import Child, Html, Section, join, tag
 from sprompt.report.prompts import Matches
-from sprompt.report.records import Entry, Instance, Records, evenly, masks_of, read_image, read_records, seed_grid
+from sprompt.report.records import (
+    Entry,
+    Instance,
+    Records,
+    evenly,
+    listed,
+    masks_of,
+    read_image,
+    read_records,
+    seed_grid,
+)
 
-_BADGES = 24  # masks are numbered in pictures with at most this many masks
+_BADGES = draw.BADGES  # masks are numbered in pictures with at most this many masks
 _CHIPS = 8
 _UNLABELLED = 0.3  # least score of drawn predictions if there are no labels to choose a threshold by
 
@@ -102,12 +112,11 @@ def prompts(album: Album, matches: Sequence[Matches]) -> Section:
 
 
 def predictions(album: Album, images: Path, labels: Path | None, file: Path, limit: int) -> Section:
-    """Pictures with predictions, and beside them the labels, if there are any."""
-    truth = None if labels is None else read_records(labels)
-    records = read_records(file, images, truth)
-    names = (truth or records).categories
-    if truth is None:
-        return _unlabelled(album, images, records, names, limit)
+    """Predictions, and the labels beside them where there are any; without labels see `unlabelled`."""
+    if labels is None:
+        return unlabelled(album, images, file, limit)
+    truth = read_records(labels)
+    records, names = read_records(file, images, truth), truth.categories
     records.problems += truth.problems
     known = [
         e for i, e in records.entries.items() if i in truth.entries and (e.instances or truth.entries[i].instances)
@@ -140,8 +149,9 @@ def predictions(album: Album, images: Path, labels: Path | None, file: Path, lim
         )
     ]
     note = (
-        f"The pictures show predictions with a score of at least {threshold:.2f}. This threshold has the best F1 on these "
-        "pictures. Predictions are numbered by decreasing score. A label has the number of the prediction that found it."
+        f"The pictures show predictions of {_of(file)} with a score of at least {threshold:.2f}. This threshold has the best F1 on these "
+        "pictures. Predictions are numbered by decreasing score. A label has the number of the prediction that found it; a missed "
+        "label has its class."
     )
     buttons = [
         tag("button", words, type="button", data_kind=kind, aria_pressed="true" if kind == "all" else "false")
@@ -168,15 +178,20 @@ def _pair(album: Album, number: int, name: str, picture: Image.Image, c: Compare
     numbered = len(c.predictions) <= _BADGES and len(c.labels) <= _BADGES
     left = [Mark(shade, str(i + 1) if numbered else "", style) for i, (shade, style) in enumerate(styles)]
     finder = {g: i for i, g in enumerate(c.found) if g >= 0}
-    right = []
+    right, lost = [], []
+    many = len(classes) > 1
     for g, label in enumerate(c.labels):
         if g in finder:
             right.append(Mark(draw.TRUE, str(finder[g] + 1) if numbered else ""))
         else:
-            right.append(Mark(draw.IGNORED, "crowd") if label.crowd else Mark(draw.MISSED, "", "dashed"))
+            name_of = str(classes.get(label.category, label.category)) if many else ""
+            right.append(
+                Mark(draw.IGNORED, "crowd") if label.crowd else Mark(draw.MISSED, name_of if numbered else "", "dashed")
+            )
+            if many and not label.crowd:
+                lost.append(join(dot(hexadecimal(draw.MISSED), "dashed"), f"{name_of} missed"))
     true, false, missed = c.counts
     said = f"{true} found, {false} false, {missed} missed"
-    many = len(classes) > 1
     chips = [
         join(
             dot(hexadecimal(styles[i][0]), styles[i][1]),
@@ -196,7 +211,9 @@ def _pair(album: Album, number: int, name: str, picture: Image.Image, c: Compare
         for n, word, shade in ((true, "found", "t"), (false, "false", "f"), (missed, "missed", "m"))
         if n
     ]
-    caption = join(tag("div", words or tag("span", "nothing here, nothing found"), class_="chips"), _chips(chips))
+    caption = join(
+        tag("div", words or tag("span", "nothing here, nothing found"), class_="chips"), _chips(chips), _chips(lost)
+    )
     kinds = [word for word, n in (("false", false), ("missed", missed), ("clean", not false + missed)) if n]
     return figure(shots, 2 * picture.width / picture.height, name, caption, " ".join(kinds))
 
@@ -243,7 +260,11 @@ def _takers(match: Matches) -> list[list[int]]:
     return [[n for n, p in enumerate(match.kernels) if p == i] for i in range(len(match.masks))]
 
 
-def _unlabelled(album: Album, images: Path, records: Records, names: dict[int, str], limit: int) -> Section:
+def unlabelled(album: Album, images: Path, file: Path, limit: int, anchor: str = "predictions") -> Section:
+    """Predictions alone. If a pictures.json of `sprompt predict` lies beside them, it names pictures and classes; otherwise the
+    pictures are those of the folder in their order."""
+    records = read_records(file, images, listed(file))
+    names = records.categories
     filled = [entry for entry in records.entries.values() if entry.instances]
     figures = []
 
@@ -263,17 +284,18 @@ def _unlabelled(album: Album, images: Path, records: Records, names: dict[int, s
         ]
         said = f"{entry.name} with {_many(len(kept), 'prediction')}"
         shot = album.shot(
-            f"predictions-{number:03}", draw.overlay(picture, masks, marks), said, plain=draw.scaled(picture)
+            f"{anchor}-{number:03}", draw.overlay(picture, masks, marks), said, plain=draw.scaled(picture)
         )
         figures.append(figure([shot], picture.width / picture.height, entry.name, _chips(chips)))
 
     _each(filled, limit, images, records, add)
     note = (
-        f"Predictions with a score of at least {_UNLABELLED}. If a picture has none, its best three are shown. "
+        f"Predictions of {_of(file)} with a score of at least {_UNLABELLED}. If a picture has none, its best three are shown. "
         "There are no labels to compare with."
     )
     body = join(_note(note), _problems(records.problems), _sheet(figures))
-    return Section("predictions", "Predictions", body, _shown(len(figures), len(filled)))
+    title = "Predictions" if anchor == "predictions" else "Predictions without labels"
+    return Section(anchor, title, body, _shown(len(figures), len(filled)))
 
 
 def _each(
@@ -298,6 +320,11 @@ def _masks(
             f"{entry.name}: {_many(broken, 'mask')} broken, or not of its size, {picture.height}x{picture.width}"
         )
     return masks, kept
+
+
+def _of(file: Path) -> str:
+    """The results in words: run folder and file."""
+    return "/".join(file.absolute().parts[-2:])
 
 
 def _many(count: int, what: str) -> str:

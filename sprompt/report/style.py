@@ -32,7 +32,7 @@ nav a.quiet{color:var(--soft)}
 main:focus{outline:none}
 section{padding:2rem 0 .6rem}
 section+section{border-top:1px solid var(--line);margin-top:2rem}
-.note{color:var(--soft);max-width:52rem;margin:.2rem 0 1rem}
+.note{color:var(--soft);max-width:52rem;margin:.2rem 0 1rem;overflow-wrap:anywhere}
 .note b,.stats b{color:var(--ink)}
 .problems{font-size:.88rem;color:var(--soft);margin:.4rem 0 1rem}
 .problems li{overflow-wrap:anywhere}
@@ -103,7 +103,7 @@ margin-right:.45em;vertical-align:.25em}
 .bars{display:grid;grid-template-columns:fit-content(50%) 1fr max-content;gap:.3rem .7rem;align-items:center;font-size:.85rem;margin:0}
 .bars>*{min-width:0}
 .bars .who{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.bars .bar{height:.7rem;border-radius:2px;background:var(--k,var(--c,var(--fill)));min-width:1px}
+.bars .bar{height:.7rem;border-radius:2px;background:var(--k,var(--c,var(--fill)))}
 .bars .track{background:var(--pit);border-radius:2px}
 .metrics{display:grid;gap:1.2rem 2rem;grid-template-columns:repeat(auto-fill,minmax(min(100%,19rem),1fr))}
 .metrics h3{margin:.2rem 0 .4rem;color:var(--ink)}
@@ -135,6 +135,13 @@ td{overflow-wrap:anywhere;min-width:5rem}
 td.n{text-align:right}thead th.n{text-align:right}
 tr.differs th,tr.differs td{color:var(--link);font-weight:600}
 tr.best th,tr.best td{font-weight:700}
+.confusion table{min-width:0}.confusion caption{text-align:left;white-space:nowrap;color:var(--soft);padding-bottom:.3rem}
+.confusion td,.confusion tbody th{padding:.2rem .45rem;border:1px solid var(--line)}.confusion td{min-width:2.2rem}
+.confusion thead th{vertical-align:bottom;padding:.2rem .45rem}
+.confusion thead span{writing-mode:vertical-rl;transform:rotate(180deg);max-height:9rem;overflow:hidden;text-overflow:ellipsis}
+.confusion tbody th{position:sticky;left:0;background:var(--bg);max-width:11rem;overflow:hidden;text-overflow:ellipsis}
+.confusion .n{background:color-mix(in srgb,var(--false) var(--s,0%),transparent)}
+.confusion .n.hit{background:color-mix(in srgb,var(--fill) var(--s,0%),transparent)}
 .study table{min-width:0}
 .study th,.study td{padding:.3rem .55rem;min-width:0}
 .study thead th{white-space:normal;vertical-align:bottom;max-width:9rem;min-width:3.4rem}
@@ -165,10 +172,10 @@ footer{color:var(--soft);font-size:.85rem;padding:2rem 0 3rem;margin-top:2rem;bo
 dialog{border:0;padding:0;margin:0;width:100vw;height:100vh;height:100dvh;max-width:none;max-height:none;background:#0b0c0e;color:#eee}
 dialog[open]{display:flex;flex-direction:column}
 dialog::backdrop{background:#000c}
-.bar{display:flex;gap:.45rem;align-items:center;padding:.5rem .8rem}
-.bar p{flex:1;margin:0;min-width:0;font-size:.9rem;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.bar button{background:#24282c;color:#eee;border-color:#3b4147;min-width:2.4rem}
-.bar button[aria-pressed=true]{background:#2bb598;color:#04120f}
+.controls{display:flex;gap:.45rem;align-items:center;padding:.5rem .8rem}
+.controls p{flex:1;margin:0;min-width:0;font-size:.9rem;overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
+.controls button{background:#24282c;color:#eee;border-color:#3b4147;min-width:2.4rem}
+.controls button[aria-pressed=true]{background:#2bb598;color:#04120f}
 .stage{flex:1;min-height:0;display:flex;gap:6px;padding:0 .6rem .6rem}
 .stage img{flex:1 1 0;min-width:0;min-height:0;object-fit:contain;height:100%}
 @media (orientation:portrait){.stage{flex-direction:column}.stage img{width:100%;height:auto}}

@@ -6,7 +6,6 @@ import filecmp
 import json
 import os
 import shutil
-from collections import defaultdict
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ import torch
 from sprompt.data.annotations import named, parse
 from sprompt.data.errors import DataError
 from sprompt.data.files import read_json
+from sprompt.data.split import groups_of, part_of
 from sprompt.files import atomic_write, replacing
 from sprompt.seeding import generator
 
@@ -42,8 +42,8 @@ def split(
     parse(data, str(annotations))
     if len(data["images"]) < 2:
         raise DataError(f"{annotations}: must have two pictures to be split, got {len(data['images'])}")
-    val = _drawn(_groups(data["images"], within, annotations), val_share, seed)
-    parts = {out / "train.json": _part(data, val, inside=False), out / "val.json": _part(data, val, inside=True)}
+    val = _drawn(groups_of(data["images"], within, annotations), val_share, seed)
+    parts = {out / "train.json": part_of(data, val, inside=False), out / "val.json": part_of(data, val, inside=True)}
     write_once(parts)
     train, held = parts
     return train, held
@@ -88,20 +88,6 @@ def write_once(files: Mapping[Path, Any]) -> None:
 
 
 # -- split
-def _groups(images: list[dict[str, Any]], within: str | None, source: Path) -> list[list[int]]:
-    """Ascending ids of the pictures of each value of the key; the order of the groups depends on the values only."""
-    groups: dict[str, list[int]] = defaultdict(list)
-    for record in sorted(images, key=lambda r: r["id"]):
-        value = record.get(within) if within is not None else ""
-        if value is None:
-            raise DataError(
-                f"{source}: picture {record['id']} ({record['file_name']}) must have a value of {within!r}, got none; "
-                "complete the file, or split without"
-            )
-        groups[json.dumps(value, sort_keys=True)].append(record["id"])
-    return [ids for _, ids in sorted(groups.items())]
-
-
 def _drawn(groups: list[list[int]], share: float, seed: int) -> set[int]:
     numbers = [int(Fraction(str(share)) * len(ids) + Fraction(1, 2)) for ids in groups]
     largest = max(range(len(groups)), key=lambda g: len(groups[g]))
@@ -114,14 +100,6 @@ def _drawn(groups: list[list[int]], share: float, seed: int) -> set[int]:
         order = torch.randperm(len(ids), generator=generator(seed, place)).tolist()
         drawn.update(ids[i] for i in order[:number])
     return drawn
-
-
-def _part(data: dict[str, Any], val: set[int], *, inside: bool) -> dict[str, Any]:
-    """The content of a file with the pictures in `val`, or with all others."""
-    images = sorted((r for r in data["images"] if (r["id"] in val) == inside), key=lambda r: r["id"])
-    there = {r["id"] for r in images}
-    annotations = sorted((a for a in data.get("annotations", []) if a["image_id"] in there), key=lambda a: a["id"])
-    return {**data, "images": images, "annotations": annotations}
 
 
 # -- link_pictures

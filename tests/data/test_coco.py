@@ -116,7 +116,7 @@ def test_samples_are_what_pycocotools_reads(folder: Path) -> None:
         assert sample.labels.dtype == torch.int64 and len(sample.masks) == len(own)
         for mask, annotation in zip(sample.masks.to_dense().numpy(), own, strict=True):
             assert (mask == _truth(annotation, size)).all()
-    assert dataset.problems == [f"{folder / 'a.json'}: 1 annotations of crowds are left out: 13"]
+    assert dataset.problems == [f"{folder / 'a.json'}: 1 annotation of crowds is left out (annotation id 13)"]
 
 
 def test_mask_counts_are_those_of_the_samples(folder: Path) -> None:
@@ -297,16 +297,20 @@ def test_left_out_and_said(folder: Path) -> None:
             {"image_id": 100, "segmentation": {"size": size, "counts": [600]}, "area": 0},
             {"image_id": 100, "segmentation": {"size": size, "counts": [600]}},
             {"image_id": 100, "segmentation": [[3.0, 3.0, 3.0, 3.0, 3.0, 3.0]], "area": 0.5},
-            {"image_id": 100, "segmentation": {"size": size, "counts": [600]}, "area": 99},  # a wrong area, found when read
+            {
+                "image_id": 100,
+                "segmentation": {"size": size, "counts": [600]},
+                "area": 99,
+            },  # a wrong area, found when read
         ]
         data["annotations"] += [{"id": 50 + i, "category_id": 3, **e} for i, e in enumerate(extra)]
 
     dataset = _opened(folder, change)
     assert [p.split(": ", 1)[1] for p in dataset.problems] == [
-        "1 annotations of pictures that are not in the file are left out: 50",
-        "3 annotations without a mask are left out: 51, 52, 53",
-        "1 annotations of crowds are left out: 13",
-        "3 annotations whose mask has no pixel are left out: 54, 55, 56",
+        "1 annotation of pictures that are not in the file is left out (annotation id 50)",
+        "3 annotations without a mask are left out (annotation ids 51, 52, 53)",
+        "1 annotation of crowds is left out (annotation id 13)",
+        "3 annotations whose mask has no pixel are left out (annotation ids 54, 55, 56)",
         "1 pictures without masks are left out: 3.png",
     ]
     assert dataset[0].labels.tolist() == [1, 0] and (dataset[0].masks.area() > 0).all()

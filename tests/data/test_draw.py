@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from sprompt.data import draw
 from sprompt.data.draw import PALETTE, Mark, colour, heat_map, overlay, scaled
 from sprompt.masks import BitMasks
 
@@ -125,3 +128,49 @@ def test_heat_maps() -> None:
     assert half.getpixel((1, 0)) == heat_map(np.array([[0.0, 0.5, 1.0]])).getpixel((1, 0))
     with pytest.raises(ValueError, match=r"values must be \(H, W\)"):
         heat_map(np.zeros((2, 2, 2)))
+
+
+# -- draw_picture
+def _prediction(number: int) -> tuple[BitMasks, torch.Tensor, torch.Tensor]:
+    dense = torch.zeros(number, 60, 90, dtype=torch.bool)
+    for i in range(number):
+        dense[i, 5:30, 10 + i : 40 + i] = True
+    return BitMasks.from_dense(dense), torch.linspace(0.1, 0.9, number), torch.arange(number) % 2
+
+
+def test_a_prediction_is_drawn_with_names_and_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    whole = draw.overlay
+    monkeypatch.setattr(draw, "overlay", lambda p, m, marks: seen.extend(marks) or whole(p, m, marks))
+    picture = Image.new("RGB", (90, 60), (128, 128, 128))
+    drawn = draw.draw_picture(picture, *_prediction(3), ["cat", "dog"])
+    assert [m.name for m in seen] == ["cat 0.10", "dog 0.50", "cat 0.90"]
+    assert [m.colour for m in seen] == [draw.colour(2), draw.colour(1), draw.colour(0)]
+    assert drawn.size == draw.scaled(picture).size == (900, 600)
+    pixels = np.asarray(drawn).astype(int)
+    assert (np.abs(pixels[500:] - 128) <= 1).all()  # no mask, no change
+    inside = pixels[280, 200]
+    assert np.abs(inside - 128).max() > 20
+
+
+def test_a_single_class_is_not_named_and_many_masks_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(draw, "overlay", lambda p, m, marks: seen.extend(marks) or p)
+    masks, scores, labels = _prediction(40)
+    draw.draw_picture(Image.new("RGB", (90, 60)), masks, scores, labels * 0, ["object"])
+    assert [m.name for m in seen][:16] == [""] * 16 and [m.name for m in seen][-1] == "0.90"
+    assert sum(bool(m.name) for m in seen) == 24
+
+
+def test_a_picture_without_masks_and_wrong_predictions() -> None:
+    picture = Image.new("RGB", (90, 60), (9, 9, 9))
+    masks, scores, labels = _prediction(2)
+    assert draw.draw_picture(picture, masks[:0], scores[:0], labels[:0], ["a"]).getextrema() == ((9, 9),) * 3
+    empty = BitMasks.from_dense(torch.zeros(2, 60, 90))
+    assert draw.draw_picture(picture, empty, scores, labels, ["a", "b"]).getextrema() == ((9, 9),) * 3
+    with pytest.raises(ValueError, match="must be of one number, got 2, 1 and 2"):
+        draw.draw_picture(picture, masks, scores[:1], labels, ["a", "b"])
+    with pytest.raises(ValueError, match=r"labels must lie in \[0, 1\), the classes, got 1"):
+        draw.draw_picture(picture, masks, scores, labels, ["a"])
+    with pytest.raises(ValueError, match="overlay: masks must be 2 of 90x60 pixels"):
+        draw.draw_picture(picture.rotate(90, expand=True), masks, scores, labels, ["a", "b"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from PIL import Image
 from sprompt.data import pictures
 from sprompt.data.errors import DataError
 from sprompt.data.folder import PictureFolder, Unbroken
-from sprompt.data.pictures import picture_size, png, read_picture
+from sprompt.data.pictures import picture_size, png, read_picture, stored_size
 
 RNG = np.random.default_rng(0)
 GREY = RNG.integers(0, 256, (7, 9), dtype=np.uint8)
@@ -67,10 +69,29 @@ def test_cmyk(tmp_path: Path) -> None:
     assert np.abs(out.astype(int) - np.asarray(image.convert("RGB"))).mean() < 4
 
 
-def test_stored_pixels_are_not_turned(tmp_path: Path) -> None:
+@pytest.mark.parametrize("orientation", range(10))  # 1 to 8 are orientations
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif", "a.jpg", "palette.png", "grey16.png"])
+def test_pictures_are_turned_as_exif_says(tmp_path: Path, name: str, orientation: int) -> None:
+    values = np.kron(
+        RNG.integers(0, 200, (2, 3), dtype=np.uint8), np.ones((16, 16), np.uint8)
+    )  # blocks, as JPEG has them
+    image = Image.fromarray(values).convert("P" if name.startswith("palette") else "RGB")
+    if name.startswith("grey16"):
+        image = Image.fromarray(values.astype(np.uint16) * 257)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be shown turned by 90°
-    assert (_stored(tmp_path / "a.png", Image.fromarray(RGB), exif=exif) == RGB).all()
+    exif[0x0112] = orientation
+    out = _stored(tmp_path / name, image, exif=exif, **({"quality": 100, "lossless": True} if name == "a.webp" else {}))
+    turned = {
+        2: np.fliplr, 3: lambda v: np.rot90(v, 2), 4: np.flipud, 5: np.transpose, 6: lambda v: np.rot90(v, -1),
+        7: lambda v: np.rot90(np.transpose(v), 2), 8: np.rot90,
+    }.get(orientation, lambda v: v)(values)  # fmt: skip
+    assert out.shape[:2] == turned.shape and stored_size(tmp_path / name) == values.shape
+    assert np.abs(out.astype(int) - turned[..., None]).max() <= (3 if name == "a.jpg" else 0)
+
+
+def test_broken_exif_is_none(tmp_path: Path) -> None:
+    for exif in (b"Exif\x00\x00", b"Exif\x00\x00II*\x00\xff\xff\xff\xff", b"nonsense" * 9):
+        assert _stored(tmp_path / "a.jpg", Image.fromarray(RGB), exif=exif).shape == RGB.shape
 
 
 def test_png() -> None:
@@ -116,6 +137,42 @@ def test_huge_pictures_are_refused_unread(tmp_path: Path, monkeypatch: pytest.Mo
     for read in (read_picture, picture_size):
         with pytest.raises(DataError, match=r"a\.png: must have at most 62 pixels, got 7x9"):
             read(tmp_path / "a.png")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+@pytest.mark.parametrize("kind", ["fifo", "socket", "device", "folder", "dangling"])
+def test_what_is_no_file_is_named_and_not_waited_for(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.jpg"
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "socket":
+        monkeypatch.chdir(tmp_path)  # addresses are short
+        socket.socket(socket.AF_UNIX).bind("a.jpg")
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(tmp_path / "nowhere.jpg")
+    message = (
+        "is a link to a file that is not there" if kind == "dangling" else "must be a file, got a folder, pipe, socket"
+    )
+    for read in (read_picture, picture_size):
+        with pytest.raises(DataError, match=rf"a\.jpg: {message}"):
+            read(path)
+    if kind != "folder":
+        assert PictureFolder(tmp_path).file_names == ["a.jpg"]
+
+
+def test_links_that_leave_the_folder_are_followed(tmp_path: Path) -> None:
+    _folder(tmp_path / "there")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "a.png").symlink_to(tmp_path / "there" / "b.png")
+    (tmp_path / "here" / "sub").symlink_to(tmp_path / "there" / "sub")
+    folder = PictureFolder(tmp_path / "here")
+    assert folder.file_names == ["a.png", "sub/c.png", "sub/deep/a.webp"] and folder[0].size == (8, 10)
 
 
 # -- folders

@@ -14,7 +14,9 @@ from pycocotools.coco import COCO
 from sprompt.data.errors import DataError
 from sprompt.data.synthetic import CLASSES, COLOURS, SHAPES, scene, write_scenes
 
-_SIDE = 2 * 0.32 * np.tan(np.pi / 5)  # side of the star's pentagon; a tip of height side / 2 · tan 72° stands on each side
+_SIDE = (
+    2 * 0.32 * np.tan(np.pi / 5)
+)  # side of the star's pentagon; a tip of height side / 2 · tan 72° stands on each side
 STAR = 5 * _SIDE * 0.32 / 2 + 5 * _SIDE**2 * np.tan(2 * np.pi / 5) / 4
 
 

@@ -215,6 +215,17 @@ def test_other_settings_are_refused(folder: Path, single: Path, tmp_path: Path, 
     assert sorted(p.name for p in tmp_path.rglob("*")) == before
 
 
+def test_what_cannot_be_opened_is_left_out(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").symlink_to(folder / "00.png")
+    (tmp_path / "images" / "b.png").symlink_to(tmp_path / "nowhere.png")
+    os.mkfifo(tmp_path / "images" / "c.png")
+    done = run(tmp_path / "images", tmp_path / "proposals.json")
+    assert [s["file_name"] for s in done.skipped] == ["b.png", "c.png"]
+    assert done.skipped[0]["reason"].startswith("b.png: is a link to a file that is not there")
+    assert [i["file_name"] for i in json.loads((tmp_path / "proposals.json").read_text())["images"]] == ["a.png"]
+
+
 def test_a_file_of_another_kind_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "notes.json"
     out.write_text("[1, 2]\n")

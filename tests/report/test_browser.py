@@ -35,6 +35,7 @@ async function look() {
     wide: [...document.querySelectorAll('main *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1
       && !e.closest('.scroll')).map(e => e.className),
   };
+  seen.bars = [...document.querySelectorAll('#metrics .bar')].map(e => e.getBoundingClientRect().width);
   document.querySelector('[data-kind=false]').click();
   seen.filtered = [...document.querySelectorAll('#compared figure')].map(f => f.hidden);
   document.querySelector('[data-kind=all]').click();
@@ -76,6 +77,7 @@ def look(page: Path, width: int) -> dict[str, Any]:
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or google-chrome on PATH")
 @pytest.mark.parametrize("width", [390, 1280])
 def test_the_page_works_in_a_browser(width: int, disk: Any, tmp_path: Path) -> None:
+    (disk.runs[0] / "metrics.json").write_text(json.dumps({"AP": 0.0, "AP50": 0.35}))
     page = build(
         tmp_path / "site", proposals=(disk.images, disk.proposals), runs=disk.runs, prompts=disk.matches,
         predictions=(disk.images, disk.labels, disk.predictions), activation=torch.rand(9, 20, 20),
@@ -85,6 +87,7 @@ def test_the_page_works_in_a_browser(width: int, disk: Any, tmp_path: Path) -> N
     assert seen["width"] == width and seen["js"] == "js"
     assert seen["images"] == 2 + 1 + 3 * 2 + 9 and seen["broken"] == []
     assert seen["scroll"] <= width and seen["wide"] == []
+    assert seen["bars"][0] == 0 and len(seen["bars"]) == 3 and min(seen["bars"][1:]) > 30
     assert seen["filtered"] == [False, True, True]  # only p1 has a false prediction
     assert seen["open"] and seen["closed"] and seen["label"] == "1 / 3  p1.png"
     assert seen["stage"] == ["pictures/predictions-000.jpg", "pictures/labels-000.jpg"]

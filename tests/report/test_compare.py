@@ -123,8 +123,6 @@ def test_the_threshold_has_the_best_f1(seed: int) -> None:
 
     chosen = best_threshold(compared)
     assert f1(chosen) == pytest.approx(max(f1(g[2]) for _, guesses in scenes for g in guesses))
-    for whole, (truth, guesses) in zip(
-        compared, scenes, strict=True
-    ):  # a cut-off prediction counts like a missing one
+    for whole, (truth, guesses) in zip(compared, scenes, strict=True):  # a cut-off prediction counts like a missing one
         cut, again = above(whole, chosen), ours(truth, [g for g in guesses if g[2] >= chosen])
         assert (cut.found, cut.ious, len(cut.masks)) == (again.found, again.ious, len(again.masks))

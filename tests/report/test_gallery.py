@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,14 +15,16 @@ import pytest
 import torch
 from PIL import Image
 
+from sprompt.data import draw
 from sprompt.data.errors import DataError
 from sprompt.report.activation import save_activation
 from sprompt.report.gallery import build
 from sprompt.report.page import Html, join, tag
 from sprompt.report.prompts import Matches
+from sprompt.report.style import STYLE
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
-SECTIONS = ["proposals", "prompts", "predictions", "curves", "metrics", "kernels", "runs"]
+SECTIONS = ["proposals", "prompts", "predictions", "confusion", "curves", "metrics", "kernels", "runs"]
 
 
 class Reader(HTMLParser):
@@ -120,7 +124,9 @@ def test_nothing_at_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("left_out", SECTIONS)
 def test_a_section_without_input_says_how_to_make_it(left_out: str, disk: Any, tmp_path: Path) -> None:
-    argument = {"curves": "runs", "metrics": "runs", "kernels": "activation"}.get(left_out, left_out)
+    argument = {"confusion": "predictions", "curves": "runs", "metrics": "runs", "kernels": "activation"}.get(
+        left_out, left_out
+    )
     reader = read(full(disk, tmp_path / "site", **{argument: () if argument == "runs" else None}))
     assert left_out not in reader.ids and "missing" in reader.ids
 
@@ -134,6 +140,55 @@ def test_predictions_without_labels_take_pictures_by_their_order(disk: Any, tmp_
     assert "p1.png" in reader.text["predictions"] and "0.80" in reader.text["predictions"]
     assert "broken" not in reader.text["predictions"]
     assert "0.05" in reader.text["predictions"]  # the best prediction of a picture without one above the threshold
+
+
+def test_missed_labels_have_their_class(disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    badges: list[list[str]] = []
+    overlay = draw.overlay
+    monkeypatch.setattr(
+        draw, "overlay", lambda p, m, marks: badges.append([k.name for k in marks]) or overlay(p, m, marks)
+    )
+    reader = read(build(tmp_path / "site", predictions=(disk.images, disk.labels, disk.predictions)))
+    assert "dog missed" in reader.text["predictions"] and "cat missed" not in reader.text["predictions"]
+    assert ["1", "dog"] in badges
+    assert (
+        "predictions of " in reader.text["predictions"]
+        and f"{tmp_path.name}/predictions.json" in reader.text["predictions"]
+    )
+
+
+def test_predictions_of_a_folder_have_the_names_in_pictures_json(disk: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    shutil.copy(disk.predictions, run / "predictions.json")
+    categories = [{"id": 3, "name": "cat"}, {"id": 5, "name": "dog"}]
+    images = [{"id": i, "file_name": name} for i, name in ((1, "p7.png"), (2, "p2.png"), (3, "p3.png"))]
+    (run / "pictures.json").write_text(json.dumps({"images": images, "categories": categories}))
+    reader = read(build(tmp_path / "site", predictions=(disk.images, None, run / "predictions.json")))
+    text = reader.text["predictions"]
+    assert "cat 0.90" in text and "p7.png" in text and "p1.png" not in text and "run/predictions.json" in text
+    assert "confusion" not in reader.ids
+
+
+def test_predictions_with_and_without_labels_have_a_section_each(disk: Any, tmp_path: Path) -> None:
+    reader = read(full(disk, tmp_path / "site", found=(disk.images, disk.predictions)))
+    assert reader.ids.index("confusion") + 1 == reader.ids.index("found") < reader.ids.index("curves")
+    assert "2found" in reader.text["predictions"] and "no labels to compare with" in reader.text["found"]
+    assert len(reader.images) == 2 + 1 + 3 * 2 + 3 + 5
+    with pytest.raises(DataError, match="must be the folder of the pictures"):
+        build(tmp_path / "a", found=(tmp_path / "nowhere", disk.predictions))
+
+
+def test_a_bar_of_nothing_has_no_width(disk: Any, tmp_path: Path) -> None:
+    (disk.runs[0] / "metrics.json").write_text(json.dumps({"AP": 0.0, "AP50": 0.3}))
+    reader = read(build(tmp_path / "site", runs=disk.runs[:1]))
+    bars = [values for _, values in reader.tags if "bar" in values.get("class", "").split()]
+    assert [values["style"] for values in bars] == ["width:0.0%", "width:75.0%"]
+    for selectors, rule in re.findall(r"([^{}]+)\{([^{}]*)\}", STYLE):
+        if re.search(r"\.bar(?![\w-])[^\s,>]*(,|$)", selectors):
+            assert not re.search(r"(^|;)(padding|border|min-width)(-left|-right)?:", rule), (
+                f"{selectors} gives a bar of value 0 a width"
+            )
 
 
 HOSTILE = "<script>alert(1)</script>\"><img src=x onerror=alert(2)>&amp;'</style>\u202e"

@@ -113,7 +113,9 @@ def test_questions_need_two_variants_and_every_fraction_has_its_table() -> None:
 
 def test_questions_that_only_repeat_an_earlier_one_are_left_out() -> None:
     core = of(scratch=[0.1], pseudo=PSEUDO, prompts=PSEUDO)
-    assert [c.key for c in comparisons(core)] == ["start"]  # all other questions would only repeat its rows pseudo and prompts
+    assert [c.key for c in comparisons(core)] == [
+        "start"
+    ]  # all other questions would only repeat its rows pseudo and prompts
     core["cells"] += [cell("pseudo", 0, 0.5, 0.1), cell("prompts", 0, 0.4, 0.1), cell("prompts-kernel", 0, 0.4)]
     # supervision repeats rows of start, but it compares prompts-kernel with prompts
     assert [(c.key, c.fraction) for c in comparisons(core)] == [

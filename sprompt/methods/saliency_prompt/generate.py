@@ -180,9 +180,7 @@ def _info(
 ) -> dict[str, Any]:
     """The `info` of the file. Units must agree on it to be merged."""
     names = "\n".join(
-        f"{i} {name} {(pictures.path / name).stat().st_size}"
-        for i in pictures.image_ids
-        for name in [pictures.file_names[i]]
+        f"{i} {name} {_bytes(pictures.path / name)}" for i in pictures.image_ids for name in [pictures.file_names[i]]
     )
     return {
         "description": "Saliency mask proposals",
@@ -190,6 +188,14 @@ def _info(
         "pictures": {"count": len(pictures), "names": _digest(names.encode(errors="surrogateescape"))},
         "work": {"unit": unit, "batch": batch, "vectors": vectors},
     }
+
+
+def _bytes(path: Path) -> int:
+    """Of a file; −1 where it cannot be looked at, as behind a link to nothing."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _check_parts(folder: Path, info: dict[str, Any]) -> None:
