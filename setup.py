@@ -3,8 +3,8 @@
 SPROMPT_NO_EXT=1    install without the extension; every op then runs its reference
 SPROMPT_SANITIZE=1  build with AddressSanitizer and UndefinedBehaviorSanitizer
 SPROMPT_WERROR=1    treat compiler warnings as errors
-SPROMPT_CUDA=auto|on|off  the CUDA kernels: auto builds them if nvcc is found (default), on needs nvcc, off leaves them
-out SPROMPT_CUDA_ARCHS="80;90"  GPU architectures (default 80;90;100)
+SPROMPT_CUDA=auto|on|off  the CUDA kernels: auto builds them if nvcc is found (default), on needs nvcc, off leaves them out
+SPROMPT_CUDA_ARCHS="80;90"  GPU architectures (default 80;90;100)
 SPROMPT_EMULATE_CUDA=1  tests only: compile the CUDA kernels for the host (tests/emulation)
 SPROMPT_EMULATE_AVX512=1  tests only: compile the avx512 level for AVX2 with emulated instructions (tests/emulation)
 """
