@@ -66,8 +66,7 @@ def test_integers_are_set_where_not_zero(dtype: torch.dtype) -> None:
 )
 def test_unpacking_reads_the_bits(count: int, pixels: int, threads: int) -> None:
     """The words have gaps between rows, or one row is expanded to all; bits behind the last pixel are random. The output is
-    a part
-    of a larger memory, and the rest of that memory does not change."""
+    a part of a larger memory, and the rest of that memory does not change."""
     n = words_for(pixels)
     wide = torch.randint(-(2**31), 2**31, (count, n + 3), dtype=torch.int32, generator=random(pixels))
     for words in (wide[:, :n], wide[:1, :n].expand(count, n)):

@@ -209,7 +209,7 @@ def test_malformed(backend: str, case: ErrorCase) -> None:
 
 
 def test_every_prefix_and_every_changed_character(backend: str) -> None:
-    """A changed string of a real mask gives an error, or a mask of the right size that decodes again from its own encoding."""
+    """A changed string of a real mask gives an error, or a mask. Encoding and decoding that mask must give it back."""
     (rle,) = rle_encode(blobs(1, 17, 90, 3) > 0.5)
     text = rle["counts"]
     for cut in range(len(text)):

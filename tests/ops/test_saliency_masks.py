@@ -96,7 +96,7 @@ def test_a_power_of_two_changes_nothing(similarity: str, factor: float) -> None:
 
 @by_similarity
 def test_a_positive_constant_changes_nothing(similarity: str) -> None:
-    features = scene(1, 24, 7, 9, 2).double()  # rounding decides no threshold; all scores differ
+    features = scene(1, 24, 7, 9, 2).double()  # no value is near the threshold; all scores differ
     for factor in (0.3, 7.7):
         a, b = (saliency_masks(f, similarity=similarity) for f in (features, factor * features))
         assert a.seeds.tolist() == b.seeds.tolist() and a.masks.words.tolist() == b.masks.words.tolist()
