@@ -1,12 +1,12 @@
 """Builds sprompt._C with CMake and ninja. Needs no torch: the kernels take pointers (see csrc/).
 
-SPROMPT_NO_EXT=1    install pure Python; every op then runs its reference
+SPROMPT_NO_EXT=1    install without the extension; every op then runs its reference
 SPROMPT_SANITIZE=1  build with AddressSanitizer and UndefinedBehaviorSanitizer
 SPROMPT_WERROR=1    treat compiler warnings as errors
-SPROMPT_CUDA=auto|on|off  the CUDA kernels: where nvcc is found (default), or an error without it, or not at all
+SPROMPT_CUDA=auto|on|off  the CUDA kernels: auto builds them if nvcc is found (default), on needs nvcc, off leaves them out
 SPROMPT_CUDA_ARCHS="80;90"  GPU architectures (default 80;90;100)
 SPROMPT_EMULATE_CUDA=1  tests only: compile the CUDA kernels for the host (tests/emulation)
-SPROMPT_EMULATE_AVX512=1  tests only: compile the avx512 level for AVX2, its instructions emulated (tests/emulation)
+SPROMPT_EMULATE_AVX512=1  tests only: compile the avx512 level for AVX2 with emulated instructions (tests/emulation)
 """
 
 import os
@@ -37,8 +37,9 @@ def compiler_found() -> bool:
 
 
 def prepare(build: Path) -> None:
-    """CMake remembers in its folder what it found at the first call, and does not look again. So a folder serves one place of
-    the sources, one interpreter and one choice of compilers; for any other CMake begins anew."""
+    """Resets CMake's folder if it was made for another setup. CMake stores the paths that it found at the first call,
+    and does not search again. So a folder is valid for one path of the sources, one interpreter and one choice of
+    compilers."""
     made_for = "\n".join(
         [
             *(str(ROOT), str(build), sys.executable, sys.base_prefix, sys.version),
@@ -55,7 +56,8 @@ def prepare(build: Path) -> None:
 
 
 class FreshPython(build_py):
-    """setuptools adds to build/lib and never removes, so modules that are gone from the sources would be installed again."""
+    """Empties build/lib first. setuptools never removes files there, so it would install modules that the sources no
+    longer have."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -74,7 +76,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=NOTICE",
             f"-DPython_EXECUTABLE={sys.executable}",
-            # Said anew at every call: in pip's isolated builds ninja lies in a folder that is gone at the next one.
+            # Passed at every call: in pip's isolated builds, ninja's folder is deleted before the next build.
             f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
             f"-DSPROMPT_SANITIZE={'ON' if switch('SPROMPT_SANITIZE') else 'OFF'}",
@@ -87,7 +89,7 @@ class CMakeBuild(build_ext):
         for command in (configure, ["cmake", "--build", str(build), "--target", "_C"]):
             if subprocess.run(command).returncode != 0:
                 raise SystemExit(
-                    "sprompt: the kernels could not be built (the compiler's words stand above); "
+                    "sprompt: the kernels could not be built (see the compiler's messages above); "
                     "type `SPROMPT_NO_EXT=1 pip install .` for pure Python"
                 )
 

@@ -1,9 +1,9 @@
-// The Python module sprompt._C: one function a kernel, with the arguments of its declaration, by position. No kernel is named
-// here: kernels.h, written by CMake, includes every csrc/<op>/<op>.h, and in this file SPROMPT_KERNEL and SPROMPT_CUDA_KERNEL
-// (common/isa.h, common/cuda.h) do not only declare, they also bind.
+// The Python module sprompt._C has one function per kernel, with the arguments of the kernel's declaration, by position. This
+// file names no kernel. CMake writes kernels.h, which includes every csrc/<op>/<op>.h. In this file SPROMPT_KERNEL and
+// SPROMPT_CUDA_KERNEL (common/isa.h, common/cuda.h) also bind the kernel that they declare.
 //
-// Tensors are read through DLPack's table of C functions, or by their public methods, so the module links to no version of
-// torch. The interpreter lock is released while a kernel runs.
+// The module reads tensors through DLPack's table of C functions, or by their public methods. So it does not link to torch. The
+// interpreter lock is released while a kernel runs.
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
@@ -23,8 +23,9 @@
 namespace sprompt {
 namespace python {
 
-// ---- A tensor by DLPack's "C exchange API" (torch 2.10 and later, dlpack.h 1.3): a table of C functions, as a capsule in the
-// attribute __dlpack_c_exchange_api__ of the type. About 20 ns a tensor. The structs are those of dlpack.h.
+// ---- Reads a tensor by DLPack's "C exchange API" (torch 2.10 and later, dlpack.h 1.3). The API is a table of C functions. A
+// capsule in the attribute __dlpack_c_exchange_api__ of the type holds it. About 20 ns per tensor. The structs are copied from
+// dlpack.h.
 
 struct DLTensor {
     void* data;
@@ -39,11 +40,11 @@ struct ExchangeApi {
     uint32_t major, minor;
     ExchangeApi* previous;
     void *allocate, *managed_from_object, *managed_to_object;
-    int (*tensor_from_object)(void* object, DLTensor* out);  // borrows; 0, or -1 with a Python exception
+    int (*tensor_from_object)(void* object, DLTensor* out);  // borrows; returns 0, or -1 with a Python exception
     void* current_stream;
 };
 
-// The table of a type, or null; the last type asked for is remembered.
+// The table of a type, or null. The function remembers the type of the last call.
 const ExchangeApi* exchange_api(PyTypeObject* type) {
     static PyTypeObject* known = nullptr;
     static const ExchangeApi* api = nullptr;
@@ -73,7 +74,7 @@ DType dtype_of(const DLTensor& tensor) {
     return DType::none;
 }
 
-// False with a Python exception, or with none where the kernels have no such tensors.
+// Returns false with a Python exception set, or without one if the kernels do not support such tensors.
 bool read_exchanged(const ExchangeApi& api, PyObject* object, View& view) {
     DLTensor tensor;
     if (api.tensor_from_object(object, &tensor) != 0) return false;
@@ -88,9 +89,9 @@ bool read_exchanged(const ExchangeApi& api, PyObject* object, View& view) {
     return true;
 }
 
-// ---- A tensor by its public methods: dtype, shape, stride(), data_ptr(). About half a microsecond a tensor.
+// ---- Reads a tensor by its public methods: dtype, shape, stride(), data_ptr(). About half a microsecond per tensor.
 
-// torch.dtype objects, by identity, as set_dtypes gives them.
+// The torch.dtype objects that set_dtypes received, compared by identity.
 std::vector<std::pair<PyObject*, DType>> dtypes;
 
 struct Object {  // owns a reference
@@ -133,7 +134,7 @@ bool read_by_methods(PyObject* tensor, View& view) {
 
 // ---- Arguments. read() sets `out`, or sets a Python exception and returns false.
 
-struct Place {  // of an argument, for messages
+struct Place {  // where an argument stands, for messages
     const char* function;
     int position;
 };
@@ -152,9 +153,9 @@ bool read(PyObject* object, const Place& place, View& out) {
         return wrong(place, "a tensor of at most 6 dimensions and of a type in common/views.h, or None", type);
     bool readable = out.data != nullptr;
     for (int i = 0; i < out.rank; ++i) readable = readable || out.size[i] == 0;
-    return readable || wrong(place, "a tensor with memory of its own", type);  // fake and meta tensors have none
+    return readable || wrong(place, "a tensor with memory of its own", type);  // fake and meta tensors have no memory
 }
-static_assert(max_rank == 6, "the sentence above says 6");
+static_assert(max_rank == 6, "the message above says 6");
 
 bool read(PyObject* object, const Place& place, Views& out) {
     const bool list = PyList_Check(object);
@@ -166,7 +167,7 @@ bool read(PyObject* object, const Place& place, Views& out) {
     out.count = static_cast<int32_t>(count);
     return true;
 }
-static_assert(max_views == 8, "the sentence above says 8");
+static_assert(max_views == 8, "the message above says 8");
 
 bool read(PyObject* object, const Place& place, bool& out) {
     if (!PyBool_Check(object)) return wrong(place, "a bool", object);
@@ -209,14 +210,14 @@ bool read(PyObject* object, const Place& place, Stream& out) {  // (ordinal of t
 PyObject* to_python(const char* text) { return PyUnicode_FromString(text); }
 PyObject* to_python(int64_t value) { return PyLong_FromLongLong(value); }
 
-struct Unlocked {  // without the interpreter lock
+struct Unlocked {  // releases the interpreter lock while it lives
     PyThreadState* state = PyEval_SaveThread();
     Unlocked() = default;
     Unlocked(const Unlocked&) = delete;
     ~Unlocked() { PyEval_RestoreThread(state); }
 };
 
-// One function of the module. Its Python object holds this struct in a capsule; it lives as long as the process.
+// One function of the module. Its Python object holds this struct in a capsule. The struct lives as long as the process.
 template <class R, class... A>
 struct Function {
     PyMethodDef definition;
@@ -261,7 +262,7 @@ PyObject* make(const char* name, R (*code)(A...)) {
     return self.pointer == nullptr ? nullptr : PyCFunction_New(&function->definition, self.pointer);
 }
 
-// A declaration of a header. `make` is called at import, when the level in force is known.
+// One declaration of a header. `make` is called at import, when the level in force is known.
 struct Declared {
     const char* name;
     PyObject* (*make)();
@@ -279,7 +280,7 @@ bool bind(const char* name, bool cuda, PyObject* (*make)()) {
 }  // namespace python
 }  // namespace sprompt
 
-// From here on a declaration binds.
+// From here on a declaration also binds its kernel.
 #define SPROMPT_BIND_AS(name, cuda, value)            \
     [[maybe_unused]] static const bool name##_bound = \
         ::sprompt::python::bind(#name, cuda, []() -> PyObject* { return ::sprompt::python::make(#name, value); });

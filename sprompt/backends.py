@@ -1,8 +1,9 @@
-"""Which code runs an op: per op and device an ordered list of backends, the first that can run does.
+"""Chooses the code that runs an op. Every op has an ordered list of backends per device; the first one that can run is used.
 
-`SPROMPT_BACKEND=reference|native|triton|cuda` and `with use_backend("reference"):` force one; a forced backend that cannot
-run raises and says why. An automatic fallback because something is missing warns once. `with trace_backends() as ran:`
-tells which ran. All of this holds for the whole process (autograd may run a backward on another thread).
+`SPROMPT_BACKEND=reference|native|triton|cuda` and `with use_backend("reference"):` force one backend. A forced backend that
+cannot run raises and says why. An automatic fallback because a package or a build is missing warns once. `with trace_backends()
+as ran:` records which backends ran. All these settings hold for the whole process, because autograd may run a backward on
+another thread.
 """
 
 import importlib
@@ -16,21 +17,21 @@ import torch
 
 NAMES = ("reference", "native", "triton", "cuda")
 GPU = ("cuda", "triton")
-#: Backends by device type, in the order in which they are tried; "gpu" stands for those of GPU that an op has, in its own order. The
-#: reference takes everything, so what stands behind it runs only if asked for by name, which Triton's interpreter allows.
+#: Backends by device type, in the order in which they are tried. "gpu" stands for the op's backends in GPU, in the op's own
+#: order. The reference takes everything, so a backend behind it runs only if it is forced. Triton's interpreter needs that.
 ORDER = {"cpu": ("native", "reference", "gpu"), "cuda": ("gpu", "reference")}
-if os.environ.get("SPROMPT_EMULATE_CUDA", "0") != "0":  # for tests: what a GPU would take, emulated and interpreted
+if os.environ.get("SPROMPT_EMULATE_CUDA", "0") != "0":  # for tests: the GPU backends, emulated and interpreted
     ORDER["cpu"] = ("gpu", "native", "reference")
 
 
-#: Ops without work for a GPU: RLE strings come from files and are parsed where they are.
+#: Ops without GPU kernels: RLE strings come from files and are parsed on the CPU.
 HOST_ONLY = ("rle_decode",)
 
 
 class Backend(NamedTuple):
     name: str
     run: Callable[..., Any]
-    why_not: Callable[..., str]  # of the op's arguments: empty if it can run
+    why_not: Callable[..., str]  # takes the op's arguments; returns an empty string if the backend can run
 
 
 _table: dict[str, dict[str, Backend]] = {}  # op -> backend name -> Backend
@@ -52,8 +53,8 @@ if os.environ.get("SPROMPT_BACKEND"):
 
 @contextmanager
 def use_backend(name: str, ops: Iterable[str] | None = None) -> Iterator[None]:
-    """Forces one backend for every op inside the block; an op that it cannot run raises and says why. With `ops`: for these
-    only, the others choose as ever."""
+    """Forces one backend for every op inside the block. An op that this backend cannot run raises and says why. With `ops`,
+    only these ops are forced; the other ops choose automatically."""
     global _forced, _forced_ops
     before = _forced, _forced_ops
     _forced, _forced_ops = _check_name(name, "use_backend"), None if ops is None else frozenset(ops)
@@ -85,7 +86,7 @@ def add(op: str, name: str, run: Callable[..., Any]) -> None:
 
 
 def _why_not(name: str) -> Callable[..., str]:
-    """What a backend's kernels cannot take: the module of its name says so."""
+    """The function that says why a backend's kernels cannot take the arguments. It is in the backend's module."""
     if name == "reference":
         return lambda *args: ""
     module = {"native": "sprompt.native", "triton": "sprompt.ops.launch", "cuda": "sprompt.cuda"}[name]
@@ -99,7 +100,7 @@ def order(device: str, op: str | None = None) -> tuple[str, ...]:
 
 
 def automatic(device: str, op: str | None = None) -> tuple[str, ...]:
-    """Those that are tried when none is forced: the reference takes everything, so it ends the list."""
+    """The backends that are tried if none is forced. The reference takes everything, so it ends the list."""
     names = order(device, op)
     return names[: names.index("reference") + 1]
 
@@ -123,7 +124,7 @@ def available(op: str, device: str) -> dict[str, str]:
 
 
 def choose(op: str, device: torch.device, float64: bool) -> Backend:
-    """The first backend of an op that can run on tensors of a device, and in float64 where that is asked for."""
+    """The first backend of an op that can run on tensors of a device, in float64 if `float64` is true."""
     if _forced is None and not _traces:
         return _automatic.get((op, device, float64)) or _choose(op, device, float64)
     if _forced is not None and (_forced_ops is None or op in _forced_ops):
@@ -135,7 +136,7 @@ def choose(op: str, device: torch.device, float64: bool) -> Backend:
     return chosen
 
 
-#: What was chosen: nothing that a choice depends on changes within a process.
+#: Cache of the automatic choices. A choice depends on nothing that changes within a process.
 _automatic: dict[tuple[str, torch.device, bool], Backend] = {}
 
 
@@ -166,7 +167,7 @@ def _forced_backend(op: str, device: torch.device, float64: bool) -> Backend:
 
 
 def _warn_if_missing(op: str, device: str) -> None:
-    """Once a process: the reference ran because something is not installed or not built, not because of the arguments."""
+    """Warns once per process if the reference runs because a package or a build is missing, not because of the arguments."""
     global _warned
     if _warned or os.environ.get("SPROMPT_NO_EXT", "0") != "0":
         return

@@ -1,4 +1,4 @@
-"""The CUDA C++ kernels of the compiled module (sprompt._C.cuda), and what they need to know of a launch."""
+"""The CUDA C++ kernels of the compiled module (sprompt._C.cuda): whether they can run, and on which stream."""
 
 import functools
 
@@ -9,24 +9,24 @@ from sprompt import native
 
 
 def kernels() -> object:
-    """The submodule with one function a kernel; None if it was not built."""
+    """The submodule, with one function per kernel. None if it was not built."""
     return getattr(native._C, "cuda", None)
 
 
 def emulated() -> bool:
-    """Whether the kernels were compiled for the host emulation (tests/emulation/cuda.h), which takes tensors on the CPU."""
+    """Whether the kernels were compiled for the host emulation (tests/emulation/cuda.h). It takes tensors on the CPU."""
     return native._C is not None and kernels() is not None and native._C.cuda.emulated
 
 
 @functools.lru_cache(None)
 def _runs_on(device: torch.device) -> str:
-    """Why the kernels cannot run on a GPU; empty if they can. Code for sm_80 runs on sm_86, that for sm_90 on no other; the
-    newest architecture's PTX is compiled by the driver for whatever comes later."""
+    """Why the kernels cannot run on a GPU; empty if they can. Code for sm_80 runs on sm_86. Code for sm_90 runs on no other
+    architecture. For later architectures the driver compiles the PTX of the newest one."""
     major, minor = torch.cuda.get_device_capability(device)
     built = [int(name) for name in native._C.cuda.architectures.split()]
     if any(arch // 10 == major and arch % 10 <= minor for arch in built) or 10 * major + minor >= max(built):
         return ""
-    return f"sprompt was built for sm {native._C.cuda.architectures}, not {major}{minor}; set SPROMPT_CUDA_ARCHS and build anew"
+    return f"sprompt was built for sm {native._C.cuda.architectures}, not {major}{minor}; set SPROMPT_CUDA_ARCHS and rebuild"
 
 
 def why_not(*args: object) -> str:
@@ -50,7 +50,7 @@ def why_not(*args: object) -> str:
 
 
 def stream(like: Tensor) -> tuple[int, int]:
-    """Where a kernel is to run: the ordinal of the tensor's device and torch's current stream there."""
+    """Where a kernel must run: the ordinal of the tensor's device, and torch's current stream there."""
     if not like.is_cuda:
         return 0, 0
     return like.device.index, torch._C._cuda_getCurrentRawStream(like.device.index)

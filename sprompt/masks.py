@@ -1,4 +1,4 @@
-"""BitMasks: a set of masks as bits, 1 bit a pixel."""
+"""BitMasks: a set of masks with 1 bit per pixel."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ Size = tuple[int, int]
 class BitMasks:
     """Masks of one size, packed: `words` int32 (..., n), n = ceil(H·W / 32), and `size` = (H, W).
 
-    Pixel p = y·W + x is bit p % 32 of word p // 32, so `np.unpackbits(..., bitorder="little")` reads it; the bits behind
-    the last pixel are 0. Leading dimensions are batch dimensions: indexing, `shape`, `cat` and `stack` act on them. A
-    pytree and picklable; no method changes the object.
+    Pixel p = y·W + x is bit p % 32 of word p // 32, as `np.unpackbits(..., bitorder="little")` reads it. The bits behind the
+    last pixel are 0. Leading dimensions are batch dimensions: indexing, `shape`, `cat` and `stack` act on them. A BitMasks is a
+    pytree and can be pickled. No method changes the object.
 
     >>> masks = BitMasks.from_dense(torch.tensor([[[1, 0], [1, 1]]]))
     >>> masks.shape, masks.size, masks.area().tolist(), masks.boxes().tolist()
@@ -31,7 +31,7 @@ class BitMasks:
 
     def __post_init__(self) -> None:
         if not isinstance(self.words, Tensor):
-            return  # torch rebuilds pytrees with placeholders in the place of tensors
+            return  # torch rebuilds pytrees with placeholders instead of tensors
         height, width = size = _checked_size("BitMasks", self.size)
         if type(self.size) is not tuple:
             object.__setattr__(self, "size", size)
@@ -46,10 +46,10 @@ class BitMasks:
                 "one word holds 32 pixels"
             )
 
-    # -- what it is
+    # -- properties
     @property
     def shape(self) -> torch.Size:
-        """The batch dimensions: those of `words` without the last."""
+        """The batch dimensions: the dimensions of `words` without the last."""
         return self.words.shape[:-1]
 
     @property
@@ -71,7 +71,7 @@ class BitMasks:
 
     # -- batch dimensions
     def __getitem__(self, index: Any) -> BitMasks:
-        """Indexes the batch dimensions, as a tensor of shape `self.shape` would be."""
+        """Indexes the batch dimensions, like a tensor of shape `self.shape`."""
         index = index if isinstance(index, tuple) else (index,)
         rest = (slice(None),) if any(i is Ellipsis for i in index) else (Ellipsis, slice(None))
         place = (*index, *rest)
@@ -94,13 +94,14 @@ class BitMasks:
     # -- to and from pixels
     @staticmethod
     def from_dense(masks: Tensor, threshold: float = 0.5) -> BitMasks:
-        """Packs (..., H, W): bool and integers where not 0, floats where > threshold; NaN is not set."""
+        """Packs (..., H, W). A pixel is set where bool and integers are not 0, and where floats are > threshold. NaN is not
+        set."""
         from sprompt import ops
 
         return ops.pack_masks(masks, threshold)
 
     def to_dense(self, dtype: torch.dtype = torch.bool) -> Tensor:
-        """(..., H, W) of 0 and 1."""
+        """Dense masks (..., H, W) of 0 and 1."""
         from sprompt.ops.masks import unpack_masks
 
         return unpack_masks(self, dtype)
@@ -118,15 +119,15 @@ class BitMasks:
 
         return ops.rle_encode(self)
 
-    # -- questions
+    # -- measures
     def area(self) -> Tensor:
-        """Set pixels, int64 (...)."""
+        """Number of set pixels, int64 (...)."""
         from sprompt import ops
 
         return ops.mask_area(self)
 
     def boxes(self) -> Tensor:
-        """Tightest boxes x1, y1, x2, y2, exclusive ends, int64 (..., 4); zeros for an empty mask."""
+        """Tightest boxes x1, y1, x2, y2 with exclusive ends, int64 (..., 4). Zeros for an empty mask."""
         from sprompt import ops
 
         return ops.mask_boxes(self)
@@ -139,7 +140,7 @@ class BitMasks:
 
     # -- geometry
     def flip(self) -> BitMasks:
-        """Mirrored left to right."""
+        """The masks, mirrored left to right."""
         height, width = self.size
         return self._window(0, 0, height, width, flip=True)
 
@@ -160,7 +161,8 @@ class BitMasks:
         return self._window(-top, -left, top + height + bottom, left + width + right)
 
     def resize(self, size: Size) -> BitMasks:
-        """Bilinear (half-pixel centres, no antialias) on 0 and 1, then > 0.5: `sprompt.ops.resize_masks` of the 0s and 1s."""
+        """Resizes by bilinear interpolation of 0 and 1 (half-pixel centres, no antialias), then > 0.5. Equals
+        `sprompt.ops.resize_masks` of the dense masks."""
         from sprompt.ops.resize_masks import checked_size, op
 
         height, width = checked_size("BitMasks.resize", size, self.size)
@@ -196,13 +198,13 @@ def _common_size(masks: Sequence[BitMasks]) -> Size:
     sizes = {m.size for m in masks}
     if len(sizes) != 1:
         raise ValueError(
-            f"BitMasks: masks of one size can be joined, got sizes {sorted(sizes)}; resize or pad them first"
+            f"BitMasks: masks must have the same size to be joined, got sizes {sorted(sizes)}; resize or pad them first"
         )
     return masks[0].size
 
 
 def _batch_dim(masks: Sequence[BitMasks], dim: int, extra: int) -> int:
-    """A batch dimension counted from the front; the words' own dimension is not one."""
+    """Returns a batch dimension counted from the front. The dimension of the words is not a batch dimension."""
     if not masks:
         raise ValueError("BitMasks: cat and stack need at least one BitMasks, got none")
     rank = len(masks[0].shape) + extra

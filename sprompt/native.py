@@ -1,4 +1,4 @@
-"""The compiled module sprompt._C, or the reason why it is not there."""
+"""The compiled module sprompt._C, or the reason why it is missing."""
 
 import importlib
 import os
@@ -15,9 +15,9 @@ except ImportError as error:
         why_missing = "sprompt._C is not built; build it with `pip install .`"
         refusal = f"SPROMPT_CPU={asked}: {why_missing}"
     else:
-        why_missing = f"sprompt._C cannot be imported ({error}); build it anew with `pip install .`"
+        why_missing = f"sprompt._C cannot be imported ({error}); rebuild it with `pip install .`"
         refusal = str(error)
-    if asked:  # a level was asked for by name: never fall back in silence
+    if asked:  # the user named a level: never fall back silently
         raise ImportError(refusal) from None
     _C = None
 else:
@@ -46,5 +46,5 @@ def threads() -> int:
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """The tensor with last stride 1, as kernels read rows; other strides are taken as they are."""
+    """The tensor with last stride 1, because kernels read contiguous rows. The other strides stay as they are."""
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -12,18 +12,19 @@ import torch
 
 sys.path.append(
     str(Path(__file__).parents[1])
-)  # benchmarks; at the end, so that whichever sprompt is installed is tested
+)  # for benchmarks; at the end of the path, so that the tests import the installed sprompt
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Under pytest-xdist every worker keeps to its share of the cores.
+    # Under pytest-xdist every worker uses only its share of the cores.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """SPROMPT_TEST_OPS="mask_nms masks": tests of other ops are left out, in tests/ops and of parametrisation by spec."""
+    """With SPROMPT_TEST_OPS="mask_nms masks", deselects the tests of all other ops: files of tests/ops and tests parametrised
+    by spec."""
     chosen = os.environ.get("SPROMPT_TEST_OPS", "all").split()
     if chosen == ["all"]:
         return
@@ -36,20 +37,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _op_of(item: pytest.Item) -> str | None:
-    """The op (its folder's name) that a test is about, None if it is about no single one."""
+    """The op (the name of its folder) that a test is about; None if the test is not about a single op."""
     if item.path.parent.name == "ops" and (op := item.path.stem.removeprefix("test_")) in _op_of_specs().values():
         return op
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     if "spec" in parameters:
         return _op_of_specs()[parameters["spec"].name]
     if "case" in parameters:  # an error case, whose id begins with its spec's name
-        return _op_of_specs().get(item.callspec.id.partition(",")[0])  # type: ignore[attr-defined]
+        return _op_of_specs().get(item.callspec.id.partition(",")[0])
     return None
 
 
 @functools.cache
 def _op_of_specs() -> dict[str, str]:
-    """By the name of a spec: the module of sprompt/testing/specs that has it."""
+    """{name of a spec: name of the module of sprompt/testing/specs that defines it}."""
     from sprompt.testing import specs
 
     modules = [
@@ -60,7 +61,8 @@ def _op_of_specs() -> dict[str, str]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """An illegal access spoils CUDA for the rest of the process: such a worker of pytest-xdist ends, and xdist starts another."""
+    """An illegal memory access makes CUDA unusable for the rest of the process. A worker of pytest-xdist then exits, and xdist
+    starts a new worker."""
     yield
     if call.excinfo is None or "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
         return
@@ -72,8 +74,8 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
 
 
 def _patch_once_a_launch() -> None:
-    """Triton's interpreter makes `triton.language` its own anew for every call of a jitted function by another, which takes a
-    millisecond; once a launch is enough, and the tests several times as fast."""
+    """Triton's interpreter patches `triton.language` each time one jitted function calls another, which takes a millisecond.
+    Patching once per launch is enough and makes the tests several times as fast."""
     import inspect
 
     from triton.language import core

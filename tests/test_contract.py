@@ -1,4 +1,4 @@
-"""The promises of every op (numbered as in the README), for every spec and every backend that can run here."""
+"""Tests the promises of every op, with the numbers of the README, for every spec and every backend that can run here."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ NO_GPU = "needs a CUDA device"
 
 
 def cannot(backend: str, device: str) -> str:
-    """Why no op's kernel of this backend can run on a tensor of the device; empty if they can."""
+    """Why the kernels of this backend cannot run on tensors of the device; empty if they can."""
     probe = torch.empty(0, device=device)
     return {"native": native, "triton": launch, "cuda": cuda}[backend].why_not(probe) if backend != "reference" else ""
 
 
 def _backends() -> list[Any]:
-    """(device, backend) pairs, those that cannot run here marked with the reason."""
+    """(device, backend) pairs. Pairs that cannot run here have a skip mark with the reason."""
     pairs = []
     for device in backends.ORDER:
         for name in backends.order(device):
             reason = NO_GPU if device == "cuda" and not torch.cuda.is_available() else cannot(name, device)
             if reason and device == "cpu" and name in ("triton", "cuda"):
-                continue  # their own runs: TRITON_INTERPRET=1, and a build with SPROMPT_EMULATE_CUDA=1
+                continue  # other runs test them: TRITON_INTERPRET=1, and a build with SPROMPT_EMULATE_CUDA=1
             mark = [pytest.mark.skip(reason=reason)] if reason else []
             pairs.append(pytest.param(torch.device(device), name, id=f"{device}-{name}", marks=mark))
     return pairs
@@ -74,16 +74,17 @@ def having(backend: str) -> set[str]:
 
 
 def forced(backend: str) -> contextlib.AbstractContextManager[None]:
-    """Forces a backend for the ops that have it. A function whose own kernels it is may call ops of other rooms that have
-    none (a GPU backend is Triton or CUDA C++, a room at a time): those choose as ever."""
+    """Forces a backend for the ops that have it. A function under test may call ops of other folders that lack this backend,
+    because each folder has its GPU kernels either in Triton or in CUDA C++. Such ops choose their backend as usual."""
     return sprompt.use_backend(backend, having(backend))
 
 
 def fewer(
     spec: OpSpec, samples: list[Sample], device: torch.device, backend: str, together: bool = False
 ) -> list[Sample]:
-    """Triton's interpreter takes seconds a sample. It sees those that reach every choice in the kernels, or every combination of
-    choices; in float32 all samples are compared with the truth and their gradients with the reference."""
+    """The samples to test. Triton's interpreter takes seconds per sample, so it gets only as many samples as are needed to
+    reach every choice in the kernels, or with `together` every combination of choices. In float32, other tests compare all
+    samples with the ground truth and their gradients with the reference."""
     if (device.type, backend) != ("cpu", "triton"):
         return samples
     return cover(samples, [variants(spec, sample, together) for sample in samples])
@@ -109,12 +110,12 @@ def truth(spec: OpSpec, sample: Sample) -> Any:
         try:
             return spec.oracle(*exact.args, **exact.kwargs)
         except ModuleNotFoundError as missing:
-            pytest.skip(f"the truth comes from {missing.name}, which is not installed")
+            pytest.skip(f"the ground truth needs {missing.name}, which is not installed")
     with sprompt.use_backend("reference"):
         return call(spec, exact)
 
 
-# -- 1, 7: runs, says which backend ran, and is right
+# -- 1, 7: the op runs, reports the backend that ran, and is right
 
 
 @by_spec
@@ -141,7 +142,7 @@ def test_right_on_every_backend(spec: OpSpec, device: torch.device, backend: str
 
 
 def check_half(spec: OpSpec, sample: Sample, actual: Any, expected: Any) -> None:
-    """Error at most twice eager's own, plus one rounding of the result to the output's dtype."""
+    """The error is at most twice that of the eager formula, plus one rounding of the result to the output's dtype."""
     if spec.eager is not None:
         eager = spec.eager(*sample.args, **sample.kwargs)
     else:
@@ -154,7 +155,7 @@ def check_half(spec: OpSpec, sample: Sample, actual: Any, expected: Any) -> None
         ours, scale = error(a, e)
         theirs, _ = error(by_eager, e)
         bound = 2 * theirs + (torch.finfo(a.dtype).eps + spec.bound(sample)[0]) * scale + spec.bound(sample)[1]
-        assert ours <= bound, f"off by {ours:.3g}, bound {bound:.3g} (eager itself: {theirs:.3g})"
+        assert ours <= bound, f"off by {ours:.3g}, bound {bound:.3g} (eager formula: {theirs:.3g})"
 
 
 # -- 2: any layout of inputs and gradients
@@ -176,7 +177,7 @@ def test_any_layout(spec: OpSpec, device: torch.device, backend: str, layout: Ca
 @by_gradient
 @by_backend
 def test_expanded_gradient(spec: OpSpec, device: torch.device, backend: str) -> None:
-    """What .sum().backward() hands in: one number, expanded with strides of 0."""
+    """.sum().backward() passes such a gradient: one number, expanded with strides of 0."""
     skip_if_absent(spec, device, backend)
     with forced(backend):
         for sample in fewer(spec, spec.samples(device, F32, 2), device, backend):
@@ -194,7 +195,7 @@ def test_expanded_gradient(spec: OpSpec, device: torch.device, backend: str) -> 
                     assert_same_bits(results[0], results[1])
 
 
-# -- 3: writes into nothing of the caller's, and writes all of its own
+# -- 3: an op never writes into its inputs, and it writes every element of its outputs
 
 
 @by_spec
@@ -215,7 +216,8 @@ def test_inputs_untouched_outputs_written(spec: OpSpec, device: torch.device, ba
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty holds NaN (integers: the largest value), and so does what kernels take themselves (integers: -1)."""
+    """Every torch.empty holds NaN (integers: the largest value). Memory that kernels allocate themselves holds NaN too
+    (integers: -1)."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory
@@ -235,7 +237,7 @@ def poisoned_memory() -> Iterator[None]:
 @by_spec
 @by_backend
 def test_far_apart(spec: OpSpec, device: torch.device, backend: str) -> None:
-    """The two halves of a batch lie more than 2^31 elements apart; the memory between them is never touched."""
+    """The two halves of a batch lie more than 2^31 elements apart. Nothing touches the memory between them."""
     skip_if_absent(spec, device, backend)
     sample = next((s for s in spec.samples(device, dtypes(spec)[0], 4) if can_be_far(s)), None)
     if sample is None:
@@ -243,7 +245,7 @@ def test_far_apart(spec: OpSpec, device: torch.device, backend: str) -> None:
     with forced(backend), told(spec, sample):
         assert_same_bits(call(spec, far(sample)), call(spec, sample))
     if device.type == "cuda":
-        torch.cuda.empty_cache()  # other processes test on the same GPU
+        torch.cuda.empty_cache()  # other processes use the same GPU for tests
 
 
 # -- 5: opcheck, compile, export
@@ -264,7 +266,7 @@ def test_opcheck(spec: OpSpec, device: torch.device) -> None:
                 )
         for op, args in captured.calls:
             checks = ["test_schema", "test_faketensor"]
-            if op._schema.name.endswith("_backward"):  # whose own gradient says no: tested below
+            if op._schema.name.endswith("_backward"):  # its own gradient raises an error, which a test below checks
                 args = torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, args)
             if number == 0:
                 checks += ["test_autograd_registration", "test_aot_dispatch_dynamic"]
@@ -285,8 +287,9 @@ def fresh_compiler() -> Iterator[None]:
 @by_compiled
 @on_devices
 def test_compiled_equals_eager(spec: OpSpec, device: torch.device, fresh_compiler: None) -> None:
-    """Forward and backward, traced whole; the first sample also through Inductor. Samples that only differ in sizes and values are
-    not compiled again: test_opcheck holds the shapes of every sample's outputs to those that a compiler is told."""
+    """Forward and backward as one graph; the first sample goes through Inductor too. Samples that differ only in sizes and
+    values are not compiled again, because test_opcheck compares the output shapes of every sample with those that a compiler
+    sees."""
     samples = spec.samples(device, dtypes(spec)[0], 6)
     for number, sample in enumerate(cover(samples, [forms(sample) for sample in samples])):
         torch._dynamo.reset()
@@ -329,11 +332,11 @@ def test_export(spec: OpSpec, device: torch.device) -> None:
         assert_same_bits(program.module()(**inputs), call(spec, sample))
 
 
-# -- a call's two ways: straight to the backend, and through torch.ops
+# -- the two ways of a call: straight to the backend, or through torch.ops
 
 
 class Seeing(TorchFunctionMode):
-    """A mode that changes nothing: under it every call goes through torch.ops."""
+    """A mode that changes no result. While it is active, every call goes through torch.ops."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return function(*args, **(kwargs or {}))
@@ -372,7 +375,7 @@ def test_a_profiler_sees_the_op_both_ways(spec: OpSpec) -> None:
         assert ran and {f"sprompt::{op}" for op, _ in ran} <= {event.name for event in seen.events()}, way
 
 
-# -- 6, which only a GPU can show: tests/test_cuda.py
+# -- 6: only a GPU can show it; see tests/test_cuda.py
 
 
 # -- 8: the same bits on every run and on any number of threads
@@ -432,7 +435,7 @@ def test_gradients_equal_the_reference(spec: OpSpec, device: torch.device, backe
         with told(spec, sample):
             for a, e in zip(actual, expected, strict=True):
                 difference, scale = error(a, e)
-                # A half gradient is rounded once; those of its output gradients and inputs are rounded before.
+                # A gradient of a half type is rounded once; the output gradients and inputs were rounded before.
                 slack = 4 * torch.finfo(dtype).eps if dtype in HALVES else relative
                 assert difference <= absolute + slack * scale, (
                     f"gradient off by {difference:.3g} (largest value {scale:.3g})"
@@ -481,7 +484,7 @@ def test_autocast_rule(spec: OpSpec, device: torch.device) -> None:
             assert_same_bits(actual, expected)
 
 
-# -- inputs and outputs travel
+# -- outputs can be pickled
 
 
 @by_spec

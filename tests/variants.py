@@ -1,4 +1,4 @@
-"""The fewest samples that show everything: every variant of a spec's Triton kernels, every form of an argument."""
+"""Chooses few samples that together show every variant of a spec's Triton kernels, or every form of an argument."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from sprompt.ops.launch import DEFAULT_ARCH
 from sprompt.testing.calls import call, differentiable_outputs, with_gradients
 from sprompt.testing.spec import OpSpec, Sample
 
-#: Integer constants up to this one choose a way through a kernel; larger ones are sizes of tiles.
+#: Integer constants up to this value choose a branch of a kernel; larger constants are sizes of tiles.
 CHOICES = 8
 
 
 def _kind(value: Any) -> Any:
-    """What a kernel is compiled for: the dtype of a tensor, None, a switch; of other numbers the type."""
+    """The part of an argument that Triton compiles a kernel for: the dtype of a tensor, the value of None, a switch or a small
+    integer, the type of any other number."""
     if isinstance(value, Tensor):
         return value.dtype
     if value is None or isinstance(value, bool | str) or (isinstance(value, int) and abs(value) <= CHOICES):
@@ -25,8 +26,8 @@ def _kind(value: Any) -> Any:
 
 
 def variants(spec: OpSpec, sample: Sample, together: bool) -> set[Any]:
-    """Of every launch of a forward and backward: kernel, and the kinds of all arguments together or of each by itself. The launches
-    are recorded, nothing runs."""
+    """For every launch of a forward and backward: the kernel with the kinds of all its arguments together, or with the kind of
+    each argument separately. The launches are only recorded; no kernel runs."""
     from sprompt.testing.compiled import LaunchOnly  # needs Triton
 
     changed, leaves = with_gradients(spec, sample)
@@ -36,7 +37,7 @@ def variants(spec: OpSpec, sample: Sample, together: bool) -> set[Any]:
             torch.autograd.grad(outputs, leaves, [torch.zeros_like(output) for output in outputs], allow_unused=True)
     found: set[Any] = set()
     for launch in (launch for run in mode.runs for launch in run.launches):
-        # A number that is an argument is a size: one kernel serves all.
+        # A number among the arguments is a size, and one kernel serves all sizes.
         kinds = [(i, _kind(a)) for i, a in enumerate(launch.args) if a is None or isinstance(a, bool | Tensor)]
         kinds += [(name, _kind(value)) for name, value in launch.constants.items()]
         kernel = launch.kernel.fn.__name__
@@ -45,7 +46,8 @@ def variants(spec: OpSpec, sample: Sample, together: bool) -> set[Any]:
 
 
 def forms(sample: Sample) -> set[Any]:
-    """What a compiler makes graphs of: of every argument by itself, dtype, dimensions, layout, whether it is empty; or its value."""
+    """The properties for which a compiler makes separate graphs. For each tensor argument: dtype, number of dimensions, whether
+    it is empty, whether it is contiguous. For any other argument: its value."""
     leaves, _ = torch.utils._pytree.tree_flatten_with_path((sample.args, sample.kwargs))
     return {
         (str(path), (v.dtype, v.dim(), v.numel() == 0, v.is_contiguous()) if isinstance(v, Tensor) else repr(v))
@@ -54,8 +56,8 @@ def forms(sample: Sample) -> set[Any]:
 
 
 def cover(samples: list[Sample], shown: list[set[Any]]) -> list[Sample]:
-    """Samples that show all that one of `samples` shows, chosen one after the other by how much is new; and all that show nothing,
-    since they launch nothing."""
+    """Few samples that together show everything in `shown`. Each choice is the sample that shows most new elements. Samples
+    that show nothing are kept as well, because they launch no kernel."""
     missing: set[Any] = set().union(*shown)
     chosen = {i for i, found in enumerate(shown) if not found}
     while missing:

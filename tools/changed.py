@@ -1,9 +1,10 @@
-"""Names the ops whose slow tests must run again: `python tools/changed.py` prints them in one line, or "all", and says why on stderr.
-What is compared is the commit SPROMPT_BASE (default: the one that .ci/base names) and the working tree, uncommitted files included.
-SPROMPT_TEST_OPS ("mask_nms masks", "all", "none") is printed instead where it is set. `--passed` writes .ci/base.
+"""Finds the ops whose slow tests must run again. `python tools/changed.py` prints their names in one line, or "all", and prints
+the reason on stderr. It compares the working tree, uncommitted files included, with the commit SPROMPT_BASE (default: the
+commit named in .ci/base). If SPROMPT_TEST_OPS is set ("mask_nms masks", "all", "none"), it prints these ops instead. `--passed`
+writes .ci/base.
 
-A file belongs to an op if it lies in the op's folders; an op is affected as well by the headers that its kernels include, and by
-the ops that it imports. What is neither an op's nor known to be far from the kernels is shared: then every op is affected.
+A file belongs to an op if it lies in one of the op's folders. An op is affected by its own files, by the headers that its
+kernels include, and by the ops that it imports. Any other file counts as shared and affects every op, unless FAR lists it.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-#: The files of an op.
+#: Files that belong to an op. A group names the op.
 OWN = re.compile(r"(?:csrc|sprompt/ops)/(\w+)/.*|(?:sprompt/testing/specs/|tests/ops/test_)(\w+)\.py")
-#: Files that no kernel and no test of the slow levels depends on. Anything that is not listed counts as shared.
+#: Files on which no kernel and no test of the slow levels depends. A file that is not listed counts as shared.
 FAR = re.compile(
     r"docs/.*|examples/.*|benchmarks/.*|[^/]*\.md|.*/README\.md|LICENSE|\.gitignore|\.pre-commit-config\.yaml|\.ci/base"
     r"|sprompt/(?:commands|data|engine|methods|models|nn|presets|report|study|weights)/.*|sprompt/(?:cli|env|files|settings)\.py"
@@ -33,13 +34,14 @@ INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
 
 def ops(root: Path = ROOT) -> list[str]:
-    """Every op: a folder of sprompt/ops."""
+    """All ops. Each op is a folder of sprompt/ops."""
     return sorted(path.parent.name for path in (root / "sprompt/ops").glob("*/__init__.py"))
 
 
 @functools.cache
 def imported(source: str) -> set[str]:
-    """Modules that Python source imports, anywhere in it, with the names taken from them: sprompt.ops.masks.op.rows."""
+    """The modules that Python source imports at any place, each with the imported name, for example
+    sprompt.ops.masks.op.rows."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -50,14 +52,14 @@ def imported(source: str) -> set[str]:
 
 
 def exports(root: Path) -> dict[str, str]:
-    """What sprompt.ops offers from its folders, by name: the folder."""
+    """{a name that sprompt.ops exports: the folder that defines it}."""
     parts = (name.split(".") for name in imported((root / "sprompt/ops/__init__.py").read_text()))
     return {name[-1]: name[2] for name in parts if name[:2] == ["sprompt", "ops"] and len(name) > 3}
 
 
 def python_needs(root: Path, op: str) -> set[str]:
-    """Other ops that the op's modules, and what they share with others in sprompt/ops/*.py, import; and the ops whose specs its own
-    spec imports. A function that a spec only makes inputs with is no part of the op."""
+    """The other ops that the op's modules import, also through the shared modules sprompt/ops/*.py, and the ops whose specs its
+    own spec imports. Other imports of the spec do not count, because a function that only makes inputs is no part of the op."""
     public, found, seen = exports(root), set(), set()
     todo = sorted((root / "sprompt/ops" / op).glob("*.py"))
     while todo:
@@ -79,7 +81,7 @@ def python_needs(root: Path, op: str) -> set[str]:
 
 
 def included(root: Path, op: str) -> set[str]:
-    """Every file of csrc that the op's kernels include."""
+    """Every file of csrc that belongs to the op's kernels or is included by them."""
     found: set[str] = set()
     todo = [path.relative_to(root).as_posix() for path in (root / "csrc" / op).glob("*")]
     while todo:
@@ -91,14 +93,14 @@ def included(root: Path, op: str) -> set[str]:
 
 
 def needs(root: Path, op: str) -> set[str]:
-    """What an op is made from besides its own files: other ops by name, headers of csrc/common by path."""
+    """The dependencies of an op besides its own files: names of other ops, paths of headers of csrc/common."""
     files = included(root, op)
     headers = {path for path in files if HEADER.fullmatch(path)}
     return headers | (python_needs(root, op) | {path.split("/")[1] for path in files}) & set(ops(root)) - {op}
 
 
 def affected(files: Iterable[str], root: Path = ROOT) -> tuple[list[str], str]:
-    """The ops that changed files concern, and why."""
+    """(the ops that the changed files affect, the reason)."""
     known = ops(root)
     changed = set()
     for file in sorted(files):
@@ -122,7 +124,7 @@ def affected(files: Iterable[str], root: Path = ROOT) -> tuple[list[str], str]:
 
 
 def git(root: Path, *arguments: str) -> str | None:
-    """What git answers; None if it cannot."""
+    """The output of git; None if the command fails."""
     try:
         done = subprocess.run(("git", *arguments), cwd=root, capture_output=True, text=True)
     except OSError:
@@ -131,11 +133,11 @@ def git(root: Path, *arguments: str) -> str | None:
 
 
 def since(base: str, root: Path = ROOT) -> tuple[list[str], str]:
-    """The ops that changed since the commit, and why. Every op where that cannot be known."""
+    """(the ops that changed since the commit, the reason). All ops if git cannot tell."""
     if not base:
-        return ops(root), "no commit is named to compare with (.ci/base)"
+        return ops(root), "no commit to compare with (.ci/base or SPROMPT_BASE)"
     if git(root, "cat-file", "-e", f"{base}^{{commit}}") is None:
-        return ops(root), f"git does not know the commit {base} here"
+        return ops(root), f"git does not know the commit {base}"
     tracked = git(root, "diff", "--name-only", "--no-renames", "-z", base)
     untracked = git(root, "ls-files", "--others", "--exclude-standard", "-z")
     if tracked is None or untracked is None:
@@ -144,7 +146,8 @@ def since(base: str, root: Path = ROOT) -> tuple[list[str], str]:
 
 
 def passed(root: Path = ROOT) -> str:
-    """After every level passed for every op: names the commit in .ci/base if it is what was tested. Returns what was done."""
+    """To call after every level passed for every op. Writes HEAD to .ci/base if HEAD is the tested state. Returns a message
+    that says what it did."""
     head, changes = git(root, "rev-parse", "HEAD"), git(root, "status", "--porcelain")
     if head is None or changes is None:
         return "all levels passed; .ci/base is left as it is: this is no git repository"
@@ -152,7 +155,7 @@ def passed(root: Path = ROOT) -> str:
         return "all levels passed; .ci/base is left as it is: the working tree has changes that are not committed"
     (root / ".ci").mkdir(exist_ok=True)
     (root / ".ci/base").write_text(head)
-    return f"all levels passed: .ci/base now names {head[:12]}; commit it, and later runs begin there"
+    return f"all levels passed: .ci/base now names {head[:12]}; commit it, and later runs compare with it"
 
 
 def main() -> None:

@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# gpu.sh: on a machine with an NVIDIA GPU, builds, tests every promise on CUDA, and measures. What matters most comes first, and every
-# part has its share of the time. Needs Python 3.10 to 3.13 with its own torch >= 2.8 and Triton >= 3.4; what else is missing comes
-# from build/gpu-kit (`make gpu-prepare`, on any machine), or from an index if one can be reached.
+# gpu.sh: builds, tests every promise on CUDA, and measures, on a machine with an NVIDIA GPU. The most important parts come
+# first, and each part has its share of the time. Needs Python 3.10 to 3.13 that has torch >= 2.8 and Triton >= 3.4 installed.
+# Other missing packages come from build/gpu-kit (`make gpu-prepare`, on any machine), or from a package index if one can be
+# reached.
 #   PYTHON   the interpreter that has torch (default: python3)
-#   OUT      where report.json, report.md and the logs go (default: benchmarks/results/<gpu name>)
-#   TOTAL    seconds in all (default: 530)
+#   OUT      folder for report.json, report.md and the logs (default: benchmarks/results/<gpu name>)
+#   TOTAL    seconds for all parts together (default: 530)
 #   PARTS    parts to run (default: "smoke values forward promises modes memcheck compile")
 #   TUNE     folders of ops for which the part "tune" tries other tile sizes; OUT/<folder>.json is the new configs.json
-#   SELECT   what the tests select (pytest -k) and OPS what the benchmark times ("mask_iou mask_nms"); default: all
+#   SELECT   expression that selects tests (pytest -k); default: all tests
+#   OPS      ops that the benchmark times ("mask_iou mask_nms"); default: all ops
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -29,15 +31,15 @@ PYTHON
 ) || fail "$python has no torch that sees a GPU; type \`make gpu PYTHON=...\`"
 read -r gpu arch tag <<<"$name"
 out=${OUT:-benchmarks/results/$gpu}
-mkdir -p "$out" "$room"
+mkdir -p "$out" "$work"
 out=$(cd "$out" && pwd)
 kit=$(cd "$kit" 2>/dev/null && pwd || echo none)
 
-install() { timeout 40 "$python" -m pip install -q --disable-pip-version-check --no-deps --no-compile --upgrade --target "$room/site" "$@"; }
+install() { timeout 40 "$python" -m pip install -q --disable-pip-version-check --no-deps --no-compile --upgrade --target "$work/site" "$@"; }
 if compgen -G "$kit/wheels/*.whl" >/dev/null; then
     install --no-index --no-cache-dir "$kit"/wheels/*.whl
 fi
-export PYTHONPATH=$room/site${given:+:$given} PATH=$room/site/bin:$(dirname "$python"):$PATH
+export PYTHONPATH=$work/site${given:+:$given} PATH=$work/site/bin:$(dirname "$python"):$PATH
 missing=$("$python" - <<'PYTHON'
 import importlib.util
 needed = {"cmake": "cmake", "ninja": "ninja", "pytest": "pytest", "xdist": "pytest-xdist", "execnet": "execnet",
@@ -49,7 +51,7 @@ PYTHON
 if [ -n "$missing" ]; then
     say "missing: $missing; trying to install"
     # shellcheck disable=SC2086
-    install --retries 0 --timeout 5 $missing 2>/dev/null || echo "could not be installed: what needs them is skipped"
+    install --retries 0 --timeout 5 $missing 2>/dev/null || echo "they could not be installed; parts that need them are skipped"
 fi
 [ ! -d /usr/local/cuda/bin ] || export PATH=$PATH:/usr/local/cuda/bin
 
@@ -58,26 +60,27 @@ if compgen -G "$kit/_C.cpython-$tag-*.so" >/dev/null; then
     say "kernels from $kit"
     cp "$kit"/_C.cpython-"$tag"-*.so "$package/sprompt/"
 elif command -v cmake >/dev/null; then
-    say "building in $room"
-    command -v nvcc >/dev/null || echo "nvcc is missing: the CUDA C++ kernels are not built, and the tests will say so"
+    say "building in $work"
+    command -v nvcc >/dev/null || echo "nvcc is missing: the CUDA C++ kernels are not built, and their tests are skipped"
     compile "$python" "$arch" "$package/sprompt" "$out/build.log" || { tail -30 "$out/build.log"; fail "the kernels could not be built"; }
 else
     echo "cmake is missing: the CUDA C++ kernels are not built, their ops run on the reference"
 fi
-export TRITON_CACHE_DIR=$room/triton # one for all processes: Inductor would give each its own
-[ ! -e "$kit/triton.tar.gz" ] || tar -xzf "$kit/triton.tar.gz" -C "$room"
+export TRITON_CACHE_DIR=$work/triton # one cache for all processes; Inductor would give each process its own
+[ ! -e "$kit/triton.tar.gz" ] || tar -xzf "$kit/triton.tar.gz" -C "$work"
 export TORCHINDUCTOR_COMPILE_THREADS=1
-export CUBLAS_WORKSPACE_CONFIG=:4096:8 # without it torch refuses products where deterministic ones are asked for
+export CUBLAS_WORKSPACE_CONFIG=:4096:8 # torch refuses deterministic products without it
 cd "$package"
 "$python" -m sprompt.env | tee "$out/environment.txt"
-ended= # what every part ended with
+ended= # NAME:STATUS of every part
 
-part() { # part NAME SHARE: whether it is asked for; says so, and sets `limit`, the seconds until SHARE percent of the time are over
+# part NAME SHARE: succeeds if PARTS has the part. Prints the name and sets `limit` to the seconds until SHARE percent of TOTAL.
+part() {
     limit=$((total * $2 / 100 - (SECONDS - begin)))
     limit=$((limit > 15 ? limit : 15))
     case $parts in *" $1 "*) say "$1, within $limit s" ;; *) return 1 ;; esac
 }
-test_cuda() { # test_cuda NAME pytest-arguments...; ten processes: each takes up to a tenth of the GPU's memory
+test_cuda() { # test_cuda NAME pytest-arguments...; ten processes, because each takes up to a tenth of the GPU's memory
     local name=$1 status=0 workers
     shift
     workers=$(($(nproc) < 10 ? $(nproc) : 10))
@@ -85,7 +88,7 @@ test_cuda() { # test_cuda NAME pytest-arguments...; ten processes: each takes up
     parallel=$("$python" -c 'import xdist' 2>/dev/null && echo "-n $workers --dist worksteal" || true)
     timed=$("$python" -c 'import pytest_timeout' 2>/dev/null && echo "--timeout 90" || true)
     # shellcheck disable=SC2086
-    timeout -s INT -k 10 "$limit" "$python" -m pytest -p no:cacheprovider -q -rfEs $parallel $timed --junitxml "$room/$name.xml" "$@" \
+    timeout -s INT -k 10 "$limit" "$python" -m pytest -p no:cacheprovider -q -rfEs $parallel $timed --junitxml "$work/$name.xml" "$@" \
         >"$out/$name.log" 2>&1 || status=$?
     grep -vE '^[.sFEx]+ *(\[|$)|^$|^SKIPPED' "$out/$name.log" | grep -E '^(FAILED|ERROR|[0-9]+ |=|.*CUDA error)' | cut -c1-400 | tail -40 || true
     ended="$ended $name:$status"
@@ -99,7 +102,7 @@ measure() { # measure NAME benchmark-arguments...
     tail -60 "$out/$name.log"
     ended="$ended $name:$status"
 }
-rm -f "$room"/*.xml
+rm -f "$work"/*.xml
 chosen=${SELECT:+ and ($SELECT)}
 
 if part smoke 8; then
@@ -122,7 +125,7 @@ fi
 if part modes 86; then
     measure modes --mode full --mode memory --mode backward
 fi
-if part memcheck 93; then # memory is not cached, so that a write behind a tensor is one behind its allocation
+if part memcheck 93; then # without the caching allocator, a write behind a tensor is a write behind its allocation
     told="not installed"
     if command -v compute-sanitizer >/dev/null; then
         status=0
@@ -130,14 +133,14 @@ if part memcheck 93; then # memory is not cached, so that a write behind a tenso
             --kernel-name kernel_substring=sprompt "$python" -m sprompt.testing.sanitized >"$out/sanitizer.log" 2>&1 || status=$?
         told="memcheck ended with status $status (0: nothing found, 124: out of time)"
     fi
-    echo "$told" | tee "$room/sanitizer.txt"
+    echo "$told" | tee "$work/sanitizer.txt"
 fi
 if part tune 96; then
     status=0
     # shellcheck disable=SC2046
     timeout "$limit" "$python" -m benchmarks.tune --seconds 0.05 $(printf -- '--room %s ' ${TUNE:?}) >"$out/tune.log" 2>&1 || status=$?
     tail -20 "$out/tune.log"
-    for room_ in $TUNE; do cp "sprompt/ops/$room_/configs.json" "$out/$room_.json"; done
+    for folder in $TUNE; do cp "sprompt/ops/$folder/configs.json" "$out/$folder.json"; done
     ended="$ended tune:$status"
 fi
 if part compile 99; then
@@ -145,13 +148,13 @@ if part compile 99; then
 fi
 
 say "done: $out"
-"$python" - "$out" "$room" "$ended" <<'PYTHON'
+"$python" - "$out" "$work" "$ended" <<'PYTHON'
 import json, sys, xml.etree.ElementTree as tree
 from pathlib import Path
 
 from benchmarks import table
 
-out, room, ended = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
+out, work, ended = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3].split()
 report = {"rows": [], "empty_calls": [], "left_out": []}
 for file in ("forward.json", "modes.json"):
     if (out / file).exists():
@@ -160,10 +163,10 @@ for file in ("forward.json", "modes.json"):
             part[name] = report[name] + part[name]
         report |= part
 counts = {}
-for file in sorted(room.glob("*.xml")):
+for file in sorted(work.glob("*.xml")):
     suite = tree.parse(file).getroot()[0].attrib
     counts[file.stem] = {name: int(suite[name]) for name in ("tests", "failures", "errors", "skipped")}
-sanitizer = (room / "sanitizer.txt").read_text().strip() if (room / "sanitizer.txt").exists() else "not run"
+sanitizer = (work / "sanitizer.txt").read_text().strip() if (work / "sanitizer.txt").exists() else "not run"
 report |= {"command": "make gpu", "tests": counts, "compute_sanitizer": sanitizer, "parts": ended}
 (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 if report["rows"]:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# venv.sh VENV [PYTHON]: makes the virtual environment VENV with everything that build, tests and demo need, at the
-# versions of constraints.txt, and puts the working tree into it. A second run brings it up to date.
+# venv.sh VENV [PYTHON]: makes the virtual environment VENV and installs everything that the build, the tests and the demo need,
+# at the versions of constraints.txt, and the working tree in editable mode. A second run updates the environment.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1
@@ -40,10 +40,10 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     "$python" -m venv --clear "$venv"
 fi
 
-# Python 3.12 and later start without setuptools; sprompt is put in place without its kernels, which `make build` builds there.
+# Environments of Python 3.12 and later have no setuptools. sprompt is installed without its kernels; `make build` builds them.
 install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt "$@"; }
-echo "installing into $venv (the first time this downloads torch; PIP_INDEX_URL and pip's other settings hold)"
+echo "installing into $venv (the first time this downloads torch; PIP_INDEX_URL and pip's other settings apply)"
 install setuptools packaging cmake ninja
-# editable_mode=compat: a path, not an import hook, which would lend this tree's kernels to any other copy of sprompt.
+# editable_mode=compat adds a path. An import hook would give this tree's kernels to any other copy of sprompt.
 SPROMPT_NO_EXT=1 install --no-build-isolation --config-settings editable_mode=compat -e ".[dev]"
 touch "$venv/.ready"

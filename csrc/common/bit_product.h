@@ -1,11 +1,12 @@
-// The sizes of the intersections of many pairs of masks: a product of bit matrices by tables ("four Russians").
+// The sizes of the intersections of many pairs of masks: a product of bit matrices by lookup tables ("four Russians").
 //
-// For 4 pixels of 128 masks (the columns) a table of 16 entries holds, for each pattern that those pixels of another mask (a
-// row) can have, how many of them each column has in common with it: 4 bits a column, 64 bytes an entry. One load and one
-// addition of a vector thus settle 4 pixels of twice as many pairs as a vector has bytes. That is several times the rate of
-// and + popcount where the CPU has no popcount of vectors, and masks of any length lose nothing to sums across lanes. Three
-// entries are added before 4 bits could overflow, 2 words before they are widened to 16 bits. A table costs as much as about 16
-// rows, so this pays where most pairs of a tile are wanted.
+// 128 masks are the columns, other masks are the rows. There is one table for every 4 pixels of the columns. It has 16 entries,
+// one for each pattern of these 4 pixels in a row. An entry holds, for each column, how many set pixels the column shares with
+// the pattern: 4 bits per column, 64 bytes per entry. So one load and one addition of a vector count 4 pixels of twice as many
+// pairs as a vector has bytes. On a CPU without a vector popcount this is several times as fast as and + popcount. Masks of any
+// length lose nothing to sums across lanes. Three entries are added before 4 bits could overflow, and 2 words before the sums
+// are widened to 16 bits. Building a table costs as much as about 16 rows, so the product pays where most pairs of a tile are
+// wanted.
 #pragma once
 
 #include "common/bits.h"
@@ -13,11 +14,11 @@
 namespace sprompt {
 namespace SPROMPT_ISA {
 
-// Rows against columns, one tile at a time. About 110 kB, meant for the stack: the tables lie in the first cache, the rest in
-// the second.
+// Multiplies rows with columns, one tile at a time. About 110 kB, meant for the stack: the tables fit the L1 cache, the rest
+// fits the L2 cache.
 struct BitProduct {
-    static constexpr int64_t columns = 128, rows = 256;  // of a tile, at most
-    static constexpr int64_t most_words = 2047;          // at once: counts fit 16 bits
+    static constexpr int64_t columns = 128, rows = 256;  // the most that a tile has
+    static constexpr int64_t most_words = 2047;          // in one call: counts fit 16 bits
 
     alignas(64) uint16_t counts[rows][columns];
 
@@ -26,7 +27,7 @@ struct BitProduct {
     template <class Row, class Column>
     void multiply(int64_t R, const Row& row, int64_t C, const Column& column, int64_t first, int64_t last) {
         __builtin_memset(counts, 0, R * sizeof counts[0]);
-        for (auto& of_four : table) __builtin_memset(of_four[0], 0, entry);  // of no pixels
+        for (auto& of_four : table) __builtin_memset(of_four[0], 0, entry);  // the pattern without a set pixel
         if (C < columns) __builtin_memset(turned, 0, sizeof turned);
         for (int64_t start = first; start < last; start += stretch) {
             const int64_t length = last - start < stretch ? last - start : stretch;
@@ -59,7 +60,7 @@ struct BitProduct {
     static constexpr int64_t segment = 2;                             // words whose tables are held together
     static constexpr int64_t stretch = 12 * segment;                  // words that are copied together
     static constexpr int64_t entry = columns / 2;                     // bytes
-    static constexpr int64_t bytes = 4 * W, vectors = entry / bytes;  // of a vector; of an entry
+    static constexpr int64_t bytes = 4 * W, vectors = entry / bytes;  // bytes of a vector; vectors of an entry
     typedef uint8_t vb __attribute__((vector_size(4 * W)));
     typedef uint16_t vw __attribute__((vector_size(4 * W)));
     static_assert(entry % bytes == 0 && segment * 32 < 256, "an entry is whole vectors, a byte holds a segment");
@@ -68,24 +69,25 @@ struct BitProduct {
     alignas(64) uint32_t turned[stretch][columns];
     alignas(64) uint32_t probes[stretch / segment][rows][segment];
 
-    // The words of the next stretch: rows lie far apart, which no prefetcher follows. Past the end of a mask it does no harm.
+    // Prefetches the words of the next stretch. Rows lie far apart, and no hardware prefetcher follows them. A prefetch past
+    // the end of a mask does no harm.
     SPROMPT_INLINE static void fetch(const uint32_t* words) {
         for (int64_t w = 0; w < stretch; w += 16) __builtin_prefetch(words + w);
     }
 
-    // Where the word of column j goes, so that its counts end at place j. 4 bits h of byte q of 32-bit lane m of an entry are
-    // the column of word [2 q + h][m]; sums are widened by taking the lower 4 bits, then the upper ones, and of either the
-    // even bytes of a vector, then the odd ones.
+    // Where the word of column j must stand in `turned`, so that its counts end at index j. In an entry, the 4 bits h (0:
+    // lower, 1: upper) of byte q of 32-bit lane m belong to the column of word [2 q + h][m]. The sums are widened in this
+    // order: lower 4 bits of the even bytes of a vector, lower 4 bits of its odd bytes, then the same for the upper 4 bits.
     SPROMPT_INLINE static int64_t place_of(int64_t j) {
         const int64_t part = j % (2 * bytes) / (bytes / 2), high = part / 2, odd = part % 2;
         const int64_t byte = j / (2 * bytes) * bytes + 2 * (j % (bytes / 2)) + odd;
         return (2 * (byte % 4) + high) * (columns / 8) + byte / 4;
     }
 
-    // The 8 tables of word k of a segment.
+    // Builds the 8 tables of word k of a segment.
     SPROMPT_INLINE void build(int64_t k, const uint32_t* words) {
         for (int64_t v = 0; v < vectors; ++v) {
-            vi of[8];  // bits 4 c .. 4 c + 3 of 8 words, which become bits 4 r .. 4 r + 3 of vector c
+            vi of[8];  // 8 words; bits 4 c .. 4 c + 3 of word r become bits 4 r .. 4 r + 3 of vector c
             for (int r = 0; r < 8; ++r) of[r] = load(reinterpret_cast<const int32_t*>(words) + r * (columns / 8) + v * W);
             const auto exchange = [&](int distance, int32_t mask) {
                 for (int r = 0; r < 8; ++r) {
@@ -113,8 +115,8 @@ struct BitProduct {
         }
     }
 
-    // Keeps the compiler from taking the first vectors of all entries before the second ones: pairs of loads from the same
-    // half of two lines meet in one bank of the cache, and one of them waits.
+    // Keeps the compiler from loading the first vectors of all entries before the second vectors. Two loads from the same half
+    // of two cache lines use the same bank of the cache, and one of them waits.
     SPROMPT_INLINE static void keep_order(int64_t& offset, vb (&sum)[vectors]) {
 #if SPROMPT_X86 && !defined(SPROMPT_EMULATE_AVX512)
         for (int v = 0; v < vectors; ++v) __asm__ volatile("" : "+x"(sum[v]), "+r"(offset));
@@ -123,7 +125,7 @@ struct BitProduct {
 #endif
     }
 
-    // counts += what the tables of `words` words say of each row.
+    // Adds the counts of `words` words, read from their tables, to the counts of each row.
     template <int words>
     SPROMPT_INLINE void sweep(int64_t R, const uint32_t (*probe)[segment]) {
         const uint8_t* entries = &table[0][0][0];
@@ -135,7 +137,7 @@ struct BitProduct {
                 vb sum[vectors];
 #pragma GCC unroll 8
                 for (int c = 0; c < 8; ++c) {
-                    // A rotation is one instruction, a shift of a copy two.
+                    // A rotation is one instruction; a copy and a shift are two.
                     const int shift = (38 - 4 * c) % 32;
                     int64_t offset = (word << shift | word >> (32 - shift)) & 15 * entry;
                     keep_order(offset, c % 3 == 0 ? low : sum);

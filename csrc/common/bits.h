@@ -1,5 +1,5 @@
-// Bit sets. A mask of P pixels is ceil(P / 32) little-endian 32-bit words, pixel p being bit p % 32 of word p / 32; the
-// bits behind the last pixel are 0. Rows of words start at 4-byte boundaries; kernels read pairs of words as 64 bits.
+// Bit sets. A mask of P pixels is ceil(P / 32) little-endian 32-bit words. Pixel p is bit p % 32 of word p / 32. The bits
+// behind the last pixel are 0. Rows of words start at 4-byte boundaries. Kernels read pairs of words as 64 bits.
 #pragma once
 
 #include "common/vec.h"
@@ -70,7 +70,7 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
                _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b + word));
     };
     if (n > 240) {
-        // Eight vectors at a time through a tree of carry-save adders; only the carries of weight 8 are counted each time.
+        // A tree of carry-save adders takes eight vectors at a time. Only the carries of weight 8 are counted in each step.
         __m256i ones = _mm256_setzero_si256(), twos = ones, fours = ones, eights = ones;
         for (; i + 64 <= n; i += 64) {
             __m256i twos_a, twos_b, fours_a, fours_b, carry;
@@ -87,7 +87,7 @@ SPROMPT_INLINE int64_t count_and(const uint32_t* a, const uint32_t* b, int64_t n
         const __m256i high = _mm256_add_epi64(_mm256_slli_epi64(eights, 1), popcount_lanes(fours));
         total = sum_lanes(_mm256_add_epi64(_mm256_slli_epi64(high, 2), low));
     }
-    if (n - i >= 8) {  // short rows, and what the tree leaves: at most 30 vectors and a part of one, whose counts fit bytes
+    if (n - i >= 8) {  // short rows and the tree's remainder: at most 30 whole vectors and a partial one, so counts fit bytes
         __m256i bytes = _mm256_setzero_si256();
         for (; i + 8 <= n; i += 8) bytes = _mm256_add_epi8(bytes, popcount_bytes(both(i)));
         if (i < n) {
@@ -114,7 +114,7 @@ SPROMPT_INLINE void for_each_bit(const uint32_t* words, int64_t n, const F& f) {
         for (uint32_t w = words[i]; w != 0; w &= w - 1) f(32 * i + __builtin_ctz(w));
 }
 
-// The 64 bits of words[0..n) that start at bit `first` >= 0; bits behind the end read as 0.
+// The 64 bits of words[0..n) from bit `first` >= 0 on. Bits behind the end are read as 0.
 SPROMPT_INLINE uint64_t bits_at(const uint32_t* words, int64_t n, int64_t first) {
     const int64_t i = first / 32;
     const int shift = static_cast<int>(first % 32);
@@ -127,14 +127,14 @@ SPROMPT_INLINE uint64_t bits_at(const uint32_t* words, int64_t n, int64_t first)
 // The lowest k bits set, k in [0, 64].
 SPROMPT_INLINE uint64_t low_bits(int64_t k) { return k >= 64 ? ~uint64_t{0} : (uint64_t{1} << k) - 1; }
 
-// Writes bit strings one after the other into words that nobody else writes; close() stores what is left.
+// Writes bit strings one after the other into words that no other thread writes. close() stores the last, incomplete word.
 struct BitWriter {
     uint32_t* out;
     uint64_t pending = 0;
     int count = 0;
 
     SPROMPT_INLINE explicit BitWriter(uint32_t* words) : out(words) {}
-    // The lowest k bits of v, k in [0, 32]; the others must be 0.
+    // Appends the lowest k bits of v, k in [0, 32]. The other bits of v must be 0.
     SPROMPT_INLINE void put(uint32_t v, int k) {
         pending |= static_cast<uint64_t>(v) << count;
         count += k;

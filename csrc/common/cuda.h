@@ -1,4 +1,4 @@
-// How the launchers of CUDA kernels are declared. Includes nothing of CUDA, so every <op>.h may use it.
+// How the launchers of CUDA kernels are declared. This file includes no CUDA header, so every <op>.h may include it.
 #pragma once
 
 #include "common/views.h"
@@ -13,8 +13,8 @@ struct Stream {
 
 }  // namespace sprompt
 
-// SPROMPT_CUDA_KERNEL(name, parameters...) declares sprompt::cuda::name(const Stream&, parameters...), which launches and
-// returns. Defined in <op>_cuda.cu; there is no such function in a build without CUDA. Python sees it as _C.cuda.name.
+// SPROMPT_CUDA_KERNEL(name, parameters...) declares the launcher sprompt::cuda::name(const Stream&, parameters...). It launches
+// and returns without waiting. <op>_cuda.cu defines it; a build without CUDA does not have it. Python sees it as _C.cuda.name.
 #define SPROMPT_BIND_CUDA(name)
 #define SPROMPT_CUDA_KERNEL(name, ...)            \
     namespace cuda {                              \

@@ -1,9 +1,9 @@
-// What the CUDA kernels share: launching on torch's stream, shared memory, element types, warp sums. Every
-// csrc/<op>/<op>_cuda.cu includes this file, defines its kernels in an unnamed namespace and its launcher in
-// sprompt::cuda. Nothing here synchronises; scratch memory comes from the caller.
+// Common parts of the CUDA kernels: launching on torch's stream, shared memory, element types, warp sums. Every
+// csrc/<op>/<op>_cuda.cu includes this file, and defines its kernels in an unnamed namespace and its launcher in sprompt::cuda.
+// Nothing here synchronises. Scratch memory comes from the caller.
 //
-// With SPROMPT_EMULATE_CUDA the same sources are compiled as C++ for tests: tests/emulation/cuda.h runs their blocks and
-// threads on the host. So kernels declare shared arrays by SPROMPT_SHARED, start by launch(), and use no inline PTX.
+// With SPROMPT_EMULATE_CUDA the same sources are compiled as C++ for tests, and tests/emulation/cuda.h runs their blocks and
+// threads on the host. So kernels declare shared arrays with SPROMPT_SHARED, are started by launch(), and use no inline PTX.
 #pragma once
 
 #ifdef SPROMPT_EMULATE_CUDA
@@ -26,8 +26,8 @@ constexpr int warp = 32;
 constexpr unsigned whole_warp = 0xffffffffu;
 constexpr int64_t most_blocks = 0x7fffffff;  // of a grid's first dimension
 
-// What a launcher throws, "CUDA: " before it; RuntimeError in Python. (std::runtime_error takes <string>, of which nvcc would
-// read the text four times a file: a second.)
+// The exception that a launcher throws. Its text begins with "CUDA: ". In Python it is a RuntimeError. It does not derive from
+// std::runtime_error, which needs <string>: nvcc would parse that header four times per file, which takes a second.
 class Failure : public std::exception {
     char text_[160];
 
@@ -38,9 +38,9 @@ class Failure : public std::exception {
 
 #ifndef SPROMPT_EMULATE_CUDA
 
-// `count` elements of shared memory of the block, unwritten. `count` is a constant expression.
+// `count` elements of the block's shared memory, uninitialised. `count` is a constant expression.
 #define SPROMPT_SHARED(type, name, count) __shared__ type name[count]
-// Shared memory of the size that launch() was given, aligned to 16 bytes.
+// The dynamic shared memory, of the size that launch() was given, aligned to 16 bytes.
 #define SPROMPT_SHARED_DYNAMIC(type, name)                          \
     extern __shared__ __align__(16) unsigned char dynamic_shared[]; \
     type* const name = reinterpret_cast<type*>(dynamic_shared)
@@ -49,7 +49,8 @@ inline void check(cudaError_t status) {
     if (status != cudaSuccess) throw Failure(cudaGetErrorString(status));
 }
 
-// Starts kernel(args...) with `blocks` blocks of `threads` threads on the stream. Nothing is launched if there are no blocks.
+// Starts kernel(args...) with `blocks` blocks of `threads` threads on the stream, with `shared` bytes of dynamic shared memory.
+// Launches nothing if `blocks` is 0.
 template <class... Parameters, class... Args>
 void launch(const Stream& stream, void (*kernel)(Parameters...), int64_t blocks, int threads, int64_t shared, Args... args) {
     if (blocks <= 0) return;
@@ -58,8 +59,9 @@ void launch(const Stream& stream, void (*kernel)(Parameters...), int64_t blocks,
     check(cudaGetDevice(&before));
     if (before != stream.device) check(cudaSetDevice(stream.device));
     cudaError_t status = cudaSuccess;
-    if (shared > 32 * 1024) {  // beyond 48 KB with the static arrays, a kernel must ask for it
-        // Always all that a block may have: threads that launch at the same time ask for the same.
+    if (shared > 32 * 1024) {  // a kernel must ask for more than 48 KB, static arrays included
+        // The kernel always asks for the most that a block may have, so that host threads that launch at the same time set the
+        // same value.
         const void* code = reinterpret_cast<const void*>(kernel);
         cudaFuncAttributes of_kernel;
         int most = 0;
@@ -81,7 +83,7 @@ void launch(const Stream& stream, void (*kernel)(Parameters...), int64_t blocks,
 
 #endif
 
-// Element types as they lie in memory; sums and comparisons are in float.
+// Element types as they are stored in memory. Sums and comparisons are in float.
 struct bf16 {
     uint16_t bits;
 };
@@ -97,7 +99,7 @@ __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, bf16* out) { out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void from_float(float x, f16* out) { out->bits = __half_as_ushort(__float2half_rn(x)); }
 
-// Runs the statement with T naming the element type of a float tensor.
+// Runs the statement with T as the element type of a float tensor.
 #define SPROMPT_DEVICE_FLOATS(dtype, T, ...)                      \
     do {                                                          \
         if ((dtype) == ::sprompt::DType::f32) {                   \
@@ -116,7 +118,8 @@ __device__ inline void from_float(float x, f16* out) { out->bits = __half_as_ush
 
 inline int64_t tiles(int64_t size, int64_t block) { return (size + block - 1) / block; }
 
-// The sum over a warp, in every lane. All 32 lanes take part. Integers only: the order of the additions is fixed, too.
+// The sum over a warp, returned in every lane. All 32 lanes must take part. For integers only. The order of the additions is
+// fixed.
 template <class T>
 __device__ inline T warp_sum(T x) {
     for (int step = warp / 2; step > 0; step /= 2) x += __shfl_xor_sync(whole_warp, x, step);

@@ -32,7 +32,7 @@ SPROMPT_INLINE float to_float(f16 x) {
         __builtin_memcpy(&y, &bits, 4);
         return y;
     }
-    // The exponents differ by 112; multiplying by 2^112 moves it and makes subnormals right as well.
+    // The exponent biases differ by 112. The product with 2^112 corrects the exponent, for subnormals as well.
     const uint32_t bits = rest << 13;
     __builtin_memcpy(&y, &bits, 4);
     y *= 0x1p112f;
@@ -122,7 +122,7 @@ SPROMPT_INLINE void store_float(f16* p, vf v) {
 }
 #endif
 
-// float y[n] from x[n] of any element type.
+// Converts x[n], of any element type, to float y[n].
 template <class T>
 SPROMPT_INLINE void row_to_float(const T* x, int64_t n, float* y) {
     int64_t i = 0;

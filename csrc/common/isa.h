@@ -1,11 +1,11 @@
 // Instruction sets. Every csrc/<op>/<op>_cpu.cpp is compiled once per level, with that level's compiler flags and with
-// SPROMPT_ISA set to the level's name; everything in such a file lives in namespace sprompt::SPROMPT_ISA. The level is
-// chosen once per process, when the module is imported (isa.cpp), so a binary built on one machine never runs an
-// instruction that another machine lacks.
+// SPROMPT_ISA set to the level's name. Everything in such a file is in namespace sprompt::SPROMPT_ISA. The level is chosen once
+// per process, when the module is imported (isa.cpp). So a binary never runs an instruction that the CPU does not have,
+// wherever it was built.
 //
-// The rule that keeps this sound: a kernel file includes nothing that emits shared inline code (no <vector>,
-// <algorithm>, <string>, <thread>). The linker keeps one copy of such code for the whole module, and it might keep the
-// AVX-512 one. tests/test_build.py holds the object files to it.
+// One rule keeps this sound: a kernel file includes no header that emits shared inline code (no <vector>, <algorithm>,
+// <string>, <thread>). The linker keeps one copy of such code for the whole module, and that might be the AVX-512 copy.
+// tests/test_build.py checks the object files.
 #pragma once
 
 #define SPROMPT_INLINE inline __attribute__((always_inline))
@@ -17,9 +17,9 @@
 #define SPROMPT_LEVELS(X) X(portable)
 #endif
 
-// SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level; SPROMPT_KERNEL_OF(type, name, ...)
-// one that returns a `type`, int64_t. Python sees both under their name: bindings.cpp, which includes every csrc/<op>/<op>.h,
-// gives SPROMPT_BIND a meaning; elsewhere it is empty.
+// SPROMPT_KERNEL(name, parameters...) declares `void name(parameters...)` at every level. SPROMPT_KERNEL_OF(type, name, ...)
+// declares a kernel that returns `type`, which is int64_t. Python sees both under their name: bindings.cpp includes every
+// csrc/<op>/<op>.h and defines SPROMPT_BIND so that it binds them. Elsewhere SPROMPT_BIND is empty.
 #define SPROMPT_BIND(name)
 #define SPROMPT_KERNEL(name, ...) SPROMPT_KERNEL_OF(void, name, __VA_ARGS__)
 #if SPROMPT_X86
@@ -57,7 +57,7 @@ Level best_level();
 // The level in force: SPROMPT_CPU if set, else best_level().
 Level level();
 const char* level_name(Level level);
-// Reads SPROMPT_CPU. Returns null, or the sentence that says why the level asked for cannot run.
+// Reads SPROMPT_CPU. Returns null, or a message that says why the requested level cannot run.
 const char* choose_level();
 
 }  // namespace sprompt

@@ -1,4 +1,4 @@
-// Several sums at a time, and the last lanes of a row.
+// Sums of several vectors at a time, and loads and stores of the last lanes of a row.
 #pragma once
 
 #include "common/half.h"
@@ -10,8 +10,8 @@ typedef float v4f __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));
 typedef float v8f __attribute__((vector_size(32)));
 
-// The sum of W numbers in one fixed order: on 16 lanes first the halves, then neighbours, and neighbours of these, ...
-// Across registers: lane i is the sum of the lanes i of v[W].
+// The sums below add W numbers in one fixed order: with 16 lanes first the two halves, then neighbours, then neighbours of
+// these sums, and so on. sum_across sums over registers: lane i of the result is the sum of the lanes i of v[W].
 SPROMPT_INLINE vf sum_across(vf* v) {
     if (W == 16)
         for (int i = 0; i < W / 2; ++i) v[i] += v[i + W / 2];
@@ -19,7 +19,7 @@ SPROMPT_INLINE vf sum_across(vf* v) {
         for (int i = 0; i < n / 2; ++i) v[i] = v[2 * i] + v[2 * i + 1];
     return v[0];
 }
-// Within registers: lane i is the sum of the lanes of v[i], for 4 or 8 of them.
+// sum_four and sum_eight sum within registers: lane i of the result is the sum of the lanes of v[i], for 4 or 8 vectors.
 #if defined(__AVX2__)
 SPROMPT_INLINE __m256 eight_lanes(vf v) {
 #if defined(__AVX512F__)
@@ -28,7 +28,7 @@ SPROMPT_INLINE __m256 eight_lanes(vf v) {
     return (__m256)v;
 #endif
 }
-// Lanes 0-3 and 4-7: the sums of the lower and the upper halves of 4 vectors.
+// Lanes 0-3 and 4-7 are the sums of the lower and of the upper halves of 4 vectors.
 SPROMPT_INLINE __m256 sum_halves(const vf* v) {
     return _mm256_hadd_ps(_mm256_hadd_ps(eight_lanes(v[0]), eight_lanes(v[1])),
                           _mm256_hadd_ps(eight_lanes(v[2]), eight_lanes(v[3])));
@@ -55,7 +55,7 @@ SPROMPT_INLINE v8f sum_eight(const vf* v) {
 #endif
 }
 
-// The first k < W elements of a row, zeros behind; reads no more than them.
+// The first k < W elements of a row, with zeros behind them. Reads only these k elements.
 template <class T>
 SPROMPT_INLINE vf load_some(const T* p, int64_t k) {
     float lane[W] = {};

@@ -1,5 +1,5 @@
-// The size of the intersection of two masks of width W, at the cost of the overlap of their boxes: pairs whose boxes do not
-// meet are not read at all.
+// The size of the intersection of two masks of the same width. The cost is that of the overlap of their boxes. If the boxes do
+// not overlap, no word is read.
 #pragma once
 
 #include "common/bits.h"
@@ -7,7 +7,7 @@
 namespace sprompt {
 namespace SPROMPT_ISA {
 
-// A mask's tight box, exclusive ends, zeros if it is empty, and its area. Five int64 in memory.
+// A mask's tight box with exclusive ends (zeros if the mask is empty), and its area. Five int64 in memory.
 struct Extent {
     int64_t x1, y1, x2, y2, area;
 };
@@ -21,7 +21,7 @@ static inline Extent extent_of(const uint32_t* words, int64_t n, int64_t width) 
     const int64_t y2 = (32 * last - 1 - __builtin_clz(words[last - 1])) / width + 1;
     int64_t x1 = width, x2 = 0;
     for (int64_t y = y1; y < y2; ++y) {
-        // Only columns outside [x1, x2) can widen the box: from the left up to x1, from the right down to x2.
+        // Only columns outside [x1, x2) can widen the box: it searches from the left up to x1 and from the right down to x2.
         for (int64_t x = 0; x < x1; x += 64) {
             const uint64_t v = bits_at(words, n, y * width + x) & low_bits(x1 - x);
             if (v == 0) continue;
@@ -39,7 +39,7 @@ static inline Extent extent_of(const uint32_t* words, int64_t n, int64_t width) 
     return {x1, y1, x2, y2, count_bits(words + first, last - first)};
 }
 
-// The box that holds the intersection; `words` are the first and last word of its pixels when read in one stretch.
+// The box that holds the intersection. first_word and last_word bound its pixels when they are read in one stretch.
 struct Overlap {
     int64_t x1, y1, x2, y2;
     SPROMPT_INLINE Overlap(const Extent& a, const Extent& b)
@@ -50,15 +50,16 @@ struct Overlap {
     SPROMPT_INLINE bool empty() const { return x1 >= x2 || y1 >= y2; }
     SPROMPT_INLINE int64_t first_word(int64_t width) const { return (y1 * width + x1) / 32; }
     SPROMPT_INLINE int64_t last_word(int64_t width) const { return ((y2 - 1) * width + x2 - 1) / 32 + 1; }
-    // Whether reading each row's few words costs less than all words in one stretch (about a quarter of a cycle a word).
+    // Whether it is cheaper to read each row's few words than to read all words in one stretch (about a quarter of a cycle per
+    // word).
     SPROMPT_INLINE bool narrow(int64_t width) const {
         const int64_t words_a_row = (x2 - x1) / 32 + 2;
         return (y2 - y1) * (8 + words_a_row) * 4 < last_word(width) - first_word(width);
     }
 };
 
-// |a and b| row by row. Outside the overlap the intersection is empty, so whole words may be counted; the word that two rows
-// share is counted once.
+// |a and b|, counted row by row. Outside the overlap the intersection is empty, so whole words may be counted. A word that two
+// rows share is counted once.
 static inline int64_t count_rows(const uint32_t* a, const uint32_t* b, int64_t width, const Overlap& box) {
     int64_t total = 0, done = 0;
     for (int64_t y = box.y1; y < box.y2; ++y) {
@@ -72,7 +73,7 @@ static inline int64_t count_rows(const uint32_t* a, const uint32_t* b, int64_t w
     return total;
 }
 
-// |a and b| in the cheaper of the two ways.
+// |a and b|, counted in the cheaper of the two ways.
 static inline int64_t intersection(const uint32_t* a, const Extent& extent_a, const uint32_t* b, const Extent& extent_b,
                                    int64_t width) {
     const Overlap box(extent_a, extent_b);

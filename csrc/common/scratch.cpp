@@ -25,9 +25,9 @@ void* allocate(int64_t bytes) {
 
 // The memory of one thread.
 struct Held {
-    char* kept = nullptr;  // kept_bytes, of which `used` belong to the call
+    char* kept = nullptr;  // kept_bytes of memory; the call has taken the first `used` bytes
     int64_t used = 0;
-    std::vector<void*> blocks;  // the call's parts beyond them
+    std::vector<void*> blocks;  // the call's parts that did not fit into `kept`
 
     ~Held() {
         give_back();
@@ -55,7 +55,8 @@ thread_local Held held;
 
 }  // namespace
 
-// Kernels are compiled without exceptions: one that passes through them runs no destructor of theirs.
+// Kernels are compiled without exceptions. An exception that passes through a kernel does not run its destructors, so this
+// function gives the memory back itself.
 void* scratch_take(int64_t bytes) {
     try {
         if (bytes < 0) throw std::bad_alloc();

@@ -1,6 +1,6 @@
-// Soft targets of the losses, read row by row. A target is a dense row of 0/1 bytes (not 0 is 1) or floats, or bits at r
-// times the resolution of the loss; the target is then their half-pixel bilinear reduction: the bit itself (r = 1), the mean of
-// a 2 x 2 block (r = 2), the mean of the central 2 x 2 of a 4 x 4 block (r = 4).
+// Soft targets of the losses, read row by row. A target is a dense map of bytes (any byte but 0 counts as 1) or floats, or a
+// bit mask at r times the resolution of the loss. A bit mask is reduced by half-pixel bilinear interpolation: the bit itself (r
+// = 1), the mean of a 2 x 2 block (r = 2), or the mean of the central 2 x 2 bits of a 4 x 4 block (r = 4).
 #pragma once
 
 #include "common/bits.h"
@@ -18,7 +18,7 @@ struct TargetMap {
     int64_t width;       // of the loss
 };
 
-// The target with batch index `offset` elements into the tensor.
+// The target that starts `offset` elements into the tensor.
 SPROMPT_INLINE TargetMap target_map(const View& targets, int64_t offset, int64_t ratio, int64_t width) {
     const int last = targets.rank - 1;
     const int64_t bytes = targets.dtype == DType::f32 || targets.dtype == DType::i32    ? 4
@@ -32,8 +32,8 @@ SPROMPT_INLINE TargetMap target_map(const View& targets, int64_t offset, int64_t
             width};
 }
 
-// out[0 .. 16) <- a quarter of the 16 counts of at most 4 in the nibbles of v. A nibble stays where it is: its value is a
-// whole number of 16^i, at most 4 * 16^7 = 2^30, which a float holds exactly.
+// out[0 .. 16) <- a quarter of each of the 16 counts, at most 4, in the nibbles of v. The nibbles are not shifted: nibble i in
+// place is a multiple of 16^i and at most 4 * 16^7 = 2^30, which a float holds exactly.
 SPROMPT_INLINE void store_quarters(uint64_t v, float* out) {
     const vi low = broadcast(static_cast<int32_t>(v)), high = broadcast(static_cast<int32_t>(v >> 32));
     for (int i = 0; i < 16; i += W) {
@@ -49,7 +49,7 @@ SPROMPT_INLINE void store_quarters(uint64_t v, float* out) {
     }
 }
 
-// The nibbles of 16 fields of 2 bits.
+// Spreads 16 fields of 2 bits to 16 nibbles.
 SPROMPT_INLINE uint64_t pairs_to_nibbles(uint64_t v) {
     v = (v | v << 16) & 0x0000ffff0000ffffu;
     v = (v | v << 8) & 0x00ff00ff00ff00ffu;
@@ -57,13 +57,13 @@ SPROMPT_INLINE uint64_t pairs_to_nibbles(uint64_t v) {
     return (v | v << 2) & 0x3333333333333333u;
 }
 
-// out[X] of row Y for every X in [0, width), and zeros up to the next multiple of W (r > 1: of 16). False: the row is 0 and
-// nothing has been written.
+// Writes out[X] of row Y for every X in [0, width), and zeros up to the next multiple of W (r > 1: of 16). Returns false, and
+// writes nothing, if the whole row is 0.
 SPROMPT_INLINE bool bit_target_row(const TargetMap& map, int64_t Y, float* out) {
     const uint32_t* words = static_cast<const uint32_t*>(map.data);
     const int64_t width = map.width, n = map.words, r = map.ratio, line = r * width;
     const int64_t a = (r * Y + (r == 4 ? 1 : 0)) * line, b = a + line;  // the first bits of the two rows that count
-    // Every step takes 64 / r targets; rows are looked through first, since most rows of most masks are empty.
+    // Every step takes 64 / r targets. A first loop looks for set bits, since most rows of most masks are empty.
     const int64_t step = 64 / r;
     uint64_t any = 0;
     for (int64_t X = 0; X < width; X += step) {
@@ -120,8 +120,8 @@ SPROMPT_INLINE void dense_target_row(const uint8_t* row, int64_t width, float* o
     for (; x < width; ++x) out[x] = row[x] != 0 ? 1.0f : 0.0f;
 }
 
-// out[0 .. width) <- row Y, zeros behind it up to a multiple of W; `out` has room for 16 floats more. False: the row is 0 and
-// nothing has been written (only of bits; a dense row is not looked through).
+// out[0 .. width) <- row Y, with zeros behind it up to a multiple of W. `out` has space for 16 more floats. Returns false, and
+// writes nothing, if the whole row of a bit mask is 0. Dense rows are always written.
 static inline bool target_row(const TargetMap& map, int64_t Y, float* out) {
     if (map.ratio != 0) return bit_target_row(map, Y, out);
     const int64_t start = Y * map.row_stride;

@@ -33,8 +33,8 @@ struct Job {
     static void entry(void* job) { static_cast<Job*>(job)->work(); }
 };
 
-// ---- torch's OpenMP runtime: GOMP_parallel(function, data, number of threads, flags), a stable symbol of libgomp and
-// of LLVM's libomp.
+// ---- torch's OpenMP runtime. GOMP_parallel(function, data, number of threads, flags) is a stable symbol of libgomp and of
+// LLVM's libomp.
 using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
 
 #if defined(__linux__)
@@ -44,7 +44,8 @@ int is_openmp(dl_phdr_info* info, size_t, void* found) {
     if (std::strncmp(file, "/libgomp", 8) != 0 && std::strncmp(file, "/libomp", 7) != 0 &&
         std::strncmp(file, "/libiomp5", 9) != 0)
         return 0;
-    // RTLD_NOLOAD: only a library that is already in the process; the handle is kept for good, so it stays there.
+    // RTLD_NOLOAD opens the library only if the process has already loaded it. The handle is never closed, so the library stays
+    // loaded.
     void* handle = dlopen(info->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
     void* symbol = handle == nullptr ? nullptr : dlsym(handle, "GOMP_parallel");
     if (symbol == nullptr) return 0;
@@ -66,10 +67,10 @@ GompParallel openmp() {
     return function;
 }
 
-// ---- our own pool, for processes without that runtime. Workers are started on first use and wait on a condition.
+// ---- Our own pool, for processes without that runtime. Workers start on first use and wait on a condition.
 class Pool {
   public:
-    // Returns false if another job is running: the caller then works alone.
+    // Returns false if another job is running. The caller then works alone.
     bool run(Job& job) {
         std::unique_lock<std::mutex> owner(busy_, std::try_to_lock);
         if (!owner.owns_lock()) return false;
@@ -112,7 +113,8 @@ class Pool {
     uint64_t generation_ = 0;
 };
 
-// Never destroyed (its threads run until the process ends); replaced in a forked child, where they do not exist.
+// The pool is never destroyed, because its threads run until the process ends. A forked child gets a new pool, because the
+// threads do not exist there.
 Pool* pool_instance = nullptr;
 Pool& pool() {
     static std::once_flag once;

@@ -1,8 +1,9 @@
-// One way to run work on several threads. Work is cut into chunks of `grain` items; the cut depends on n and grain
-// only, never on the number of threads, so a kernel that writes (or sums) per chunk gives the same bits on any number.
+// Runs work on several threads. Work is cut into chunks of `grain` items. The cut depends only on n and grain, never on the
+// number of threads. So a kernel that writes or sums per chunk gives the same bits with any number of threads.
 //
-// The threads are those of the OpenMP runtime that torch has loaded, when it is found in the process: two pools would
-// fight for the same cores, because the workers of each spin for a while after its last job. Otherwise a pool of our own.
+// If torch has loaded an OpenMP runtime into the process, the threads are those of this runtime. Two pools would compete for
+// the same cores, because the workers of each pool spin for a while after its last job. Without such a runtime the threads come
+// from a pool of our own.
 #pragma once
 
 #include <cstdint>
@@ -11,11 +12,11 @@
 
 namespace sprompt {
 
-// Calls task(context, chunk, worker) once for every chunk in [0, chunks), from at most `threads` threads;
-// worker is in [0, threads) and no two running calls share one. Tasks must not throw.
+// Calls task(context, chunk, worker) once for every chunk in [0, chunks), from at most `threads` threads. `worker` is in [0,
+// threads), and no two running calls have the same worker. Tasks must not throw.
 void run_chunks(int64_t chunks, int threads, void (*task)(void* context, int64_t chunk, int worker), void* context);
 
-// "openmp" or "pool": whose threads run_chunks uses.
+// Where run_chunks gets its threads: "openmp" or "pool".
 const char* thread_source();
 
 }  // namespace sprompt

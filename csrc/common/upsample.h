@@ -1,8 +1,8 @@
-// Bilinear upsampling by a whole number u, half-pixel centres, as F.interpolate(scale_factor=u, mode="bilinear",
+// Bilinear upsampling by a whole number u with half-pixel centres, like F.interpolate(scale_factor=u, mode="bilinear",
 // align_corners=False), one row at a time, and its transpose. Output X = u x + k lies between two inputs:
 //     out[X] = (1 - f) in[x - 1 + s] + f in[x + s],   c = (k + 1/2) / u - 1/2,   s = [c >= 0],   f = c + 1 - s,
-// where indices are held to the map. A row of the upsampled map is first the blend of two low rows, at the low width, and
-// then stretched; so no upsampled map, and no stretched row that could be reused, is ever stored.
+// where indices are clamped to the map. A row of the upsampled map is made in two steps: two low-resolution rows are blended,
+// and the blend is stretched to the full width. So an upsampled map is never stored.
 #pragma once
 
 #include "common/half.h"
@@ -11,10 +11,10 @@
 namespace sprompt {
 namespace SPROMPT_ISA {
 
-// What padding lanes hold: a logit whose probability, product with a target of 0, and loss are all nothing.
+// The logit of padding lanes. Its probability, its product with a target of 0 and its loss are all 0.
 constexpr float beyond_row = -1e4f;
 
-// Output phase k in [0, u): its neighbours are x - 1 + shift and x + shift, with weights 1 - fraction and fraction.
+// Output phase k in [0, u) lies between x - 1 + shift and x + shift, with weights 1 - fraction and fraction.
 struct Phase {
     int shift;
     float fraction;
@@ -36,7 +36,7 @@ SPROMPT_INLINE RowPair row_pair(int64_t Y, int64_t h, int64_t u) {
     return {a < 0 ? 0 : a, b < h ? b : h - 1, 1.0f - phase.fraction, phase.fraction};
 }
 
-// v[-1 .. n] <- the blend of rows a and b of n elements, its ends repeated once on either side.
+// v[-1 .. n] <- the blend of rows a and b of n elements. v[-1] and v[n] repeat the first and the last element.
 template <class T>
 SPROMPT_INLINE void blend_rows(const T* a, const T* b, float weight_a, float weight_b, int64_t n, float* v) {
     const vf wa = broadcast(weight_a), wb = broadcast(weight_b);
@@ -51,7 +51,7 @@ SPROMPT_INLINE void blend_rows(const T* a, const T* b, float weight_a, float wei
     v[n] = v[n - 1];
 }
 
-// Row Y of the map (h, n) at `map`, rows `stride` apart, before stretching: v[-1 .. n].
+// v[-1 .. n] <- row Y, before stretching, of the map (h, n) at `map`, rows `stride` apart.
 SPROMPT_INLINE void upsampled_low_row(DType dtype, const void* map, int64_t stride, int64_t h, int64_t n, int64_t u, int64_t Y,
                                       float* v) {
     const RowPair pair = row_pair(Y, h, u);
@@ -111,7 +111,7 @@ SPROMPT_INLINE vi lane_index() {
     return v;
 }
 
-// row[0 .. u n) <- v[-1 .. n] stretched.
+// row[0 .. u n) <- v[-1 .. n], stretched.
 SPROMPT_INLINE void stretch_row(const float* v, int64_t n, int64_t u, float* row) {
     for (int64_t k = 0; k < u; ++k) {
         const Phase phase = phase_of(k, u);
@@ -120,13 +120,13 @@ SPROMPT_INLINE void stretch_row(const float* v, int64_t n, int64_t u, float* row
     }
 }
 
-// Calls f(X, z) for X = 0, W, 2 W, ... < u n: z is the lanes X .. X + W of the stretched row of v[-1 .. n], beyond_row where
-// X >= u n. v is readable to v[n + W]; `row` is room for u n + W floats, used where u > 2.
+// Calls f(X, z) for X = 0, W, 2 W, ... < u n. z holds the lanes X .. X + W of the stretched row of v[-1 .. n], and beyond_row
+// in lanes behind u n. v is readable to v[n + W]. `row` is a buffer of u n + W floats, used where u > 2.
 template <class F>
 SPROMPT_INLINE void for_each_stretched(const float* v, int64_t n, int64_t u, float* row, const F& f) {
     const int64_t width = u * n;
     int64_t X = 0;
-    const float* z = v;  // lanes from `origin` on
+    const float* z = v;  // the lanes from `origin` on
     int64_t origin = 0;
     float rest[2 * W];
     if (u == 2) {
@@ -157,10 +157,10 @@ SPROMPT_INLINE void for_each_stretched(const float* v, int64_t n, int64_t u, flo
           select(lanes < static_cast<int32_t>(width - X < W ? width - X : W), load(z + (X - origin)), broadcast(beyond_row)));
 }
 
-// The transpose of stretching: g[0 .. n) <- row[0 .. u n). row is writable at [-1] and [u n], and readable W floats further.
+// The transpose of stretching: g[0 .. n) <- row[0 .. u n). `row` is writable at [-1] and [u n], and readable for W more floats.
 SPROMPT_INLINE void collapse_row(float* row, int64_t n, int64_t u, float* g) {
     if (u == 2) {
-        // An index held to the map by the stretch is, in the transpose, an end of the row that counts once more.
+        // The stretch clamps indices to the map. So in the transpose the two ends of the row count once more.
         row[-1] = row[0];
         row[2 * n] = row[2 * n - 1];
         const vf quarter = broadcast(0.25f), three_quarters = broadcast(0.75f);

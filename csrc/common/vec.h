@@ -1,9 +1,9 @@
-// Vectors of W 32-bit lanes, W being the level's register width, on the compiler's vector extension: + - * / & | ^ and
-// comparisons (lanes of 0 and -1) are the language's own. What the language lacks is here: loads, a true fused
-// multiply-add, minimum and maximum, sums, and comparison to bits.
+// Vectors of W 32-bit lanes, where W is the level's register width. They use the compiler's vector extension, which provides +
+// - * / & | ^ and comparisons (lanes of 0 and -1). This file adds loads, a true fused multiply-add, minimum and maximum, sums,
+// and comparisons that return bits.
 //
-// The build sets -ffp-contract=off: a product and a sum are fused only where fma() says so, so that a kernel which must
-// agree to the bit with its reference can.
+// The build sets -ffp-contract=off: a product and a sum are fused only by fma(). So a kernel can agree with its reference to
+// the bit.
 #pragma once
 
 #if !defined(SPROMPT_ISA)
@@ -50,7 +50,7 @@ SPROMPT_INLINE vf bits_to_float(vi v) { return (vf)v; }
 SPROMPT_INLINE vi bits_to_int(vf v) { return (vi)v; }
 SPROMPT_INLINE vf select(vi condition, vf yes, vf no) { return (vf)((condition & (vi)yes) | (~condition & (vi)no)); }
 
-// a * b + c, rounded once where the level has the instruction, twice on portable.
+// a * b + c, rounded once where the level has the instruction, and twice on portable.
 SPROMPT_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
@@ -61,12 +61,12 @@ SPROMPT_INLINE vf fma(vf a, vf b, vf c) {
 #endif
 }
 
-// As the SSE instruction: where either is NaN the second operand is returned.
+// Like the SSE instruction: if either operand is NaN, the second operand is returned.
 SPROMPT_INLINE vf minimum(vf a, vf b) { return select(a < b, a, b); }
 SPROMPT_INLINE vf maximum(vf a, vf b) { return select(a > b, a, b); }
 SPROMPT_INLINE vf absolute(vf a) { return (vf)((vi)a & 0x7fffffff); }
 
-// Sum of the lanes, halves first: the same order at every call.
+// The sum of the lanes. It adds halves first, in the same order at every call.
 SPROMPT_INLINE float sum(vf v) {
     float lane[W];
     store(lane, v);

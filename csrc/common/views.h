@@ -1,5 +1,5 @@
-// A View is what a kernel sees of a tensor: pointer, element type, int64 sizes and int64 strides (in elements). Views is what
-// it sees of a list of tensors, such as the levels of a pyramid.
+// A View describes a tensor to a kernel: pointer, element type, int64 sizes and int64 strides (in elements). Views describes a
+// list of tensors, such as the levels of a pyramid.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,6 @@
-// exp, log, log1p on [0, 1] and the sigmoid on W lanes. Polynomials are minimax in the relative error, fitted in float64; the
-// bounds below include rounding. tests/test_vmath.py measures them against float64 through the losses, one value a mask.
+// exp, log, log1p on [0, 1] and the sigmoid on W lanes. The polynomials are minimax in the relative error, fitted in float64.
+// The error bounds below include rounding. tests/test_vmath.py measures them against float64 through the losses, with one value
+// per mask.
 #pragma once
 
 #include "common/vec.h"
@@ -7,7 +8,7 @@
 namespace sprompt {
 namespace SPROMPT_ISA {
 
-// As minimum(a, b) and maximum(a, b), in the one instruction that they are: where either is NaN, b is returned.
+// minimum(a, b) and maximum(a, b) as one instruction. If either operand is NaN, b is returned.
 SPROMPT_INLINE vf min_or_second(vf a, vf b) {
 #if defined(__AVX512F__)
     return (vf)_mm512_min_ps((__m512)a, (__m512)b);
@@ -32,7 +33,7 @@ SPROMPT_INLINE vf max_or_second(vf a, vf b) {
 }
 
 // e^x within 2 units in the last place. x = n ln 2 + r with |r| <= ln 2 / 2; e^r = 1 + r + r^2 h(r), h of degree 4, relative
-// error 3e-9. The argument is held to [-87.3, 88.8]: nothing is below 1.2e-38, and above 3.4e38 the result is infinite. NaN
+// error 3e-9. The argument is clamped to [-87.3, 88.8]: no result is below 1.2e-38, and a result above 3.4e38 is infinite. NaN
 // stays NaN.
 SPROMPT_INLINE vf exp(vf x) {
     x = max_or_second(broadcast(-87.3f), min_or_second(broadcast(88.8f), x));
@@ -48,22 +49,22 @@ SPROMPT_INLINE vf exp(vf x) {
     h = fma(h, r, broadcast(0.49999993447788793f));
     h = fma(h, r, broadcast(1.0f));
     h = fma(h, r, broadcast(1.0f));
-    // 2^n in two steps, since n may be 128.
+    // The factor 2^n is applied in two steps, since n may be 128.
     const vi k = bits_to_int(shifted) - bits_to_int(magic);
     const vi half = k >> 1;
     return h * bits_to_float((half + 127) << 23) * bits_to_float((k - half + 127) << 23);
 }
 
-// e^x for |x| <= 87.3, at three quarters of the cost: within 3 units in the last place for |x| < 10, 6 elsewhere. ln 2 is one
-// float (off by 2e-9, n times) where the product is fused, h of degree 3 (relative error 1e-7), and 2^n is added to the
-// exponent. NaN stays NaN.
+// e^x for |x| <= 87.3, at three quarters of the cost of exp: within 3 units in the last place for |x| < 10, within 6 elsewhere.
+// Where the product is fused, ln 2 is one float (off by 2e-9, n times). h has degree 3 (relative error 1e-7), and 2^n is added
+// to the exponent. NaN stays NaN.
 SPROMPT_INLINE vf exp_small(vf x) {
     const vf magic = broadcast(12582912.0f);
     const vf shifted = fma(x, broadcast(1.44269504f), magic);
     const vf n = shifted - magic;
 #if defined(__FMA__) || defined(__AVX512F__)
     const vf r = fma(n, broadcast(-0.69314718f), x);
-#else  // a product that is rounded must be exact: the first part of ln 2 has few bits
+#else  // the first part of ln 2 has few bits, so its product with n needs no rounding
     const vf r = fma(n, broadcast(2.12194440e-4f), fma(n, broadcast(-0.693359375f), x));
 #endif
     vf h = broadcast(0.008312520140562257f);
@@ -72,7 +73,7 @@ SPROMPT_INLINE vf exp_small(vf x) {
     h = fma(h, r, broadcast(0.4999923149539148f));
     h = fma(h, r, broadcast(1.0f));
     h = fma(h, r, broadcast(1.0f));
-    return bits_to_float(bits_to_int(h) + (bits_to_int(shifted) << 23));  // the shift leaves nothing of magic
+    return bits_to_float(bits_to_int(h) + (bits_to_int(shifted) << 23));  // the shift drops the bits of magic
 }
 
 // log(1 + e) for e in [0, 1], within 3 units in the last place: e + e^2 h(e), h of degree 7, relative error 4e-8.
@@ -105,10 +106,10 @@ SPROMPT_INLINE vf log(vf x) {
     return select(x == x, y, x);
 }
 
-// The division of the sigmoid is the machine's own: it runs beside the multiplications and costs less than an estimate with a
-// Newton step, which adds to them, and its bits are the same on every machine.
+// The sigmoid uses the division instruction. It runs in parallel with the multiplications, so it costs less than an estimate
+// with a Newton step, which adds multiplications. Its bits are the same on every machine.
 
-// 1 / (1 + e^-z) within 4 units in the last place for |z| < 10, 6 elsewhere; never below 1.2e-38. NaN stays NaN.
+// 1 / (1 + e^-z) within 4 units in the last place for |z| < 10, within 6 elsewhere. It is never below 1.2e-38. NaN stays NaN.
 SPROMPT_INLINE vf sigmoid(vf z) {
     return 1.0f / (exp_small(max_or_second(broadcast(-87.3f), min_or_second(broadcast(87.3f), -z))) + 1.0f);
 }

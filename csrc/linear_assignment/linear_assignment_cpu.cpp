@@ -1,9 +1,10 @@
-// The shorter side's n items ("persons") are matched to the longer side's m items ("jobs"), n <= m. Potentials v[m] <= 0,
-// zero for free jobs, keep every matched person at a job of least c[i][j] - v[j]: that is the proof of optimality.
+// The shorter side's n items ("persons") are matched to the longer side's m items ("jobs"), n <= m. Potentials v[m] <= 0 are
+// zero for free jobs. Every matched person has a job of least c[i][j] - v[j], which proves optimality.
 //
-// 1. Each person takes the job of least c - v, and lowers that job's v by the distance to the second best, so that it stays
-//    a best job. Whoever had the job takes the next turn (Jonker and Volgenant's augmenting row reduction, bounded here).
-// 2. Persons that are left without a job find, by Dijkstra's algorithm over jobs, the cheapest chain of changes that ends at
+// 1. Each person takes the job of least c - v. The job's v falls by the distance to the second best job, so that the job stays
+//    the person's best. The job's previous owner takes the next turn (Jonker and Volgenant's augmenting row reduction, with a
+//    bounded number of turns).
+// 2. For each person who is left without a job, Dijkstra's algorithm over jobs finds the cheapest chain of changes that ends at
 //    a free job.
 #include "linear_assignment/linear_assignment.h"
 
@@ -13,13 +14,13 @@
 
 namespace sprompt {
 namespace SPROMPT_ISA {
-namespace {  // member functions would be shared code otherwise
+namespace {  // without it, member functions would be shared code (common/isa.h)
 
 constexpr int D = W / 2;  // lanes of 64 bits
 typedef double vd __attribute__((vector_size(8 * D)));
 typedef int64_t vl __attribute__((vector_size(8 * D)));
 constexpr double infinity = __builtin_inf();
-// Up to so many entries one thread is faster: an image of 100 x 20 takes it a few microseconds.
+// Up to this number of entries one thread is faster: it solves an image of 100 x 20 in a few microseconds.
 constexpr int64_t small = 1 << 16;
 
 SPROMPT_INLINE vd load(const double* p) {
@@ -67,15 +68,15 @@ SPROMPT_INLINE double to_double(T x) {
     return static_cast<double>(to_float(x));
 }
 
-// The state of one image. Rows have room for `padded` >= m entries, whole vectors of every level.
+// The state of one image. Rows are `padded` >= m entries long, which is a whole number of vectors at every level.
 struct Matcher {
     int64_t n, m, padded;
     double* cost;        // (n, padded), +inf behind column m
     double* v;           // (padded) potentials of the jobs
-    double* open_v;      // (padded) v, -inf for settled jobs: no path through them is shorter
+    double* open_v;      // (padded) v, but -inf for settled jobs: no path through a settled job is shorter
     double* distance;    // (padded) of unsettled jobs, +inf for the others
     double* settled_at;  // (padded) distance of the k-th settled job
-    int64_t* before;     // (padded) the person from whom a job is reached
+    int64_t* before;     // (padded) the person from which the path reaches a job
     int32_t* person_of;  // (m) or -1
     int32_t* job_of;     // (n) or -1
     int32_t* settled;    // (m) jobs in the order in which they were settled
@@ -83,7 +84,7 @@ struct Matcher {
 
     SPROMPT_INLINE const double* row(int64_t i) const { return cost + i * padded; }
 
-    // The first job with values[job] == x that is free, or else the first with that value.
+    // The first free job with values[job] == x. If no such job is free, the first job with that value.
     SPROMPT_INLINE int64_t pick(const double* values, double x) const {
         int64_t first = -1;
         const vd wanted = broadcast(x);
@@ -96,8 +97,9 @@ struct Matcher {
         return first;
     }
 
-    // Step 1 for `person`. Returns who has no job afterwards: -1, or the person who lost it, or `person`; `again` says
-    // whether that person's turn may come at once (the potential moved, so it makes progress).
+    // Step 1 for `person`. Returns the person who has no job afterwards: -1 (nobody), the job's previous owner, or `person`.
+    // `again` says whether the returned person may take a turn at once, because the potential moved and the turn makes
+    // progress.
     int64_t take_best(int64_t person, bool& again) {
         const double* c = row(person);
         vd low = broadcast(infinity), second = low;
@@ -109,7 +111,7 @@ struct Matcher {
         }
         const double best = least(low);
         double next = least(second);
-        bool one = false;  // the second best over all lanes: the lanes' own, and the bests of the lanes but one
+        bool one = false;  // the second best over all lanes is a lane's second best, or the best of another lane
         for (int k = 0; k < D; ++k) {
             if (low[k] == best && !one) {
                 one = true;
@@ -135,7 +137,7 @@ struct Matcher {
             store(distance + j, broadcast(infinity));
         }
         int64_t count = 0, person = start, job;
-        double length = 0.0, shift = 0.0;  // shift: length of the path so far, less the reduced cost of where it stands
+        double length = 0.0, shift = 0.0;  // shift: length of the path so far, less the reduced cost of its last pair
         for (;;) {
             const double* c = row(person);
             const vd offset = broadcast(shift);
@@ -182,7 +184,7 @@ struct Matcher {
             job_of[i] = -1;
             waiting[i] = static_cast<int32_t>(i);
         }
-        // Two passes; each bounded, since a chain of turns among nearly equal costs can be long.
+        // Two passes. The number of turns is bounded, since a chain of turns among nearly equal costs can be long.
         int64_t left = n;
         for (int pass = 0; pass < 2 && left > 0; ++pass) {
             int64_t turns = 4 * left;
@@ -199,7 +201,7 @@ struct Matcher {
     }
 };
 
-// Reads the costs of one image, columns [0, count), in double; persons are its columns if `columns`, else its rows.
+// Reads the costs of one image, columns [0, count), as double. The persons are its columns if `columns` is true, else its rows.
 // Returns the largest absolute value, or NaN if an entry is not finite.
 template <class T>
 double read_costs(const T* cost, int64_t row_stride, int64_t column_stride, bool columns, const Matcher& match) {
@@ -214,7 +216,7 @@ double read_costs(const T* cost, int64_t row_stride, int64_t column_stride, bool
         }
     }
     vd largest{};
-    vl poison{};  // x - x is 0, and NaN for what is not finite
+    vl poison{};  // x - x is 0 for a finite x, and NaN otherwise
     for (int64_t i = 0; i < match.n; ++i) {
         double* out = match.cost + i * match.padded;
         for (int64_t j = match.m; j < match.padded; ++j) out[j] = 0.0;
@@ -228,7 +230,7 @@ double read_costs(const T* cost, int64_t row_stride, int64_t column_stride, bool
     return -least(-largest) + total((vd)poison);
 }
 
-// rows[0..count) of one image; false, and nothing written, if an entry is not finite.
+// Writes rows[0..count) of one image. If an entry is not finite, returns false and writes nothing.
 template <class T>
 bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_stride, int64_t column_stride, double* scratch,
                  int64_t* rows) {
@@ -250,7 +252,7 @@ bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_stride, in
 
     const double largest = read_costs(cost, row_stride, column_stride, columns, match);
     if (largest != largest) return false;
-    if (largest > 0x1p1000)  // only float64: sums would overflow; a power of two changes no comparison
+    if (largest > 0x1p1000)  // only float64: sums would overflow; scaling by a power of two changes no comparison
         for (int64_t i = 0; i < match.n * padded; ++i) match.cost[i] *= 0x1p-40;
     match.solve();
     if (columns) {
@@ -264,17 +266,17 @@ bool match_image(const T* cost, int64_t N, int64_t count, int64_t row_stride, in
 template <class T>
 void match_images(const View& cost, const View& counts, const View& rows, int threads) {
     const int64_t N = cost.size[1], G = cost.size[2], n = N < G ? N : G, m = (N < G ? G : N) + 7;
-    const int64_t room = (n + 7) * (m / 8 * 8);  // the costs, the longer side in whole vectors, and 7 rows
+    const int64_t scratch_doubles = (n + 7) * (m / 8 * 8);  // the costs, the longer side in whole vectors, and 7 rows
     if (cost.size[0] * N * G <= small) threads = 1;
     Scratch memory;
-    double* rooms = memory.take<double>(threads, room);
+    double* scratch = memory.take<double>(threads, scratch_doubles);
     parallel_for(cost.size[0], 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t b = begin; b < end; ++b) {
             int64_t* out = rows.as<int64_t>() + b * G;
             const int64_t count = counts.given() ? counts.as<const int64_t>()[b * counts.stride[0]] : G;
             const bool good = count >= 0 && count <= G &&
                               match_image(cost.as<const T>() + b * cost.stride[0], N, count, cost.stride[1], cost.stride[2],
-                                          rooms + worker * room, out);
+                                          scratch + worker * scratch_doubles, out);
             for (int64_t g = good ? count : 0; g < G; ++g) out[g] = good ? -1 : -2;
         }
     });
@@ -282,7 +284,7 @@ void match_images(const View& cost, const View& counts, const View& rows, int th
 
 }  // namespace
 
-// cost (N, G) as (1, N, G).
+// A view of cost (N, G) as (1, N, G).
 static View with_batch(const View& cost) {
     View images = cost;
     images.rank = 3;

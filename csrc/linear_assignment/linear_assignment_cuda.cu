@@ -1,10 +1,10 @@
-// A block an image. The shorter side's n items ("persons") are matched to the longer side's m items ("jobs"), n <= m.
-// Potentials v[m] <= 0, zero for free jobs, keep every matched person at a job of least c[i][j] - v[j]: that is the proof of
-// optimality. Person by person, Dijkstra's algorithm over jobs finds the cheapest chain of changes that ends at a free job; the
+// One block per image. The shorter side's n items ("persons") are matched to the longer side's m items ("jobs"), n <= m.
+// Potentials v[m] <= 0 are zero for free jobs. Every matched person has a job of least c[i][j] - v[j], which proves optimality.
+// For one person after another, Dijkstra's algorithm over jobs finds the cheapest chain of changes that ends at a free job. The
 // step from person i, who has job k, to job j costs (c[i][j] - v[j]) - (c[i][k] - v[k]) >= 0.
 //
-// Thread t owns jobs t, t + threads, ...: it alone writes their potentials, distances and marks. Ties go to a free job, then to
-// the lower index, so the result does not depend on the number of threads.
+// Thread t owns jobs t, t + threads, ...: only this thread writes their potentials, distances and marks. Ties go to a free job,
+// then to the lower index, so the result does not depend on the number of threads.
 #include "linear_assignment/linear_assignment.h"
 
 #include "common/device.cuh"
@@ -31,8 +31,8 @@ struct Stored<double> {
     using type = double;
 };
 
-// A job that a path can reach. `length` is that of the path, as ordered bits; `key` orders equal lengths: occupied jobs stand
-// behind free ones.
+// A job that a path can reach. `length` is the length of the path, as ordered bits. `key` orders equal lengths: free jobs come
+// before occupied jobs.
 struct Reached {
     uint64_t length;
     uint32_t key;
@@ -40,7 +40,7 @@ struct Reached {
 constexpr uint32_t occupied = 0x80000000u;
 constexpr uint64_t sign = uint64_t{1} << 63;
 
-// Finite numbers in their order, -0 as 0, and back.
+// ordered() maps finite numbers to integers in the same order, with -0 as 0. number() maps back.
 __device__ inline uint64_t ordered(double x) {
     const uint64_t bits = static_cast<uint64_t>(__double_as_longlong(x + 0.0));
     return bits & sign ? ~bits : bits | sign;
@@ -62,12 +62,12 @@ __host__ __device__ inline int64_t state_bytes(int64_t longer, int64_t shorter) 
     return (28 * longer + 4 * shorter + 15) / 16 * 16;
 }
 
-// Of one image, n <= m.
+// The state of one image, n <= m.
 struct State {
-    double *v, *distance;  // (m) distance: of settled jobs, where they were settled
-    int32_t *before,       // (m) the person from whom a job is reached
+    double *v, *distance;  // (m) distance: for settled jobs the distance at which they were settled
+    int32_t *before,       // (m) the person from which the path reaches a job
         *person_of,        // (m) or -1
-        *mark,             // (m) the last person in whose search the job was settled, or -1
+        *mark,             // (m) the person whose search was the last to settle the job, or -1
         *job_of;           // (n) or -1
     __device__ State(unsigned char* at, int64_t longer) {
         v = reinterpret_cast<double*>(at);
@@ -79,7 +79,7 @@ struct State {
     }
 };
 
-// Copies the real entries to costs (n, m). Returns whether all are finite; `huge` if one is beyond 2^1000.
+// Copies the real entries to costs (n, m). Returns whether all are finite. Sets `huge` if one is beyond 2^1000.
 template <class T, class S>
 __device__ inline bool read_costs(const T* cost, int64_t row_stride, int64_t column_stride, int64_t N, int64_t count,
                                   bool columns, S* costs, bool* huge) {
@@ -87,7 +87,7 @@ __device__ inline bool read_costs(const T* cost, int64_t row_stride, int64_t col
     int64_t row = threadIdx.x / count, column = threadIdx.x % count;
     bool bad = false, large = false;
     while (row < N) {
-        constexpr int ahead = 4;  // reads on their way at once
+        constexpr int ahead = 4;  // reads in flight
         S x[ahead];
         int64_t to[ahead];
 #pragma unroll
@@ -152,13 +152,13 @@ __global__ void __launch_bounds__(most_threads)
             for (int64_t g = threadIdx.x; g < G; g += blockDim.x) out[g] = -2;
             return;
         }
-        if (huge) {  // sums would overflow; a power of two changes no comparison
+        if (huge) {  // sums would overflow; scaling by a power of two changes no comparison
             for (int64_t e = threadIdx.x; e < N * count; e += blockDim.x) costs[e] *= static_cast<S>(0x1p-40);
             __syncthreads();
         }
     }
 
-    int turn = 0;  // which half of lengths and keys is in use: the other one may still be read
+    int turn = 0;  // which half of lengths and keys is in use: other threads may still read the other half
     for (int32_t start = 0; start < n; ++start) {
         int32_t person = start, job;
         double length = 0.0, here = 0.0;
@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(most_threads)
             person = s.person_of[job];
             here = static_cast<double>(costs[static_cast<int64_t>(person) * m + job]) - s.v[job];
         }
-        __syncthreads();  // what other threads have written is read from here on
+        __syncthreads();  // the code below reads values that other threads wrote
         for (int32_t j = thread; j < m; j += threads)
             if (s.mark[j] == start) s.v[j] += s.distance[j] - length;
         if (thread == 0) {
@@ -219,7 +219,7 @@ void match(const Stream& stream, const View& cost, const View& counts, const Vie
     const int64_t given = scratch.size[1];
     const bool costs_shared = given < costs, state_shared = given < costs + state;
     int64_t shared = (state_shared ? state : 0) + (costs_shared ? costs : 0);
-    // launch() asks for more than 48 KB where the dynamic part is more; the kernel has some of its own.
+    // launch() asks for more than 48 KB only if the dynamic part is larger. The kernel also has static shared memory.
     if (shared > 47 * 1024 && shared <= 48 * 1024) shared = 48 * 1024 + 16;
     if (longer >= occupied || shared > most_shared) throw Failure("linear_assignment: too little scratch");
     const int64_t wanted = tiles(longer, warp) * warp;

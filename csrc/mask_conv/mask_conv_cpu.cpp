@@ -14,9 +14,9 @@ constexpr bool by_pairs = false;
 template <>
 constexpr bool by_pairs<bf16> = bf16_pairs;
 
-// ---- The product of one block: tiles to logits and words.
+// ---- The product of one block, from register tiles to logits and words.
 
-// t <= NR sums of one row -> logits, and their bits, read from what was stored.
+// Stores t <= NR sums of one row as logits. Returns their bits, computed from the stored (rounded) logits.
 template <class T>
 SPROMPT_INLINE uint32_t write_logits(const float* sums, int64_t t, T* out) {
     uint32_t bits = 0;
@@ -34,7 +34,7 @@ SPROMPT_INLINE uint32_t write_logits(const float* sums, int64_t t, T* out) {
     return bits;
 }
 
-// logits (N, t) of the block, rows logits_stride apart; words (N, n) at pixel p, or null.
+// Writes logits (N, t) of the block, rows logits_stride apart, and words (N, n) at pixel p unless `words` is null.
 template <class T>
 static void block_product(const void* kernels, const void* packed, int64_t N, int64_t C, int64_t padded, int64_t t, T* logits,
                           int64_t logits_stride, uint32_t* words, int64_t n, int64_t p, Prefetch<T> next) {
@@ -67,8 +67,9 @@ SPROMPT_INLINE void clear(float* x, int64_t n) {
     for (int64_t i = 0; i < n; i += W) store(x + i, vf{});
 }
 
-// How the pixels of an image are cut: about 32 chunks in all, work for the threads and partial sums to add up, at least 4 an
-// image; whole blocks, and of the shape alone, so that sums do not depend on the threads.
+// How the pixels of an image are cut into chunks: about 32 chunks in all, and at least 4 per image. Each chunk is work for one
+// thread and has its own partial sums. Chunks are whole blocks. The cut depends only on the shape, so sums do not depend on the
+// number of threads.
 struct Cut {
     int64_t chunk, chunks;
 
@@ -79,7 +80,7 @@ struct Cut {
     }
 };
 
-// out (B, N, C) contiguous <- the sum over K of partial (B, K, N, stride), first chunk first.
+// out (B, N, C) contiguous <- the sum over K of partial (B, K, N, stride), in the order of the chunks.
 template <class T>
 static void sum_chunks(const float* partial, int64_t K, int64_t stride, const View& out, int threads) {
     const int64_t N = out.size[1], C = out.size[2];
@@ -106,11 +107,11 @@ static void update(const View& features, const View& kernels, const View& logits
     const int64_t N = convolve ? logits.size[1] : words.size[1], padded = round_up(C, NR);
     const Cut cut(B, P);
     if (N == 0) return;
-    const int64_t room = round_up(block * padded + row_count * panel + block / 2 * padded + N + N * block / 4, 16);
+    const int64_t scratch_floats = round_up(block * padded + row_count * panel + block / 2 * padded + N + N * block / 4, 16);
     Scratch memory;
     float* packed = memory.take<float>(B, convolve ? N : 0, C);                // kernels, rearranged
     float* partial = memory.take<float>(B, pool ? cut.chunks : 0, N, padded);  // the sums of each chunk
-    float* rooms = memory.take<float>(threads, room);
+    float* scratch = memory.take<float>(threads, scratch_floats);
     if (convolve)
         parallel_for(B, 1, threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t image = begin; image < end; ++image) {
@@ -123,7 +124,7 @@ static void update(const View& features, const View& kernels, const View& logits
             }
         });
     parallel_for(B * cut.chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        float* block_of_features = rooms + worker * room;  // packed, [slices][padded][NR]
+        float* block_of_features = scratch + worker * scratch_floats;  // packed, [slices][padded][NR]
         float* tile = block_of_features + block * padded;
         float* pairs = tile + row_count * panel;
         int32_t* counts = reinterpret_cast<int32_t*>(pairs + block / 2 * padded);
@@ -166,7 +167,8 @@ void mask_update(const View& features, const View& kernels, const View& logits, 
 
 // ---- Gradients.
 
-// addend (padded, 64) = words^T grad_pooled: for each pixel, the rows of grad_pooled (N, C') of the masks that hold it.
+// addend (padded, 64) = words^T grad_pooled: for each pixel, the sum of the rows of grad_pooled (N, C') whose masks hold the
+// pixel.
 template <int V>
 static void gather_rows(const float* rows, int64_t stride, const int32_t* lists, const int32_t* counts, int64_t N, int64_t t,
                         float* tile) {
@@ -270,12 +272,12 @@ static void update_backward(const View& grad_logits, const View& grad_pooled, co
     const int64_t padded = round_up(C, NR);
     const bool product = grad_logits.given() && grad_features.given();
     const Cut cut(B, P);
-    const int64_t room = round_up(2 * block * padded + block * panel + 3 * block * N + block, 16);
+    const int64_t scratch_floats = round_up(2 * block * padded + block * panel + 3 * block * N + block, 16);
     Scratch memory;
     float* packed = memory.take<float>(B, product ? N : 0, C);                                 // kernels, rearranged
     float* pooled = memory.take<float>(B, grad_pooled.given() ? N : 0, padded);                // grad_pooled, zeros behind C
     float* partial = memory.take<float>(B, grad_kernels.given() ? cut.chunks : 0, N, padded);  // the sums of each chunk
-    float* rooms = memory.take<float>(threads, room);
+    float* scratch = memory.take<float>(threads, scratch_floats);
     if (grad_pooled.given())
         for (int64_t row = 0; row < B * N; ++row) {
             float* out = pooled + row * padded;
@@ -289,11 +291,11 @@ static void update_backward(const View& grad_logits, const View& grad_pooled, co
                             packed + image * N * C);
         });
     parallel_for(B * cut.chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        float* block_of_features = rooms + worker * room;    // packed, [slices][padded][NR]
-        float* addend = block_of_features + block * padded;  // [padded][64]
-        float* tile = addend + block * padded;               // [64][panel]
-        float* grad_rows = tile + block * panel;             // [N][64]
-        float* grad_packed = grad_rows + block * N;          // packed, [slices][N][NR]
+        float* block_of_features = scratch + worker * scratch_floats;  // packed, [slices][padded][NR]
+        float* addend = block_of_features + block * padded;            // [padded][64]
+        float* tile = addend + block * padded;                         // [64][panel]
+        float* grad_rows = tile + block * panel;                       // [N][64]
+        float* grad_packed = grad_rows + block * N;                    // packed, [slices][N][NR]
         int32_t* counts = reinterpret_cast<int32_t*>(grad_packed + block * N);
         int32_t* lists = counts + block;  // [64][N]
         for (int64_t job = begin; job < end; ++job) {

@@ -1,4 +1,4 @@
-// Hard mask pooling of one block of 64 pixels, by set bits, and what both passes need of words and memory.
+// Hard mask pooling of one block of 64 pixels, by set bits. Helpers for words and prefetching that both passes use.
 #pragma once
 
 #include "common/bits.h"
@@ -13,8 +13,8 @@ SPROMPT_INLINE uint64_t block_bits(const uint32_t* row, int64_t n, int64_t p) {
     return i + 1 < n ? load64(row + i) : row[i];
 }
 
-// Fetches the next block of x (rows, pixels) into the second cache while the present one is worked on. Neighbouring rows
-// lie in different pages, where the processor's own prefetcher does not follow.
+// Fetches the next block of x (rows, pixels) into the L2 cache while the kernel works on the current block. Neighbouring rows
+// lie in different pages, and the hardware prefetcher does not cross pages.
 template <class T>
 struct Prefetch {
     const T* x;
@@ -22,7 +22,7 @@ struct Prefetch {
 
     SPROMPT_INLINE Prefetch(const T* x_, int64_t row_stride_, int64_t rows_, int64_t pixels)
         : x(x_), row_stride(row_stride_), rows(pixels > 0 ? rows_ : 0), bytes(pixels * static_cast<int64_t>(sizeof(T))) {}
-    // Rows to fetch at each of so many calls.
+    // Rows to fetch per call, when `calls` calls share the fetching.
     SPROMPT_INLINE int64_t share(int64_t calls) const { return calls > 0 ? rows / calls + 1 : rows; }
     SPROMPT_INLINE void some(int64_t count) {
         for (; count > 0 && row < rows; --count, ++row) {
@@ -32,13 +32,14 @@ struct Prefetch {
     }
 };
 
-// ---- Pooling of one block by set bits. A block is 64 rows of one pixel each, followed by the sums of 2, 4 and 8
-// neighbours: a mask is a list of rows to add, about as long as its edge: at most 32 (64 without the sums).
+// ---- Pooling of one block by set bits. A block is 64 rows of one pixel each, followed by rows that are sums of 2, 4 and 8
+// neighbouring pixels. A mask is a list of rows to add. The list is about as long as the mask's edge: at most 32 rows (64
+// without the sums).
 
 constexpr int64_t pair_rows_begin = 64, quad_rows_begin = 96, oct_rows_begin = 112, row_count = 120;
 constexpr uint64_t even_bits = 0x5555555555555555u;
 
-// Rows whose sum is the sum of the pixels m; returns their number.
+// Lists the rows whose sum is the sum of the pixels m. Returns their number.
 SPROMPT_INLINE int32_t list_rows(uint64_t m, bool with_sums, uint8_t* list) {
     uint64_t pairs = 0, quads = 0, octs = 0;
     if (with_sums) {
@@ -67,13 +68,13 @@ static void pixel_rows(const float* packed, int64_t padded, int64_t c, int64_t w
 
 static void add_neighbours(float* tile, int64_t width) {
     for (int64_t row = 0; row < row_count - block; ++row) {
-        const float* a = tile + 2 * row * panel;  // rows 64 + r are the sums of rows 2r and 2r + 1, at every level
+        const float* a = tile + 2 * row * panel;  // row 64 + r is the sum of rows 2r and 2r + 1, for 2, 4 and 8 neighbours
         float* out = tile + (block + row) * panel;
         for (int64_t k = 0; k < width; k += W) store(out + k, load(a + k) + load(a + panel + k));
     }
 }
 
-// sums (N, V * W), rows sums_stride apart, += listed rows of the tile.
+// Adds the listed rows of the tile to sums (N, V * W), rows sums_stride apart.
 template <int V, class T>
 static void add_rows(const float* tile, const uint8_t* lists, const int32_t* counts, int64_t N, float* sums,
                      int64_t sums_stride, Prefetch<T>& next, int64_t share) {
@@ -100,8 +101,8 @@ SPROMPT_INLINE void add_rows_of(int64_t width, const float* tile, const uint8_t*
     if constexpr (V > 1) add_rows_of<V - 1>(width, tile, lists, counts, N, sums, sums_stride, next, share);
 }
 
-// Lists the rows of every mask of the block at pixel p; returns whether any pixel is set, and in with_sums whether the
-// masks have enough neighbours for sums of neighbours to save more than they cost.
+// Lists the rows of every mask for the block at pixel p. Returns whether any pixel is set. Sets with_sums if the masks have so
+// many neighbouring pixels that sums of neighbours save more than they cost.
 static bool list_block(const uint32_t* words, int64_t words_stride, int64_t n, int64_t p, int64_t N, uint8_t* lists,
                        int32_t* counts, bool& with_sums) {
     int64_t neighbours = 0;
@@ -118,7 +119,7 @@ static bool list_block(const uint32_t* words, int64_t words_stride, int64_t n, i
     return true;
 }
 
-// sums (N, C') += what the lists say of one packed block.
+// Adds the rows that the lists name, of one packed block, to sums (N, C').
 template <class T>
 static void block_pool(const float* packed, int64_t C, int64_t padded, int64_t N, const uint8_t* lists, const int32_t* counts,
                        bool with_sums, float* tile, float* sums, int64_t sums_stride, Prefetch<T> next) {

@@ -1,6 +1,6 @@
-// Matrix products by register tiles of R x NR, R <= MR, and the layouts that they read.
-// Everything is cut into blocks of 64 pixels. "Packed" is float [64 / NR][rows][NR]: slices of NR pixels, each contiguous,
-// so that a slice of 256 channels stays in the nearest cache while all kernels pass by it.
+// Matrix products by register tiles of R x NR, R <= MR, and the layouts that they read. All inputs are cut into blocks of 64
+// pixels. "Packed" is float [64 / NR][rows][NR]: contiguous slices of NR pixels. A slice of 256 channels stays in the L1 cache
+// while all kernels are multiplied with it.
 #pragma once
 
 #include "common/half.h"
@@ -13,7 +13,7 @@ constexpr int MR = 14;  // 28 of the 32 registers hold sums
 #elif defined(__AVX2__)
 constexpr int MR = 6;  // 12 of 16
 #else
-constexpr int MR = 4;  // 8 of 16: without fma a product needs a register of its own
+constexpr int MR = 4;  // 8 of 16: without fma a product needs another register
 #endif
 constexpr int NR = 2 * W;
 constexpr int64_t block = 64;     // pixels
@@ -23,14 +23,14 @@ constexpr int64_t slices = block / NR;
 SPROMPT_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 SPROMPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Rows in `count` groups of nearly equal height <= MR: no group is so low that it starves the multipliers.
+// Cuts rows into `count` groups of nearly equal height <= MR, so that no group is too low to keep the multipliers busy.
 struct Groups {
     int64_t rows, count;
     SPROMPT_INLINE explicit Groups(int64_t rows_) : rows(rows_), count((rows_ + MR - 1) / MR) {}
     SPROMPT_INLINE int64_t begin(int64_t group) const { return group * rows / count; }
 };
 
-// c (R, NR) = [c +] a (R, depth) b (depth, NR). a's element (r, k) is a[r * AR + k * AK].
+// c (R, NR) = a (R, depth) b (depth, NR), plus c if `add`. Element (r, k) of a is a[r * AR + k * AK].
 template <int R, int64_t AR, int64_t AK, bool add>
 static void product_tile(const float* a, const float* b, int64_t b_stride, int64_t depth, float* c, int64_t c_stride) {
     vf sum[R][2];
@@ -56,14 +56,14 @@ static void product_tile(const float* a, const float* b, int64_t b_stride, int64
     }
 }
 
-// c (rows, NR) = a b, a being a group of a packed operand, [k][rows], and b a slice of a packed block, [k][NR].
+// c (rows, NR) = a b. a is a group of a packed operand, [k][rows]. b is a slice of a packed block, [k][NR].
 template <int R = MR>
 SPROMPT_INLINE void product_of_group(int64_t rows, const float* a, const float* b, int64_t depth, float* c) {
     if (rows == R) return product_tile<R, 1, R, false>(a, b, NR, depth, c, NR);
     if constexpr (R > 1) product_of_group<R - 1>(rows, a, b, depth, c);
 }
 
-// c (rows, NR) += a b, a being rows of 64 pixels and b pixels of `panel` channels: depth <= 64.
+// c (rows, NR) += a b. a is rows of 64 pixels. b is pixels of `panel` channels. depth <= 64.
 template <int R = MR>
 SPROMPT_INLINE void product_over_pixels(int64_t rows, const float* a, const float* b, int64_t depth, float* c,
                                         int64_t c_stride) {
@@ -81,14 +81,14 @@ static void pack_groups(const T* x, int64_t row_stride, int64_t depth_stride, in
                 *out++ = to_float(x[r * row_stride + k * depth_stride]);
 }
 
-// t <= 64 pixels of one row as floats, zeros behind them.
+// Writes t <= 64 pixels of one row as floats, and zeros behind them.
 template <class T>
 SPROMPT_INLINE void row_of_block(const T* x, int64_t t, float* out) {
     row_to_float(x, t, out);
     for (int64_t p = t; p < block; ++p) out[p] = 0.0f;
 }
 
-// packed <- t <= 64 pixels of x (rows, t); rows up to padded_rows are zeros.
+// packed <- t <= 64 pixels of x (rows, t). Rows [rows, padded_rows) are zeros.
 template <class T>
 static void pack_block(const T* x, int64_t row_stride, int64_t rows, int64_t padded_rows, int64_t t, float* packed) {
     for (int64_t row = 0; row < rows; ++row) {
@@ -108,7 +108,7 @@ static void pack_block(const T* x, int64_t row_stride, int64_t rows, int64_t pad
         for (int64_t i = rows * NR; i < padded_rows * NR; i += W) store(packed + s * padded_rows * NR + i, vf{});
 }
 
-// The lanes of a and b in turn: a0 b0 a1 b1 ... in low, the rest in high.
+// Interleaves the lanes of a and b: a0 b0 a1 b1 ... The first half goes to low, the second to high.
 SPROMPT_INLINE void zip(vf a, vf b, vf& low, vf& high) {
 #if defined(__AVX512F__)
     const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
@@ -131,8 +131,8 @@ SPROMPT_INLINE void zip(vf a, vf b, vf& low, vf& high) {
 #endif
 }
 
-// W x W transposition of rows at `in` to rows at `out`. Each round rotates the bits of (row, lane) by one; after log2(W)
-// rounds row and lane have changed places.
+// Transposes W x W floats from rows at `in` to rows at `out`. Each round rotates the bits of the index (row, lane) by one.
+// After log2(W) rounds row and lane are exchanged.
 SPROMPT_INLINE void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
     vf v[W], u[W];
 #pragma GCC unroll 16
@@ -166,7 +166,7 @@ SPROMPT_INLINE vf add_pairs(vf sum, vi a, vi b) {
 #endif
 }
 
-// As product_tile, of pairs: a [k][R], b [k][NR].
+// Like product_tile, but of pairs: a [k][R], b [k][NR].
 template <int R>
 static void product_tile_of_pairs(const int32_t* a, const int32_t* b, int64_t depth, float* c) {
     vf sum[R][2];
@@ -206,7 +206,7 @@ static SPROMPT_INLINE void pack_groups_of_pairs(const bf16* x, int64_t row_strid
             }
 }
 
-// pairs [slice][rows / 2][NR] <- packed [slice][rows][NR], whose floats are bfloat16 numbers; rows is even.
+// pairs [slice][rows / 2][NR] <- packed [slice][rows][NR]. The floats hold bfloat16 values. `rows` is even.
 static SPROMPT_INLINE void pair_rows(const float* packed, int64_t rows, int32_t* pairs) {
     for (int64_t row = 0; row < slices * rows; row += 2, packed += 2 * NR, pairs += NR)
         for (int i = 0; i < NR; i += W) {

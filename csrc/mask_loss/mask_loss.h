@@ -1,7 +1,7 @@
-// Cross-entropy and dice of M masks, each pixel of the logits and of the targets read once, and their gradient. With
-// H = u h, W = u w (u: upsample), z the upsampled logits, p = sigmoid(z), t the target:
+// Cross-entropy and dice of M masks, and their gradient. Each pixel of the logits and of the targets is read once. With H = u
+// h, W = u w (u: upsample), z the upsampled logits, p = sigmoid(z), t the target:
 //     bce = sum(max(z, 0) - z t + log(1 + e^-|z|)) / (H W)      dice = 1 - 2 sum(p t) / (sum(p^2) + sum(t^2) + 2e-3)
-// The gradient recomputes p from the logits; it needs the targets and three sums a mask.
+// The gradient recomputes p from the logits. It needs the targets and three sums per mask.
 #pragma once
 
 #include "common/views.h"

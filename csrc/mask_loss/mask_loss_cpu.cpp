@@ -9,10 +9,10 @@
 namespace sprompt {
 namespace SPROMPT_ISA {
 
-// Rows of a mask that are one piece of parallel work: of the upsampled map, and of the gradient.
+// Rows of a mask per chunk of parallel work: rows of the upsampled map (forward) and of the gradient (backward).
 constexpr int64_t forward_rows = 64, backward_rows = 32;
 
-// Memory of the workers: `count` rows each, of `length` floats, a whole number of cache lines.
+// Scratch memory of the workers. Each worker has `count` rows of `length` floats, a whole number of cache lines.
 struct Rows {
     float* data;
     int64_t count, length;
@@ -33,11 +33,11 @@ struct Mask {
     float *low, *stretched, *target_buffer, *zeros;
 };
 
-static Mask mask_of(const View& logits, const View& targets, int64_t ratio, int64_t u, int64_t m, const Rows& room,
+static Mask mask_of(const View& logits, const View& targets, int64_t ratio, int64_t u, int64_t m, const Rows& buffers,
                     int worker) {
-    const int64_t h = logits.size[1], w = logits.size[2], slot = room.length;
+    const int64_t h = logits.size[1], w = logits.size[2], slot = buffers.length;
     const int64_t bytes = logits.dtype == DType::f32 ? 4 : 2;
-    float* rows = room.of(worker);
+    float* rows = buffers.of(worker);
     return {logits.as<const char>() + m * logits.stride[0] * bytes,
             logits.dtype,
             logits.stride[1],
@@ -52,7 +52,7 @@ static Mask mask_of(const View& logits, const View& targets, int64_t ratio, int6
             rows + 3 * slot};
 }
 
-// Row Y of the target, zeros behind it.
+// Row Y of the target, with zeros behind it.
 SPROMPT_INLINE const float* target_of(const Mask& mask, int64_t Y) {
     if (mask.target.dtype == DType::f32 && mask.width % W == 0)
         return static_cast<const float*>(mask.target.data) + Y * mask.target.row_stride;
@@ -62,8 +62,8 @@ static void clear(float* row, int64_t n) {
     for (int64_t x = 0; x < n; ++x) row[x] = 0.0f;
 }
 
-// Sums of one chunk of rows of one mask: bce, p t, p^2, t^2. First over a row, then over the rows: the terms of a float sum
-// stay few.
+// Sums of one chunk of rows of one mask: bce, p t, p^2, t^2. They are summed over each row first, then over the rows, so that
+// each float sum has few terms.
 static void chunk_sums(const Mask& mask, int64_t begin, int64_t end, float* out) {
     vf total[4] = {};
     for (int64_t Y = begin; Y < end; ++Y) {
@@ -93,13 +93,13 @@ void mask_loss(const View& logits, const View& targets, int64_t ratio, int64_t u
     const int64_t M = logits.size[0], u = upsample, H = u * logits.size[1], pixels = H * u * logits.size[2];
     const int64_t chunks = pixels > 0 ? (H + forward_rows - 1) / forward_rows : 0;
     Scratch memory;
-    const Rows room = rows_for(logits, u, 4, threads, memory);
+    const Rows buffers = rows_for(logits, u, 4, threads, memory);
     float* partial = memory.take<float>(M, chunks, 4);
     parallel_for(M * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t job = begin; job < end; ++job) {
-            const Mask mask = mask_of(logits, targets, ratio, u, job / chunks, room, worker);
+            const Mask mask = mask_of(logits, targets, ratio, u, job / chunks, buffers, worker);
             const int64_t first = job % chunks * forward_rows;
-            clear(mask.zeros, room.length);
+            clear(mask.zeros, buffers.length);
             chunk_sums(mask, first, first + forward_rows < H ? first + forward_rows : H, partial + 4 * job);
         }
     });
@@ -137,7 +137,8 @@ static void slope_row(const Mask& mask, const Slopes& slopes, int64_t Y, float* 
     });
 }
 
-// Rows [begin, end) of the gradient of one mask. Two rows of it are under way at any time, in floats; each is converted once.
+// Rows [begin, end) of the gradient of one mask. At any time two rows of it are incomplete and held in floats. Each row is
+// converted once, when it is complete.
 template <class T>
 static void chunk_gradient(const Mask& mask, const Slopes& slopes, int64_t begin, int64_t end, float* const* rows, T* out) {
     float *slope = rows[0] + 16, *collapsed = rows[1];
@@ -184,14 +185,14 @@ void mask_loss_backward(const View& grad_bce, const View& grad_dice, const View&
     if (h * w == 0) return;
     const int64_t chunks = (h + backward_rows - 1) / backward_rows;
     Scratch memory;
-    const Rows room = rows_for(logits, u, 8, threads, memory);
+    const Rows buffers = rows_for(logits, u, 8, threads, memory);
     parallel_for(M * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t job = begin; job < end; ++job) {
             const int64_t m = job / chunks, first = job % chunks * backward_rows;
-            const Mask mask = mask_of(logits, targets, ratio, u, m, room, worker);
-            clear(mask.zeros, room.length);
+            const Mask mask = mask_of(logits, targets, ratio, u, m, buffers, worker);
+            clear(mask.zeros, buffers.length);
             float* rows[4];
-            for (int i = 0; i < 4; ++i) rows[i] = mask.zeros + (1 + i) * room.length;
+            for (int i = 0; i < 4; ++i) rows[i] = mask.zeros + (1 + i) * buffers.length;
             const Slopes slopes = slopes_of(grad_bce.as<const float>()[m * grad_bce.stride[0]],
                                             grad_dice.as<const float>()[m * grad_dice.stride[0]],
                                             sums.as<const float>() + m * sums.stride[0], u * h * u * w);

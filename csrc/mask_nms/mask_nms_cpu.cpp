@@ -4,7 +4,7 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 namespace {
-// Pixels that two masks have in common at most, by their sketches.
+// Upper bound of the number of pixels that two masks have in common, from their sketches.
 SPROMPT_INLINE int64_t sum_of_minima(const uint8_t* a, const uint8_t* b, int64_t n) {
 #if defined(__AVX2__)
     __m256i sum = _mm256_setzero_si256();
@@ -39,14 +39,15 @@ struct Greedy {
     int64_t* places;  // (kept) by place in the order
     bool sketched = false;
 
-    // Units that a mask of this area must have in common with another, less what the other one must add. Rounded down, as
-    // are the products' errors: units of the bound are never less than the pair's pixels.
+    // A pair needs share * (area_i + area_j) common pixels. This is the mask's part of that sum, in units of the profile,
+    // rounded down. So a pair whose bound falls below the sum of both parts cannot reach the threshold. The factor 1 - 1e-9
+    // covers the rounding errors of the products.
     SPROMPT_INLINE int16_t need_of(int64_t area) const {
         return static_cast<int16_t>(share * (1 - 1e-9) * static_cast<double>(area) /
                                     static_cast<double>(int64_t{1} << cut.shift));
     }
 
-    // The sketch of every mask.
+    // Computes the sketch of every mask.
     void draw(int threads) {
         parallel_for(im.N, 1 + 400000 / cut.n, threads_for(im.N * cut.n / 4, threads), [&](int64_t begin, int64_t end, int) {
             for (int64_t i = begin; i < end; ++i) {
@@ -64,7 +65,7 @@ struct Greedy {
         sketched = true;
     }
 
-    // Whether IoU > threshold. Long masks are counted bin by bin until the answer is certain.
+    // Whether IoU > threshold. Long masks are counted bin by bin, until the answer is certain.
     SPROMPT_INLINE bool exceeds(int64_t i, int64_t j) const {
         const double areas = static_cast<double>(im.area[i] + im.area[j]), wanted = share * areas;
         int64_t common = 0;
@@ -77,7 +78,7 @@ struct Greedy {
             }
             const uint32_t *a = im.mask(i), *b = im.mask(j);
             const int16_t *pa = im.profile + i * bins, *pb = im.profile + j * bins;
-            int64_t rest = 0;  // units that the bins to come can add
+            int64_t rest = 0;  // upper bound, in units, for the bins that are not counted yet
             for (int bin = 0; bin < cut.count; ++bin) rest += pa[bin] < pb[bin] ? pa[bin] : pb[bin];
             for (int bin = 0; bin < cut.count; ++bin) {
                 const int64_t most = pa[bin] < pb[bin] ? pa[bin] : pb[bin];
@@ -94,7 +95,7 @@ struct Greedy {
         return both / (areas - both) > threshold;
     }
 
-    // Whether one of the kept masks from `first` on removes the mask at place j; adds the pairs that were counted to `pairs`.
+    // Whether one of the kept masks from `first` on removes the mask at place j. Adds the number of counted pairs to `pairs`.
     static_assert(group % lanes == 0, "groups are whole vectors");
     bool removed(int64_t j, int64_t first, uint32_t& pairs) const {
         const Probe probe(im.profile + j * bins);
@@ -102,7 +103,7 @@ struct Greedy {
         for (int64_t start = first / lanes * lanes; start < kept; start += lanes) {
             const vs wanted = maximum(add(load(im.need + start), need), vs{} + 1);
             uint32_t open = bits_at_least(probe.common(im.interleaved + start / group * group * bins + start % group), wanted);
-            if (start + lanes > kept) open &= (uint32_t{1} << (kept - start)) - 1;  // lanes that are not in use
+            if (start + lanes > kept) open &= (uint32_t{1} << (kept - start)) - 1;  // drops the unused lanes
             for (; open != 0; open &= open - 1) {
                 ++pairs;
                 if (exceeds(places[start + __builtin_ctz(open)], j)) return true;
@@ -118,8 +119,9 @@ struct Greedy {
         places[kept++] = place;
     }
 
-    // A block of masks is compared in parallel with those kept before it, then one after the other with those of the block.
-    // How much work a block is, the pairs that the block before it counted tell; whether to go on by the product as well.
+    // A block of masks is compared in parallel with the masks kept before it. Then its masks are compared one after the other
+    // with the masks kept within the block. The number of pairs that a block counted estimates the work of the next block, and
+    // decides whether run_by_product takes over.
     void run(int64_t most, int threads) {
         constexpr uint32_t gone = ~uint32_t{0};
         uint32_t* pairs = im.keys;  // (N) counted in the parallel part; `gone`: removed
@@ -147,17 +149,18 @@ struct Greedy {
                 if (!removed(j, before, found)) keep(j);
                 counted += found;
             }
-            // Sketches cost about as much as counting 4 pairs for each mask; so many are yet to come if as many go on as here.
+            // Sketches cost about as much as counting 4 pairs per mask. They pay if the remaining masks count pairs at the rate
+            // of this block.
             if (im.sketch_bytes != 0 && !sketched && counted * (im.N - end) > 4 * im.N * (end - begin)) draw(threads);
             if (im.sketch_bytes == 0 && product_pays(counted, compared, cut.n)) return run_by_product(end, most, threads);
         }
     }
 
-    // Columns of a tile: a block of masks, of places [begin, begin + C).
+    // The removed columns of a tile. The columns are a block of masks, at places [begin, begin + C).
     struct Removed {
         uint64_t bits[BitProduct::columns / 64];
     };
-    // Which of the block the mask at place i removes, of those that `gone` does not hold yet.
+    // Adds to `gone` the masks of the block that the mask at place i removes.
     SPROMPT_INLINE void remove(int64_t i, const uint16_t* counts, int64_t begin, int64_t C, const float* areas,
                                Removed& gone) const {
         const vf area = broadcast(im.area_f[i]), least = broadcast(static_cast<float>(share * (1 - 1e-5)));
@@ -175,11 +178,12 @@ struct Greedy {
         }
     }
 
-    // As run, from `start` on, where most pairs would have to be counted: all of them are, by tiles of the product. A block
-    // against those kept before it, in parts, and against itself, at once; then its masks one after the other, by bits.
+    // Like run, from `start` on, for inputs where run would have to count most pairs. Tiles of the product count all pairs. In
+    // parallel, a block is multiplied with the masks kept before it, in parts, and with itself. Then its masks are kept or
+    // removed one after the other, by bits.
     __attribute__((noinline)) void run_by_product(int64_t start, int64_t most, int threads) {
-        Removed within[BitProduct::columns];                            // what each mask of the block removes
-        Removed* const by = reinterpret_cast<Removed*>(im.spare_keys);  // (parts) what the kept ones remove
+        Removed within[BitProduct::columns];                            // masks that each mask of the block removes
+        Removed* const by = reinterpret_cast<Removed*>(im.spare_keys);  // (parts) masks that the kept masks of a part remove
         for (int64_t i = 0; i < im.N; ++i) im.area_f[i] = static_cast<float>(im.area[i]);
         for (int64_t begin = start; begin < im.N && kept < most; begin += BitProduct::columns) {
             const int64_t C = begin + BitProduct::columns < im.N ? BitProduct::columns : im.N - begin;
@@ -221,11 +225,11 @@ struct Greedy {
 void mask_nms(const View& words, const View& scores, const View& counts, double threshold, const View& keep, const View& kept,
               int threads) {
     const Binning cut(words.size[2]);
-    const int64_t sketch = cut.n > 512 ? (cut.n + 255) / 256 * 64 : 0;  // a sixteenth of a long mask
+    const int64_t sketch = cut.n > 512 ? (cut.n + 255) / 256 * 64 : 0;  // a sixteenth of the bytes of a long mask
     Scratch memory;
-    uint8_t* const room = image_room(memory, words, sketch);
+    uint8_t* const scratch = image_scratch(memory, words, sketch);
     for_each_image(words.size[0], threads, [&](int64_t image, int workers) {
-        const Image im(words, counts, room, image, sketch);
+        const Image im(words, counts, scratch, image, sketch);
         sort_by_score(scores, image, im);
         describe(im, cut, workers);
         Greedy greedy{im, cut, threshold, threshold / (1 + threshold), 0, im.spare};

@@ -1,6 +1,6 @@
-// Greedy suppression goes panel by panel of the order: pairs_kernel writes which later masks each mask of the panel would
-// remove, and counts only pairs of masks that are still there and whose areas allow it; scan_kernel, a block an image, then
-// keeps or drops the panel's masks one after the other.
+// Greedy suppression takes the masks in order, one panel at a time. pairs_kernel writes, for each mask of the panel, which
+// later masks it would remove. It counts only pairs of masks that are not removed yet and whose areas allow an IoU above the
+// threshold. Then scan_kernel, with one block per image, keeps or removes the panel's masks one after the other.
 #include "mask_nms/tiles.cuh"
 
 namespace sprompt {
@@ -10,10 +10,10 @@ namespace {
 constexpr int panel_words = 64;  // a panel has at most 32 * panel_words masks
 
 // bits (B, R, W): bit j % 32 of word j / 32 of row i - begin is set where the mask at place i, begin <= i < end, would remove
-// the one at place j > i. Words before the row's own are not written.
+// the mask at place j > i. Words before word i / 32 of a row are not written.
 __global__ void __launch_bounds__(threads)
     pairs_kernel(Masks m, double threshold, int64_t begin, int64_t end, int64_t tile_rows, int64_t tile_columns,
-                 const uint32_t* removed,             // (B, W) of the panels before
+                 const uint32_t* removed,             // (B, W) by the panels before
                  const int64_t* kept, int64_t limit,  // (B) so far
                  uint32_t* bits, int64_t R, int64_t W) {
     SPROMPT_SHARED(const uint32_t*, source, 2 * side);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(threads)
     for (int q = 0; q < each; ++q) {
         const int row = own + q * warps;
         const uint32_t a = area[row], b = area[side + lane], low = a < b ? a : b, high = a < b ? b : a;
-        // IoU is at most the quotient of the areas, and rounding keeps the order of quotients.
+        // The IoU is at most the quotient of the areas, and rounding keeps the order of quotients.
         const bool wanted = low > 0 && first_row + row < first_column + lane && !(gone_rows >> row & 1) &&
                             !(gone_columns >> lane & 1) && static_cast<double>(low) / static_cast<double>(high) > threshold;
         const unsigned votes = __ballot_sync(whole_warp, wanted);
@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(threads)
     if (has_bits) *own_bits = removes[threadIdx.x];
 }
 
-// Visits places [begin, end) of an image, 32 at a time, a warp a mask; keeps what is left of them, up to `limit` in all.
+// Visits places [begin, end) of an image, 32 at a time, with one warp per mask. Keeps the masks that are not removed, up to
+// `limit` in all.
 __global__ void __launch_bounds__(1024)
     scan_kernel(const int64_t* order, const uint32_t* area, int64_t N,           // (B, N)
                 const uint32_t* bits, int64_t R, int64_t W,                      // (B, R, W)
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(1024)
             const unsigned dead = __ballot_sync(whole_warp, place >= end || area[image * N + place] == 0);
             if (lane == 0) gone[g] = dead | (begin > 0 ? out[first_word + g] : 0);
         }
-        // Words `lane` and lane + 32 of the panel, from the row's own word on.
+        // Word w of the panel's row g * 32 + own, and 0 before word g.
         const auto word = [&](int g, int w) -> uint32_t {
             const int row = g * 32 + own;
             return w >= g && w < groups && begin + row < end ? rows[row * W + first_word + w] : 0;
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(1024)
             __syncthreads();
         }
         if (total > limit) total = limit;
-        // What the panel removes behind it, panel_words words at a time.
+        // Marks the masks behind the panel that it removes, panel_words words at a time.
         for (int64_t start = end / 32; end < N && total < limit && start < W; start += panel_words) {
             if (threadIdx.x < panel_words) gone[threadIdx.x] = 0;
             __syncthreads();
@@ -176,7 +177,7 @@ void mask_nms(const Stream& stream, const View& words, const View& scores, const
     check_size(words.size[2]);
     SPROMPT_DEVICE_FLOATS(scores.dtype, T, find_order<T>(stream, words, scores, counts, order, area, nullptr, nullptr, 0.0));
     const Masks m = masks_of(words, order, area);
-    int64_t begin = 0, rows = 128;  // few rows first: what they remove is not counted later
+    int64_t begin = 0, rows = 128;  // few rows first: masks that they remove are not counted later
     do {
         const int64_t most = rows < R ? rows : R, end = begin + most < N ? begin + most : N;
         const int64_t tile_rows = tiles(end - begin, side), tile_columns = tiles(N - begin, side);

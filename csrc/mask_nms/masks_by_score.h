@@ -1,5 +1,5 @@
-// What greedy and matrix suppression share: the masks of an image by decreasing score, their areas, and bounds on what two of
-// them have in common.
+// Common parts of greedy and matrix suppression: the masks of an image by decreasing score, their areas, and upper bounds of
+// the intersection of two masks.
 #pragma once
 
 #include "common/bit_product.h"
@@ -11,11 +11,11 @@
 namespace sprompt {
 namespace SPROMPT_ISA {
 
-// ---- What a bound needs: a profile of each mask. Its words are cut into at most 16 bins; the profile holds the set pixels
-// of each bin in units of 2^shift pixels, rounded up, so that sum(min(profile_a, profile_b)) units is at least |a and b|.
-// The shift keeps a whole mask within 2^14 units: sums and comparisons fit 16-bit lanes.
+// ---- The bounds use a profile of each mask. The words of a mask are cut into at most 16 bins. The profile holds the number of
+// set pixels of each bin in units of 2^shift pixels, rounded up. So sum(min(profile_a, profile_b)) units is at least |a and b|.
+// The shift keeps a whole mask within 2^14 units, so sums and comparisons fit 16-bit lanes.
 constexpr int bins = 16;
-constexpr int group = 32;  // masks whose profiles lie interleaved, [bin][mask]
+constexpr int group = 32;  // masks whose profiles are interleaved, [bin][mask]
 constexpr int lanes = 2 * W;
 typedef int16_t vs __attribute__((vector_size(2 * lanes)));
 
@@ -25,7 +25,7 @@ SPROMPT_INLINE vs load(const int16_t* p) {
     return v;
 }
 SPROMPT_INLINE void store(int16_t* p, vs v) { __builtin_memcpy(p, &v, sizeof v); }
-// Wraps: lanes that are not in use hold anything.
+// The sum wraps, because unused lanes may hold any value.
 SPROMPT_INLINE vs add(vs a, vs b) {
     typedef uint16_t vu __attribute__((vector_size(sizeof(vs))));
     return (vs)((vu)a + (vu)b);
@@ -51,13 +51,13 @@ SPROMPT_INLINE uint32_t bits_at_least(vs a, vs b) {
 }
 
 struct Binning {
-    int64_t n, width;  // words of a mask, of a bin
+    int64_t n, width;  // words of a mask; words of a bin
     int count, shift;
 
     SPROMPT_INLINE explicit Binning(int64_t words) : n(words) {
         width = (n + bins - 1) / bins;
         width += width & 1;                              // pairs of words
-        if (width > 32) width = (width + 63) / 64 * 64;  // what count_and takes at a time
+        if (width > 32) width = (width + 63) / 64 * 64;  // count_and takes 64 words at a time
         if (width == 0) width = 2;
         count = static_cast<int>((n + width - 1) / width);
         shift = 0;
@@ -72,11 +72,11 @@ SPROMPT_INLINE int64_t count_bins(const uint32_t* a, const uint32_t* b, const Bi
     return count_and(a + start, b + start, cut.end(last - 1) - start);
 }
 
-// Bytes of scratch that an image needs for each of its masks and a group more, but for the sketch.
+// Bytes of scratch that an image needs for each of its masks and for one more group of masks. The sketch is not included.
 constexpr int64_t bytes_per_mask = 144;
 
-// The room of all images, taken before the call goes parallel.
-SPROMPT_INLINE uint8_t* image_room(Scratch& memory, const View& words, int64_t sketch) {
+// Takes the scratch memory of all images, before the call starts its threads.
+SPROMPT_INLINE uint8_t* image_scratch(Scratch& memory, const View& words, int64_t sketch) {
     return memory.take<uint8_t>(words.size[0], words.size[1] + group, bytes_per_mask + sketch);
 }
 
@@ -87,25 +87,25 @@ struct Image {
     int64_t N;                    // real masks
     int64_t* order;               // (N) indices by decreasing score
     int64_t* spare;               // (N); in memory it follows the keys
-    int64_t* area;                // (N), by place in the order, as all that follows
+    int64_t* area;                // (N), by place in the order, like all arrays below
     int16_t* profile;             // (N, bins)
     int16_t* interleaved;         // (groups, bins, group)
     int16_t* need;                // (groups * group)
-    int32_t* span;                // (N, 2) bins between which all set pixels lie: first, end
+    int32_t* span;                // (N, 2) range of bins that holds all set pixels: first, end
     double *c, *decay;            // (N)
     float *area_f, *limit;        // (groups * group)
     uint32_t *keys, *spare_keys;  // (N)
-    uint8_t* sketch;              // (N, sketch_bytes) set pixels of every 4 words, zeros behind the last
+    uint8_t* sketch;              // (N, sketch_bytes) number of set pixels of every 4 words, zeros behind the last
     int64_t sketch_bytes;         // 0: there is no sketch
 
-    // 130 bytes a mask, its sketch, and some for alignment: within what image_room takes.
-    SPROMPT_INLINE Image(const View& all, const View& counts, uint8_t* room, int64_t image, int64_t sketch)
+    // Uses 130 bytes per mask, the sketch, and some bytes for alignment. image_scratch takes more than that.
+    SPROMPT_INLINE Image(const View& all, const View& counts, uint8_t* scratch, int64_t image, int64_t sketch)
         : sketch_bytes(sketch) {
         const int64_t masks = all.size[1], padded = (masks + group - 1) / group * group;
         words = all.as<const uint32_t>() + image * all.stride[0];
         stride = all.stride[1];
         N = counts.given() ? counts.as<const int64_t>()[image * counts.stride[0]] : masks;
-        uint8_t* next = room + image * (masks + group) * (bytes_per_mask + sketch_bytes);
+        uint8_t* next = scratch + image * (masks + group) * (bytes_per_mask + sketch_bytes);
         next += -reinterpret_cast<uintptr_t>(next) & 63;
         const auto take = [&](int64_t bytes) {
             uint8_t* p = next;
@@ -130,7 +130,7 @@ struct Image {
     SPROMPT_INLINE const uint32_t* mask(int64_t place) const { return words + order[place] * stride; }
 };
 
-// Larger keys for smaller scores; NaN as -inf, -0 as 0.
+// Smaller scores have larger keys. NaN counts as -inf, -0 as 0.
 SPROMPT_INLINE uint32_t key_of(float score) {
     if (score != score) score = -__builtin_inff();
     score += 0.0f;
@@ -139,7 +139,7 @@ SPROMPT_INLINE uint32_t key_of(float score) {
     return bits & 0x80000000u ? bits : ~bits & 0x7fffffffu;
 }
 
-// order <- indices by decreasing score, equal ones by lower index: a stable radix sort, a byte at a time.
+// order <- indices by decreasing score, equal scores by lower index. A stable radix sort, one byte at a time.
 template <class T>
 static void sort_scores(const T* scores, int64_t stride, const Image& im) {
     uint32_t *keys = im.keys, *other_keys = im.spare_keys;
@@ -171,7 +171,7 @@ static void sort_scores(const T* scores, int64_t stride, const Image& im) {
 static inline void sort_by_score(const View& scores, int64_t image, const Image& im){
     SPROMPT_FLOAT_TYPES(scores.dtype, T, sort_scores<T>(scores.as<const T>() + image * scores.stride[0], scores.stride[1], im))}
 
-// Threads for work of about so many nanoseconds: waking the others costs some microseconds.
+// The number of threads for work of about `nanoseconds`. Waking other threads costs some microseconds.
 SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
     return nanoseconds > 40000 ? threads : 1;
 }
@@ -179,7 +179,7 @@ SPROMPT_INLINE int threads_for(int64_t nanoseconds, int threads) {
 // Profile and area of every mask, by place.
 static inline void describe(const Image& im, const Binning& cut, int threads) {
     const int64_t unit = (int64_t{1} << cut.shift) - 1;
-    const int64_t cost = 80 + cut.n / 8;  // about nanoseconds a mask
+    const int64_t cost = 80 + cut.n / 8;  // about, in nanoseconds per mask
     parallel_for(im.N, 1 + 50000 / cost, threads_for(im.N * cost, threads), [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
             const uint32_t* mask = im.mask(i);
@@ -208,7 +208,7 @@ SPROMPT_INLINE int64_t count_common(const Image& im, const Binning& cut, int64_t
     return first < end ? count_bins(im.mask(i), im.mask(j), cut, first, end) : 0;
 }
 
-// A mask that is to be compared with many: its profile in every lane, and the bins that are not empty.
+// A mask that is compared with many others: its profile, broadcast to every lane, and the range of its bins that are not empty.
 struct Probe {
     vs profile[bins];
     int first, last;
@@ -221,7 +221,7 @@ struct Probe {
             last = bin + 1;
         }
     }
-    // Units that `lanes` masks have in common with this one at most.
+    // Upper bound, in units, of the intersections of `lanes` masks with this mask.
     SPROMPT_INLINE vs common(const int16_t* interleaved) const {
         vs sum{};
         for (int bin = first; bin < last; ++bin) sum = add(sum, minimum(load(interleaved + bin * group), profile[bin]));
@@ -229,15 +229,15 @@ struct Probe {
     }
 };
 
-// Runs f(image, threads for that image): images in parallel where there are enough of them.
+// Runs f(image, threads for that image). The images run in parallel if there are enough of them.
 template <class F>
 static void for_each_image(int64_t images, int threads, const F& f) {
     if (images >= threads) return parallel_for(images, 1, threads, [&](int64_t begin, int64_t, int) { f(begin, 1); });
     for (int64_t image = 0; image < images; ++image) f(image, threads);
 }
 
-// Whether tiles of the product are the cheaper way on for masks of n words, after `counted` of `pairs` pairs had to be
-// counted. Nanoseconds, about: what a pair costs to begin, and each word.
+// Whether tiles of the product are cheaper for the remaining masks of n words, after `counted` of `pairs` pairs had to be
+// counted. The constants are nanoseconds, about: the fixed cost of a pair, and the cost per word.
 SPROMPT_INLINE bool product_pays(int64_t counted, int64_t pairs, int64_t n) {
 #if defined(__AVX512F__)
     constexpr double start = 8, word = 0.06, tile_start = 0.3, tile_word = 0.05;
@@ -250,7 +250,7 @@ SPROMPT_INLINE bool product_pays(int64_t counted, int64_t pairs, int64_t n) {
                                               static_cast<double>(pairs) * (tile_start + tile_word * static_cast<double>(n));
 }
 
-// `rows` rows in equal parts, each at most a tile and, but for the last, at least 128 rows.
+// Cuts `rows` rows into equal parts. A part is at most one tile and, except for the last part, at least 128 rows.
 struct Parts {
     int64_t count, size;
 

@@ -5,8 +5,8 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 namespace {
-// ---- Matrix. c and decay are maxima and minima, so pairs may come in any order, and a pair whose IoU cannot change either
-// of its column's two values need not be counted.
+// ---- Matrix. c and decay are maxima and minima, so pairs may come in any order. A pair need not be counted if its IoU can
+// change neither c nor decay of its column.
 template <bool gaussian>
 struct Matrix {
     const Image& im;
@@ -14,19 +14,19 @@ struct Matrix {
     const int64_t* labels;
     int64_t label_stride;
 
-    // What pairs with mask i need once c[i] is known. gaussian: c^2; linear: 1 / max(1 - c, 1e-6).
+    // Called once c[i] is known. Sets limit[i], which pairs with mask i need. gaussian: c^2; linear: 1 / max(1 - c, 1e-6).
     SPROMPT_INLINE void close(int64_t i) const {
         const double c = im.c[i], f = 1 - c > 1e-6 ? 1 - c : 1e-6;
         im.limit[i] = static_cast<float>(gaussian ? c * c : 1 / f);
     }
 
-    // Pairs (i, j), i in [first, last), which are closed. decay holds max(iou^2 - c^2) if gaussian, else the decay.
-    // Returns how many pairs were counted.
+    // Takes pairs (i, j) for i in [first, last). These masks i must be closed. decay holds max(iou^2 - c^2) if gaussian, else
+    // the decay. Returns the number of counted pairs.
     int64_t column(int64_t j, int64_t first, int64_t last) const {
         if (im.area[j] == 0 || first >= last) return 0;
         int64_t counted = 0;
         const Probe probe(im.profile + j * bins);
-        const float scale = static_cast<float>(int64_t{1} << cut.shift) * 1.00001f;  // a bound stays one after rounding
+        const float scale = static_cast<float>(int64_t{1} << cut.shift) * 1.00001f;  // still an upper bound after rounding
         const vf area = broadcast(im.area_f[j]);
         double c = im.c[j], decay = im.decay[j];
         const int64_t label = labels ? labels[im.order[j] * label_stride] : 0;
@@ -73,8 +73,8 @@ struct Matrix {
         return counted;
     }
 
-    // A block of columns is compared in parallel with the masks before it, then column by column with those of the block.
-    // Whether to go on by the product, the pairs that a block counted tell.
+    // A block of columns is compared in parallel with the masks before it, then column by column with the masks of the block.
+    // The number of pairs that a block counted decides whether run_by_product takes over.
     void run(int threads) const {
         uint32_t* counted = im.keys;  // (N)
         for (int64_t begin = 0, end; begin < im.N; begin = end) {
@@ -94,15 +94,16 @@ struct Matrix {
         }
     }
 
-    // Columns of a tile, of places [begin, begin + C), and what is known of them.
+    // Columns of a tile, at places [begin, begin + C), with their c and decay so far.
     struct Block {
         double c[BitProduct::columns], decay[BitProduct::columns];
         float area[BitProduct::columns], least_c[BitProduct::columns], least_decay[BitProduct::columns];
         int64_t begin, C;
     };
-    // IoU > x is |a and b| > share(x) (|a| + |b|). Less than that by more than what float32 rounds.
+    // IoU > x is equivalent to |a and b| > x / (1 + x) (|a| + |b|). share(x) is smaller than this factor by more than the
+    // float32 rounding error.
     SPROMPT_INLINE static float share(double x) { return static_cast<float>(x / (1 + x) * (1 - 1e-5)); }
-    // The IoU that a pair needs to change the decay of its column, whatever its row.
+    // The IoU that a pair needs to change the decay of its column, for any row.
     SPROMPT_INLINE static double of_decay(double decay) { return gaussian ? __builtin_sqrt(decay) : 1 - decay; }
 
     SPROMPT_INLINE void open(Block& block, int64_t begin, int64_t C) const {
@@ -115,7 +116,8 @@ struct Matrix {
             block.least_c[j] = block.least_decay[j] = 0;
         }
     }
-    // Pairs of the mask at place i with columns [from, C): their c, their decay, or both. For the decay i must be closed.
+    // Takes pairs of the mask at place i with columns [from, C), for their c, their decay, or both. For the decay, mask i must
+    // be closed.
     template <bool of_c, bool of_d>
     SPROMPT_INLINE void row(Block& block, int64_t i, const uint16_t* counts, int64_t from) const {
         const double ci = im.c[i], f = 1 - ci > 1e-6 ? 1 - ci : 1e-6;
@@ -146,14 +148,15 @@ struct Matrix {
         }
     }
 
-    // As run, from `start` on, where most pairs would have to be counted: all of them are, by tiles of the product. A block
-    // against the masks before it, in parts, and against itself, at once; what the parts found is put together after them.
+    // Like run, from `start` on, for inputs where run would have to count most pairs. Tiles of the product count all pairs. In
+    // parallel, a block is multiplied with the masks before it, in parts, and with itself. Then the results of the parts are
+    // combined.
     __attribute__((noinline)) void run_by_product(int64_t start, int threads) const {
         constexpr int64_t columns = BitProduct::columns;
         struct Found {
             double c[columns], decay[columns];
         };
-        static_assert(sizeof(Found) <= 16 * 128, "keys, spare_keys and spare hold one for every 128 masks, at least one");
+        static_assert(sizeof(Found) <= 16 * 128, "keys, spare_keys and spare hold one Found per 128 masks, and at least one");
         Found* const found = reinterpret_cast<Found*>(im.keys);
         uint16_t within[columns][columns];
         Block block;
@@ -188,7 +191,7 @@ struct Matrix {
                 block.least_c[j] = share(block.c[j]);
                 block.least_decay[j] = share(of_decay(block.decay[j]));
             }
-            // im.c of the block is not yet known to the first pass, which asks for no decay.
+            // The first pass does not know im.c of the block yet. It computes no decay.
             for (int64_t i = 0; i < C; ++i) im.c[begin + i] = 0;
             for (int64_t i = 0; i < C; ++i) row<true, false>(block, begin + i, within[i], i + 1);
             __builtin_memcpy(im.c + begin, block.c, C * sizeof block.c[0]);
@@ -199,7 +202,7 @@ struct Matrix {
 };
 }  // namespace
 
-// e^x for x <= 0: the float32 exponential of x rounded to float32, times 1 + what the rounding took.
+// e^x for x <= 0: the float32 exponential of x rounded to float32, times (1 + the rounding error).
 SPROMPT_INLINE float exp_of(double x) {
     const float high = static_cast<float>(x);
     float lane[W];
@@ -209,8 +212,8 @@ SPROMPT_INLINE float exp_of(double x) {
 
 template <bool gaussian>
 static void decay_image(const View& words, const View& scores, const View& labels, const View& counts, double sigma,
-                        const View& out, uint8_t* room, const Binning& cut, int64_t image, int threads) {
-    const Image im(words, counts, room, image, 0);
+                        const View& out, uint8_t* scratch, const Binning& cut, int64_t image, int threads) {
+    const Image im(words, counts, scratch, image, 0);
     sort_by_score(scores, image, im);
     describe(im, cut, threads);
     for (int64_t i = 0; i < im.N; ++i) {
@@ -238,12 +241,12 @@ void matrix_nms(const View& words, const View& scores, const View& labels, const
                 const View& out, int threads) {
     const Binning cut(words.size[2]);
     Scratch memory;
-    uint8_t* const room = image_room(memory, words, 0);
+    uint8_t* const scratch = image_scratch(memory, words, 0);
     for_each_image(words.size[0], threads, [&](int64_t image, int workers) {
         if (gaussian)
-            decay_image<true>(words, scores, labels, counts, sigma, out, room, cut, image, workers);
+            decay_image<true>(words, scores, labels, counts, sigma, out, scratch, cut, image, workers);
         else
-            decay_image<false>(words, scores, labels, counts, sigma, out, room, cut, image, workers);
+            decay_image<false>(words, scores, labels, counts, sigma, out, scratch, cut, image, workers);
     });
 }
 

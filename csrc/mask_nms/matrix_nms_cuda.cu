@@ -1,5 +1,6 @@
-// Matrix suppression goes by panels of columns, most often a single one: count_kernel writes the counts of the pairs within
-// the panel, and takes the rows before it, whose c is known, at once; decay_kernel takes the pairs within.
+// Matrix suppression takes panels of columns. Most often a single panel holds all columns. count_kernel writes the counts of
+// the pairs within the panel. It also finishes pairs with rows before the panel, because c of these rows is known. decay_kernel
+// finishes the pairs within the panel.
 #include "mask_nms/tiles.cuh"
 
 namespace sprompt {
@@ -10,8 +11,8 @@ __device__ inline double iou_of(uint32_t common, uint32_t a, uint32_t b) {
     return static_cast<double>(common) / static_cast<double>(static_cast<int64_t>(a) + b - common);
 }
 
-// What decides the decay of a pair's second mask: gaussian: iou^2 - c^2, of which the largest counts; otherwise
-// (1 - iou) / (1 - c), of which the least does. c is of the pair's first mask.
+// The value of a pair for the decay of its second mask. gaussian: iou^2 - c^2, and the largest value decides; otherwise (1 -
+// iou) / (1 - c), and the least value decides. c belongs to the pair's first mask.
 template <bool gaussian>
 __device__ inline double ratio_of(double iou, double c) {
     if (gaussian) return iou * iou - c * c;
@@ -25,7 +26,8 @@ __device__ inline double stronger(double a, double b) {
 template <bool gaussian>
 constexpr double no_decay = gaussian ? 0.0 : 1.0;
 
-// Numbers of at least 0 are in the order of their bits, so that the atomics below give the same result in any order.
+// Numbers >= 0 have the same order as their bits, so the atomics below can compare integers and give the same result in any
+// order.
 __device__ inline void raise(uint64_t* at, double x) {
     atomicMax(reinterpret_cast<unsigned long long*>(at), static_cast<unsigned long long>(__double_as_longlong(x)));
 }
@@ -41,7 +43,7 @@ __device__ inline void apply(uint64_t* decay, double ratio) {
     }
 }
 
-// The strongest of 8 rows' ratios for each of 32 columns goes to decay[0..columns). shared (8 * 32).
+// Merges the strongest ratio of 8 rows, for each of 32 columns, into decay[0..columns). shared (8 * 32).
 template <bool gaussian>
 __device__ inline void merge(double ratio, double* shared, uint64_t* decay, int64_t columns) {
     shared[threadIdx.x] = ratio;
@@ -52,8 +54,9 @@ __device__ inline void merge(double ratio, double* shared, uint64_t* decay, int6
     }
 }
 
-// Rows [0, end) against columns [begin, end), places of the order. c gets every pair; pairs whose row lies before `begin`,
-// where c is complete, give their decay at once; the counts of the others go to pairs (B, S, S), 0 where a pair does not count.
+// Compares rows [0, end) with columns [begin, end); both are places in the order. Every pair updates c. For rows before `begin`
+// c is complete, so their pairs update the decay at once. The counts of the other pairs go to pairs (B, S, S), as 0 for pairs
+// that do not count.
 template <class Count, bool gaussian>
 __global__ void __launch_bounds__(threads)
     count_kernel(Masks m, const int64_t* labels, int64_t label_row, int64_t label_step, int64_t begin, int64_t tile_rows,
@@ -112,7 +115,7 @@ __global__ void __launch_bounds__(threads)
     if (before) merge<gaussian>(ratio, best, decay + image * m.N + first_column, m.N - first_column);
 }
 
-// Pairs within the panel: 128 rows of 32 columns a block.
+// Pairs within the panel: 128 rows of 32 columns per block.
 constexpr int stretch = 128;
 template <class Count, bool gaussian>
 __global__ void __launch_bounds__(threads)

@@ -1,5 +1,5 @@
-// What greedy and matrix suppression share on the GPU: the order of the masks, and tiles of 32 x 32 pairs of places of the
-// order, which are counted 32 words of every mask at a time in shared memory.
+// Common parts of greedy and matrix suppression on the GPU: the order of the masks, and tiles of 32 x 32 pairs of places in the
+// order. A tile is counted in shared memory, 32 words of every mask at a time.
 #pragma once
 
 #include "common/device.cuh"
@@ -11,10 +11,10 @@ namespace {  // each file has its own
 
 constexpr int side = 32, depth = 32, pitch = depth + 1;  // the odd pitch spreads a column over the banks
 constexpr int threads = 256, warps = threads / warp;
-constexpr int each = side * side / threads;  // pairs of a thread: row threadIdx.x / 32 + 8 q, column threadIdx.x % 32
+constexpr int each = side * side / threads;  // pairs per thread: row threadIdx.x / 32 + 8 q, column threadIdx.x % 32
 constexpr uint32_t padding = 0xffffffffu;    // the key of masks that are not real
 
-// Larger keys for smaller scores; NaN as -inf, -0 as 0.
+// Smaller scores have larger keys. NaN counts as -inf, -0 as 0.
 __device__ inline uint32_t key_of(float score) {
     if (score != score) return 0xff800000u;
     const uint32_t bits = __float_as_uint(score + 0.0f);
@@ -26,7 +26,7 @@ __device__ inline int64_t count_of(const int64_t* counts, int64_t stride, int64_
     return count < 0 ? 0 : count > N ? N : count;
 }
 
-// -- order and area: a warp a mask counts the masks before it. Real ones come first, padding has area 0.
+// -- order and area: one warp per mask counts the masks before it. Real masks come first. Padding has area 0.
 
 template <class T>
 __global__ void __launch_bounds__(threads)
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(threads)
     }
 }
 
-// -- counting: what a tile's threads share.
+// -- counting: parts that the threads of a tile use.
 
 // The masks of one image in their order.
 struct Masks {
@@ -76,7 +76,8 @@ struct Masks {
     int64_t N;
 };
 
-// Fills `source` and `area` for the masks at places first_row.. and first_column..; null and 0 behind the last one.
+// Fills `source` and `area` for 32 masks from place first_row on and 32 from first_column on. Behind the last mask they are
+// null and 0.
 __device__ inline void find_masks(const Masks& m, int64_t image, int64_t first_row, int64_t first_column,
                                   const uint32_t** source, uint32_t* area) {  // (2 * side) each
     if (threadIdx.x < 2 * side) {
@@ -88,8 +89,9 @@ __device__ inline void find_masks(const Masks& m, int64_t image, int64_t first_r
     }
 }
 
-// Calls use(words in this part, a multiple of 8) for each part of `depth` words, which then lie in `tile`: 32 rows, 32 columns,
-// zeros behind the end. The next part is on its way meanwhile. All threads call it, after a barrier behind find_masks.
+// Calls use(words in this part, a multiple of 8) for each part of `depth` words. The part then lies in `tile`: 32 rows, 32
+// columns, zeros behind the end. Meanwhile the next part is loaded. All threads must call it, after a barrier that follows
+// find_masks.
 template <class F>
 __device__ inline void for_parts(const uint32_t* const* source, uint32_t* tile, int64_t n, F use) {
     constexpr int loads = 2 * side * depth / threads;

@@ -8,7 +8,8 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 namespace {
-// Words that and + popcount takes in the time in which the product takes 100, and what the start of a pair costs, in words.
+// counted_words: words that and + popcount counts in the time in which the product counts 100. start_words: the fixed cost of a
+// pair, in words.
 #if defined(__AVX512F__)
 constexpr int64_t counted_words = 90, start_words = 60;
 #elif defined(__AVX2__)
@@ -17,7 +18,7 @@ constexpr int64_t counted_words = 57, start_words = 60;
 constexpr int64_t counted_words = 33, start_words = 4;
 #endif
 
-// One image: rows are masks of a, columns masks of b, which may be the same masks.
+// The pairs of one image. Rows are masks of a, columns are masks of b. a and b may be the same masks.
 struct Pairs {
     const uint32_t *a, *b;
     int64_t stride_a, stride_b;
@@ -25,7 +26,7 @@ struct Pairs {
     int64_t n, width;
     float* out;  // (N, M)
     int64_t M;
-    bool self;  // pairs below the diagonal are those above it
+    bool self;  // a is b: pairs below the diagonal equal those above it
 
     SPROMPT_INLINE const uint32_t* row(int64_t i) const { return a + i * stride_a; }
     SPROMPT_INLINE const uint32_t* column(int64_t j) const { return b + j * stride_b; }
@@ -37,7 +38,7 @@ struct Pairs {
     }
 };
 
-// The words outside of which rows [i0, i1) and columns [j0, j1) have nothing in common; first >= last if nothing at all.
+// Rows [i0, i1) and columns [j0, j1) have pixels in common only in words [first, last). If first >= last, they have none.
 struct Range {
     int64_t first, last;
 
@@ -62,7 +63,7 @@ struct Range {
     }
 };
 
-// Whether the product of the tile costs less than its pairs one by one, as some of its rows tell.
+// Whether the product of the tile costs less than its pairs one by one. Estimated from every fourth row.
 bool product_pays(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     constexpr int64_t step = 4;
     int64_t words = 0, tried = 0;
@@ -93,8 +94,9 @@ void multiply(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1, in
         for (int64_t j = pairs.self && j0 < i ? i : j0; j < j1; ++j) pairs.put(i, j, total[i - i0][j - j0]);
 }
 
-// Tiles of 8 x 8 masks. Pairs whose boxes do not meet are not read; those that meet in a narrow strip are read row by row;
-// the others in stretches of 2048 words (8 kB), so that the 64 kB of a tile of a and of b stay in the second cache.
+// Counts tiles of 8 x 8 masks. Pairs whose boxes do not overlap are not read. Pairs that overlap in a narrow strip are read row
+// by row. The other pairs are read in stretches of 2048 words (8 kB), so that the 64 kB of a tile of a, and of b, stay in the
+// L2 cache.
 constexpr int64_t tile = 8;
 void count(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     constexpr int64_t stretch = 2048;
@@ -128,7 +130,8 @@ void count(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
 }
 }  // namespace
 
-// Tiles as large as the product takes them: by the product where that pays, then the others by strips of 8 rows.
+// Cuts the pairs into tiles of the size that the product takes. The first loop multiplies the tiles for which the product pays.
+// The second loop counts the other tiles, in strips of 8 rows.
 void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int threads) {
     const bool self = !b.given();
     const View& other = self ? a : b;
@@ -159,14 +162,15 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int 
     });
     if (N == 0 || M == 0) return;
 
-    // As many rows a tile as leave each thread three tiles, in equal parts; which tiles there are changes no result.
+    // Tiles have as many rows as possible while each thread gets three tiles, in equal parts. The choice of tiles changes no
+    // result.
     const int64_t columns = (M + BitProduct::columns - 1) / BitProduct::columns;
     int64_t rows = BitProduct::rows;
     while (rows > 64 && (N + rows - 1) / rows * columns * B < 3 * threads) rows /= 2;
     const int64_t parts = (N + rows - 1) / rows;
     rows = ((N + parts - 1) / parts + tile - 1) / tile * tile;
     const int64_t cost = tile * M * (n / 8 + 4);  // about the cycles of 8 rows, if the boxes overlap by half
-    // Where a row of a tile holds this sign, its pairs are yet to be counted. Only the row itself writes there.
+    // This value marks a row of a tile whose pairs are not counted yet. Only the row itself writes to that place.
     constexpr float open = -1.0f;
     const auto sign = [&](const Pairs& pairs, int64_t i, int64_t j0) -> float& {
         return pairs.out[i * M + (self && j0 < i ? i : j0)];

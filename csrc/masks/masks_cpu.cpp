@@ -43,7 +43,7 @@ SPROMPT_INLINE bool is_set(uint8_t pixel, float) { return pixel != 0; }
 
 template <class T>
 static void pack_rows(const View& pixels, float threshold, const View& words, int threads) {
-    constexpr int64_t block = 2048;  // words a chunk: 64 k pixels
+    constexpr int64_t block = 2048;  // words per chunk: 64 k pixels
     const int64_t rows = pixels.size[0], P = pixels.size[1], n = words_for(P), blocks = (n + block - 1) / block;
     parallel_for(rows * blocks, 1, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
@@ -79,7 +79,7 @@ SPROMPT_INLINE void unpack_word(uint32_t word, uint8_t* pixels) {
     const __m256i set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(pixels), _mm256_and_si256(set, _mm256_set1_epi8(1)));
 #else
-    for (int i = 0; i < 4; ++i) {  // 8 bits -> 8 bytes: each keeps its own bit, then != 0
+    for (int i = 0; i < 4; ++i) {  // 8 bits -> 8 bytes: each byte keeps its own bit, then becomes 1 if it is not 0
         const uint64_t byte = (word >> (8 * i)) & 0xff;
         uint64_t spread = (byte * 0x0101010101010101u) & 0x8040201008040201u;
         spread = ((spread + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
@@ -90,8 +90,9 @@ SPROMPT_INLINE void unpack_word(uint32_t word, uint8_t* pixels) {
 
 constexpr int64_t huge_page = 1 << 21;
 
-// Memory of this size comes new from the system, which then clears it a page at a time: 2 MB pages instead of 4 kB ones save
-// most of that. Only advice, for the whole pages in it; without them, or elsewhere than on Linux, nothing changes.
+// A buffer of this size is new memory from the system, which clears it one page at a time. 2 MB pages instead of 4 kB pages
+// save most of that time. The call only advises the kernel, for the whole 2 MB pages inside the buffer. On another system than
+// Linux, or if the kernel refuses, nothing changes.
 static bool ask_for_huge_pages(uint8_t* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
@@ -104,9 +105,9 @@ static bool ask_for_huge_pages(uint8_t* memory, int64_t bytes) {
 
 void unpack_masks(const View& words, const View& pixels, int threads) {
     const int64_t rows = pixels.size[0], P = pixels.size[1], n = words_for(P);
-    // Two threads that meet in a new page would both clear one: chunks are not smaller than pages.
+    // Chunks are not smaller than pages. If two threads touched the same new page, both would clear a page.
     const int64_t chunk = ask_for_huge_pages(pixels.as<uint8_t>(), rows * P) ? huge_page : 1 << 16;
-    const int64_t block = chunk / 32, blocks = (n + block - 1) / block;  // words; a long row is several jobs
+    const int64_t block = chunk / 32, blocks = (n + block - 1) / block;  // in words; a long row is several jobs
     parallel_for(rows * blocks, 1 + chunk / (P + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
             const int64_t row = job / blocks, first = job % blocks * block, last = first + block < n ? first + block : n;
@@ -157,7 +158,7 @@ void window_masks(const View& words, int64_t height, int64_t width, int64_t top,
             BitWriter writer(out.as<uint32_t>() + row * out.stride[0]);
             for (int64_t y = top; y < top + out_height; ++y) {
                 const bool inside = y >= 0 && y < height;
-                // Columns [x, x + k) of the source, of which those in [0, width) are read.
+                // Columns [x, x + k) of the source. Columns outside [0, width) are 0.
                 const auto take = [&](int64_t x, int k) -> uint32_t {
                     if (!inside || x >= width || x + k <= 0) return 0;
                     const int64_t from = x < 0 ? 0 : x, to = x + k < width ? x + k : width;

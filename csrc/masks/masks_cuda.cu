@@ -8,7 +8,8 @@ namespace {
 
 __device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
 
-// -- pack: a thread reads 16 bytes, E = 16 / sizeof(T) pixels, and makes E bits; 32 / E neighbouring lanes share a word.
+// -- pack: a thread reads 16 bytes, which are E = 16 / sizeof(T) pixels, and makes E bits. 32 / E neighbouring lanes share a
+// word.
 
 template <class T>
 __device__ inline bool is_set(T pixel, float threshold) {
@@ -77,24 +78,24 @@ __global__ void __launch_bounds__(256) unpack_kernel(const uint32_t* words,  // 
     }
 }
 
-// -- area and boxes: one block a mask, a single warp where masks are short.
+// -- area and boxes: one block per mask, with a single warp if masks are short.
 
 int threads_for(int64_t n) { return n > 512 ? 256 : warp; }
 
-// The least or largest of all threads' values: `combine` is warp_min or warp_max.
+// The least or largest value of all threads. `combine` is warp_min or warp_max.
 template <class F>
 __device__ inline int64_t over_block(int64_t value, int64_t* shared, F combine) {  // shared (8)
     value = combine(value);
     if (blockDim.x == warp) return value;
-    __syncthreads();  // shared may still be read from before
+    __syncthreads();  // threads may still read `shared` of the previous call
     if (threadIdx.x % warp == 0) shared[threadIdx.x / warp] = value;
     __syncthreads();
-    return combine(shared[threadIdx.x % (blockDim.x / warp)]);  // every warp reads all of them, some twice
+    return combine(shared[threadIdx.x % (blockDim.x / warp)]);  // every warp reads all values, some more than once
 }
 
 __global__ void __launch_bounds__(256) area_kernel(const uint32_t* words,  // (R, n)
                                                    int64_t n,
-                                                   int64_t* area,  // of mask k of image i: at i * stride + k
+                                                   int64_t* area,  // mask k of image i is at i * stride + k
                                                    int64_t per_image, int64_t stride) {
     SPROMPT_SHARED(int64_t, sums, 8);
     const uint32_t* row = words + blockIdx.x * n;
@@ -118,12 +119,12 @@ __global__ void __launch_bounds__(256) boxes_kernel(const uint32_t* words,  // (
     int64_t x1 = INT64_MAX, y1 = INT64_MAX, x2 = 0, y2 = 0;
     for (int64_t i = threadIdx.x; i < n; i += blockDim.x) {
         uint32_t word = row[i];
-        while (word != 0) {  // a run of pixels in one row of the picture
+        while (word != 0) {  // one run of pixels in one row of the picture
             const int low = __ffs(static_cast<int>(word)) - 1;
             const int64_t p = 32 * i + low, y = p / width, x = p % width;
-            const int64_t room = width - x;
+            const int64_t remaining = width - x;
             const uint32_t rest = word >> low;
-            const uint32_t run = room < 32 ? rest & ((1u << room) - 1) : rest;
+            const uint32_t run = remaining < 32 ? rest & ((1u << remaining) - 1) : rest;
             const int64_t last = x + 31 - __clz(static_cast<int>(run));
             x1 = x < x1 ? x : x1;
             y1 = y < y1 ? y : y1;
@@ -147,7 +148,7 @@ __global__ void __launch_bounds__(256) boxes_kernel(const uint32_t* words,  // (
     }
 }
 
-// -- IoU: a block counts 32 x 32 pairs, a thread 2 x 2 of them, 32 words of every mask at a time in shared memory.
+// -- IoU: a block counts 32 x 32 pairs, a thread 2 x 2 of them. Shared memory holds 32 words of every mask at a time.
 
 constexpr int side = 32, depth = 32, pitch = depth + 1;  // the odd pitch spreads a column over the banks
 
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(256)
     const int64_t columns = (M + side - 1) / side, rows = (N + side - 1) / side;
     const int64_t image = blockIdx.x / (rows * columns);
     const int64_t first_a = blockIdx.x / columns % rows * side, first_b = blockIdx.x % columns * side;
-    if (self && first_b < first_a) return;  // its mirror image writes it
+    if (self && first_b < first_a) return;  // the mirrored tile writes these pairs
     const int row = threadIdx.x / 16, column = threadIdx.x % 16;
     int64_t common[2][2] = {};
     for (int64_t k = 0; k < n; k += depth) {
@@ -200,9 +201,9 @@ __global__ void __launch_bounds__(256)
         }
 }
 
-// -- windows: a thread writes one word, run by run of pixels that share a row.
+// -- windows: a thread writes one word. It takes one run of pixels after another; the pixels of a run share a row.
 
-// `count` <= 32 bits of words[0..n) from bit `first` >= 0; those behind the end are 0.
+// `count` <= 32 bits of words[0..n) from bit `first` >= 0. Bits behind the end are 0.
 __device__ inline uint32_t bits_at(const uint32_t* words, int64_t n, int64_t first, int count) {
     const int64_t i = first / 32;
     const uint32_t low = i < n ? words[i] : 0, high = i + 1 < n ? words[i + 1] : 0;
@@ -223,9 +224,9 @@ __global__ void __launch_bounds__(256)
     uint32_t word = 0;
     for (int done = 0; done < 32 && first + done < P;) {
         const int64_t y = (first + done) / out_width, x = (first + done) % out_width;
-        const int64_t room = out_width - x;
-        const int run = room < 32 - done ? static_cast<int>(room) : 32 - done;
-        // Columns of the source that the run shows: low .. low + run, mirrored if flip.
+        const int64_t remaining = out_width - x;
+        const int run = remaining < 32 - done ? static_cast<int>(remaining) : 32 - done;
+        // The run shows columns [low, low + run) of the source, mirrored if `flip`.
         const int64_t low = left + (flip ? out_width - x - run : x), row = top + y;
         const int64_t begin = low > 0 ? low : 0, end = low + run < width ? low + run : width;
         if (row >= 0 && row < height && begin < end) {

@@ -9,7 +9,7 @@
 
 namespace sprompt {
 
-// cost (B, N, G) f32, contiguous; 0 where g >= counts[b]
+// cost (B, N, G) f32, contiguous, 0 where g >= counts[b]
 // <- logits (B, N, h, w) f32/bf16/f16, last stride 1; targets (B, G, H, W) u8/b8/f32/bf16/f16, last stride 1 (ratio 0), or
 // words (B, G, n) i32, last stride 1, of masks of ratio H x ratio W pixels, ratio 1, 2, 4; class_logits (B, N, K) f32/bf16/f16
 // and labels (B, G) i64 in [0, K) where g < counts[b], or neither; counts (B) i64 or none.

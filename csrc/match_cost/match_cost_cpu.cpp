@@ -10,21 +10,23 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 constexpr int64_t block = 4, group = 3;  // masks and targets of one register tile: 12 sums, 3 targets, 1 mask
-// Floats of the probabilities and of the targets that a tile of rows may take: half of a first and of a second cache.
+// Upper bounds, in floats, of the probabilities and of the targets of a tile of rows: half of the L1 and half of the L2 cache.
 constexpr int64_t most_p = 1400, most_t = 65536;
-// Chunks of rows, each one piece of parallel work with its own sums: at most this many, of at least so many rows.
+// A chunk of rows is one piece of parallel work with its own sums. There are at most most_chunks chunks, of at least least_rows
+// rows.
 constexpr int64_t most_chunks = 32, least_rows = 8;
 
 SPROMPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SPROMPT_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
-// Room of one worker. A tile is tile_rows rows of `line` floats, a whole number of vectors: zeros behind the row's end.
-struct Room {
+// Scratch buffers of one worker. A tile is tile_rows rows of `line` floats, which is a whole number of vectors, with zeros
+// behind the end of a row.
+struct Buffers {
     float *low, *stretched;
     float* p;         // (block, tile_rows, line)
     float* t;         // (G, tile_rows, line)
-    int32_t* extent;  // (G, tile_rows, 2): first and last vector of a row that are not 0
-    int32_t* live;    // (G): the targets that have one
+    int32_t* extent;  // (G, tile_rows, 2): begin of the first and end of the last vector of a row that are not 0
+    int32_t* live;    // (G): the targets that have such a vector
 };
 
 // The sums of one chunk: pt (N, G), p and p^2 (N), t and t^2 (G).
@@ -35,11 +37,11 @@ static Sums sums_at(float* partial, int64_t N, int64_t G) {
     return {partial, partial + N * G, partial + N * G + N, partial + N * G + 2 * N, partial + N * G + 2 * N + G};
 }
 
-// Row Y of a target into the tile; its sums; its first and last vector that are not 0.
+// Writes row Y of a target into the tile, adds its sums, and sets its extent.
 static void take_target(const TargetMap& map, int64_t Y, float* row, int64_t line, int32_t* extent, float& sum_t,
                         float& sum_tt) {
     extent[0] = extent[1] = 0;
-    if (!target_row(map, Y, row)) {  // its neighbours in a group may have something here
+    if (!target_row(map, Y, row)) {  // other targets of the group may have pixels in this row, so it must be 0
         for (int64_t x = 0; x < line; x += W) store(row + x, vf{});
         return;
     }
@@ -62,8 +64,8 @@ static void take_target(const TargetMap& map, int64_t Y, float* row, int64_t lin
     sum_tt += sum(tt_sum);
 }
 
-// pt[4][J] <- the products of the tile's 4 masks with J targets. Only what lies between the targets' first and last vectors
-// that are not 0 is multiplied: the rest is 0 for every finite p, and a NaN reaches the cost through the sums of p.
+// pt[4][J] <- the products of the tile's 4 masks with J targets. Only vectors inside the extents of the targets are multiplied.
+// Elsewhere the product is 0 for every finite p, and a NaN reaches the cost through the sums of p.
 template <int J>
 static void tile_products(const float* p, const float* const* t, const int32_t* const* extents, int64_t rows, int64_t line,
                           int64_t mask_stride, float (*pt)[group]) {
@@ -89,12 +91,12 @@ static void tile_products(const float* p, const float* const* t, const int32_t* 
         for (int j = 0; j < J; ++j) pt[i][j] = sum(total[i][j]);
 }
 
-// p of row Y of one mask into the tile, and its sums.
+// Writes p of row Y of one mask into the tile, and adds its sums.
 SPROMPT_INLINE void take_mask(DType dtype, const void* logits, int64_t row_stride, int64_t h, int64_t w, int64_t u, int64_t Y,
-                              const Room& room, float* row, vf& sum_p, vf& sum_pp) {
-    upsampled_low_row(dtype, logits, row_stride, h, w, u, Y, room.low);
+                              const Buffers& buffers, float* row, vf& sum_p, vf& sum_pp) {
+    upsampled_low_row(dtype, logits, row_stride, h, w, u, Y, buffers.low);
     vf total = {}, squares = {};
-    for_each_stretched(room.low, w, u, room.stretched, [&](int64_t X, vf z) __attribute__((always_inline)) {
+    for_each_stretched(buffers.low, w, u, buffers.stretched, [&](int64_t X, vf z) __attribute__((always_inline)) {
         const vf p = sigmoid(z);
         store(row + X, p);
         total += p;
@@ -109,8 +111,8 @@ struct Job {
     int64_t ratio, u, tile_rows;
 };
 
-// Adds rows [begin, end) of image b to the sums; `real` targets count.
-static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, int64_t end, const Room& room,
+// Adds rows [begin, end) of image b to the sums, for its first `real` targets.
+static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, int64_t end, const Buffers& buffers,
                        const Sums& sums) {
     const View& logits = job.logits;
     const int64_t N = logits.size[1], h = logits.size[2], w = logits.size[3], u = job.u, G = job.targets.size[1];
@@ -122,13 +124,13 @@ static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, i
         for (int64_t g = 0; g < real; ++g) {
             const TargetMap map =
                 target_map(job.targets, b * job.targets.stride[0] + g * job.targets.stride[1], job.ratio, u * w);
-            int32_t* extent = room.extent + 2 * g * job.tile_rows;
+            int32_t* extent = buffers.extent + 2 * g * job.tile_rows;
             bool any = false;
             for (int64_t r = 0; r < rows; ++r) {
-                take_target(map, Y + r, room.t + g * stride + r * line, line, extent + 2 * r, sums.t[g], sums.tt[g]);
+                take_target(map, Y + r, buffers.t + g * stride + r * line, line, extent + 2 * r, sums.t[g], sums.tt[g]);
                 any |= extent[2 * r] < extent[2 * r + 1];
             }
-            if (any) room.live[live++] = static_cast<int32_t>(g);
+            if (any) buffers.live[live++] = static_cast<int32_t>(g);
         }
         for (int64_t n = 0; n < N; n += block) {
             const int64_t masks = N - n < block ? N - n : block;
@@ -136,8 +138,8 @@ static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, i
                 const char* mask = logits.as<const char>() + (b * logits.stride[0] + (n + i) * logits.stride[1]) * bytes;
                 vf p = {}, pp = {};
                 for (int64_t r = 0; r < rows; ++r)
-                    take_mask(logits.dtype, mask, logits.stride[2], h, w, u, Y + r, room, room.p + i * stride + r * line, p,
-                              pp);
+                    take_mask(logits.dtype, mask, logits.stride[2], h, w, u, Y + r, buffers, buffers.p + i * stride + r * line,
+                              p, pp);
                 sums.p[n + i] += sum(p);
                 sums.pp[n + i] += sum(pp);
             }
@@ -146,24 +148,24 @@ static void chunk_sums(const Job& job, int64_t b, int64_t real, int64_t begin, i
                 const float* t[group];
                 const int32_t* extents[group];
                 for (int64_t j = 0; j < targets; ++j) {
-                    t[j] = room.t + room.live[k + j] * stride;
-                    extents[j] = room.extent + 2 * room.live[k + j] * job.tile_rows;
+                    t[j] = buffers.t + buffers.live[k + j] * stride;
+                    extents[j] = buffers.extent + 2 * buffers.live[k + j] * job.tile_rows;
                 }
                 float pt[block][group];
                 if (targets == 3)
-                    tile_products<3>(room.p, t, extents, rows, line, stride, pt);
+                    tile_products<3>(buffers.p, t, extents, rows, line, stride, pt);
                 else if (targets == 2)
-                    tile_products<2>(room.p, t, extents, rows, line, stride, pt);
+                    tile_products<2>(buffers.p, t, extents, rows, line, stride, pt);
                 else
-                    tile_products<1>(room.p, t, extents, rows, line, stride, pt);
+                    tile_products<1>(buffers.p, t, extents, rows, line, stride, pt);
                 for (int64_t i = 0; i < masks; ++i)
-                    for (int64_t j = 0; j < targets; ++j) sums.pt[(n + i) * G + room.live[k + j]] += pt[i][j];
+                    for (int64_t j = 0; j < targets; ++j) sums.pt[(n + i) * G + buffers.live[k + j]] += pt[i][j];
             }
         }
     }
 }
 
-// cost[0 .. real) <- weight * class cost of one mask, logits (K) by `stride` elements, labels by `label_stride`.
+// cost[0 .. real) <- weight * class cost of one mask. logits (K) are `stride` elements apart, labels `label_stride`.
 template <class T>
 static void class_costs(const T* logits, int64_t stride, const int64_t* labels, int64_t label_stride, int64_t real,
                         float weight, float* cost) {
@@ -189,28 +191,28 @@ void match_cost(const View& logits, const View& targets, int64_t ratio, const Vi
     const int64_t chunks = pixels > 0 ? (H + chunk_rows - 1) / chunk_rows : 0, per_chunk = N * G + 2 * N + 2 * G;
     const int64_t per_worker = (2 * row + (block + G) * tile_rows * line + G * (1 + 2 * tile_rows) + 15) / 16 * 16;
     Scratch memory;
-    float* rooms = memory.take<float>(threads, per_worker);
+    float* scratch = memory.take<float>(threads, per_worker);
     float* partial = memory.take<float>(B, chunks, per_chunk);  // the sums of each chunk
     const auto real_of = [&](int64_t b) { return counts.given() ? counts.as<const int64_t>()[b * counts.stride[0]] : G; };
     const Job job{logits, targets, ratio, u, tile_rows};
     parallel_for(B * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        float* room_at = rooms + worker * per_worker;
-        Room room;
-        room.low = room_at + 16;
-        room.stretched = room_at + row;
-        room.p = room.stretched + row;
-        room.t = room.p + block * tile_rows * line;
-        room.extent = reinterpret_cast<int32_t*>(room.t + G * tile_rows * line);
-        room.live = room.extent + 2 * G * tile_rows;
+        float* own = scratch + worker * per_worker;
+        Buffers buffers;
+        buffers.low = own + 16;
+        buffers.stretched = own + row;
+        buffers.p = buffers.stretched + row;
+        buffers.t = buffers.p + block * tile_rows * line;
+        buffers.extent = reinterpret_cast<int32_t*>(buffers.t + G * tile_rows * line);
+        buffers.live = buffers.extent + 2 * G * tile_rows;
         for (int64_t item = begin; item < end; ++item) {
             const int64_t b = item / chunks, first = item % chunks * chunk_rows, real = real_of(b);
             if (real == 0) continue;
             float* sums = partial + item * per_chunk;
             for (int64_t i = 0; i < per_chunk; ++i) sums[i] = 0.0f;
-            chunk_sums(job, b, real, first, first + chunk_rows < H ? first + chunk_rows : H, room, sums_at(sums, N, G));
+            chunk_sums(job, b, real, first, first + chunk_rows < H ? first + chunk_rows : H, buffers, sums_at(sums, N, G));
         }
     });
-    // One mask of one image after another: its sums over the chunks in double, then its row of costs.
+    // For every mask of every image: adds its sums over the chunks in double, then computes its row of costs.
     parallel_for(B * N, 1 + (1 << 16) / (G * (chunks + 1) + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t item = begin; item < end; ++item) {
             const int64_t b = item / N, n = item % N, real = real_of(b);

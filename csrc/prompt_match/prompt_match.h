@@ -1,4 +1,4 @@
-// The prompt of every kernel, and the sum of both. B images, N kernels, L prompts, C channels.
+// Finds a prompt for every kernel, and adds it to the kernel. B images, N kernels, L prompts, C channels.
 #pragma once
 
 #include "common/views.h"
@@ -7,9 +7,9 @@ namespace sprompt {
 
 // out (B, N, C), contiguous, index (B, N) i64, contiguous <- kernels (B, N, C) or (N, C), prompts (B, L, C), both of out's
 // type with last stride 1; counts (B) i64 or none; keep (B, N) b8, contiguous, or none; order (N) i64 or none.
-// cosine: index = the first largest <k, p> / (max(|k|, 1e-8) max(|p|, 1e-8)) in float32; a NaN counts as -inf. Every
-// product is summed in one order, wherever it stands, so equal prompts tie. Else index = prompt of slot order[n] * 20 / N
-// (order none: n). Index is -1 where counts is 0 or keep is false. out = kernel + prompt[index], or the kernel.
+// cosine: index = the first largest <k, p> / (max(|k|, 1e-8) max(|p|, 1e-8)) in float32; a NaN counts as -inf. Every product is
+// summed in the same order at every place, so equal prompts tie. Not cosine: index = prompt of slot order[n] * 20 / N (order
+// none: n). Index is -1 where counts is 0 or keep is false. out = kernel + prompt[index], or the kernel where the index is -1.
 SPROMPT_KERNEL(prompt_match, const View& kernels, const View& prompts, const View& counts, const View& keep, const View& order,
                bool cosine, const View& out, const View& index, int threads)
 

@@ -8,10 +8,10 @@ namespace SPROMPT_ISA {
 
 constexpr float epsilon = 1e-8f;
 constexpr int64_t slots = 20;          // of the sequential and random assignments
-constexpr int64_t kernel_block = 32;   // kernels a job
-constexpr int64_t prompt_block = 255;  // prompts whose norms are held at a time, in threes
+constexpr int64_t kernel_block = 32;   // kernels per job
+constexpr int64_t prompt_block = 255;  // prompts whose norms are held at a time, a multiple of 3
 
-// Rows x[4] of C elements are read a vector at a time: f(vector of row 0, .. 3). Zeros behind the last element.
+// Calls f(row) for every vector of C elements. row(i) is that vector of row x[i], with zeros behind the last element.
 template <class T, class F>
 SPROMPT_INLINE void for_each_vector(int64_t C, const T* const* x, const F& f) {
     int64_t c = 0;
@@ -36,7 +36,7 @@ SPROMPT_INLINE v4f norms(const T* const* rows, int64_t C) {
     }
     return length;
 }
-// norm[n] of the rows x (n, C); those behind the last are the last again, so that tiles need no end. n > 0.
+// norm[n] of the rows x (n, C), n > 0. The last row is repeated up to a multiple of 4, so that tiles are always whole.
 template <class T>
 static void row_norms(const T* x, int64_t stride, int64_t n, int64_t C, float* norm) {
     for (int64_t first = 0; first < n; first += 4) {
@@ -47,7 +47,7 @@ static void row_norms(const T* x, int64_t stride, int64_t n, int64_t C, float* n
     }
 }
 
-// similarity[j] lane i is <k[i], p[j]>: rows are k[4], p[3].
+// Lane i of dot[j] is <k[i], p[j]>. The rows are k[4], p[3].
 template <class T>
 SPROMPT_INLINE void products(const T* const* rows, int64_t C, v4f* dot) {
     vf acc[12] = {};
@@ -63,7 +63,8 @@ SPROMPT_INLINE void products(const T* const* rows, int64_t C, v4f* dot) {
 
 SPROMPT_INLINE v4i choose(v4i condition, v4i yes, v4i no) { return (condition & yes) | (~condition & no); }
 
-// Most similar of prompts p (L, C), L > 0, for kernels k (n, C), 0 < n <= 32, into index[n]. A NaN never wins; nobody wins: 0.
+// index[n] <- the most similar of prompts p (L, C), L > 0, for each kernel of k (n, C), 0 < n <= 32. A NaN is never the most
+// similar. If all are NaN, the index is 0.
 template <class T>
 static void match_cosine(const T* k, int64_t k_stride, int64_t n, const T* p, int64_t p_stride, int64_t L, int64_t C,
                          int64_t* index) {
@@ -86,7 +87,7 @@ static void match_cosine(const T* k, int64_t k_stride, int64_t n, const T* p, in
             for (int64_t l = first; l < last; l += 3) {
                 const auto place = [&](int64_t j) {
                     return l + j < last ? l + j : last - 1;
-                };  // the last again: it cannot win twice
+                };  // repeats the last prompt: a tie does not replace the best
                 for (int64_t j = 0; j < 3; ++j) rows[4 + j] = p + place(j) * p_stride;
                 v4f dot[3];
                 products(rows, C, dot);
@@ -102,7 +103,8 @@ static void match_cosine(const T* k, int64_t k_stride, int64_t n, const T* p, in
     for (int64_t i = 0; i < n; ++i) index[i] = which[i / 4][i % 4];
 }
 
-// Prompt of slot t when L prompts share the slots: each L / 20 times in a row, the rest of the slots are the first prompts.
+// The prompt of slot t when L prompts share the 20 slots. Each prompt has 20 / L slots in a row. The rest of the slots take the
+// first prompts.
 static int64_t prompt_of_slot(int64_t t, int64_t L) {
     const int64_t each = slots / L;
     return t < each * L ? t / each : t - each * L;
@@ -155,7 +157,7 @@ void prompt_match(const View& kernels, const View& prompts, const View& counts, 
 
 template <class T>
 static void match_backward(const View& grad, const View& index, const View& out, int threads) {
-    constexpr int64_t chunk = 128;  // channels a job: its part of 20 prompts stays in the nearest cache
+    constexpr int64_t chunk = 128;  // channels per job: this part of 20 prompts stays in the L1 cache
     const int64_t N = grad.size[1], L = out.size[1], C = out.size[2], chunks = (C + chunk - 1) / chunk;
     constexpr bool in_place = sizeof(T) == sizeof(float);
     const int64_t stride = in_place ? C : chunk;

@@ -14,8 +14,9 @@ constexpr int64_t block = 8;  // channels that share one pass over the runs
 // The map as the runs see it: strides of rows and columns in elements, and the end of a channel's plane.
 struct Plane {
     int64_t height, width, row, column, end;
-    bool along_x;  // neighbouring cells of a row are neighbouring elements, and rows do not overlap; else channels are
-                   // neighbours
+    // True: neighbouring cells of a row are neighbouring elements, and rows do not overlap.
+    // False: neighbouring channels are neighbouring elements.
+    bool along_x;
 };
 static Plane plane_of(const View& map) {  // (B, C, H, W)
     const int64_t height = map.size[2], width = map.size[3], row = map.stride[2];
@@ -26,7 +27,7 @@ static Plane plane_of(const View& map) {  // (B, C, H, W)
 
 struct Runs {
     int64_t* out;
-    int64_t* head;  // runs, leading runs whose W lanes lie inside the plane, cells
+    int64_t* head;  // number of runs; of leading runs whose W lanes lie inside the plane; of cells
     int64_t end;
 
     SPROMPT_INLINE Runs(int64_t* runs, int64_t* heads, int64_t plane_end) : out(runs), head(heads), end(plane_end) {
@@ -42,13 +43,13 @@ struct Runs {
 struct Span {
     int64_t first, last;
 };
-// Cells of one axis that a box covers: floor and ceil, at least one cell, inside [0, size); a NaN counts as 0.
+// Cells of one axis that a box covers: from floor(from) to ceil(to), at least one cell, inside [0, size). A NaN counts as 0.
 static Span cells_of(double from, double to, int64_t size) {
     const double limit = static_cast<double>(size);
     const auto held = [&](double x) { return x != x ? 0.0 : x < -1.0 ? -1.0 : x > limit ? limit : x; };
     from = held(from);
     to = held(to);
-    int64_t first = static_cast<int64_t>(from);  // rounds towards 0, which is not floor below 0 only, where it is 0 anyway
+    int64_t first = static_cast<int64_t>(from);  // rounds towards 0: differs from floor only below 0, where it is clamped to 0
     first = first < 0 ? 0 : first > size - 1 ? size - 1 : first;
     int64_t last = static_cast<int64_t>(to);
     last += static_cast<double>(last) < to;
@@ -77,7 +78,7 @@ static void runs_of_mask(const uint32_t* words, int64_t n, const Plane& plane, R
             }
             const int first = __builtin_ctzll(v);
             x += first;
-            if (first + W > 64) continue;  // read again from here: a run holds the W cells that follow its first
+            if (first + W > 64) continue;  // reads again from x, so that v holds all W cells of the run
             runs.put(y * plane.row + x * plane.column, static_cast<uint32_t>(v >> first & low_bits(W)));
             x += W;
         }
@@ -86,13 +87,13 @@ static void runs_of_mask(const uint32_t* words, int64_t n, const Plane& plane, R
 // The runs of every box or mask, and their heads.
 struct Listed {
     int64_t *runs, *heads;
-    int64_t most;  // runs of one mask
+    int64_t most;  // runs of one mask, at most
 
     SPROMPT_INLINE const int64_t* of(int64_t i) const { return runs + i * most; }
     SPROMPT_INLINE const int64_t* head(int64_t i) const { return heads + 3 * i; }
 };
 
-// Runs of every box (words none) or mask; those behind counts get none.
+// Lists the runs of every mask, or of every box if words are none. Boxes behind `counts` get no runs.
 static Listed list_runs(const View& boxes, const View& words, const View& counts, const Plane& plane, int threads,
                         Scratch& memory) {
     const View& shapes = words.given() ? words : boxes;
@@ -124,7 +125,7 @@ SPROMPT_INLINE vi lanes_of(int64_t run) {
 }
 SPROMPT_INLINE vf masked(vf v, vi lanes) { return bits_to_float(bits_to_int(v) & lanes); }
 
-// acc[c] += the cells of the runs of plane + c * stride, for K channels.
+// acc[c] += the cells of the runs in the plane at plane + c * stride, for K channels.
 template <int K, class T>
 SPROMPT_INLINE void add_runs(const T* plane, int64_t stride, const int64_t* runs, const int64_t* head, int64_t end, vf* acc) {
     int64_t i = 0;
@@ -140,14 +141,14 @@ SPROMPT_INLINE void add_runs(const T* plane, int64_t stride, const int64_t* runs
     }
 }
 
-// Lines of [part / parts, (part + 1) / parts) of `bytes` bytes into the second cache.
+// Prefetches part `part` of `parts` equal parts of `bytes` bytes into the L2 cache.
 static void prefetch_part(const void* data, int64_t bytes, int64_t part, int64_t parts) {
     const char* p = static_cast<const char*>(data);
     for (int64_t i = bytes * part / parts / 64; i < bytes * (part + 1) / parts / 64; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
 }
 
-// Boxes jump about in a plane, where the hardware foresees little: while one block of channels is summed the next is fetched,
-// if it fits and if most of it will be used.
+// Boxes are scattered over a plane, so the hardware prefetcher does little. While one block of channels is summed, the next
+// block is prefetched if it fits the cache and if most of it will be used.
 template <class T>
 static void mean_along_x(const View& features, const Listed& listed, const Plane& plane, const View& out, int threads) {
     const int64_t L = out.size[1], C = out.size[2], blocks = (C + block - 1) / block, stride = features.stride[1];
@@ -178,8 +179,8 @@ static void mean_along_x(const View& features, const Listed& listed, const Plane
     });
 }
 
-// Channels are neighbours in memory: W of them side by side, one accumulator for each lane of a run, so that every sum has
-// the order of mean_along_x, to the bit.
+// Channels are neighbours in memory. W channels are summed side by side, with one accumulator per lane of a run. So every sum
+// has the order, and the bits, of mean_along_x.
 template <class T>
 static void mean_along_channels(const View& features, const Listed& listed, const Plane& plane, const View& out, int threads) {
     const int64_t L = out.size[1], C = out.size[2], chunks = (C + W - 1) / W;
@@ -244,7 +245,7 @@ void mask_mean(const View& features, const View& words, const View& out, int thr
 
 // ---- backward
 
-constexpr int64_t spread_block = 4;  // channels whose planes are summed at a time: fewer than above, since they are written too
+constexpr int64_t spread_block = 4;  // channels whose planes are summed at a time: fewer than `block`, as they are written too
 
 // planes[c] += value[c] on the cells of the runs, for `channels` <= 4 contiguous planes of `end` cells.
 static void spread_runs(const int64_t* runs, const int64_t* head, const float* value, int64_t channels, int64_t end,

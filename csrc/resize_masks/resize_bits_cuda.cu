@@ -1,5 +1,5 @@
-// A thread makes a word, 32 pixels: where all cells under it are equal, and nearly everywhere they are, it is 0 or all ones.
-// The words that have both kinds of cells are then made one after the other by the whole warp, a lane a pixel.
+// A thread makes one word of 32 pixels. If all cells under a word are equal, the word is 0 or all ones; nearly all words are.
+// For the other words, the whole warp makes one after the other, with one lane per pixel.
 #include "resize_masks/resize_masks.h"
 
 #include "common/device.cuh"
@@ -10,7 +10,7 @@ namespace {
 
 __device__ inline uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
-// `count` <= 32 bits of words[0..n) from bit `first` >= 0; those behind the end are 0.
+// `count` <= 32 bits of words[0..n) from bit `first` >= 0. Bits behind the end are 0.
 __device__ inline uint32_t bits_at(const uint32_t* words, int64_t n, int64_t first, int count) {
     const int64_t i = first / 32;
     const uint32_t low = i < n ? words[i] : 0, high = i + 1 < n ? words[i + 1] : 0;
@@ -19,7 +19,7 @@ __device__ inline uint32_t bits_at(const uint32_t* words, int64_t n, int64_t fir
 
 __device__ inline bool bit_at(const uint32_t* words, int64_t place) { return (words[place / 32] >> place % 32 & 1) != 0; }
 
-// The two cells of an output coordinate, and their weights. In double, nothing fused (--fmad=false).
+// The two cells of an output coordinate, and their weights. Computed in double, without fused operations (--fmad=false).
 struct Tap {
     int64_t floor, first, second;
     float w0, w1;
@@ -34,12 +34,12 @@ __device__ inline Tap tap_of(int64_t x, double step, int64_t cells) {
     return {k, w0 > 0.0f ? k : k + 1, w1 > 0.0f ? k + 1 : k, w0, w1};
 }
 
-// h(r) of the header, of cells 0 and 1: their products with the weights are 0 or the weights.
+// h(r) of the header. The cells are 0 or 1, so their products with the weights are 0 or the weights.
 __device__ inline float along_row(const uint32_t* cells, int64_t row, const Tap& x) {
     return __fadd_rn(bit_at(cells, row + x.first) ? x.w0 : 0.0f, bit_at(cells, row + x.second) ? x.w1 : 0.0f);
 }
 
-// More columns of cells than these under one word are not compared.
+// If there are more columns of cells than this under one word, the cells are not compared.
 constexpr int64_t most_columns = 256;
 
 __global__ void __launch_bounds__(256) resize_bits_kernel(const uint32_t* in,  // (M, n) of h x w cells

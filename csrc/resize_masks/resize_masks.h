@@ -1,13 +1,13 @@
-// Masks at another size: bilinear interpolation and a threshold, straight to bits.
+// Resizes masks by bilinear interpolation and a threshold, directly to bits.
 //
-// One axis of `cells` cells, of which the first `extent` (a real number) become `size` pixels, all in double:
+// An axis has `cells` cells. Its first `extent` cells (a real number) become `size` pixels. All in double:
 //   s(x) = (x + 1/2) * (extent / size) - 1/2, clamped to [0, cells - 1];   k = floor(s)
 //   w1 = float(s - k), w0 = 1 - w1 (float); first = k, or k + 1 where w0 is 0; second = k + 1, or k where w1 is 0.
-// Pixel (y, x), in float, in this order, nothing fused (so every backend agrees to the bit):
+// Pixel (y, x), in float, in this order, without fused operations (so every backend agrees to the bit):
 //   h(r) = cell(r, first(x)) * w0(x) + cell(r, second(x)) * w1(x)
 //   bit  = h(first(y)) * w0(y) + h(second(y)) * w1(y) > threshold
-// Cells beyond +-2^127 (the infinities) count as +-2^127, so nothing overflows; a NaN cell makes every pixel that gives it
-// weight not set.
+// Cells beyond +-2^127, and the infinities, count as +-2^127, so nothing overflows. A pixel that gives weight to a NaN cell is
+// not set.
 #pragma once
 
 #include "common/cuda.h"
@@ -19,14 +19,15 @@ namespace sprompt {
 SPROMPT_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
                double extent_width, const View& words, int threads)
 
-// The same from bits: cells of 0 and 1, threshold 1/2, the whole map. in (M, ceil(h * w / 32)) i32 -> words (M, n).
+// The same from bits: cells are 0 or 1, the threshold is 1/2, the extent is the whole map. words (M, n) <- in (M, ceil(h * w /
+// 32)) i32.
 SPROMPT_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words, int threads)
 
-// On CUDA; words contiguous. scratch (2 * (width + height)) i32, aligned to 8 bytes.
+// CUDA: words are contiguous. scratch (2 * (width + height)) i32, aligned to 8 bytes.
 SPROMPT_CUDA_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
                     double extent_width, const View& words, const View& scratch)
 
-// On CUDA; both contiguous.
+// CUDA: both are contiguous.
 SPROMPT_CUDA_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words)
 
 }  // namespace sprompt

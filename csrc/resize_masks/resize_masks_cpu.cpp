@@ -1,7 +1,8 @@
-// Enlarging: interpolation never leaves the range of the cells that it weighs: it is monotone in each of them, rounding
-// included. So 32 pixels of a row ("a segment") whose cells all lie on one side of the threshold need no arithmetic. A source
-// row is read once and compared cell by cell; only the segments that have cells on both sides are widened to output columns,
-// and only those are interpolated downwards. Reducing to half or less: comparing all cells would cost more than it saves.
+// Enlarging: an interpolated value never leaves the range of its cells, because interpolation is monotone in each cell,
+// rounding included. So 32 pixels of a row (a "segment") need no arithmetic if all their cells lie on one side of the
+// threshold. A source row is read once and compared cell by cell. Only segments with cells on both sides are widened to output
+// columns and interpolated vertically. Reducing to half or less: every segment is interpolated, because comparing all cells
+// would cost more than it saves.
 #include "resize_masks/resize_masks.h"
 
 #include "common/bits.h"
@@ -11,10 +12,10 @@
 
 namespace sprompt {
 namespace SPROMPT_ISA {
-namespace {  // member functions would be shared code otherwise
+namespace {  // without it, member functions would be shared code (common/isa.h)
 
 constexpr int64_t segment = 32;
-constexpr uint8_t below = 1, above = 2, widened = 4;  // a segment's state in one source row; 1 and 2: all its cells
+constexpr uint8_t below = 1, above = 2, widened = 4;  // flags of a segment in one source row; below, above: all its cells are
 
 SPROMPT_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
 
@@ -33,13 +34,13 @@ SPROMPT_INLINE Tap tap_of(int64_t x, double step, int64_t cells) {
     return {w0 > 0.0f ? k : k + 1, w1 > 0.0f ? k + 1 : k, w0, w1};
 }
 
-// What all masks share. Output columns are padded to whole segments with copies of the last.
+// The values that all masks share. Output columns are padded to whole segments with copies of the last column.
 struct Plan {
     int64_t h, w, height, width;
     double step_y, step_x;
     float threshold, low, high;  // cells below `low` (above `high`) on all sides give a pixel that is not set (is set)
     int64_t segments, used;      // used: source columns [0, used) are read
-    bool compares;               // whether cells are compared, or every segment is interpolated
+    bool compares;               // true: cells are compared; false: every segment is interpolated
     int32_t *first, *second;     // (32 segments)
     int32_t* pair;               // (32 segments) first, but at most used - 2: two cells can be read from there
     float *w0, *w1;              // (32 segments)
@@ -47,21 +48,21 @@ struct Plan {
 
 // One source row.
 struct Row {
-    int64_t index;                        // which, -1: none
-    const float* cells;                   // (used), the source's own or in `buffer`
+    int64_t index;                        // of the source row, or -1
+    const float* cells;                   // (used) in the source itself or in `buffer`
     float* buffer;                        // (w, padded to 32)
-    float* wide;                          // (32 segments) the cells at output columns, where widened
+    float* wide;                          // (32 segments) the cells interpolated at output columns, where widened
     uint32_t *below_cells, *above_cells;  // bit i: cell i is below `low`, above `high`
     uint8_t* state;                       // (segments)
-    uint8_t common;                       // state that all segments share, below or above
+    uint8_t common;                       // the state if all segments have the same, below or above; else 0
 };
 
-SPROMPT_INLINE vf held(vf x) {  // +-2^127 at most; NaN stays
+SPROMPT_INLINE vf held(vf x) {  // clamps to +-2^127; NaN stays
     x = x > broadcast(0x1p127f) ? broadcast(0x1p127f) : x;
     return x < broadcast(-0x1p127f) ? broadcast(-0x1p127f) : x;
 }
 
-// Sources: the first `used` cells of row y as floats side by side, in place or in `buffer` (used, padded to 32).
+// Sources. row() returns the first `used` cells of row y as contiguous floats, in place or in `buffer` (used, padded to 32).
 template <class T>
 struct Dense {
     const T* data;
@@ -91,7 +92,7 @@ struct Bits {
     }
 };
 
-// Bit k is set where cells[k] is below `low`; above `high`. 32 cells.
+// Compares 32 cells. Bit k of is_below is set where cells[k] is below `low`, bit k of is_above where it is above `high`.
 SPROMPT_INLINE void compare(const float* cells, vf low, vf high, uint32_t& is_below, uint32_t& is_above) {
     is_below = is_above = 0;
     for (int k = 0; k < 32; k += W) {
@@ -210,7 +211,7 @@ SPROMPT_INLINE uint32_t segment_bits(const float* upper, const float* lower, vf 
     return bits;
 }
 
-// The same bit `count` times.
+// Writes the same bit `count` times. `all` is 0 or all ones.
 SPROMPT_INLINE void put_many(BitWriter& writer, uint32_t all, int64_t count) {
     if (count >= 32) {
         *writer.out++ = static_cast<uint32_t>(writer.pending) | all << writer.count;
@@ -221,14 +222,14 @@ SPROMPT_INLINE void put_many(BitWriter& writer, uint32_t all, int64_t count) {
     writer.put(all & static_cast<uint32_t>(low_bits(rest)), rest);
 }
 
-// A worker's memory: two source rows, and the runs of segments of equal state in the pair of rows at hand.
+// A worker's memory: two source rows, and the runs of segments with equal state in the current pair of rows.
 struct Worker {
     Row rows[2];
-    uint8_t* run_state;  // (segments) below, above, or 0 for segments to be interpolated
+    uint8_t* run_state;  // (segments) below, above, or 0 if the segments must be interpolated
     int32_t* run_end;    // (segments) the segment behind the run
     int64_t runs;
 
-    // Row y, which must not push row `keep` out.
+    // Returns row y. Reading it must not replace row `keep`.
     template <class Source>
     SPROMPT_INLINE Row& get(const Plan& plan, const Source& source, int64_t y, int64_t keep) {
         for (Row& row : rows)
@@ -257,7 +258,7 @@ struct Worker {
         }
     }
 
-    // Output rows [begin, end) of one mask, to words that begin with the first of them.
+    // Writes output rows [begin, end) of one mask to `words`, which begin with row `begin`.
     template <class Source>
     void resize(const Plan& plan, const Source& source, int64_t begin, int64_t end, uint32_t* words) {
         BitWriter writer(words);
@@ -309,9 +310,10 @@ void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t wid
     plan.step_y = extent_height / static_cast<double>(height);
     plan.step_x = extent_width / static_cast<double>(width);
     plan.threshold = threshold;
-    // A pixel is within 2^-20 relative of the range of its cells: four products, three sums and two roundings of weights.
+    // A pixel lies in the range of its cells with a relative error of 2^-20: four products, three sums and two roundings of
+    // weights.
     const float margin = __builtin_fabsf(threshold) * 0x1p-18f + 0x1p-120f;
-    const bool far = __builtin_fabsf(threshold) > 0x1p126f;  // where cells are held: every segment is interpolated
+    const bool far = __builtin_fabsf(threshold) > 0x1p126f;  // near the clamp of cells: every segment is interpolated
     plan.low = far ? -__builtin_inff() : threshold - margin;
     plan.high = far ? __builtin_inff() : threshold + margin;
     plan.segments = (width + segment - 1) / segment;
@@ -335,7 +337,7 @@ void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t wid
     for (int64_t x = 0; x < columns; ++x)
         plan.pair[x] = plan.first[x] < plan.used - 2 ? plan.first[x] : static_cast<int32_t>(plan.used) - 2;
 
-    // A worker's lines, twice but for the last two, each of whole cache lines.
+    // The buffers of the workers. Each buffer is a whole number of cache lines.
     const int64_t padded = round_up(w, 32), bit_words = round_up(padded / 32 + 2, 16), states = round_up(plan.segments, 64);
     float* buffers = memory.take<float>(threads, 2, padded);
     float* wides = memory.take<float>(threads, 2, columns);

@@ -1,12 +1,13 @@
-// A block makes the words that start in one tile of a picture: some rows ("the band") of up to 2048 columns. Pixels are made
-// row by row, 32 columns a warp and a bit a lane, into rows of bits in shared memory. The words of the flattened picture, which
-// are not aligned to its rows, are cut out of them at the end; a row's last word runs on into the rows below.
+// A block makes the words that start in one tile of a picture: some rows (the "band") of up to 2048 columns. Pixels are made
+// row by row, 32 columns per warp and one bit per lane, into rows of bits in shared memory. The words of the flattened picture
+// are not aligned to its rows. At the end they are cut out of the rows of bits. The last word of a row continues in the rows
+// below.
 //
-// Enlarging: the cells under the tile are staged in shared memory, held within +-2^127, and compared with the threshold once a
-// cell. Interpolation never leaves the range of the cells that it weighs, but for rounding. So a row of 64 pixels whose cells
-// all lie on one side needs no arithmetic: a warp decides that for 32 rows at once, a lane a row. The other rows are walked in
-// runs that lie between the same two source rows; a lane keeps both, interpolated at its columns, in registers.
-// Reducing: every pixel loads its four cells.
+// Enlarging: the cells under the tile are staged in shared memory and clamped to +-2^127. Each cell is compared with the
+// threshold once. An interpolated value never leaves the range of its cells, except for rounding. So 64 pixels of a row need no
+// arithmetic if all their cells lie on one side. A warp decides that for 32 rows at once, one row per lane. The other rows are
+// taken in runs that lie between the same two source rows. A lane keeps both source rows, interpolated at its columns, in
+// registers. Reducing: every pixel loads its four cells.
 #include "resize_masks/resize_masks.h"
 
 #include "common/device.cuh"
@@ -16,14 +17,14 @@ namespace cuda {
 namespace {
 
 constexpr int threads = 256, warps = threads / warp;
-constexpr int slot_words = 2;           // words of 32 columns that a warp makes at a time when enlarging: a slot
-constexpr int tile_words = 64;          // of a row of a tile, at most
+constexpr int slot_words = 2;           // a slot: the words of 32 columns that a warp makes at a time when enlarging
+constexpr int tile_words = 64;          // words of a row of a tile, at most
 constexpr int batch = 4;                // loads of a lane in flight
-constexpr int64_t most_shared = 40960;  // bytes of a block: five share a multiprocessor of 227 KB, two one of 100 KB
-constexpr int64_t least_blocks = 256;   // bands are shorter where there would be fewer
+constexpr int64_t most_shared = 40960;  // bytes of a block: 227 KB of a multiprocessor hold five blocks, 100 KB hold two
+constexpr int64_t least_blocks = 256;   // with fewer blocks, bands are made shorter
 constexpr float largest = 0x1p127f;
 
-// floor(s) and s - floor(s) of an output coordinate, as the header has them.
+// floor(s) and s - floor(s) of an output coordinate; the header defines s.
 struct alignas(8) Place {
     int32_t cell;
     float weight;
@@ -46,20 +47,21 @@ struct Plan {
     int64_t stride_m, stride_y, stride_x, n;  // of soft; words a picture
     int32_t height, width;
     float threshold, low, high;          // cells below `low` (above `high`) on all sides give a pixel that is not set (is set)
-    int32_t band, tail;                  // rows of a band; rows below it that its last word may reach
+    int32_t band, tail;                  // rows of a band; rows below the band that its last word may reach
     int32_t bands, tiles, tile_columns;  // of a picture; a tile's columns are a multiple of 32
-    int32_t pitch, wrap;                 // words of a row of bits; which of them holds columns 0 to 31
-    // Staged: rows at most; floats of a line, which is two words of bits for every 32 cells (bit i of the first is set where
-    // cell i is above `high`, of the second where it is below `low`), then the cells; pairs of words in a line.
+    int32_t pitch, wrap;                 // words of a row of bits; the word among them that holds columns 0 to 31
+    // Staging. window_y: rows, at most. line: floats of a line. A line has two words of bits for every 32 cells, then the
+    // cells. Bit i of the first word is set where cell i is above `high`, of the second where it is below `low`. windows: pairs
+    // of words in a line.
     int32_t window_y, line, windows;
 };
 
 // The tile of this block.
 struct Tile {
     int64_t map;
-    int32_t y, x;                 // of its first pixel
-    int32_t band, rows, columns;  // rows and columns whose words it writes; `rows` with the tail
-    int32_t words;                // of a row, to be made: the last word of a row may reach 31 columns beyond the tile
+    int32_t y, x;                 // the first pixel
+    int32_t band, rows, columns;  // the block writes the words of `band` rows and `columns` columns; `rows` is band + tail
+    int32_t words;                // words of a row to make: the last word of a row may reach 31 columns beyond the tile
 };
 
 __device__ inline Tile tile_of(const Plan& plan) {
@@ -77,7 +79,7 @@ __device__ inline Tile tile_of(const Plan& plan) {
 
 __device__ inline uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
-// The infinities, and what lies beyond +-2^127, as +-2^127; NaN stays.
+// Clamps to +-2^127. NaN stays.
 __device__ inline float held(float x) {
     if (fabsf(x) > largest) x = x > 0.0f ? largest : -largest;
     return x;
@@ -134,7 +136,7 @@ __device__ inline void sample(const Plan& plan, const Tile& t, const T* map, int
     }
 }
 
-// Copies rows [top, top + rows) of the map, cells [left, left + cells), to the lines, and compares them.
+// Copies cells [left, left + cells) of rows [top, top + rows) of the map to the lines, and compares them with the threshold.
 template <class T>
 __device__ inline void stage(const Plan& plan, const T* map, int top, int rows, int left, int cells, float* lines) {
     const int lane = static_cast<int>(threadIdx.x % warp);
@@ -160,7 +162,7 @@ __device__ inline void stage(const Plan& plan, const T* map, int top, int rows, 
     }
 }
 
-// Makes the words of one slot in rows [base, stop), from staged cells, of which `left` is the first column. One warp.
+// One warp makes the words of one slot in rows [base, stop), from staged cells. `left` is the first staged column.
 __device__ inline void slot(const Plan& plan, int column, int left, int base, int stop, const Tap* taps, const float* lines,
                             uint32_t* bits) {
     const int lane = static_cast<int>(threadIdx.x % warp);
@@ -180,7 +182,7 @@ __device__ inline void slot(const Plan& plan, int column, int left, int base, in
 
     bits += base * plan.pitch;
     for (; base < stop; base += warp) {
-        // A lane a row.
+        // One row per lane.
         const int count = min(stop - base, warp);
         const bool there = lane < count;
         const Tap mine = taps[base + (there ? lane : 0)];
@@ -202,14 +204,14 @@ __device__ inline void slot(const Plan& plan, int column, int left, int base, in
         const uint32_t starts =
             __ballot_sync(whole_warp, lane == 0 || lane == count || first_above != mine.first || second_above != mine.second);
 
-        // A lane two columns.
+        // Two columns per lane.
         float top[slot_words], bottom[slot_words];
         int bottom_line = -1;
         for (uint32_t rest = __ballot_sync(whole_warp, mixed); rest != 0;) {
             const int row = __ffs(static_cast<int>(rest)) - 1;
             const uint32_t later = starts & ~((2u << row) - 1);
             const int last = later != 0 ? __ffs(static_cast<int>(later)) - 1 : warp;
-            rest &= last < warp ? ~0u << last : 0u;  // all rows of a run are mixed, or none
+            rest &= last < warp ? ~0u << last : 0u;  // either all rows of a run are mixed, or none
             const Tap* tap = taps + base + row;
             const int upper_line = tap->first, lower_line = tap->second;
             if (upper_line == bottom_line) {
@@ -235,13 +237,13 @@ __device__ inline void slot(const Plan& plan, int column, int left, int base, in
     }
 }
 
-// Writes the words of the picture that start in the tile. Its columns beyond the picture may hold anything.
+// Writes the words of the picture that start in the tile. Bits of columns beyond the picture may have any value.
 __device__ inline void assemble(const Plan& plan, const Tile& t, const uint32_t* bits, uint32_t* words) {
     const unsigned columns = static_cast<unsigned>(t.columns), in_row = (columns + 31) / 32;  // words of a row, at most
     const unsigned step_row = threads / in_row, step = threads % in_row;
     unsigned row = threadIdx.x / in_row, i = threadIdx.x % in_row;
     while (row < static_cast<unsigned>(t.band)) {
-        // Pixels of a picture are below 2^31.
+        // A picture has less than 2^31 pixels.
         const unsigned begin =
             (static_cast<unsigned>(t.y) + row) * static_cast<unsigned>(plan.width) + static_cast<unsigned>(t.x);
         const unsigned word = (begin + 31) / 32 + i, x = word * 32 - begin;
@@ -261,7 +263,7 @@ __device__ inline void assemble(const Plan& plan, const Tile& t, const uint32_t*
     }
 }
 
-// The rows' taps, their cells counted from the first, which is returned, and multiplied by `line`.
+// Computes the taps of the tile's rows and returns the first source row. The taps count source rows from there, times `line`.
 __device__ inline int take_rows(const Plan& plan, const Tile& t, int line, Tap* taps) {
     const int top = tap_of(plan.rows[t.y]).first;
     const int row = static_cast<int>(threadIdx.x);
@@ -273,7 +275,7 @@ __device__ inline int take_rows(const Plan& plan, const Tile& t, int line, Tap* 
     return top;
 }
 
-// Shared: taps (band + tail), lines (window_y, line), bits (band + tail, pitch) and a word.
+// Shared memory: taps (band + tail), lines (window_y, line), bits (band + tail, pitch) and one more word.
 template <class T>
 __global__ void __launch_bounds__(threads, 5) enlarge_kernel(const T* __restrict__ soft, uint32_t* words, const Plan plan) {
     SPROMPT_SHARED_DYNAMIC(Tap, taps);
@@ -297,7 +299,7 @@ __global__ void __launch_bounds__(threads, 5) enlarge_kernel(const T* __restrict
     assemble(plan, t, bits, words + t.map * plan.n);
 }
 
-// Shared: taps (band + tail), bits (band + tail, pitch) and a word.
+// Shared memory: taps (band + tail), bits (band + tail, pitch) and one more word.
 template <class T>
 __global__ void __launch_bounds__(threads, 4) reduce_kernel(const T* __restrict__ soft, uint32_t* words, const Plan plan) {
     SPROMPT_SHARED_DYNAMIC(Tap, taps);
@@ -310,7 +312,8 @@ __global__ void __launch_bounds__(threads, 4) reduce_kernel(const T* __restrict_
     assemble(plan, t, bits, words + t.map * plan.n);
 }
 
-// Cells that neighbouring pixels reach, at most: their places span (pixels - 1) * step, each reaches two.
+// Cells that `pixels` neighbouring pixels reach, at most. Their coordinates span (pixels - 1) * step, and each pixel reaches
+// two cells.
 int64_t window(int64_t pixels, double step, int64_t cells) {
     const double reach = static_cast<double>(pixels - 1) * step + 4.0;  // 3, and one for rounding
     return reach < static_cast<double>(cells) ? static_cast<int64_t>(reach) : cells;
@@ -333,13 +336,14 @@ void resize_masks(const Stream& stream, const View& soft, int64_t height, int64_
     plan.n = words.size[1];
     plan.height = static_cast<int32_t>(height), plan.width = static_cast<int32_t>(width);
     plan.threshold = threshold;
-    // A pixel is within 2^-20 relative of the range of its cells: four products, three sums and two roundings of weights.
+    // A pixel lies in the range of its cells with a relative error of 2^-20: four products, three sums and two roundings of
+    // weights.
     const float size = threshold < 0 ? -threshold : threshold, margin = size * 0x1p-18f + 0x1p-120f;
-    const bool far = size > 0x1p126f;  // where cells are held: every pixel is interpolated
+    const bool far = size > 0x1p126f;  // near the clamp of cells: every pixel is interpolated
     plan.low = far ? -largest : threshold - margin;
     plan.high = far ? largest : threshold + margin;
 
-    // A word more than a tile has is made of every row, where it is not the row's last.
+    // With several tiles, each row of a tile gets one more word than the tile has, unless the tile is the last of the row.
     const int64_t all = tiles(width, 32);
     const int64_t own = all <= tile_words ? all : tiles(all, tiles(all, tile_words - 1));
     plan.tiles = static_cast<int32_t>(tiles(all, own));

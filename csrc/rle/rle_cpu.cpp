@@ -1,6 +1,6 @@
-// Both directions work on differences down the columns: d[y, x] = m[y, x] ^ m[y - 1, x], and d[0, x] = m[0, x] ^
-// m[height - 1, x - 1], is set exactly where a run begins. In row-major bits d is an exclusive-or of two shifted reads, so
-// no pixel is looked at alone, and where d is 0 (nearly everywhere) nothing is left to do.
+// Both directions work on differences down the columns: d[y, x] = m[y, x] ^ m[y - 1, x], and d[0, x] = m[0, x] ^ m[height - 1,
+// x - 1]. d is set exactly where a run begins. In row-major bits d is an exclusive-or of two shifted reads, so no single pixel
+// is read. Where d is 0, which is nearly everywhere, there is nothing more to do.
 #include "rle/rle.h"
 
 #include "common/bits.h"
@@ -20,17 +20,18 @@ struct Pixels {
     int64_t n, height, width;
 };
 
-// The set bits of d: one less than the number of runs, but for an empty first run, which counts.
+// The number of set bits of d. It is one less than the number of runs; an empty first run counts as a run.
 static int64_t count_changes(const Pixels& m) {
     const int64_t P = m.height * m.width;
     if (P == 0) return 0;
     int64_t total = 0;
-    // Row 0 against the last row, one column to the right.
+    // Compares row 0 with the last row, shifted one column to the right.
     for (int64_t x = 0; x < m.width; x += 64) {
         const uint64_t above = x > 0 ? bits_at(m.words, m.n, P - m.width + x - 1) : bits_at(m.words, m.n, P - m.width) << 1;
         total += popcount((bits_at(m.words, m.n, x) ^ above) & low_bits(m.width - x));
     }
-    // The rest: bit p against bit p - width, through a small buffer, since count_bits is fastest on long rows.
+    // The other rows: compares bit p with bit p - width. The differences go through a small buffer, since count_bits is fastest
+    // on long rows.
     constexpr int64_t block = 1024;
     uint32_t d[block];
     const int64_t back = m.width / 32;
@@ -47,7 +48,8 @@ static int64_t count_changes(const Pixels& m) {
     return total;
 }
 
-// offsets[0] = 0, and the lengths behind it become their sums. Returns the last, or -1 if a length is negative.
+// Sets offsets[0] = 0 and replaces the lengths behind it by their running sums. Returns the last sum, or -1 if a length is
+// negative.
 static int64_t sum_lengths(int64_t* offsets, int64_t count) {
     offsets[0] = 0;
     for (int64_t l = 0; l < count; ++l) {
@@ -62,7 +64,7 @@ int64_t rle_bounds(const View& words, int64_t height, int64_t width, const View&
     parallel_for(words.size[0], 1 + (1 << 12) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t l = begin; l < end; ++l) {
             const int64_t runs = 1 + count_changes({words.as<const uint32_t>() + l * words.stride[0], n, height, width});
-            // A number v takes at most 1 + |v| / 16 characters, and the |v| sum to at most 2 P.
+            // A number v takes at most 1 + |v| / 16 characters, and the sum of all |v| is at most 2 P.
             const int64_t few = rle_most_written * runs, many = runs + P / 8 + 1;
             starts.as<int64_t>()[l + 1] = (few < many ? few : many) + rle_slack;
         }
@@ -70,8 +72,8 @@ int64_t rle_bounds(const View& words, int64_t height, int64_t width, const View&
     return sum_lengths(starts.as<int64_t>(), words.size[0]);
 }
 
-// out[0..count) 64-bit words: the bits from `first` on; those behind the mask's last word are 0. The vectors written are
-// whole, so out has room for a multiple of W / 2.
+// out[0..count), 64-bit words <- the bits from `first` on. Bits behind the mask's last word are 0. Only whole vectors are
+// written, so `out` has space for a multiple of W / 2 words.
 SPROMPT_INLINE void read_row(const Pixels& m, int64_t first, int64_t count, uint64_t* out) {
     const int64_t i = first / 32;
     const int shift = static_cast<int>(first % 32);
@@ -88,7 +90,8 @@ SPROMPT_INLINE void read_row(const Pixels& m, int64_t first, int64_t count, uint
     }
 }
 
-// Transposes 64 x 64 bits, bit x of a[y] to bit y of a[x]: halves of the matrix trade places, then halves of the halves.
+// Transposes 64 x 64 bits: bit x of a[y] goes to bit y of a[x]. Off-diagonal halves of the matrix are exchanged, then halves of
+// the halves, and so on.
 template <int half>
 SPROMPT_INLINE void swap_halves(uint64_t* a, uint64_t low) {
     for (int base = 0; base < 64; base += 2 * half)
@@ -107,15 +110,15 @@ static void transpose(uint64_t* a) {
     swap_halves<1>(a, 0x5555555555555555u);
 }
 
-// The differences of up to 1024 columns, as blocks of 64 rows, transposed; blocks without a change are left out.
+// The differences of up to 1024 columns, as transposed blocks of 64 rows. Blocks without a change are left out.
 struct Strip {
-    uint64_t* blocks;      // (across, bands, 1 + columns): the number of the band, then a word a column
-    int64_t count[strip];  // blocks there are of each 64 columns
+    uint64_t* blocks;      // (across, bands, 1 + columns): the number of the band, then one word per column
+    int64_t count[strip];  // number of blocks for each 64 columns
     int64_t bands, columns;
 
     SPROMPT_INLINE uint64_t* block(int64_t j, int64_t k) const { return blocks + (j * bands + k) * (1 + columns); }
 
-    // Columns [x, x + taken).
+    // Fills the blocks of columns [x, x + taken).
     SPROMPT_INLINE void fill(const Pixels& m, int64_t x, int64_t taken) {
         const int64_t across = (taken + 63) / 64;
         uint64_t rows[64][strip], above[strip], any[strip];
@@ -151,7 +154,7 @@ struct Strip {
 struct RunWriter {
     uint8_t* out;
     int64_t last = 0;                     // place of the last change
-    int64_t before = 0, before_that = 0;  // runs i - 1 and i - 2, for i <= 2 zeros
+    int64_t before = 0, before_that = 0;  // runs i - 1 and i - 2; zeros for i <= 2
 
     SPROMPT_INLINE void put(int64_t run) {
         int64_t v = run - before_that;
@@ -169,10 +172,10 @@ struct RunWriter {
     }
 };
 
-// Returns the length, or -1 if it might not fit into `room` bytes.
-static int64_t encode(const Pixels& m, uint64_t* scratch, uint8_t* out, int64_t room) {
-    const uint8_t* const limit = out + room - rle_slack;
-    if (room < rle_slack) return -1;
+// Returns the length, or -1 if it might not fit into `capacity` bytes.
+static int64_t encode(const Pixels& m, uint64_t* scratch, uint8_t* out, int64_t capacity) {
+    const uint8_t* const limit = out + capacity - rle_slack;
+    if (capacity < rle_slack) return -1;
     RunWriter writer{out};
     bool first = true;
     Strip part;
@@ -207,12 +210,12 @@ static int64_t encode(const Pixels& m, uint64_t* scratch, uint8_t* out, int64_t 
 
 int64_t rle_encode(const View& words, int64_t height, int64_t width, const View& starts, const View& buffer,
                    const View& offsets, int threads) {
-    const int64_t *start = starts.as<const int64_t>(), n = words.size[1], room = rle_scratch(height, width);
+    const int64_t *start = starts.as<const int64_t>(), n = words.size[1], scratch_words = rle_scratch(height, width);
     if (threads > words.size[0]) threads = static_cast<int>(words.size[0]);
     Scratch memory;
-    uint64_t* rooms = memory.take<uint64_t>(threads, room);
+    uint64_t* scratch = memory.take<uint64_t>(threads, scratch_words);
     parallel_for(words.size[0], 1 + (1 << 10) / (n + 1), threads, [&](int64_t begin, int64_t end, int worker) {
-        uint64_t* own = rooms + worker * room;
+        uint64_t* own = scratch + worker * scratch_words;
         for (int64_t l = begin; l < end; ++l) {
             const Pixels m{words.as<const uint32_t>() + l * words.stride[0], n, height, width};
             offsets.as<int64_t>()[l + 1] = encode(m, own, buffer.as<uint8_t>() + start[l], start[l + 1] - start[l]);
@@ -232,7 +235,8 @@ void rle_join(const View& buffer, const View& starts, const View& offsets, const
 
 // ---- decoding
 
-// Reads one number. Returns its fault; place moves behind it. Signs are spread by shifts: they are as good as random.
+// Reads one number and moves `place` behind it. Returns its fault. The sign is extended by shifts, because branches on it are
+// not predictable.
 SPROMPT_INLINE RleFault read_number(const uint8_t* text, int64_t length, int64_t& place, int64_t& number) {
     uint64_t v = 0;
     for (int k = 0; k < rle_most_read; ++k) {
@@ -258,7 +262,7 @@ static void set_bits(uint32_t* words, int64_t first, int64_t count) {
     }
 }
 
-// Fills words, which are 0, with row 0 of the mask and, below it, the differences to the row above.
+// Fills `words`, which must be 0. Row 0 is row 0 of the mask. The rows below it are the differences to the row above.
 static void read_runs(const uint8_t* text, int64_t length, int64_t height, int64_t width, uint32_t* words, int64_t* fault) {
     const int64_t P = height * width;
     int64_t x = 0, y = 0, rest = P;
@@ -281,7 +285,7 @@ static void read_runs(const uint8_t* text, int64_t length, int64_t height, int64
         before_that = before;
         before = i == 0 ? 0 : run;
         const bool on = i % 2 == 1;
-        if (i > 0 && y > 0) flip_bit(words, y * width + x);  // twice, so not at all, where a run is empty
+        if (i > 0 && y > 0) flip_bit(words, y * width + x);  // at an empty run it flips twice, which changes nothing
         if (run == 0) continue;
         rest -= run;
         if (y == 0 && on) set_bits(words, x, 1);
@@ -300,7 +304,8 @@ static void read_runs(const uint8_t* text, int64_t length, int64_t height, int64
     if (rest > 0) fail(rle_too_few, i, P - rest);
 }
 
-// Rows of less than 64 pixels: 64 pixels at a time, each the sum of those above it in the word and of its column before.
+// sum_rows for rows of less than 64 pixels. Takes 64 pixels at a time: a pixel is the sum of the pixels above it in the same
+// word, and of the last pixel of its column before this word.
 static void sum_narrow_rows(uint32_t* words, int64_t n, int64_t width) {
     uint64_t last = 0;  // the last row's worth of pixels before this word
     for (int64_t i = 0; i < n; i += 2) {
@@ -314,7 +319,7 @@ static void sum_narrow_rows(uint32_t* words, int64_t n, int64_t width) {
     }
 }
 
-// words ^= themselves, width bits back: differences become pixels.
+// words ^= words moved by `width` bits, in order, so that differences become pixels.
 static void sum_rows(uint32_t* words, int64_t n, int64_t height, int64_t width) {
     if (height < 2) return;
     const int64_t back = width / 32, P = height * width;
@@ -326,7 +331,7 @@ static void sum_rows(uint32_t* words, int64_t n, int64_t height, int64_t width) 
     } else {
         words[back] ^= words[0] << shift;
     }
-    if (back >= W) {  // a vector reads words that stand before it
+    if (back >= W) {  // a vector reads only words before it
         for (; i + W <= n; i += W) {
             vu v, low, high;
             __builtin_memcpy(&v, words + i, sizeof v);

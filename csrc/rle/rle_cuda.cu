@@ -1,9 +1,9 @@
-// A tile is 32 rows (a band) of 32 columns (a strip) of one mask. As on the CPU, d[y, x] = m[y, x] ^ m[y - 1, x], and d[0, x]
-// = m[0, x] ^ m[height - 1, x - 1], is set exactly where a run begins; tiles without a set bit, nearly all of them, are found
-// by reading row-major words once and never looked at again. Of the others a warp transposes d, so that a lane has a column,
-// and walks down its strip. What a number needs of the runs before it are the places of the last three changes and how many
-// there were: a Context. Contexts are combined over lanes and over strips as sums are, so every strip, and in it every
-// column, knows where it starts before it is written.
+// A tile is 32 rows (a band) of 32 columns (a strip) of one mask. As on the CPU, d[y, x] = m[y, x] ^ m[y - 1, x], and d[0, x] =
+// m[0, x] ^ m[height - 1, x - 1]. d is set exactly where a run begins. One read of the row-major words finds the tiles without
+// a set bit, which are nearly all tiles. They are not read again. For the other tiles, a warp transposes d, so that a lane has
+// one column, and walks down its strip. A number depends on the runs before it only through a Context: the number of changes so
+// far and the places of the last three. Contexts are combined over lanes and over strips by a prefix sum. So the start of every
+// strip, and of every column in it, is known before it is written.
 #include "rle/rle.h"
 
 #include "common/device.cuh"
@@ -15,7 +15,7 @@ namespace {
 constexpr int block = 256, warps = block / warp;
 
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % warp; }
-// Of the whole grid: the same for all lanes.
+// Index of the warp in the whole grid. It is the same for all lanes.
 __device__ inline int64_t warp_id() { return static_cast<int64_t>(blockIdx.x) * warps + threadIdx.x / warp; }
 
 __device__ inline uint32_t low_bits(int64_t count) { return count >= 32 ? ~0u : count > 0 ? (1u << count) - 1 : 0u; }
@@ -27,21 +27,22 @@ struct Masks {
     int64_t groups;  // of 32 bands
 };
 
-// 32 pixels of a mask from pixel `first` >= 0 on; those behind its last word are 0.
+// 32 pixels of a mask from pixel `first` >= 0 on. Pixels behind its last word are 0.
 __device__ inline uint32_t pixels_at(const uint32_t* mask, int64_t n, int64_t first) {
     const int64_t i = first / 32;
     const uint32_t low = i < n ? mask[i] : 0, high = i + 1 < n ? mask[i + 1] : 0;
     return __funnelshift_r(low, high, static_cast<unsigned>(first % 32));
 }
 
-// The pixels one place before those of row y, columns x .. x + 31, in the order of columns; 0 before the very first.
+// For row y, columns x .. x + 31: the pixels one place before them in column-major order. Before the first pixel of the mask it
+// is 0.
 __device__ inline uint32_t pixels_before(const Masks& m, const uint32_t* mask, int64_t y, int64_t x) {
     if (y > 0) return pixels_at(mask, m.n, (y - 1) * m.width + x);
     const int64_t p = (m.height - 1) * m.width + x;
     return x > 0 ? pixels_at(mask, m.n, p - 1) : pixels_at(mask, m.n, p) << 1;
 }
 
-// -- which tiles have changes: a thread reads a tile, neighbours read neighbouring columns
+// -- which tiles have changes: one thread per tile, and neighbouring threads read neighbouring columns
 
 __global__ void __launch_bounds__(block) used_kernel(const Masks m, uint32_t* used,  // (L, strips, groups), zeros
                                                      int64_t total) {                // L * bands * strips
@@ -63,9 +64,9 @@ __global__ void __launch_bounds__(block) used_kernel(const Masks m, uint32_t* us
     if ((any & low_bits(m.width - x)) != 0) atomicOr(&used[(index * m.strips + strip) * m.groups + band / 32], 1u << band % 32);
 }
 
-// -- tiles, by warps
+// -- tiles, one warp per tile
 
-// Bit y of lane x's word: a run begins in row 32 band + y of column 32 strip + x. All lanes take part.
+// Bit y of the word of lane x is set where a run begins in row 32 band + y of column 32 strip + x. All lanes must take part.
 __device__ inline uint32_t changes(const Masks& m, const uint32_t* mask, int64_t strip, int64_t band) {
     const int lane = lane_id();
     const int64_t x = 32 * strip, y = 32 * band + lane;
@@ -73,7 +74,7 @@ __device__ inline uint32_t changes(const Masks& m, const uint32_t* mask, int64_t
     uint32_t before = __shfl_up_sync(whole_warp, here, 1);
     if (lane == 0) before = pixels_before(m, mask, y, x);
     uint32_t word = y < m.height ? (here ^ before) & low_bits(m.width - x) : 0;
-    // Transposed: quarters of the tile trade places over the diagonal, then quarters of the quarters.
+    // Transposes: quarters of the tile are exchanged across the diagonal, then quarters of the quarters, and so on.
     uint32_t low = 0x0000ffffu;
 #pragma unroll
     for (int half = 16; half > 0; half /= 2) {
@@ -84,8 +85,8 @@ __device__ inline uint32_t changes(const Masks& m, const uint32_t* mask, int64_t
     return word;
 }
 
-// Calls visit(word, place) for the tiles of a strip that have changes, from top to bottom: `place` is the place, in the order
-// of columns, of bit 0 of the lane's word. All lanes take part.
+// Calls visit(word, place) for the tiles of a strip that have changes, from top to bottom. `place` is the column-major place of
+// bit 0 of the lane's word. All lanes must take part.
 template <class F>
 __device__ inline void walk(const Masks& m, const uint32_t* used, int64_t job, F visit) {  // job = index * strips + strip
     const int64_t strip = job % m.strips;
@@ -102,9 +103,9 @@ __device__ inline void walk(const Masks& m, const uint32_t* used, int64_t job, F
 
 struct alignas(16) Context {
     int32_t count;                   // changes so far, at most 2^31 - 1
-    int32_t last, before, earliest;  // places of the last three, 0 where there are fewer
+    int32_t last, before, earliest;  // places of the last three changes, 0 where there are fewer
 
-    // What is written of the run that ends at `place`.
+    // The number that is written for the run that ends at `place`.
     __device__ inline int32_t number(int32_t place) const { return place - last - (count > 2 ? before - earliest : 0); }
     __device__ inline void add(int32_t place) {
         ++count;
@@ -128,7 +129,7 @@ __device__ inline Context from_lane(const Context& c, int source) {
             __shfl_sync(whole_warp, c.before, source), __shfl_sync(whole_warp, c.earliest, source)};
 }
 
-// Of lanes 0 .. this one, in that order.
+// The joined context of lanes 0 up to and including this lane, in that order.
 __device__ inline Context joined_up_to_lane(Context c) {
     for (int step = 1; step < warp; step *= 2) {
         const Context other = from_lane(c, (lane_id() - step) & 31);
@@ -137,7 +138,7 @@ __device__ inline Context joined_up_to_lane(Context c) {
     return c;
 }
 
-// Of `start` and the lanes before this one. `all` is joined_up_to_lane.
+// The joined context of `start` and the lanes before this lane. `all` is the result of joined_up_to_lane.
 __device__ inline Context joined_before_lane(const Context& start, const Context& all) {
     const Context other = from_lane(all, (lane_id() - 1) & 31);
     return lane_id() > 0 ? joined(start, other) : start;
@@ -152,7 +153,7 @@ __device__ inline Context of_column(const Masks& m, const uint32_t* used, int64_
     return own;
 }
 
-// A warp a strip: contexts[index, strip] <- its own changes.
+// One warp per strip: contexts[index, strip] <- the context of the strip's own changes.
 __global__ void __launch_bounds__(block, 4) strip_kernel(const Masks m, const uint32_t* used,
                                                          Context* contexts,  // (L, strips + 1)
                                                          int64_t total) {    // L * strips
@@ -162,7 +163,7 @@ __global__ void __launch_bounds__(block, 4) strip_kernel(const Masks m, const ui
     if (lane_id() == 31) contexts[job + job / m.strips] = all;
 }
 
-// A warp a mask: contexts[index, strip] <- those of all strips before it.
+// One warp per mask: contexts[index, strip] <- the joined context of all strips before this strip.
 __global__ void __launch_bounds__(block) join_kernel(int64_t strips, Context* contexts,  // (L, strips + 1)
                                                      int64_t masks) {
     const int64_t index = warp_id();
@@ -182,7 +183,7 @@ __global__ void __launch_bounds__(block) join_kernel(int64_t strips, Context* co
 
 // -- characters
 
-// A number of b bits, its sign among them, has ceil(b / 5).
+// A number of b bits, sign included, has ceil(b / 5) characters.
 __device__ inline int length_of(int32_t number) { return (37 - __clz(number ^ (number >> 31))) / 5; }
 
 __device__ inline void write(int32_t number, uint8_t* at) {
@@ -200,14 +201,15 @@ __device__ inline int64_t sum_up_to_lane(int64_t x) {
     return x;
 }
 
-// A warp a strip. Without `text`: starts[index, strip] <- its number of characters. With it: text, which has room for `room`
-// characters, <- its characters, from offsets[index] + starts[index, strip] on, and behind the last strip's the last run's.
+// One warp per strip. If not `writes`: starts[index, strip] <- the number of the strip's characters. If `writes`: writes the
+// strip's characters to `text`, a buffer of `capacity` characters, from offsets[index] + starts[index, strip] on. The last
+// strip also writes the characters of the last run.
 template <bool writes>
 __global__ void __launch_bounds__(block, 4) text_kernel(const Masks m, const uint32_t* used,
                                                         const Context* contexts,  // (L, strips + 1)
                                                         int64_t* starts,          // (L, strips)
                                                         const int64_t* offsets,   // (L + 1)
-                                                        uint8_t* text, int64_t room,
+                                                        uint8_t* text, int64_t capacity,
                                                         int64_t total) {  // L * strips
     const int64_t job = warp_id();
     if (job >= total) return;
@@ -216,7 +218,7 @@ __global__ void __launch_bounds__(block, 4) text_kernel(const Masks m, const uin
     if (writes && lane_id() == 0 && job % m.strips == m.strips - 1) {
         const int32_t number = end.number(static_cast<int32_t>(m.height * m.width));
         const int64_t at = offsets[index + 1] - length_of(number);
-        if (at >= 0 && offsets[index + 1] <= room) write(number, text + at);
+        if (at >= 0 && offsets[index + 1] <= capacity) write(number, text + at);
     }
     if (start.count == end.count) {
         if (!writes && lane_id() == 0) starts[job] = 0;
@@ -244,14 +246,15 @@ __global__ void __launch_bounds__(block, 4) text_kernel(const Masks m, const uin
             const int32_t change = place + __ffs(static_cast<int>(word)) - 1;
             const int32_t number = context.number(change);
             const int size = length_of(number);
-            if (at + size <= room) write(number, text + at);  // more only if the words changed since they were measured
+            if (at + size <= capacity) write(number, text + at);  // beyond it only if the words changed since rle_measure
             at += size;
             context.add(change);
         }
     });
 }
 
-// A warp a mask: starts[index, strip] <- the characters of all strips before it; lengths[index] <- all characters.
+// One warp per mask: starts[index, strip] <- the number of characters of all strips before this strip; lengths[index] <- the
+// number of all characters.
 __global__ void __launch_bounds__(block) sum_kernel(int64_t strips, int64_t pixels,
                                                     const Context* contexts,  // (L, strips + 1)
                                                     int64_t* starts,          // (L, strips)

@@ -1,7 +1,7 @@
-// Products of packed columns, and the memory that they need. A matrix (D, columns) is kept as blocks of `depth` rows, each as
-// panels of `panel` columns, row by row: [block][panel][row][column]. Every element of a product is one chain of fma over a
-// block's rows from 0, the blocks' sums added in order: its bits depend on its two columns only, neither on its place nor on
-// the threads, and <a, b> = <b, a> to the bit.
+// Products of packed columns, and the memory that they need. A matrix (D, columns) is stored as blocks of `depth` rows. A block
+// is stored as panels of `panel` columns, row by row: [block][panel][row][column]. Every element of a product is one chain of
+// fma over a block's rows, starting from 0. The sums of the blocks are added in order. So the bits of an element depend only on
+// its two columns, not on its place or the number of threads, and <a, b> = <b, a> to the bit.
 #pragma once
 
 #include "common/half.h"
@@ -12,8 +12,8 @@ namespace sprompt {
 namespace SPROMPT_ISA {
 
 constexpr int64_t panel = 3 * W;
-constexpr int64_t depth = 128;         // a panel of a block is 12 kB on AVX2: two of them stay in the first cache
-constexpr int64_t group = 48;          // rows of a product that one chunk of work computes: 1, 2 or 4 panels
+constexpr int64_t depth = 128;         // a panel of a block is 12 kB on AVX2: two panels fit the L1 cache
+constexpr int64_t group = 48;          // rows of a product per chunk of parallel work: 1, 2 or 4 panels
 constexpr int tile = W == 16 ? 8 : 4;  // rows of a product held in registers, panel columns wide
 
 struct Panels {
@@ -32,7 +32,7 @@ static Panels take_panels(Scratch& memory, int64_t rows, int64_t columns) {
     return {memory.take<float>(rows, count * panel), rows, count};
 }
 
-// c (tile, panel) (+)= a' b over `rows` rows of two panels, a at the tile's first column.
+// c (tile, panel) = a' b over `rows` rows of two panels, plus c if `add`. `a` points to the tile's first column.
 SPROMPT_INLINE void multiply_tile(const float* a, const float* b, int64_t rows, float* c, int64_t stride, bool add) {
     vf sum[tile][3] = {};
     for (int64_t k = 0; k < rows; ++k, a += panel, b += panel) {
@@ -53,8 +53,8 @@ SPROMPT_INLINE void multiply_tile(const float* a, const float* b, int64_t rows, 
         }
 }
 
-// Rows [first, last) of a' b, both panel indices of a, into c (rows of those panels, stride) from column panel `from` of b.
-// triangle: a is b, and tiles left of the diagonal panels are left out.
+// Writes the rows of a' b that belong to panels [first, last) of a to c (rows of these panels, stride), from column panel
+// `from` of b on. triangle: a is b, and tiles left of the diagonal panels are left out.
 static void multiply_panels(const Panels& a, int64_t first, int64_t last, const Panels& b, int64_t from, bool triangle,
                             float* c, int64_t stride) {
     for (int64_t block = 0; block < a.blocks(); ++block)
@@ -77,7 +77,8 @@ static void multiply(const Panels& a, int64_t first, int64_t last, const Panels&
     });
 }
 
-// c (columns, columns) = a' a, the part below the diagonal copied from above; rows from P on are not written there.
+// c (columns, columns) = a' a. The part below the diagonal is copied from the part above it. There, rows from P on are not
+// written.
 static void multiply_gram(const Panels& a, int64_t P, float* c, int64_t stride, int threads) {
     parallel_for(a.count, group / panel, threads, [&](int64_t begin, int64_t end, int) {
         const int64_t r0 = begin * panel, r1 = end * panel;
@@ -87,7 +88,7 @@ static void multiply_gram(const Panels& a, int64_t P, float* c, int64_t stride, 
     });
 }
 
-// norms[column] = max(sqrt(<column, column>), 1e-12), with the bits of the product's diagonal.
+// norms[column] = max(sqrt(<column, column>), 1e-12). <column, column> has the bits of the product's diagonal.
 static void column_norms(const Panels& a, float* norms, int threads) {
     parallel_for(a.count, 4, threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t index = begin; index < end; ++index) {
@@ -107,12 +108,12 @@ static void column_norms(const Panels& a, float* norms, int threads) {
     });
 }
 
-// Packs x (D, P), rows `stride` apart. Columns that are not inside, those behind P too, become copies of column `first`.
+// Packs x (D, P), rows `stride` apart. Columns that are not inside, and columns behind P, become copies of column `first`.
 template <class T>
 static void pack_columns(const T* x, int64_t stride, int64_t P, const int32_t* inside, bool all_inside, int64_t first,
                          const Panels& out, int threads) {
     parallel_for(out.blocks(), 1, threads, [&](int64_t block, int64_t, int) {
-        constexpr int64_t strip = 8;  // rows read side by side, so that reads and writes are both in long runs
+        constexpr int64_t strip = 8;  // rows read side by side, so that both reads and writes are in long runs
         const T* in = x + block * depth * stride;
         for (int64_t k0 = 0; k0 < out.rows_of(block); k0 += strip)
             for (int64_t index = 0; index < out.count; ++index) {
@@ -138,8 +139,8 @@ SPROMPT_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 SPROMPT_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 SPROMPT_INLINE int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
-// Memory of a call, used for one image after another.
-struct Room {
+// The scratch buffers of a call, used for one image after another.
+struct Buffers {
     Panels features, seeds;  // (D, P), and (D, seed vectors)
     int64_t line, rows;      // P rounded up
     float* products;         // (rows, line)
@@ -150,7 +151,7 @@ struct Room {
 
     SPROMPT_INLINE float* line_of(int worker) const { return lines + worker * line; }
 };
-static Room take_room(Scratch& memory, int64_t D, int64_t P, int64_t seeds, int64_t rows, int threads) {
+static Buffers take_buffers(Scratch& memory, int64_t D, int64_t P, int64_t seeds, int64_t rows, int threads) {
     const int64_t line = round_up(P, whole);
     const Panels features = take_panels(memory, D, P), columns = take_panels(memory, D, seeds);
     return {features,
@@ -163,7 +164,7 @@ static Room take_room(Scratch& memory, int64_t D, int64_t P, int64_t seeds, int6
             memory.take<float>(columns.columns()),
             memory.take<float>(threads, line)};
 }
-// Rows of products of so many seed vectors that are held at a time.
+// The number of rows of products that are held at a time, for `seeds` seed vectors.
 static int64_t rows_of_seeds(int64_t seeds, int64_t P, int64_t held) {
     return smaller(round_up(seeds, group), larger(held / larger(round_up(P, whole), 1) / group, 1) * group);
 }

@@ -10,11 +10,11 @@ typedef double vd __attribute__((vector_size(4 * W)));  // W / 2 lanes
 
 static const float flat_range = 1e-6f;
 
-// What one image's maps need: features in panels, norms (1 for the plain product) and which cells are inside.
+// The inputs of one image's maps: features in panels, norms (1 for the plain product), and which cells are inside.
 struct Image {
     Panels features;
     float* norms;     // (line)
-    int32_t* inside;  // (line): -1 for valid cells, 0 for others and behind P
+    int32_t* inside;  // (line): -1 for valid cells, 0 for other cells and behind P
     int64_t height, width, P;
 };
 
@@ -22,11 +22,12 @@ struct Image {
 struct Map {
     float* y;
     float low, range;
-    bool usable;  // neither flat nor with NaN or infinity
+    bool usable;  // not flat, without NaN and infinity
 };
 
-// y = (sum of N rows of products) / norms; low and range over the columns, all of which hold valid cells or copies of one.
-// The cosine divides by the seed's norm as well; only the test for flatness sees that. unit: the seed over that sum.
+// y = (sum of N rows of products) / norms. low and range are over all columns, since every column is a valid cell or the copy
+// of one. y is not divided by the cosine's norm of the seed, and not multiplied by `unit`, which is the seed divided by the sum
+// of its N cells. Only the test for flatness needs these two factors, as Norm cancels them.
 template <int N>
 SPROMPT_INLINE Map make_map(const Image& image, const float* const* rows, float seed_norm, float unit, float* y) {
     vf low = broadcast(__builtin_inff()), high = -low, poison = {};
@@ -37,7 +38,7 @@ SPROMPT_INLINE Map make_map(const Image& image, const float* const* rows, float 
         store(y + i, v);
         low = minimum(v, low);
         high = maximum(v, high);
-        poison += v * 0.0f;  // NaN once v is NaN or infinite; minimum and maximum pass over NaN
+        poison += v * 0.0f;  // NaN if any v is NaN or infinite; minimum and maximum ignore NaN
     }
     float least = low[0], most = high[0];
     for (int i = 1; i < W; ++i) {
@@ -48,7 +49,7 @@ SPROMPT_INLINE Map make_map(const Image& image, const float* const* rows, float 
     return {y, least, range, bad == 0.0f && range * unit / seed_norm >= flat_range && range < __builtin_inff()};
 }
 
-// Norm(map) of W cells, -1 for those outside.
+// Norm(map) of W cells, -1 for cells that are not inside.
 SPROMPT_INLINE vf normalised(const Image& image, const Map& map, int64_t i) {
     const vf t = (load(map.y + i) - broadcast(map.low)) / broadcast(map.range);
     return select(load(image.inside + i), t, broadcast(-1.0f));
@@ -62,7 +63,8 @@ SPROMPT_INLINE void add_lanes(vf v, vd& low, vd& high) {
     high += __builtin_convertvector(part[1], vd);
 }
 
-// Bits, area and score of a map. The sum is in float64, where it is exact: the score depends on no order of summation.
+// Computes bits, area and score of a map. The sum is in float64, where it is exact, so the score does not depend on the order
+// of summation.
 static void cut_map(const Image& image, const Map& map, float threshold, int64_t min_area, uint32_t* words, int64_t* area,
                     float* score) {
     const int64_t n = words_for(image.P);
@@ -100,15 +102,15 @@ static void write_map(const Image& image, const Map& map, T* out) {
     row_from_float(map.y, image.P, out);
 }
 
-// Packs an image's features. False if it has no valid cell, and then so has no map.
-static bool open_image(const View& features, const View& valid, int64_t b, int64_t height, int64_t width, const Room& room,
-                       Image& image, int threads) {
+// Packs an image's features. Returns false if the image has no valid cell; then all its maps are empty.
+static bool open_image(const View& features, const View& valid, int64_t b, int64_t height, int64_t width,
+                       const Buffers& buffers, Image& image, int threads) {
     const int64_t P = height * width;
-    image = {room.features, room.norms, room.inside, height, width, P};
+    image = {buffers.features, buffers.norms, buffers.inside, height, width, P};
     const uint8_t* cells = valid.given() ? valid.as<const uint8_t>() + b * valid.stride[0] : nullptr;
     int64_t first = -1;
     bool all = true;
-    for (int64_t p = 0; p < room.line; ++p) {
+    for (int64_t p = 0; p < buffers.line; ++p) {
         const bool in = p < P && (cells == nullptr || cells[p] != 0);
         image.inside[p] = in ? -1 : 0;
         if (in && first < 0) first = p;
@@ -121,7 +123,7 @@ static bool open_image(const View& features, const View& valid, int64_t b, int64
     return true;
 }
 
-// The cosine's divisors; the plain product's are 1.
+// The divisors: the columns' norms for the cosine, 1 for the plain product.
 static void set_norms(const Panels& columns, bool cosine, float* norms, int threads) {
     if (cosine) return column_norms(columns, norms, threads);
     for (int64_t i = 0; i < columns.columns(); ++i) norms[i] = 1.0f;
@@ -150,7 +152,7 @@ static bool all_inside(const Image& image, const Cells& seed) {
     return true;
 }
 
-// rows[i] is the row of products of cell i; column[i] where the product with cell i stands in a row.
+// The map of a seed of the pyramid. rows[i] is the row of products of the seed's cell i.
 static Map pooled_map(const Image& image, const Cells& seed, const float* const* rows, bool cosine, float* y) {
     if (seed.count == 1) return make_map<1>(image, rows, cosine ? image.norms[seed.cell[0]] : 1.0f, 1.0f, y);
     float norm = 1.0f;
@@ -177,15 +179,16 @@ struct Outputs {
     }
 };
 
-// Rows of cells whose products are held at a time: all where the Gram matrix fits, else a multiple of 4.
+// The number of rows of cells whose products are held at a time: all rows if the Gram matrix fits, else a multiple of 4.
 static int64_t pyramid_stripe(int64_t height, int64_t width, int64_t held) {
     const int64_t line = round_up(height * width, whole);
     return line * line <= 4 * held ? height : 4 * larger(held / larger(4 * width * line, 1), 1);
 }
 
-static void pyramid_bits(const Image& image, bool cosine, const Room& room, int64_t stripe, const Outputs& out, int threads) {
-    const int64_t stride = room.line, P = image.P, width = image.width;
-    float* c = room.products;
+static void pyramid_bits(const Image& image, bool cosine, const Buffers& buffers, int64_t stripe, const Outputs& out,
+                         int threads) {
+    const int64_t stride = buffers.line, P = image.P, width = image.width;
+    float* c = buffers.products;
     const bool symmetric = stripe >= image.height;
     if (symmetric)
         multiply_gram(image.features, P, c, stride, threads);
@@ -212,7 +215,7 @@ static void pyramid_bits(const Image& image, bool cosine, const Room& room, int6
             skipped += (image.height >> scale) * columns;
         }
         parallel_for(count[0] + count[1] + count[2], 8, threads, [&](int64_t begin, int64_t end, int worker) {
-            float* y = room.line_of(worker);
+            float* y = buffers.line_of(worker);
             for (int64_t i = begin; i < end; ++i) {
                 int64_t scale = 0, at = i;
                 while (at >= count[scale]) at -= count[scale++];
@@ -229,12 +232,13 @@ static void pyramid_bits(const Image& image, bool cosine, const Room& room, int6
 }
 
 // ---- seeds of a grid
-// Packs the means of the features over the valid cells of windows (row, column) = place(i) of the grid, zeros for row < 0.
+// Packs the means of the features over the valid cells of the grid's windows. place(i) sets (row, column) of window i. A window
+// with row < 0 gets zeros.
 template <class T, class Place>
 static void pack_windows(const T* x, int64_t stride, const Image& image, int64_t grid_height, int64_t grid_width, int64_t seeds,
-                         const Place& place, const Panels& out, const Room& room, int threads) {
+                         const Place& place, const Panels& out, const Buffers& buffers, int threads) {
     parallel_for(out.blocks(), 1, threads, [&](int64_t block, int64_t, int worker) {
-        float* line = room.line_of(worker);
+        float* line = buffers.line_of(worker);
         for (int64_t k = 0; k < out.rows_of(block); ++k) {
             row_to_float(x + (block * depth + k) * stride, image.P, line);
             for (int64_t i = 0; i < out.columns(); ++i) {
@@ -259,22 +263,22 @@ static void pack_windows(const T* x, int64_t stride, const Image& image, int64_t
     });
 }
 
-// Calls f(seed, map) for every column of `seeds`, by as many rows of products as there is room for.
+// Calls f(seed, map) for every column of `seeds`, with as many rows of products at a time as the buffers hold.
 template <class F>
-static void each_map(const Image& image, int64_t count, bool cosine, const Room& room, int threads, const F& f) {
-    const int64_t stride = room.line, panels = room.rows / panel;
-    const Panels& seeds = room.seeds;
-    float* norms = room.seed_norms;
+static void each_map(const Image& image, int64_t count, bool cosine, const Buffers& buffers, int threads, const F& f) {
+    const int64_t stride = buffers.line, panels = buffers.rows / panel;
+    const Panels& seeds = buffers.seeds;
+    float* norms = buffers.seed_norms;
     set_norms(image.features, cosine, image.norms, threads);
     set_norms(seeds, cosine, norms, threads);
     for (int64_t first = 0; first < seeds.count; first += panels) {
         const int64_t last = smaller(first + panels, seeds.count), begin_seed = first * panel;
         const int64_t here = (last * panel < count ? last * panel : count) - begin_seed;
-        multiply(seeds, first, last, image.features, room.products, stride, threads);
+        multiply(seeds, first, last, image.features, buffers.products, stride, threads);
         parallel_for(here, 4, threads, [&](int64_t begin, int64_t end, int worker) {
             for (int64_t i = begin; i < end; ++i) {
-                const float* row = room.products + i * stride;
-                f(begin_seed + i, make_map<1>(image, &row, norms[begin_seed + i], 1.0f, room.line_of(worker)));
+                const float* row = buffers.products + i * stride;
+                f(begin_seed + i, make_map<1>(image, &row, norms[begin_seed + i], 1.0f, buffers.line_of(worker)));
             }
         });
     }
@@ -287,15 +291,15 @@ void saliency_bits(const View& features, const View& valid, int64_t height, int6
     // A stripe begins and ends inside a panel.
     const int64_t rows = grid_height > 0 ? rows_of_seeds(M, P, held) : smaller(stripe, height) * width + 2 * panel;
     Scratch memory;
-    const Room room = take_room(memory, features.size[1], P, grid_height > 0 ? M : 0, rows, threads);
+    const Buffers buffers = take_buffers(memory, features.size[1], P, grid_height > 0 ? M : 0, rows, threads);
     for (int64_t b = 0; b < features.size[0]; ++b) {
         const Outputs out{
             threshold, min_area, words.as<uint32_t>() + b * M * n, areas.as<int64_t>() + b * M, scores.as<float>() + b * M, n};
         Image image;
-        if (!open_image(features, valid, b, height, width, room, image, threads)) {
+        if (!open_image(features, valid, b, height, width, buffers, image, threads)) {
             for (int64_t m = 0; m < M; ++m) out.cut(image, Map{nullptr, 0.0f, 0.0f, false}, m);
         } else if (grid_height == 0) {
-            pyramid_bits(image, cosine, room, stripe, out, threads);
+            pyramid_bits(image, cosine, buffers, stripe, out, threads);
         } else {
             const auto place = [&](int64_t i, int64_t& row, int64_t& column) {
                 row = i / grid_width;
@@ -303,8 +307,8 @@ void saliency_bits(const View& features, const View& valid, int64_t height, int6
             };
             SPROMPT_FLOAT_TYPES(features.dtype, T,
                                 pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image,
-                                             grid_height, grid_width, M, place, room.seeds, room, threads))
-            each_map(image, M, cosine, room, threads, [&](int64_t m, const Map& map) { out.cut(image, map, m); });
+                                             grid_height, grid_width, M, place, buffers.seeds, buffers, threads))
+            each_map(image, M, cosine, buffers, threads, [&](int64_t m, const Map& map) { out.cut(image, map, m); });
         }
     }
 }
@@ -325,11 +329,11 @@ void saliency_soft(const View& features, const View& valid, int64_t height, int6
     const int64_t K = addresses.size[1], P = height * width, columns = grid_height > 0 ? K : 4 * K;
     const int64_t rows = grid_height > 0 ? rows_of_seeds(K, P, held) : round_up(columns, group);
     Scratch memory;
-    const Room room = take_room(memory, features.size[1], P, columns, rows, threads);
+    const Buffers buffers = take_buffers(memory, features.size[1], P, columns, rows, threads);
     for (int64_t b = 0; b < features.size[0]; ++b) {
         const int64_t* address = addresses.as<const int64_t>() + b * K * 3;
         Image image;
-        if (!open_image(features, valid, b, height, width, room, image, threads)) {
+        if (!open_image(features, valid, b, height, width, buffers, image, threads)) {
             clear_maps(maps, b);
         } else if (grid_height > 0) {
             const auto place = [&](int64_t i, int64_t& row, int64_t& column) {
@@ -338,11 +342,12 @@ void saliency_soft(const View& features, const View& valid, int64_t height, int6
             };
             SPROMPT_FLOAT_TYPES(features.dtype, T,
                                 pack_windows(features.as<const T>() + b * features.stride[0], features.stride[1], image,
-                                             grid_height, grid_width, K, place, room.seeds, room, threads))
-            each_map(image, K, cosine, room, threads, [&](int64_t k, const Map& map) { write_to(maps, b, k, image, map); });
+                                             grid_height, grid_width, K, place, buffers.seeds, buffers, threads))
+            each_map(image, K, cosine, buffers, threads, [&](int64_t k, const Map& map) { write_to(maps, b, k, image, map); });
         } else {
-            // Four columns a seed, copied from the packed features: the same products, to the bit, as the Gram matrix has.
-            const Panels& seeds = room.seeds;
+            // Four columns per seed, copied from the packed features. So the products equal those of the Gram matrix, to the
+            // bit.
+            const Panels& seeds = buffers.seeds;
             const auto seed_of = [&](int64_t k) {
                 return cells_of(address[3 * k], address[3 * k + 1], address[3 * k + 2], width);
             };
@@ -356,14 +361,14 @@ void saliency_soft(const View& features, const View& valid, int64_t height, int6
                 }
             });
             set_norms(image.features, cosine, image.norms, threads);
-            multiply(seeds, 0, seeds.count, image.features, room.products, room.line, threads);
+            multiply(seeds, 0, seeds.count, image.features, buffers.products, buffers.line, threads);
             parallel_for(K, 1, threads, [&](int64_t k, int64_t, int worker) {
-                float* y = room.line_of(worker);
+                float* y = buffers.line_of(worker);
                 Map map{y, 0.0f, 0.0f, false};
                 if (address[3 * k] >= 0) {
                     const Cells seed = seed_of(k);
                     const float* rows[4];
-                    for (int64_t r = 0; r < 4; ++r) rows[r] = room.products + (4 * k + r) * room.line;
+                    for (int64_t r = 0; r < 4; ++r) rows[r] = buffers.products + (4 * k + r) * buffers.line;
                     if (all_inside(image, seed)) map = pooled_map(image, seed, rows, cosine, y);
                 }
                 write_to(maps, b, k, image, map);
@@ -391,16 +396,16 @@ void saliency_maps(const View& features, const View& valid, const View& seeds, b
                    int threads) {
     const int64_t M = seeds.size[1], P = features.size[2];
     Scratch memory;
-    const Room room = take_room(memory, features.size[1], P, M, rows_of_seeds(M, P, held), threads);
+    const Buffers buffers = take_buffers(memory, features.size[1], P, M, rows_of_seeds(M, P, held), threads);
     for (int64_t b = 0; b < features.size[0]; ++b) {
         Image image;
-        if (!open_image(features, valid, b, 1, P, room, image, threads)) {
+        if (!open_image(features, valid, b, 1, P, buffers, image, threads)) {
             clear_maps(maps, b);
             continue;
         }
         SPROMPT_FLOAT_TYPES(features.dtype, T,
-                            pack_seeds(seeds.as<const T>() + b * seeds.stride[0], seeds.stride[1], M, room.seeds, threads))
-        each_map(image, M, cosine, room, threads, [&](int64_t m, const Map& map) { write_to(maps, b, m, image, map); });
+                            pack_seeds(seeds.as<const T>() + b * seeds.stride[0], seeds.stride[1], M, buffers.seeds, threads))
+        each_map(image, M, cosine, buffers, threads, [&](int64_t m, const Map& map) { write_to(maps, b, m, image, map); });
     }
 }
 

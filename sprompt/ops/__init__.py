@@ -1,4 +1,4 @@
-"""The kernel library: one room an op (sprompt/ops/<op>/), all of them on this page."""
+"""The kernel library: one folder per op (sprompt/ops/<op>/). This module exports all of them."""
 
 # linear_assignment
 from sprompt.ops.linear_assignment import linear_assignment

@@ -1,7 +1,7 @@
 """Argument checks of the public functions. One wording: `op: arg must <rule>, got <value>; <what to do>`.
 
-A wrong kind of thing (not a tensor, wrong dtype) is a TypeError, anything else a ValueError. Checks read shapes, dtypes and
-devices only, so they trace under torch.compile and never wait for a GPU; checks of values (counts_within) run inside an
+An argument of the wrong kind (not a tensor, wrong dtype) raises TypeError, any other error ValueError. Checks read only shapes,
+dtypes and devices, so they trace under torch.compile and never wait for a GPU. Checks of values (counts_within) run inside an
 op's CPU kernels.
 """
 
@@ -36,16 +36,17 @@ def tensor(op: str, arg: str, value: Any, dtypes: Sequence[torch.dtype], advice:
 
 
 def shape(op: str, arg: str, value: Tensor, form: str, sizes: Sequence[int | None], advice: str = "") -> None:
-    """Holds `value` to sizes (None: any), which `form` shows in letters: shape(op, "scores", s, "(N,)", (12,))."""
+    """Checks the shape of `value` against `sizes` (None: any size). `form` names the sizes by letters: shape(op, "scores", s,
+    "(N,)", (12,))."""
     found = value.shape
     if len(found) == len(sizes):
-        for got, want in zip(found, sizes):  # noqa: B905, for speed
+        for got, want in zip(found, sizes):  # noqa: B905  # faster without strict=
             if want is not None and got != want:
                 break
         else:
             return
         if None not in sizes:
-            form += f" = {_sizes(sizes)}"  # type: ignore[arg-type]
+            form += f" = {_sizes(sizes)}"  # type: ignore[arg-type]  # no size is None here
     bad_value(op, arg, f"have shape {form}", _sizes(found), advice)
 
 
@@ -68,7 +69,7 @@ def choice(op: str, arg: str, value: object, choices: Sequence[object]) -> None:
 
 
 def number(op: str, arg: str, value: Any, rule: str, low: float | None = None, high: float | None = None) -> None:
-    """A finite real number in [low, high]; `rule` says so in words."""
+    """Checks for a finite real number in [low, high]. `rule` says this in words."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         bad_type(op, arg, rule, repr(value))
     if value != value or (low is not None and value < low) or (high is not None and value > high):
@@ -83,18 +84,19 @@ def whole(op: str, arg: str, value: Any, rule: str, low: int = 0) -> None:
 
 
 def counts(op: str, value: Any, batch: int) -> None:
-    """counts is None or int64 (B,)."""
+    """Checks that counts is None or int64 (B,)."""
     if value is None:
         return
     tensor(op, "counts", value, (torch.int64,), "say how many entries of each row are real")
-    shape(op, "counts", value, "(B,)", (batch,), "give one count an image")
+    shape(op, "counts", value, "(B,)", (batch,), "give one count per image")
 
 
 def counts_within(op: str, value: Tensor | None, limit: int, arg: str = "counts") -> None:
-    """Values of counts lie in [0, limit]. Reads the values: call it in CPU kernels only (a GPU would have to wait)."""
+    """Checks that the values of counts lie in [0, limit]. It reads the values, so call it in CPU kernels only: reading from a
+    GPU would wait for it."""
     if value is None or value.device.type != "cpu" or value.numel() == 0:
         return
-    values = value.tolist()  # one count an image: faster than two reductions
+    values = value.tolist()  # one count per image: faster than two reductions
     low, high = min(values), max(values)
     if low < 0 or high > limit:
         bad_value(

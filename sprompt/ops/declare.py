@@ -8,12 +8,13 @@
     def _(a: Args, out: Tensor) -> None:     # a: the arguments by name
         native._C.twice(a.x.contiguous(), a.factor, out, native.threads())
 
-The annotations are the schema of torch.ops.sprompt.twice; the function is its fake kernel and allocates for every backend but the
-reference, which is `twice(a)` of reference.py in the same folder and returns its results. A GPU backend is `twice(a, out)` of
-triton.py or cuda.py there. `twice(x, 2.0)` calls the op.
+The annotations are the schema of torch.ops.sprompt.twice. The function is its fake kernel, and allocates the outputs for every
+backend except the reference. The reference is `twice(a)` of reference.py in the same folder; it returns its results. A GPU
+backend is `twice(a, out)` of triton.py or cuda.py in that folder. `twice(x, 2.0)` calls the op.
 
-A call goes straight to the backend where PyTorch does nothing but run it: plain tensors of a CPU or a CUDA device, no compilation,
-export, functorch transform, mode or tracer. Elsewhere it is torch.ops.sprompt.twice. Both run the same code on the same arguments.
+If PyTorch would only run the op, a call goes directly to the backend: with plain tensors on a CPU or a CUDA device, and without
+compilation, export, functorch transform, mode or tracer. Otherwise it calls torch.ops.sprompt.twice. Both run the same code on
+the same arguments.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LIBRARY = torch.library.Library("sprompt", "DEF")
 #: Every op by name.
 OPS: dict[str, Op] = {}
 
-Args = Any  # the arguments of an op, a named tuple
+Args = Any  # a named tuple of the arguments of an op
 Function = Callable[..., Any]
 
 
@@ -51,7 +52,7 @@ class Op:
         self.outputs = outputs
         self.dynamic = dynamic
         names = tuple(inspect.signature(outputs).parameters)
-        self.args: Any = collections.namedtuple(f"{self.name}_args", names)  # type: ignore[misc]
+        self.args: Any = collections.namedtuple(f"{self.name}_args", names)  # type: ignore[misc]  # the name is not a literal
         typed = inspect.get_annotations(outputs)
         computing = computes if computes is not None else tuple(n for n in names if typed[n] in (Tensor, Tensor | None))
         self.computes = tuple(map(names.index, computing))
@@ -67,16 +68,16 @@ class Op:
         LIBRARY.define(
             self.name + torch.library.infer_schema(outputs, mutates_args=()), tags=(torch.Tag.pt2_compliant_tag,)
         )
-        # One kernel for every device: the device's own backends are chosen inside.
+        # One kernel for all devices. It chooses a backend of the device itself.
         LIBRARY.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"sprompt::{self.name}", outputs, lib=LIBRARY)
         self.dispatched = getattr(torch.ops.sprompt, self.name).default
-        #: Backward ops of a gradient have none of their own, and say so.
+        #: Whether the op is differentiable. Backward ops count as differentiable, so that a double backward raises an error.
         self.differentiable = self.name.endswith("_backward")
         if self.differentiable:
             self._register_gradient()
 
-    # -- what completes the declaration
+    # -- decorators that complete the declaration
 
     def native(self, function: Function) -> Function:
         """The CPU kernel: function(a, *outputs)."""
@@ -84,18 +85,19 @@ class Op:
         return function
 
     def values(self, function: Function) -> Function:
-        """Checks that read values: function(a) raises. Runs on a CPU before every backend; a GPU would have to wait."""
+        """Checks that read values: function(a) raises if a value is wrong. Runs only for CPU tensors, before every backend:
+        reading from a GPU would wait for it."""
         self.check_values = function
         return function
 
     def saves(self, function: Function) -> Function:
-        """What backward needs of a forward: function(ctx, a, *outputs)."""
+        """Saves what the backward needs: function(ctx, a, *outputs)."""
         self.save = function
         return function
 
     def backward(self, function: Function) -> Function:
-        """function(ctx, needs, *gradients of the outputs) -> the gradient of the first parameter, or a tuple of those of the first
-        few; None and what nobody asked for count as none. `needs` says who asked."""
+        """function(ctx, needs, *gradients of the outputs) -> the gradient of the first parameter, or a tuple of the gradients
+        of the first few parameters. None means no gradient. `needs` says which gradients are needed; the others are ignored."""
         self.gradients, self.differentiable = function, True
         self._register_gradient()
         return function
@@ -108,7 +110,7 @@ class Op:
     def __call__(self, *args: Any) -> Any:
         if (
             torch.compiler.is_compiling()
-            # A mode, a tracer or a transform of this thread wants to see the call.
+            # A mode, a tracer or a transform of this thread must see the call.
             or _included().raw_repr() & _SPECIAL
             or torch._C._len_torch_function_stack()
             or forward_ad._current_level >= 0
@@ -122,7 +124,7 @@ class Op:
                     return self._dispatch(args)
                 if x.requires_grad:
                     recording = True
-            elif kind not in _SCALARS:  # a subclass, a symbol, or a list, into which autograd.Function does not look
+            elif kind not in _SCALARS:  # a subclass, a symbol, or a list (autograd.Function ignores tensors in lists)
                 return self._dispatch(args)
         if torch.autograd.profiler._is_profiler_enabled:
             with torch._C._profiler._RecordFunctionFast(f"sprompt::{self.name}"):
@@ -143,7 +145,7 @@ class Op:
             return self.run(*args)
 
     def run(self, *args: Any) -> Any:
-        """Runs the op on the first backend that can."""
+        """Runs the op on the first backend that can run it."""
         first = args[0] if isinstance(args[0], Tensor) else args[0][0]
         float64 = False
         for i in self.computes:
@@ -163,7 +165,7 @@ class Op:
             backend.run(a, out)
         return out
 
-    # -- gradients, the same for autograd.Function and for torch.library
+    # -- gradients, used by both autograd.Function and torch.library
 
     def _setup(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         if self.save is not None:
@@ -179,23 +181,25 @@ class Op:
 
 
 def op(*gpu: str, computes: tuple[str, ...] | None = None, dynamic: bool = False) -> Callable[[Function], Op]:
-    """Declares the op whose outputs the decorated function allocates; its annotated parameters are the schema.
+    """Declares an op. The decorated function allocates its outputs, and the function's annotated parameters are the schema.
 
-    gpu: its GPU backends, "triton" and "cuda", in the order in which they are tried.
-    computes: the parameters whose float64 keeps compiled kernels from running; default: every tensor.
-    dynamic: sizes of the outputs depend on values: backends make and return them, the function is the fake kernel only.
+    gpu: the op's GPU backends, "triton" and "cuda", in the order in which they are tried.
+    computes: compiled kernels do not run if one of these parameters is float64; default: every tensor.
+    dynamic: the sizes of the outputs depend on values. Backends make and return the outputs, and the function is only the
+        fake kernel.
     """
     return lambda outputs: Op(outputs, gpu, computes, dynamic)
 
 
 def new(like: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
-    """like.new_empty(sizes, dtype=dtype), by a shorter way for a plain tensor on the CPU: half of what a call costs is allocation."""
+    """like.new_empty(sizes, dtype=dtype). For a plain tensor on the CPU it is faster, because half of the time of a call is
+    allocation."""
     if type(like) is Tensor and like.is_cpu and not torch.are_deterministic_algorithms_enabled():
         return _empty_strided_cpu(sizes, _strides(sizes), dtype or like.dtype)
     return like.new_empty(sizes, dtype=dtype)
 
 
-# What Inductor's programs allocate with. Deterministic algorithms fill new memory, which it does not.
+# Inductor's programs allocate with this function. It does not fill new memory, which deterministic algorithms require.
 _empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined]  # the stubs lack it
 
 
@@ -209,7 +213,7 @@ def _strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _lazy(module: str, function: str) -> Function:
-    """The function of that module, which is imported when it first runs."""
+    """The function of a module. The module is imported when the function first runs."""
 
     def run(*args: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args)
@@ -227,7 +231,7 @@ def _autograd_function(op: Op) -> Any:
     return type(op.name, (torch.autograd.Function,), members)
 
 
-# -- whether PyTorch does nothing but run the op
+# -- whether PyTorch would only run the op
 
 
 _keys = torch._C._dispatch_keys
@@ -235,8 +239,8 @@ _SCALARS = frozenset((int, float, bool, str, type(None)))
 
 
 def _known(device: torch.device) -> set[int]:
-    """What stands between the dispatcher and a plain tensor of the device: its kernel, autograd and autocast. Fake, functional,
-    sparse, negated and functorch's tensors have more."""
+    """Dispatch keys of a plain tensor of the device: its kernel, autograd and autocast. Fake, functional, sparse, negated and
+    functorch's tensors have more keys."""
     ordinary = _keys(torch.empty(0, device=device)).raw_repr()
     with torch.inference_mode():
         return {ordinary, _keys(torch.empty(0, device=device)).raw_repr()}
@@ -244,12 +248,12 @@ def _known(device: torch.device) -> set[int]:
 
 _PLAIN_KEYS = _known(torch.device("cpu"))
 _included = torch._C._dispatch_tls_local_include_set
-#: All but the keys that a thread has by itself: those of modes, tracers and functorch's transforms.
+#: The keys of modes, tracers and functorch's transforms: all keys except those that every thread has.
 _SPECIAL = ~_included().raw_repr()
 
 
 def _is_plain(x: Tensor) -> bool:
-    """For keys that are not known yet: the first tensor on a GPU brings them."""
+    """Called for keys that are not known yet. The first tensor on a GPU adds the keys of its device."""
     if x.is_cuda:
         known = _known(x.device)
         if not known <= _PLAIN_KEYS:

@@ -1,8 +1,9 @@
-"""Launching Triton kernels: the one function that starts them, their configurations, and what can be known without a GPU.
+"""Launches Triton kernels: the only function that starts them, their configurations, and records of launches for use without a
+GPU.
 
-Each room's triton.py calls `launch` with a Cost: the bytes and operations that follow from the launch's own grid and tiles.
-`with recording() as launches:` keeps every launch; with run=False nothing runs, so that kernels can be compiled ahead of time
-and their traffic counted at any size on a machine without a GPU (sprompt/testing/compiled.py).
+The triton.py of each op's folder calls `launch` with a Cost: the bytes and operations that follow from the grid and the tiles
+of the launch. `with recording() as launches:` keeps every launch. With run=False no kernel runs. So sprompt/testing/compiled.py
+can compile kernels ahead of time, and count their traffic at any size, on a machine without a GPU.
 """
 
 import functools
@@ -22,16 +23,16 @@ except ImportError:
     triton = None
 
 ROOMS = Path(__file__).parent
-#: Architecture whose configurations serve where there is no GPU (the interpreter); recording() may ask for another.
+#: Without a GPU (the interpreter), the configurations of this architecture are used. recording() may choose another.
 DEFAULT_ARCH = 90
 
 
 class Cost(NamedTuple):
-    """What one launch moves and computes. Every global load and store is in `read`, `again` or `written`."""
+    """The traffic and the operations of one launch. Every global load and store is in `read`, `again` or `written`."""
 
     read: int = 0  #: bytes read for the first time
     written: int = 0  #: bytes written
-    again: int = 0  #: bytes that some other program of the launch has read as well: caches serve them if they fit
+    again: int = 0  #: bytes that another program of the launch also reads: caches serve them if they fit
     flops: int = 0  #: multiplications and additions
 
 
@@ -53,10 +54,11 @@ _arch: int | None = None
 
 @contextmanager
 def recording(run: bool = True, arch: int | None = None) -> Iterator[list[Launch]]:
-    """Keeps every launch inside the block. run=False: none of them runs, outputs stay unwritten, tensors may lie on the CPU.
-    arch: configurations of that architecture (80, 90, 100) are used whatever the device."""
+    """Keeps every launch inside the block. run=False: no kernel runs, outputs stay unwritten, and tensors may be on the CPU.
+    arch: the configurations of this architecture (80, 90, 100) are used on any device."""
     global _run, _arch
-    before, launches = (_run, _arch), []  # type: ignore[var-annotated]
+    launches: list[Launch] = []
+    before = _run, _arch
     _records.append(launches)
     _run, _arch = _run and run, arch if arch is not None else _arch
     try:
@@ -94,8 +96,8 @@ def launch(
     fp_fusion: bool = True,
     **constants: Any,
 ) -> None:
-    """Starts `kernel` on the current stream of the first tensor's device. Nothing runs if the grid is empty.
-    fp_fusion=False: every product is rounded before it is added, as kernels whose bits are defined need it."""
+    """Starts `kernel` on the current stream of the first tensor's device. Does nothing if the grid is empty. fp_fusion=False:
+    every product is rounded before it is added. Kernels with exactly defined bits need this."""
     if 0 in grid:
         return
     for record in _records:
@@ -119,26 +121,26 @@ def _architecture(device: torch.device) -> int:
     if device.type != "cuda":
         return DEFAULT_ARCH
     gpu = torch.cuda.get_device_properties(device)
-    shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    if shared < 227 * 1024:  # what the entries of sm_90 and later use; those of sm_80 keep to 99 KB
+    shared = gpu.shared_memory_per_block_optin  # type: ignore[attr-defined]  # the stubs lack it
+    if shared < 227 * 1024:  # entries of sm_90 and later use up to 227 KB, entries of sm_80 up to 99 KB
         return 80
     return 10 * gpu.major + gpu.minor
 
 
 @functools.lru_cache(None)
-def entries(room: str) -> dict[str, list[dict[str, int]]]:
-    """The room's configs.json: kernel -> entries."""
-    return json.loads((ROOMS / room / "configs.json").read_text())
+def entries(folder: str) -> dict[str, list[dict[str, int]]]:
+    """The configs.json of an op's folder: kernel -> entries."""
+    return json.loads((ROOMS / folder / "configs.json").read_text())
 
 
 @functools.lru_cache(1024)
 def _pick(name: str, arch: int, bits: int, size: int) -> dict[str, int]:
-    """Of the entries for this element size, this or an older architecture, and at least `size`: the newest architecture's
-    smallest."""
-    room, kernel = name.split(".")
+    """The best entry of a kernel. An entry fits if it is for this element size, for this or an older architecture, and for
+    sizes of at least `size`. Of these the function takes the newest architecture, then the smallest "upto"."""
+    folder, kernel = name.split(".")
     fits = [
         entry
-        for entry in entries(room)[kernel]
+        for entry in entries(folder)[kernel]
         if entry.get("bits", bits) == bits
         and entry.get("arch", 80) <= max(arch, 80)
         and size <= entry.get("upto", size)
@@ -147,15 +149,16 @@ def _pick(name: str, arch: int, bits: int, size: int) -> dict[str, int]:
     return {key: value for key, value in best.items() if key not in ("arch", "bits", "upto")}
 
 
-#: For a tuner: what it tries instead of configs.json, by kernel, and which kernels were looked up.
+#: For a tuner: the configuration per kernel that it tries instead of configs.json, and the kernels that were looked up.
 trial: dict[str, dict[str, int]] = {}
 looked_up: set[str] = set()
 
 
 def config(name: str, like: Tensor, size: int = 0) -> dict[str, int]:
-    """Tile sizes, num_warps and num_stages of the kernel "room.kernel", from the room's configs.json: a list of entries a
-    kernel, each for an architecture ("arch" and newer), an element size ("bits": 16 or 32) and a problem size ("upto"); what
-    an entry leaves out holds for all. `python -m benchmarks.tune` times candidates on a GPU and writes the file."""
+    """Tile sizes, num_warps and num_stages of the kernel "folder.kernel", from the configs.json of the op's folder. The file
+    has a list of entries per kernel. An entry holds for an architecture ("arch" and newer), an element size ("bits": 16 or 32)
+    and sizes up to "upto". If an entry leaves one of these out, it holds for all values. `python -m benchmarks.tune` times
+    candidates on a GPU and writes the file."""
     looked_up.add(name)
     if name in trial:
         return dict(trial[name])
@@ -168,7 +171,7 @@ def precision(like: Tensor) -> str:
     if like.dtype != torch.float32:
         return "ieee"
     matmul = torch.backends.cuda.matmul
-    try:  # from torch 2.9 on; reading allow_tf32 raises there once this one was set
+    try:  # torch 2.9 and later, where reading allow_tf32 raises once fp32_precision was set
         allowed = matmul.fp32_precision == "tf32"
     except (AttributeError, AssertionError):
         allowed = matmul.allow_tf32
@@ -176,10 +179,10 @@ def precision(like: Tensor) -> str:
 
 
 def tiles(size: int, block: int) -> int:
-    """How many blocks cover `size`."""
+    """The number of blocks that cover `size`."""
     return -(-size // block)
 
 
 def padded(size: int, least: int = 16) -> int:
-    """The power of two that holds `size`, at least `least` (tl.dot needs 16)."""
+    """The smallest power of two that is at least `size` and at least `least` (tl.dot needs 16)."""
     return max(least, 1 << max(size - 1, 0).bit_length())

@@ -1,8 +1,9 @@
-"""Soft targets of the losses and the matching cost: what is accepted, and what it means in plain PyTorch.
+"""Soft targets of the losses and the matching cost: their checks, and their meaning in plain PyTorch.
 
-Targets are dense, at the resolution of the loss (bool and uint8: not 0 is 1; floats: as they are), or BitMasks at r times that
-resolution, r in {1, 2, 4}: their half-pixel bilinear reduction, which is the mean of a 2×2 block for r = 2 and of the central
-2×2 of a 4×4 block for r = 4. An op takes them as (tensor, ratio): ratio 0 is dense, otherwise the tensor is words.
+Targets are dense, at the resolution of the loss (bool and uint8: any value but 0 counts as 1; floats: as they are), or BitMasks
+at r times that resolution, r in {1, 2, 4}. BitMasks are reduced by half-pixel bilinear interpolation: the mean of a 2×2 block
+for r = 2, and of the central 2×2 of a 4×4 block for r = 4. An op takes targets as (tensor, ratio). Ratio 0 is dense; for other
+ratios the tensor is words.
 """
 
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ RATIOS = (1, 2, 4)
 def as_targets(
     op: str, targets: Any, batch: tuple[int | None, ...], letters: str, size: tuple[int, int]
 ) -> tuple[Tensor, int]:
-    """Checks targets of the batch dimensions `batch` (None: any), written `letters`, for a loss of this size."""
+    """Checks targets for a loss of this size. `batch` are the batch dimensions (None: any), and `letters` their names in
+    messages."""
     if isinstance(targets, BitMasks):
         if len(targets.shape) != len(batch) or any(
             w not in (None, g) for g, w in zip(targets.shape, batch, strict=True)
@@ -49,7 +51,7 @@ def whole_upsample(op: str, upsample: Any) -> None:
 
 
 def loss_dtype(*inputs: Tensor | None) -> torch.dtype:
-    """float32, or float64 where an input is (the reference then computes in it)."""
+    """float64 if an input is float64 (the reference then computes in float64), else float32."""
     for x in inputs:
         if x is not None and x.dtype == torch.float64:
             return torch.float64
@@ -57,7 +59,8 @@ def loss_dtype(*inputs: Tensor | None) -> torch.dtype:
 
 
 def soft_targets(targets: Tensor, ratio: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Targets as the loss means them, (..., height, width), contiguous: torch's sums depend on the layout."""
+    """The targets as the loss uses them, (..., height, width). They are contiguous, because torch's sums depend on the
+    layout."""
     if ratio == 0:
         return (targets if targets.is_floating_point() else targets != 0).to(dtype).contiguous()
     bits = unpack(targets, ratio * height * ratio * width)
@@ -82,14 +85,14 @@ def upsampled(logits: Tensor, upsample: int, dtype: torch.dtype) -> Tensor:
 
 
 class ForTriton(NamedTuple):
-    """Targets as the Triton kernels take them (sprompt/ops/tile.py, soft_target)."""
+    """Targets in the form that the Triton kernels take (sprompt/ops/tile.py, soft_target)."""
 
     tensor: Tensor  #: bool as bytes
     strides: tuple[
         int, ...
-    ]  #: of the batch dimensions, a row and a pixel; of words: the batch dimensions, 0 and a word
-    load: int  #: bytes that one pixel loads: an element, or a word of each row that counts
-    touched: int  #: bytes of the tensor that are loaded at all: of 4 rows of bits the middle two
+    ]  #: of the batch dimensions, rows and pixels; for words: of the batch dimensions, 0, of words
+    load: int  #: bytes that one pixel loads: an element, or one word of each of the 1 or 2 rows that it averages
+    touched: int  #: bytes of the tensor that are loaded at all: for ratio 4 only the middle two of 4 rows of bits
 
 
 def for_triton(targets: Tensor, ratio: int) -> ForTriton:
@@ -101,6 +104,6 @@ def for_triton(targets: Tensor, ratio: int) -> ForTriton:
 
 
 def quad_edge(upsample: int) -> int:
-    """How many rows and columns of quads there are beyond those of cells: fine pixels lie between two cells, or
-    outside the last one; without upsampling each is its cell."""
+    """The number of rows and columns of quads minus that of cells. Upsampled pixels lie between two cells or outside the last
+    cell. Without upsampling a quad is a cell."""
     return 1 if upsample > 1 else 0

@@ -1,10 +1,10 @@
-"""Triton functions that several kernels share. Imported by the rooms' triton.py only."""
+"""Triton functions that several kernels share. Only the triton.py of the ops' folders imports them."""
 
 import triton
 import triton.language as tl
 from triton import knobs
 
-#: Triton's interpreter keeps bfloat16 as bare 16-bit patterns, which numpy cannot multiply.
+#: Triton's interpreter stores bfloat16 as 16-bit integers, which numpy cannot multiply as floats.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -40,8 +40,8 @@ def sigmoid(x):
 
 @triton.jit
 def corners(plane, i, j, h, w, stride_y, stride_x, mask, U: tl.constexpr):
-    """The four cells between which the fine pixels of quad (i, j) lie: (i - 1, j - 1), (i - 1, j), (i, j - 1), (i, j),
-    held to the map (h, w). Upsampling by 1 has no between: four times the cell (i, j), loaded once."""
+    """The four cells around the upsampled pixels of quad (i, j): (i - 1, j - 1), (i - 1, j), (i, j - 1), (i, j), clamped to the
+    map (h, w). For U = 1 all four are the cell (i, j), loaded once."""
     if U == 1:
         cell = tl.load(
             plane + (tl.cast(i, tl.int64) * stride_y + tl.cast(j, tl.int64) * stride_x), mask=mask, other=0.0
@@ -62,14 +62,14 @@ def corners(plane, i, j, h, w, stride_y, stride_x, mask, U: tl.constexpr):
 
 @triton.jit
 def fraction(a, U: tl.constexpr):
-    """Of fine pixel a of the U between two cells, the weight of the second cell (half-pixel centres)."""
+    """The weight of the second cell for pixel a of the U pixels between two cells (half-pixel centres)."""
     return (2 * (U // 2 + a) + 1 - U) / (2 * U)
 
 
 @triton.jit
 def target_row(y, W, stride_y, RATIO: tl.constexpr):
-    """Where row y of a target begins (soft_target): elements into a dense one, bits into a mask of rows of RATIO * W
-    bits."""
+    """Where row y of a target begins (soft_target): an offset in elements for a dense target, in bits for a mask with rows of
+    RATIO * W bits."""
     if RATIO == 0:
         return tl.cast(y, tl.int64) * stride_y
     elif RATIO == 1:
@@ -80,10 +80,10 @@ def target_row(y, W, stride_y, RATIO: tl.constexpr):
 
 @triton.jit
 def soft_target(target, row, x, W, stride_x, mask, RATIO: tl.constexpr):
-    """Pixel x of a row of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense,
-    bytes or floats. Otherwise words of a mask RATIO times as large: its bit, or the mean of the middle 2 x 2 bits of
-    RATIO x RATIO. Two bits of a row that belong together begin at an even bit, or one after a multiple of 4: they
-    never lie in two words."""
+    """Pixel x of a row of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense, bytes or
+    floats. Other RATIO: words of a mask RATIO times as large. The value is its bit, or the mean of the middle 2 x 2 of RATIO x
+    RATIO bits. The two bits of a row begin at an even bit (RATIO 2), or one after a multiple of 4 (RATIO 4), so they never lie
+    in two words."""
     if RATIO == 0:
         value = tl.load(target + (row + tl.cast(x, tl.int64) * stride_x), mask=mask, other=0)
         if target.dtype.element_ty == tl.uint8:
@@ -104,8 +104,8 @@ def soft_target(target, row, x, W, stride_x, mask, RATIO: tl.constexpr):
 
 @triton.jit
 def rounded(x, TYPE: tl.constexpr):
-    """float32 -> TYPE, to nearest even, as the GPU rounds; the interpreter's own conversion to bfloat16 cuts off."""
-    if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300
+    """float32 -> TYPE, rounded to nearest even like the GPU. The interpreter's own conversion to bfloat16 truncates."""
+    if INTERPRETED and TYPE == tl.bfloat16:  # noqa: SIM300  # TYPE is not a constant, despite its capitals
         bits = x.to(tl.uint32, bitcast=True)
         up = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
         x = tl.where(x == x, up, bits).to(tl.uint32).to(tl.float32, bitcast=True)

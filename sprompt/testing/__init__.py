@@ -1,1 +1,1 @@
-"""What tests and benchmarks share: sample inputs, truths, tolerances and benchmark shapes of every op (specs/)."""
+"""Common parts of tests and benchmarks: sample inputs, ground truths, tolerances and benchmark shapes of every op (specs/)."""

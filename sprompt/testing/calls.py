@@ -1,4 +1,4 @@
-"""Calling a spec's function: with gradients, recording the ops beneath, and saying which sample failed."""
+"""Calls a spec's function: with gradients, with a record of the ops that run, and with the sample's name in failures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sprompt.testing.spec import OpSpec, Sample
 
 @contextlib.contextmanager
 def told(spec: OpSpec, sample: Sample, note: str = "") -> Iterator[None]:
-    """Puts the op's and the sample's name into a failure."""
+    """Adds the names of the op and of the sample to a failure."""
     try:
         yield
     except AssertionError as failure:

@@ -1,4 +1,4 @@
-"""Comparison of outputs: integers and bits exactly, floats within a bound that scales with the largest expected value."""
+"""Compares outputs: integers and bits exactly, floats within a bound that scales with the largest expected value."""
 
 from typing import Any
 
@@ -8,17 +8,17 @@ from torch.utils import _pytree as pytree
 
 
 def tensors(output: Any) -> list[Tensor]:
-    """The tensors of any output (BitMasks give their words; None gives nothing)."""
+    """The tensors of any output. BitMasks give their words, None gives no tensor."""
     return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def held_bytes(output: Any) -> int:
-    """What its tensors hold, each read or written once; an expanded tensor counts as the memory behind it."""
+    """Bytes of the output's tensors, each read or written once. An expanded tensor counts as the memory behind it."""
     return sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in tensors(output))
 
 
 def error(actual: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Largest absolute difference, and largest expected magnitude; NaN and infinity must stand in the same places."""
+    """Largest absolute difference, and largest expected magnitude. NaN and infinity must be at the same places."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     a, e = actual.double(), expected.double()
     finite = e.isfinite()
@@ -30,7 +30,7 @@ def error(actual: Tensor, expected: Tensor) -> tuple[float, float]:
 
 
 def assert_close(actual: Any, expected: Any, relative: float, absolute: float) -> None:
-    """Every float tensor within absolute + relative * max|expected|, everything else equal."""
+    """Checks that every float tensor is within absolute + relative * max|expected|, and that all other tensors are equal."""
     got, want = tensors(actual), tensors(expected)
     assert len(got) == len(want), f"{len(got)} tensors, expected {len(want)}"
     for place, (a, e) in enumerate(zip(got, want, strict=True)):
@@ -47,8 +47,8 @@ def assert_close(actual: Any, expected: Any, relative: float, absolute: float) -
 
 
 def assert_same_bits(actual: Any, expected: Any) -> None:
-    """The same bits in every tensor (all NaN count as one), and equal strings, bytes and whole numbers beside them (RLEs hold
-    no tensors)."""
+    """Checks for the same bits in every tensor (all NaN count as equal), and for equal strings, bytes and whole numbers (RLEs
+    hold no tensors)."""
     got, want = tensors(actual), tensors(expected)
     assert len(got) == len(want), f"{len(got)} tensors, expected {len(want)}"
     for place, (a, e) in enumerate(zip(got, want, strict=True)):

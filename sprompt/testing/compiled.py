@@ -1,8 +1,8 @@
-"""What the GPU kernels compile to and what they move, without a GPU.
+"""Compiles the GPU kernels and counts their memory traffic, without a GPU.
 
-Triton: every launch of the benchmark rows at the paper's sizes, compiled ahead of time; its Cost against the least bytes of
-the op. CUDA C++: every kernel, by nvcc, warnings being errors. `python -m sprompt.testing.compiled --write
-docs/gpu_kernels.md` writes both tables anew.
+Triton: compiles every launch of the benchmark rows at the paper's sizes ahead of time, and compares its Cost with the least
+bytes of the op. CUDA C++: compiles every kernel with nvcc; warnings are errors. `python -m sprompt.testing.compiled --write
+docs/gpu_kernels.md` writes both tables.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ from sprompt.testing.specs import BENCHES
 ROOT = Path(__file__).resolve().parents[2]
 MARKERS = ("<!-- kernels -->", "<!-- /kernels -->")
 ARCHITECTURES = (80, 90, 100)
-#: Of an H200: bytes a second of a copy (read and written), operations a second of half types on tensor cores and of float32.
+#: Rates of an H200: bytes per second of a copy (read and written), operations per second of half types on tensor cores, and of
+#: float32.
 COPY, TENSOR, PLAIN = 4.3e12, 790e12, 60e12
 _TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64", torch.int32: "i32",
@@ -42,11 +43,11 @@ _TYPES = {
 
 
 class Resources(NamedTuple):
-    """Of one kernel on one architecture. Spills show as a stack frame or local memory."""
+    """Resources of one kernel on one architecture. Spills show up as a stack frame or local memory."""
 
-    registers: int  #: a thread
-    spilled: int  #: bytes of stack and local memory a thread
-    shared: int  #: bytes a block, without what is sized at launch
+    registers: int  #: per thread
+    spilled: int  #: bytes of stack and local memory per thread
+    shared: int  #: bytes per block, without dynamic shared memory
     tensor_cores: str = ""  #: wgmma, tcgen05, mma or ""
     half_products: bool = False  #: whether it multiplies tiles of half types
 
@@ -60,7 +61,7 @@ class OpRun(NamedTuple):
 
 
 class LaunchOnly(TorchDispatchMode):
-    """Of an op with a Triton kernel the launches are recorded; one without gives zeros; neither runs."""
+    """Runs no sprompt op. If an op has a Triton kernel, its launches are recorded. Outputs are zeros."""
 
     def __init__(self, arch: int) -> None:
         super().__init__()
@@ -81,17 +82,17 @@ class LaunchOnly(TorchDispatchMode):
 
 
 def rows() -> list[Bench]:
-    """The benchmark rows for a GPU whose function's room has Triton kernels."""
-    rooms = {path.parent.name for path in (ROOT / "sprompt" / "ops").glob("*/triton.py")}
+    """The benchmark rows for a GPU whose function has Triton kernels."""
+    folders = {path.parent.name for path in (ROOT / "sprompt" / "ops").glob("*/triton.py")}
     return [
         bench
         for bench in BENCHES
-        if bench.device == "cuda" and bench.function.__module__.removeprefix("sprompt.ops.") in rooms
+        if bench.device == "cuda" and bench.function.__module__.removeprefix("sprompt.ops.") in folders
     ]
 
 
 def runs_of(bench: Bench, sample: Sample, arch: int) -> list[OpRun]:
-    """Every Triton op of the row, forward and (if it has gradients) backward, with its launches."""
+    """Every Triton op of the row, forward and backward (if it has gradients), with its launches."""
     bound = sample.bound(bench.function)
     leaves = [bound[name].requires_grad_() for name in bench.gradients]
     with LaunchOnly(arch) as mode:
@@ -103,7 +104,7 @@ def runs_of(bench: Bench, sample: Sample, arch: int) -> list[OpRun]:
 
 
 def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int, ...], Any]]:
-    """Types, constants and divisibility of the arguments, as Triton's own just-in-time compilation specialises them."""
+    """Types, constants and divisibility of the arguments, specialised like Triton's just-in-time compilation."""
     types: dict[str, str] = {}
     constants = dict(launch.constants)
     attributes: dict[tuple[int, ...], Any] = {}
@@ -133,7 +134,7 @@ def _signature(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
 
 
 def resources(launch: Launch, arch: int) -> Resources:
-    """Compiles a launch for `arch` as it would be on a GPU, and reads what it takes."""
+    """Compiles a launch for `arch` as on a GPU, and returns its resources."""
     types, constants, attributes = _signature(launch)
     return _compiled(
         launch.kernel, tuple(types.items()), tuple(constants.items()), tuple((k, str(v)) for k, v in attributes.items()),
@@ -180,7 +181,7 @@ def _usage(cubin: bytes) -> tuple[int, int]:
 
 
 def nvcc() -> str:
-    """Path of the compiler; empty if there is none."""
+    """Path of the CUDA compiler, or an empty string if there is none."""
     return shutil.which("nvcc") or ""
 
 
@@ -189,7 +190,7 @@ def cuda_sources() -> list[Path]:
 
 
 def cuda_resources(source: Path) -> dict[tuple[str, int], Resources]:
-    """By kernel and architecture. A warning of the compiler is an error here."""
+    """Resources by kernel and architecture. A compiler warning raises an error."""
     targets = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHITECTURES]
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -202,10 +203,10 @@ def cuda_resources(source: Path) -> dict[tuple[str, int], Resources]:
     found = {}
     entries = re.split(r"Compiling entry function ", done.stderr)[1:]
     for entry in entries:
-        symbol, arch = re.match(r"'(\w+)' for 'sm_(\d+)'", entry).groups()  # type: ignore[union-attr]
-        stack, stores, loads = (int(n) for n in re.search(
-            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry).groups())  # type: ignore[union-attr] # fmt: skip
-        registers = int(re.search(r"Used (\d+) registers", entry).group(1))  # type: ignore[union-attr]
+        symbol, arch = re.match(r"'(\w+)' for 'sm_(\d+)'", entry).groups()  # type: ignore[union-attr]  # it always matches
+        spills = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", entry)
+        stack, stores, loads = map(int, spills.groups())  # type: ignore[union-attr]  # it always matches
+        registers = int(re.search(r"Used (\d+) registers", entry).group(1))  # type: ignore[union-attr]  # it always matches
         shared = re.search(r"(\d+) bytes smem", entry)
         found[_readable(symbol), int(arch)] = Resources(
             registers, stack + stores + loads, int(shared.group(1)) if shared else 0
@@ -214,7 +215,7 @@ def cuda_resources(source: Path) -> dict[tuple[str, int], Resources]:
 
 
 def _readable(symbol: str) -> str:
-    """Of a mangled kernel in an unnamed namespace: its name, and its template arguments as they are mangled."""
+    """The name of a mangled kernel in an unnamed namespace, and its template arguments in mangled form."""
     name = re.search(r"_GLOBAL__N__\w*?_cu_[0-9a-f]{8}(?:_\d+)?(?=\d)", symbol)
     rest = symbol[name.end() :] if name else symbol
     length = re.match(r"\d+", rest)
@@ -230,11 +231,11 @@ def _readable(symbol: str) -> str:
 
 
 def floor_share(bench: Bench, run: OpRun, dtype: torch.dtype, arch: int = 90) -> float:
-    """floor/ours, as far as bytes and operations decide, at an H200's rates: the floor is what the op needs at least, ours is
-    every launch at full bandwidth or full arithmetic rate, one after the other. A real GPU can only do worse than `ours`."""
+    """floor/ours from bytes and operations, at an H200's rates. floor is the lower bound of the op's time. ours is the time of
+    all launches, one after the other, at full bandwidth or full arithmetic rate. A real GPU can only be slower than `ours`."""
     used = [resources(one, arch) for one in run.launches]
     least_rate = TENSOR if dtype in HALVES and any(u.half_products for u in used) else PLAIN
-    # Of a backward, whose least is not written down anywhere, its own operations.
+    # For a backward no least number of operations is given, so its own operations count.
     flops = bench.flops if run.op == bench.function.__name__ else sum(one.cost.flops for one in run.launches)
     floor = max(run.least / COPY, flops / least_rate)
     ours = 0.0
@@ -245,7 +246,8 @@ def floor_share(bench: Bench, run: OpRun, dtype: torch.dtype, arch: int = 90) ->
 
 
 def markdown() -> str:
-    """The tables: resources of the Triton kernels, bytes and operations of their ops, resources of the CUDA C++ kernels."""
+    """The tables, as Markdown: resources of the Triton kernels, bytes and operations of their ops, resources of the CUDA C++
+    kernels."""
     kernels = [
         "| kernel | dtype | sm | registers | spilled | shared | tensor cores | warps | tiles |", "|" + "---|" * 9,
     ]  # fmt: skip

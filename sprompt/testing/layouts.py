@@ -1,4 +1,4 @@
-"""The same values in other memory: sliced, transposed, expanded, and with the halves of a batch far apart."""
+"""The same values in other memory layouts: sliced, transposed, expanded, and with the entries of a batch far apart."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def transposed(t: Tensor) -> Tensor:
 
 
 def expanded(t: Tensor) -> Tensor:
-    """The first of a batch in the place of all: stride 0."""
+    """The first entry of a batch in place of all entries: stride 0."""
     return t[:1].expand(t.shape) if t.dim() >= 1 and t.shape[0] > 0 else t
 
 
@@ -30,8 +30,8 @@ def can_be_far(sample: Sample) -> bool:
 
 
 def far(sample: Sample) -> Sample:
-    """The sample with the first tensor that has a batch spread: its entries lie more than 2^31 elements apart, and the memory
-    between them is never touched."""
+    """Spreads the first tensor of the sample that has a batch. Its first and last entry are more than 2^31 elements apart. The
+    memory between the entries is never touched."""
     done = False
 
     def spread(t: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
-"""Fills Triton's cache for a GPU that is not here: replays every launch of the specs' samples and of the GPU rows of the benchmark
-through Triton's just-in-time compiler, with a target in the place of a driver. `python -m sprompt.testing.replay --arch 90`; the
-cache is TRITON_CACHE_DIR. `--check` says how many kernels the cache lacks, and compiles nothing.
+"""Fills Triton's cache for a GPU that this machine does not have. It replays every launch of the specs' samples and of the GPU
+rows of the benchmark through Triton's just-in-time compiler, with a target instead of a driver. `python -m
+sprompt.testing.replay --arch 90`; the cache is TRITON_CACHE_DIR. `--check` prints how many kernels the cache lacks, and
+compiles nothing.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from sprompt.testing.spec import Bench, OpSpec, Sample
 from sprompt.testing.specs import BENCHES, SPECS
 
 CPU = torch.device("cpu")
-#: Seeds for samples(): shapes decide what is specialised, and hardly a spec draws them.
+#: Seeds for samples(). A few are enough: kernels are specialised by shapes, and hardly any spec draws shapes at random.
 SEEDS = (0, 1, 13)
 
 
 class Target:
-    """What Triton asks of a driver before it compiles."""
+    """The parts of a driver that Triton needs to compile."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
@@ -58,7 +59,7 @@ def layouts(sample: Sample) -> Iterator[Sample]:
 
 
 def launches(what: OpSpec | Bench, sample: Sample, arch: int) -> Iterator[Launch]:
-    """Of one call, forward and backward. Nothing runs, so whatever the op does with unwritten results is left aside."""
+    """The launches of one call, forward and backward. No kernel runs, so errors from unwritten results are ignored."""
     bound = sample.bound(what.function)
     leaves = []
     for name in what.gradients:
@@ -93,22 +94,22 @@ def all_launches(arch: int) -> Iterator[Launch]:
                 yield from launches(bench, bench.make(CPU, dtype, 0), arch)
 
 
-def candidates(room: str, arch: int) -> Iterator[Launch]:
-    """What benchmarks/tune.py tries for the room's kernels."""
-    tried = importlib.import_module(f"sprompt.ops.{room}.triton").CANDIDATES
+def candidates(folder: str, arch: int) -> Iterator[Launch]:
+    """The launches that benchmarks/tune.py tries for the kernels of an op's folder."""
+    tried = importlib.import_module(f"sprompt.ops.{folder}.triton").CANDIDATES
     for bench in BENCHES:
-        if bench.device == "cuda" and bench.function.__module__ == f"sprompt.ops.{room}":
+        if bench.device == "cuda" and bench.function.__module__ == f"sprompt.ops.{folder}":
             for dtype in bench.dtypes:
                 sample = bench.make(CPU, dtype, 0)
                 for kernel, configs in tried.items():
                     for config in configs:
-                        trial[f"{room}.{kernel}"] = config
+                        trial[f"{folder}.{kernel}"] = config
                         yield from launches(bench, sample, arch)
                     trial.clear()
 
 
 def slim(launch: Launch) -> Launch:
-    """The launch with tensors of a few bytes: only their dtypes and the alignment of their addresses matter."""
+    """The launch with tensors of a few bytes. Only their dtypes and the alignment of their addresses matter."""
     args = (
         torch.empty(32, dtype=a.dtype)[a.data_ptr() % 16 // a.element_size() :] if isinstance(a, Tensor) else a
         for a in launch.args
@@ -117,9 +118,9 @@ def slim(launch: Launch) -> Launch:
 
 
 def compile_one(launch: Launch) -> None:
-    """The kernel, and the C function that hands it its arguments, into the cache."""
+    """Compiles the kernel, and the C function that passes its arguments, into the cache."""
     made = warm_up(launch)
-    with contextlib.suppress(ImportError):  # the function is made, but wants a driver when it is loaded
+    with contextlib.suppress(ImportError):  # the function is compiled, but loading it needs a driver
         CudaLauncher(made.src, made.metadata)
 
 
@@ -134,23 +135,23 @@ def warm_up(launch: Launch) -> Any:
 
 
 def distinct(arch: int, tuned: list[str]) -> list[Launch]:
-    """One launch of every kernel as Triton specialises it."""
+    """One launch for every specialisation of every kernel."""
     found: dict[tuple[Any, Any], Launch] = {}
     current = None
 
     def keep(*, key: Any, fn: Any, **_: Any) -> bool:
-        found.setdefault((fn.jit_function, key), slim(current))  # type: ignore[arg-type]
-        return True  # compiles nothing
+        found.setdefault((fn.jit_function, key), slim(current))  # type: ignore[arg-type]  # a launch while kernels warm up
+        return True  # stops before compilation
 
     knobs.runtime.jit_cache_hook = keep
-    for current in itertools.chain(all_launches(arch), *(candidates(room, arch) for room in tuned)):
+    for current in itertools.chain(all_launches(arch), *(candidates(folder, arch) for folder in tuned)):
         warm_up(current)
     knobs.runtime.jit_cache_hook = None
     return list(found.values())
 
 
 def stub_driver(folder: str) -> str:
-    """A library that stands for the driver's where launchers are linked."""
+    """Writes an empty libcuda.so.1 to link launchers against. Returns its folder."""
     subprocess.run(
         ["cc", "-shared", "-x", "c", "/dev/null", "-Wl,-soname,libcuda.so.1", "-o", f"{folder}/libcuda.so.1"],
         check=True,
@@ -164,7 +165,7 @@ def main() -> None:
     parser.add_argument(
         "--tune", nargs="*", default=[], help="folders of ops whose other tile sizes are compiled as well"
     )
-    parser.add_argument("--check", action="store_true", help="only count what the cache lacks")
+    parser.add_argument("--check", action="store_true", help="only count the kernels that the cache lacks")
     options = parser.parse_args()
     triton.runtime.driver.set_active(Target(options.arch))
     found = distinct(options.arch, options.tune)

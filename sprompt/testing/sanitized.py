@@ -1,4 +1,4 @@
-"""One call of every op that has a CUDA C++ kernel, on small samples: what compute-sanitizer runs (tools/gpu.sh)."""
+"""Calls every op that has a CUDA C++ kernel on small samples. compute-sanitizer runs this module (tools/gpu.sh)."""
 
 import torch
 

@@ -15,7 +15,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Sample:
-    """One call of a public function. `name` says what is special about it."""
+    """One call of a public function. `name` says how it differs from other samples."""
 
     name: str
     args: tuple[Any, ...]
@@ -43,7 +43,7 @@ class ErrorCase:
 
 def refusals(function: Callable[..., Any]) -> Callable[..., ErrorCase]:
     """A short way to write a function's error cases: bad("a list", r"logits must be a tensor, got list", [x], error=TypeError).
-    The message goes without the function's name; what follows it are the arguments of the call."""
+    The message is given without the function's name. The arguments of the call follow it."""
 
     def bad(name: str, message: str, *args: Any, error: type[Exception] = ValueError, **kwargs: Any) -> ErrorCase:
         return ErrorCase(name, lambda: function(*args, **kwargs), error, f"{function.__qualname__}: {message}")
@@ -53,34 +53,35 @@ def refusals(function: Callable[..., Any]) -> Callable[..., ErrorCase]:
 
 @dataclass(frozen=True)
 class OpSpec:
-    """What is to be tested of one public function.
+    """The tests of one public function.
 
-    samples(device, dtype, seed) gives valid calls whose float tensors have the dtype: ordinary and odd sizes, empty batches,
-    no prompts, no masks, ties, NaN where it has a meaning. Sizes stay small (the reference runs them hundreds of times).
+    samples(device, dtype, seed) gives valid calls with float tensors of this dtype: ordinary and odd sizes, empty batches, no
+    prompts, no masks, ties, and NaN where it has a meaning. Sizes are small, because the reference runs them hundreds of times.
     """
 
     function: Callable[..., Any]
     samples: Callable[[torch.device, torch.dtype, int], list[Sample]]
-    #: torch.ops.sprompt ops that a forward call reaches, the main one first.
+    #: torch.ops.sprompt ops that a forward call reaches, the main op first.
     ops: tuple[str, ...]
     #: dtypes of the float inputs; () where there are none.
     dtypes: tuple[torch.dtype, ...] = (torch.float32, *HALVES)
     #: Parameters that have a gradient; () for an op without.
     gradients: tuple[str, ...] = ()
-    #: Independent truth: same arguments (floats as float64), same outputs. None: the reference backend in float64.
+    #: Independent ground truth: same arguments (floats as float64), same outputs. None: the reference backend in float64.
     oracle: Callable[..., Any] | None = None
-    #: The op as plain PyTorch in the input's dtype, whose own error bounds ours in half types. None: the reference backend.
+    #: The op as plain PyTorch in the input's dtype. In half types its error is the bound of our error. None: the reference
+    #: backend.
     eager: Callable[..., Any] | None = None
-    #: (relative, absolute) float32 bound of one sample against the oracle, from the length of its reductions.
+    #: (relative, absolute) error bound of one sample in float32 against the oracle, from the length of its reductions.
     bound: Callable[[Sample], tuple[float, float]] = lambda sample: (1e-5, 1e-6)
-    #: Replaces the comparison of outputs where bits follow from rounded floats; (actual, expected, sample), asserts.
+    #: Replaces the comparison of outputs if bits depend on rounded floats. Takes (actual, expected, sample) and asserts.
     compare: Callable[[Any, Any, Sample], None] | None = None
     #: Whether output shapes depend on the values of the input.
     dynamic: bool = False
-    #: Whether torch.compile(fullgraph=True) takes it. False only for functions that return Python objects.
+    #: Whether torch.compile(fullgraph=True) can compile it. False only for functions that return Python objects.
     compiles: bool = True
-    #: The written rule for autocast: "unchanged" (computes in the dtype of its inputs, widest wins) or "cast" (float inputs
-    #: are converted to the autocast dtype, as for torch.matmul).
+    #: The documented rule for autocast: "unchanged" (computes in the widest dtype of its inputs) or "cast" (float inputs are
+    #: converted to the autocast dtype, as for torch.matmul).
     autocast: str = "unchanged"
     errors: tuple[ErrorCase, ...] = ()
 
@@ -93,14 +94,14 @@ class OpSpec:
 class Bench:
     """One row of the benchmark table: a shape at which the op is timed.
 
-    make(device, dtype, seed) gives the call. `eager` is the released code's way to write it and takes the same arguments;
-    `vectorised` is what torch.compile gets (None: eager itself; False: nothing to compile). `libraries` are the functions that
-    a user would pick instead, by name; the row says so where one is not installed. All must agree with the op: `agree`
-    (default: equality of integers, closeness of floats) is checked before anything is timed.
+    make(device, dtype, seed) gives the call. `eager` is the op as the released code writes it; it takes the same arguments.
+    `vectorised` is the function for torch.compile (None: eager; False: nothing to compile). `libraries` are alternative
+    functions of other packages, by name; the row says if one is not installed. All results must agree with the op: `agree`
+    (default: equality of integers, closeness of floats) runs before the timing.
     """
 
     function: Callable[..., Any]
-    shape: str  # what the row says: "1102 x (25x34), from dense"
+    shape: str  # the name of the row: "1102 x (25x34), from dense"
     make: Callable[[torch.device, torch.dtype, int], Sample]
     eager: Callable[..., Any]
     vectorised: Callable[..., Any] | bool | None = None
@@ -112,17 +113,17 @@ class Bench:
     bytes: float = 0.0
     #: Parameters that get a gradient in the modes backward and full.
     gradients: tuple[str, ...] = ()
-    #: The device type whose table has the row. "cuda": the paper's batch, 12 images; also compiled ahead of time and counted
-    #: on machines without a GPU (sprompt/testing/compiled.py).
+    #: The device type of the row's table. "cuda" rows have the paper's batch of 12 images. They are also compiled ahead of
+    #: time, and their traffic is counted, on machines without a GPU (sprompt/testing/compiled.py).
     device: str = "cpu"
-    #: Wanted ratios, eager / ours: {"forward": 5.0, "full": 4.0, "memory": 10.0, "forward bfloat16": 3.0}; under the name of a
-    #: library, its time / ours in a forward: {"scipy": 2.0}.
+    #: Goals for the ratio eager / ours: {"forward": 5.0, "full": 4.0, "memory": 10.0, "forward bfloat16": 3.0}. The name of a
+    #: library is a goal for its time / ours in a forward: {"scipy": 2.0}.
     goals: dict[str, float] = field(default_factory=dict)
 
 
 class Prepared:
-    """A rival's own form of an input, such as RLEs or float masks: made once an object, so that it is not timed. The objects are
-    kept, since another could get the id of one that is gone."""
+    """An input in the form that another library needs, such as RLEs or float masks. It is made once per object, so that the
+    conversion is not timed. The objects are kept alive, so that an `is` comparison is safe."""
 
     def __init__(self, make: Callable[..., Any]) -> None:
         self.make = make
@@ -132,20 +133,20 @@ class Prepared:
         for known, with_options, form in self.made:
             if known is value and with_options == options:
                 return form
-        if len(self.made) == 32:  # the copies of a row, of two inputs each
+        if len(self.made) == 32:  # enough for the copies of a row with two inputs
             self.made.clear()
         self.made.append((value, options, self.make(value, *options)))
         return self.made[-1][2]
 
 
 def random(seed: int) -> torch.Generator:
-    """A CPU generator: samples are drawn on the CPU and moved, so that every device sees the same numbers."""
+    """A CPU generator. Samples are drawn on the CPU and moved, so that every device gets the same numbers."""
     return torch.Generator().manual_seed(seed)
 
 
 def blobs(count: int, height: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Masks such as networks predict, as soft values in [0, 1], (count, height, width): one ellipse each, of random place, size
-    (a tenth to half of the sides) and angle, with a smooth edge."""
+    """Soft masks in [0, 1], (count, height, width), like the predictions of a network. Each is an ellipse with a smooth edge,
+    and with random place, size (a tenth to half of the sides) and angle."""
     g = random(seed)
     u = torch.rand(5, count, 1, 1, generator=g)
     y, x = torch.meshgrid(torch.arange(height) / max(height, 1), torch.arange(width) / max(width, 1), indexing="ij")
@@ -159,7 +160,7 @@ def blobs(count: int, height: int, width: int, seed: int, device: torch.device |
 def smooth(
     count: int, coarse: tuple[int, int], height: int, width: int, seed: int, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Normal noise of size `coarse`, upsampled to (count, height, width). Above a threshold it makes masks that overlap: large
-    areas all over the image, with holes, whose boxes are the whole image."""
+    """Normal noise of size `coarse`, upsampled to (count, height, width). Above a threshold it gives overlapping masks: large
+    areas with holes all over the image. Their boxes are the whole image."""
     noise = torch.randn(1, count, *coarse, generator=random(seed))
     return torch.nn.functional.interpolate(noise, (height, width), mode="bilinear")[0].to(device)

@@ -1,6 +1,6 @@
-// The AVX-512 instructions that the kernels use, in plain loops, for tests only: with `cmake -DSPROMPT_EMULATE_AVX512=ON` the
-// avx512 level is compiled for AVX2 with this file in front, so that its code runs, and is tested, on CPUs without AVX-512.
-// Written from the instruction set's documentation. The product uses none of it.
+// The AVX-512 instructions that the kernels use, as plain loops, for tests only. `cmake -DSPROMPT_EMULATE_AVX512=ON` compiles
+// the avx512 level for AVX2 and includes this file first, so that CPUs without AVX-512 can run and test that code. The loops
+// follow the documentation of the instruction set. A released build contains none of them.
 #pragma once
 
 #include <immintrin.h>
@@ -98,7 +98,7 @@ EMULATED __m512 fmadd_ps(__m512 a, __m512 b, __m512 c) {
     EACH(16) x.lane[i] = __builtin_fmaf(x.lane[i], y.lane[i], z.lane[i]);
     return x.as<__m512>();
 }
-// If either is NaN, or both are zero, the second operand.
+// The second operand if either operand is NaN or both are zero.
 EMULATED __m512 min_ps(__m512 a, __m512 b) {
     F x = F::of(a), y = F::of(b);
     EACH(16) x.lane[i] = x.lane[i] < y.lane[i] ? x.lane[i] : y.lane[i];
@@ -215,7 +215,7 @@ EMULATED __m256 extractf32x8_ps(__m512 a) {
     __builtin_memcpy(&r, reinterpret_cast<const char*>(&a) + 32 * half, 32);
     return r;
 }
-// Each lane: c + the odd element's product, then + the even element's.
+// Each lane: c + the product of the odd elements, then + the product of the even elements.
 EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
     F r = F::of(c);
     const H x = H::of(a), y = H::of(b);

@@ -22,12 +22,12 @@ namespace {
 constexpr int warp_size = 32;
 constexpr int most_warps = 32;
 constexpr int64_t stack_bytes = 128 << 10;
-constexpr int64_t shared_bytes = 227 << 10;  // of one block on sm_90; sm_80 has 163 KB
+constexpr int64_t shared_bytes = 227 << 10;  // per block on sm_90; sm_80 has 163 KB
 constexpr int64_t guard_bytes = 64;
 constexpr unsigned char guard = 0xa5;
 
 #if defined(__x86_64__)
-// Saves the callee-saved registers on this stack, its pointer at `save`, and goes on where `load` left off.
+// Pushes the callee-saved registers on this stack, stores the stack pointer at `save`, and continues on the stack `load`.
 extern "C" void sprompt_switch(void** save, void* load);
 asm(R"(
 .text
@@ -57,7 +57,7 @@ sprompt_switch:
 struct Context {
     void* top = nullptr;
     void start(unsigned char* stack, void (*entry)()) {
-        // entry is "returned" to: the stack pointer is then 8 below a multiple of 16, as after a call.
+        // The switch "returns" to entry. The stack pointer is then 8 below a multiple of 16, as after a call.
         auto* at = reinterpret_cast<void**>(stack + stack_bytes - 16);
         *at = reinterpret_cast<void*>(entry);
         for (int i = 1; i <= 6; ++i) at[-i] = nullptr;
@@ -125,14 +125,14 @@ struct Block {
         fibers[thread].wait = Wait::none;
         ready[thread / warp_size].push_back(thread);
     }
-    // Half of the time threads advance evenly, half of the time one warp runs ahead of all others as far as it can: the
-    // first finds what must not overtake, the second what must be waited for.
+    // In half of the draws the threads advance evenly. In the other half one warp runs ahead of all others as far as it can.
+    // The first order finds threads that overtake others wrongly; the second finds missing barriers.
     void draw_order() {
         eager = random.below(2) == 0;
         for (int i = 0; i < warps; ++i) order[i] = i;
         for (int i = warps - 1; i > 0; --i) std::swap(order[i], order[random.below(i + 1)]);
     }
-    // A thread that can run, taken from its list; -1: there is none.
+    // Takes a thread that can run from its list and returns it; -1 if no thread can run.
     int next() {
         const int first = eager ? 0 : random.below(warps);
         for (int i = 0; i < warps; ++i) {
@@ -189,12 +189,12 @@ void check_shared() {
     for (const auto& [site, extent] : block.sites)
         for (int64_t i = 0; i < guard_bytes; ++i)
             if (block.memory[extent.first + extent.second + i] != guard) {
-                block.fail("something was written behind a shared array of " + std::to_string(extent.second) + " bytes");
+                block.fail("the kernel wrote behind the end of a shared array of " + std::to_string(extent.second) + " bytes");
                 return;
             }
 }
 
-// Lanes that wait at one collective go on once all of its mask are there.
+// Lanes that wait at a collective continue once every lane of its mask waits there.
 void settle_warp(int first) {
     const int lanes = std::min<int>(warp_size, static_cast<int>(block.fibers.size()) - first);
     Fiber* warp = &block.fibers[first];
@@ -206,7 +206,8 @@ void settle_warp(int first) {
             if (!(it.mask >> i & 1)) continue;
             if (i >= lanes || warp[i].wait == Wait::done) {
                 block.running = first + leader;
-                return block.fail(std::string(it.kind) + " names lane " + std::to_string(i) + ", which is not there");
+                return block.fail(std::string(it.kind) + " names lane " + std::to_string(i) +
+                                  ", which does not exist or has ended");
             }
             complete &= warp[i].wait == Wait::warp && warp[i].mask == it.mask && std::strcmp(warp[i].kind, it.kind) == 0;
         }
@@ -222,7 +223,8 @@ void settle_warp(int first) {
     }
 }
 
-// No fiber can run: all that are left stand at one block barrier, or the kernel would hang.
+// Called when no fiber can run. Then all fibers that have not ended must wait at the same block barrier; otherwise the kernel
+// would hang.
 void settle_block() {
     int64_t sum = 0;
     const char* kind = nullptr;
@@ -230,7 +232,7 @@ void settle_block() {
         const Fiber& it = block.fibers[i];
         if (it.wait == Wait::done) continue;
         block.running = static_cast<int>(i);
-        if (it.wait == Wait::warp) return block.fail(std::string("waits at ") + it.kind + " for lanes that never come");
+        if (it.wait == Wait::warp) return block.fail(std::string("waits at ") + it.kind + " for lanes that never reach it");
         if (kind && std::strcmp(kind, it.kind) != 0)
             return block.fail(std::string("waits at ") + it.kind + ", others at " + kind);
         kind = it.kind;
@@ -295,7 +297,7 @@ void* shared(const void* site, int64_t bytes) {
     if (found == block.sites.end()) {
         const int64_t offset = (block.used + 15) / 16 * 16;
         if (offset + bytes + guard_bytes > static_cast<int64_t>(block.memory.size())) {
-            block.fail("more shared memory than a block has");
+            block.fail("the kernel uses more shared memory than a block has");
             leave_for_good();
         }
         for (int64_t i = 0; i < bytes; ++i) block.memory[offset + i] = static_cast<unsigned char>(block.random.next() >> 11);
@@ -311,7 +313,7 @@ void* dynamic_shared() { return shared(&block.dynamic, 0); }
 void launch(int64_t blocks, int threads, int64_t shared_size, const std::function<void()>& kernel) {
     const std::lock_guard<std::mutex> hold(one_launch);
     if (blocks <= 0) return;
-    if (threads < 1 || threads > 1024) throw std::runtime_error("CUDA: a block has 1 to 1024 threads");
+    if (threads < 1 || threads > 1024) throw std::runtime_error("emulated CUDA: a block must have 1 to 1024 threads");
     if (block.stack_count < threads) {
         if (block.stacks) munmap(block.stacks, static_cast<size_t>(block.stack_count * stack_bytes));
         void* memory = mmap(nullptr, static_cast<size_t>(threads * stack_bytes), PROT_READ | PROT_WRITE,
@@ -325,7 +327,7 @@ void launch(int64_t blocks, int threads, int64_t shared_size, const std::functio
     block.fault.clear();
     place.threads = {static_cast<unsigned>(threads), 1, 1};
     place.blocks = {static_cast<unsigned>(blocks), 1, 1};
-    // Blocks in an order of their own: first + k * step with a step that shares no divisor with their number.
+    // Blocks run in a random order: first + k * step, where step and the number of blocks have no common divisor.
     int64_t step = 1 + block.random.below(blocks);
     while (std::__gcd(step, blocks) != 1) step = step % blocks + 1;
     const int64_t first = block.random.below(blocks);

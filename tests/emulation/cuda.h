@@ -1,8 +1,9 @@
-// CUDA on the host, for tests only: with `cmake -DSPROMPT_EMULATE_CUDA=ON` every csrc/<op>/<op>_cuda.cu is compiled as C++
-// with this file in front. A block's threads are fibers that run until they meet a barrier, a warp collective or their end;
-// which fiber goes on is drawn at random (SPROMPT_EMULATION_SEED), blocks as well, so that code which needs a barrier, or an
-// order of blocks, and has none, gives another result. Reported as errors: barriers that not all threads reach, collectives
-// whose lanes are not those of their mask, writes behind a shared array. Shared memory starts as noise.
+// CUDA on the host, for tests only. `cmake -DSPROMPT_EMULATE_CUDA=ON` compiles every csrc/<op>/<op>_cuda.cu as C++ and includes
+// this file first. The threads of a block are fibers. A fiber runs until it reaches a barrier, a warp collective or its end;
+// then a random choice (seed: SPROMPT_EMULATION_SEED) decides which fiber continues. Blocks run in a random order too. Code
+// that lacks a barrier, or that relies on an order of blocks, therefore gives another result. The emulation reports these
+// errors: a barrier that not all threads reach, a collective whose lanes differ from its mask, a write behind the end of a
+// shared array. Shared memory starts as noise.
 #pragma once
 
 #include <algorithm>
@@ -53,10 +54,10 @@ extern Place place;
 
 enum class Wait { none, block, warp, done };
 
-// What a thread brings to a barrier or collective: `kind` names the intrinsic, so that different ones never meet.
-void block_barrier(const char* kind, int64_t value);  // then seen_by_block
-int64_t block_sum();                                  // of the values brought to the last block barrier
-// Brings 8 bytes to the lanes of `mask`; returns the 32 lanes' values (those outside the mask are noise).
+// A thread brings a value to a barrier or collective. `kind` names the intrinsic, so that two different intrinsics never match.
+void block_barrier(const char* kind, int64_t value);  // block_sum() then has the sum
+int64_t block_sum();                                  // sum of the values brought to the last block barrier
+// Brings 8 bytes to the lanes of `mask` and returns the values of all 32 lanes; values of lanes outside the mask are noise.
 const uint64_t* warp_collective(const char* kind, unsigned mask, uint64_t value);
 int lane();
 
@@ -187,7 +188,7 @@ using std::isnan;
 using std::max;
 using std::min;
 
-// bfloat16 and float16 as cuda_bf16.h and cuda_fp16.h have them.
+// bfloat16 and float16, with the interface of cuda_bf16.h and cuda_fp16.h.
 struct __nv_bfloat16 {
     uint16_t bits;
 };
@@ -207,11 +208,11 @@ inline uint16_t __half_as_ushort(__half x) { return x.bits; }
 inline float __half2float(__half x) { return static_cast<float>(emulation::from_bits<_Float16>(x.bits)); }
 inline __half __float2half_rn(float x) { return {static_cast<uint16_t>(emulation::to_bits(static_cast<_Float16>(x)))}; }
 
-// -- atomics: fibers are never interrupted in between
+// -- atomics: nothing interrupts a fiber inside of them
 
 template <class T>
 T atomicAdd(T* at, T x) {
-    static_assert(std::is_integral_v<T>, "sums of floats depend on the order: no floating-point atomics");
+    static_assert(std::is_integral_v<T>, "floating-point atomics are not allowed: their sums depend on the order");
     return std::exchange(*at, static_cast<T>(*at + x));
 }
 template <class T>

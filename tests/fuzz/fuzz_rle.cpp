@@ -1,6 +1,6 @@
-// Feeds rle_decode, rle_encode and the arithmetic of sizes with strings of every kind, at every instruction set of this CPU,
-// and compares them with the plain code below. All blocks are of their exact size, so that AddressSanitizer sees any access
-// outside. tools/sanitize.sh builds and runs it:
+// Feeds strings of every kind to rle_decode, rle_encode and the arithmetic of sizes, at every instruction set of this CPU, and
+// compares the results with the plain code below. Every block has exactly the size it needs, so that AddressSanitizer sees any
+// access outside. tools/sanitize.sh builds and runs this program:
 //     fuzz_rle [inputs [seed]]     a million inputs from our own generator, the same ones at every run of a seed
 // With clang, -fsanitize=fuzzer and -DSPROMPT_LIBFUZZER it is a libFuzzer target instead.
 #include <cstdio>
@@ -25,7 +25,7 @@ namespace {
     std::abort();
 }
 
-// A block of exactly this many elements, filled with 0xa5.
+// A block of exactly n elements, filled with 0xa5.
 template <class T>
 struct Block {
     std::unique_ptr<T[]> data;
@@ -69,7 +69,7 @@ std::vector<Kernels> levels() {
     return found;
 }
 
-// ---- the same in plain code: one pixel a byte, numbers of 128 bits
+// ---- the same in plain code: one byte per pixel, numbers of 128 bits
 
 struct Fault {
     int64_t kind, place, value;
@@ -135,7 +135,8 @@ std::string plain_encode(const std::vector<char>& columns) {
 
 // ---- one input
 
-// Of three masks, text is the second; words has the size that the caller says, right or wrong.
+// Decodes three masks: the second from text, the others from empty strings. The caller chooses the size of words, right or
+// wrong.
 Fault decode(const Kernels& kernels, const std::string& text, int64_t height, int64_t width, int64_t n,
              Block<uint32_t>& words) {
     Block<uint8_t> bytes(static_cast<int64_t>(text.size()));
@@ -161,10 +162,10 @@ std::string encode(const Kernels& kernels, const uint32_t* mask, int64_t n, int6
     if (length < 0 || length > bound - sprompt::rle_slack || offsets[0] != 0 || offsets[1] != length) return "";
     Block<uint8_t> bytes(length);
     kernels.join(buffer.view(DType::u8), starts.view(DType::i64), offsets.view(DType::i64), bytes.view(DType::u8), 1);
-    // With less room than it needs it must say so, and stay inside.
-    const int64_t room = sprompt::rle_slack + bytes.count / 3;
-    starts[1] = room;
-    Block<uint8_t> small(room);
+    // If the buffer is too small, rle_encode must report that and must not write outside of it.
+    const int64_t capacity = sprompt::rle_slack + bytes.count / 3;
+    starts[1] = capacity;
+    Block<uint8_t> small(capacity);
     const int64_t shorter = kernels.encode(words.view(DType::i32, 1), height, width, starts.view(DType::i64),
                                            small.view(DType::u8), offsets.view(DType::i64), 1);
     if (shorter >= 0 && shorter != bytes.count) return "";
@@ -191,7 +192,7 @@ void check_sizes(int64_t height, int64_t width) {
     if (sprompt::rle_pixels(height, width) != (sound ? static_cast<int64_t>(product) : -1))
         wrong("rle_pixels", height, width, "");
     if (!sound) return;
-    // In bytes: no overflow, and at most twice the mask and 16 blocks for every 64 rows.
+    // In bytes: no overflow, and at most twice the mask and 16 blocks per 64 rows.
     const int64_t scratch = sprompt::rle_scratch(height, width);
     const __int128 bound = 2 * (product / 64) + static_cast<__int128>(16 * 65) * (height / 64 + 1);
     if (scratch < 0 || scratch > bound) wrong("rle_scratch", height, width, "");
@@ -205,7 +206,7 @@ const std::vector<Kernels>& all() {
 void check(int64_t height, int64_t width, const std::string& text) {
     check_sizes(height, width);
     const int64_t P = sprompt::rle_pixels(height, width);
-    if (P < 0 || P > (1 << 18)) {  // too large for here, as is said by words of another size: refused, and nothing written
+    if (P < 0 || P > (1 << 18)) {  // words does not fit such a size: the kernel must refuse it and write nothing
         for (const Kernels& kernels : all()) {
             Block<uint32_t> words(6);
             const Fault fault = decode(kernels, text, height, width, 2, words);
@@ -242,7 +243,7 @@ void check(int64_t height, int64_t width, const std::string& text) {
 
 }  // namespace
 
-// height and width from the first bytes, the string from the rest.
+// The first two bytes give height and width, the rest is the string.
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size < 2) return 0;
     check(data[0] % 100, data[1], std::string(reinterpret_cast<const char*>(data + 2), size - 2));
@@ -263,7 +264,7 @@ struct Random {
     }
     int64_t below(int64_t n) { return static_cast<int64_t>(bits() % static_cast<uint64_t>(n)); }
     bool once_in(int64_t n) { return below(n) == 0; }
-    // Any 64 bits, mostly near a power of two or of small size.
+    // Any 64 bits, most often small or near a power of two.
     int64_t wild() {
         const uint64_t v = bits() >> below(64);
         return static_cast<int64_t>(once_in(3)   ? (uint64_t{1} << below(64)) + static_cast<uint64_t>(below(5)) - 2

@@ -18,22 +18,22 @@ from sprompt.testing.spec import Sample
 from sprompt.testing.specs.linear_assignment import same_totals, scipy_rows
 
 sides = st.integers(1, 9)
-#: The reference takes seconds for what the kernel does in milliseconds.
+#: The op runs on the reference, which takes seconds where a kernel takes milliseconds.
 SLOW = bool(native.why_not()) or os.environ.get("SPROMPT_BACKEND") == "reference"
-#: CUDA kernels take CPU tensors (tests/emulation); as for time, see above.
+#: The CUDA kernels are emulated and take CPU tensors (tests/emulation); they are slow too.
 EMULATED = not SLOW and cuda.emulated()
-#: Those that run on CPU tensors here.
+#: The backends that run on CPU tensors here.
 ON_CPU = ["reference", *(["native"] if not native.why_not() else []), *(["cuda"] if EMULATED else [])]
 by_host = pytest.mark.parametrize("backend", [b for b in ON_CPU if b != "cuda"])
 
 
 def devices() -> list[str]:
-    """Where the CUDA kernel can run."""
+    """The devices on whose tensors the CUDA kernel can run."""
     return ["cpu"] * EMULATED + ["cuda"] * torch.cuda.is_available()
 
 
 def check(cost: torch.Tensor, counts: torch.Tensor | None = None) -> torch.Tensor:
-    """linear_assignment(cost, counts), held to scipy's totals."""
+    """linear_assignment(cost, counts); the totals must equal scipy's."""
     args = (cost,) if counts is None else (cost, counts)
     rows = linear_assignment(*args)
     same_totals(rows, scipy_rows(*args), Sample("", args))
@@ -45,10 +45,10 @@ def test_tables(backend: str) -> None:
     with sprompt.use_backend(backend):
         # The greedy choice (row 0 for column 0) costs 1 + 9.
         assert linear_assignment(torch.tensor([[1.0, 2.0], [3.0, 9.0]])).tolist() == [1, 0]
-        # A chain through all rows: each has its best at the column of the one before.
+        # A chain: the second choice of row 0 is the first choice of row 1, and so on.
         chain = torch.tensor([[0.0, 1.0, 9.0], [9.0, 0.0, 1.0], [9.0, 9.0, 0.5], [9.0, 9.0, 9.0]])
         assert linear_assignment(chain).tolist() == [0, 1, 2]
-        assert linear_assignment(chain.T).tolist() == [0, 1, 2, -1], "the column left out is the dear one"
+        assert linear_assignment(chain.T).tolist() == [0, 1, 2, -1], "the expensive column stays without a row"
         assert linear_assignment(-chain.T).tolist() != [0, 1, 2, -1]
         assert linear_assignment(torch.tensor([[3.0, -2.0, 7.0]])).tolist() == [-1, 0, -1]
         assert linear_assignment(torch.tensor([[3.0], [-2.0], [7.0]])).tolist() == [1]
@@ -56,7 +56,7 @@ def test_tables(backend: str) -> None:
 
 
 def test_equals_every_permutation() -> None:
-    """The least total over all 720 permutations, for small integers, which have many optima."""
+    """The total is the smallest of all 720 permutations. Costs are small integers, which have many optima."""
     cost = torch.randint(-2, 3, (50, 6, 6), generator=torch.Generator().manual_seed(0))
     orders = torch.tensor(list(permutations(range(6))))
     totals = cost[:, orders, torch.arange(6)].sum(-1).amin(-1)
@@ -100,7 +100,7 @@ def test_larger(B: int, N: int, G: int) -> None:
 
 
 def test_long_chains() -> None:
-    """Products: every row prefers the same columns, so the first step settles little and most rows search."""
+    """Costs are products, so every row prefers the same columns: the first step assigns few rows and most rows must search."""
     g = torch.Generator().manual_seed(3)
     size = 12 if SLOW else 40 if EMULATED else 90
     check(torch.rand(2, size, 1, generator=g) * torch.rand(2, 1, size - 10, generator=g))
@@ -111,7 +111,7 @@ def test_long_chains() -> None:
 
 @pytest.mark.parametrize("largest", (1.5e308, 3e38, 65504.0))
 def test_the_end_of_the_range(largest: float) -> None:
-    """Differences of such costs overflow their own dtype."""
+    """Differences of such costs overflow the dtype of the costs."""
     g = torch.Generator().manual_seed(4)
     signs = torch.randint(0, 2, (4, 9, 7), generator=g).double() * 2 - 1
     scale = torch.rand(4, 9, 7, generator=g, dtype=torch.float64)
@@ -127,7 +127,7 @@ def test_the_end_of_the_range(largest: float) -> None:
 
 
 def test_sums_beyond_the_range() -> None:
-    """Entries of both signs at the very end of float64: differences overflow, unless they are scaled."""
+    """Entries of both signs at the limits of float64: their differences overflow unless the costs are scaled."""
     end = 1.7e308
     cost = torch.tensor([[end, -end, end], [-end, -end, end], [-end, end, -end], [end, end, end]], dtype=torch.float64)
     for image in (cost, cost.T, -cost):
@@ -171,7 +171,7 @@ def test_bad_values_name_the_image(backend: str, dtype: torch.dtype, value: floa
 @pytest.mark.skipif(not devices(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_bad_values_mark_the_image_on_cuda(dtype: torch.dtype) -> None:
-    """Every entry in turn, so that every thread and every part of its loops has met one."""
+    """The bad value stands at every entry in turn, so that every thread meets it in every part of its loops."""
     for device in devices():
         for N, G in ((7, 45), (45, 7), (13, 13)):
             cost = torch.rand(N * G + 1, N, G, generator=torch.Generator().manual_seed(7)).to(device, dtype)
@@ -193,7 +193,7 @@ def test_bad_counts_mark_the_image_on_cuda() -> None:
 
 @pytest.mark.parametrize("N", (31, 32, 33, 64, 65))
 def test_sizes_around_a_warp(N: int) -> None:
-    """Random costs, many ties, and products (long chains), with persons on either side."""
+    """Random costs, many ties, and products (long chains), with fewer and with more rows than columns."""
     if SLOW:
         pytest.skip("a promise of the compiled kernels; the reference takes long")
     g = torch.Generator().manual_seed(N)
@@ -206,7 +206,7 @@ def test_sizes_around_a_warp(N: int) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
 @pytest.mark.parametrize(("N", "G"), ((215, 190), (150, 215), (2, 6001), (6001, 2), (700, 65)))
 def test_more_than_shared_memory_holds(N: int, G: int, dtype: torch.dtype) -> None:
-    """Costs, or costs and state, that a block of threads cannot keep close."""
+    """The shared memory of a block cannot hold the costs, or the costs together with the state."""
     if SLOW:
         pytest.skip("a promise of the compiled kernels; the reference takes long")
     g = torch.Generator().manual_seed(N)

@@ -1,4 +1,4 @@
-"""mask_conv, mask_pool, mask_update: tables by hand, exactness, and what the contract tests do not reach."""
+"""mask_conv, mask_pool, mask_update: tables by hand, exactness, and cases that the contract tests do not reach."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def threads(number: int) -> Iterator[None]:
 
 
 def test_table() -> None:
-    """Two channels, three pixels, two kernels; worked out by hand."""
+    """Two channels, three pixels and two kernels, calculated by hand."""
     features = torch.tensor([[[[1.0, 2.0, -3.0]], [[4.0, 0.0, 5.0]]]], requires_grad=True)
     kernels = torch.tensor([[[1.0, 1.0], [-2.0, 0.0]]], requires_grad=True)
     logits, pooled = mask_update(features, kernels)
@@ -46,7 +46,7 @@ def test_table() -> None:
     to_logits = torch.tensor([[[[1.0, 0.0, 2.0]], [[0.0, 10.0, 0.0]]]])
     to_pooled = torch.tensor([[[100.0, 200.0], [1000.0, 2000.0]]])
     torch.autograd.backward((logits, pooled), (to_logits, to_pooled))
-    # Through the logits: k1 + ... at each pixel; through the pooled sums: 100 everywhere, 1000 where the second mask is set.
+    # First channel: the logits give 1, -20 and 2; the pooled sums give 100 everywhere and 1000 where the second mask is set.
     assert features.grad is not None and kernels.grad is not None
     assert features.grad.tolist() == [[[[101.0, 80.0, 1102.0]], [[201.0, 200.0, 2202.0]]]]
     assert kernels.grad.tolist() == [[[-5.0, 14.0], [20.0, 0.0]]]
@@ -57,7 +57,7 @@ def test_table() -> None:
     "sizes", [(2, 7, 5, 5, 7), (1, 13, 140, 9, 33), (2, 100, 64, 10, 13), (1, 3, 130, 25, 27)], ids=str
 )
 def test_whole_numbers_are_exact(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Forward and backward equal a float64 product to the bit (after its rounding), in every dtype."""
+    """In every dtype, forward and backward equal the rounded float64 product to the bit."""
     B, N, C, H, W = sizes
     features, kernels = whole((B, C, H, W), 1, dtype).requires_grad_(), whole((B, N, C), 2, dtype).requires_grad_()
     to_logits, to_pooled = whole((B, N, H, W), 3, dtype), whole((B, N, C), 4, dtype)
@@ -75,7 +75,7 @@ def test_whole_numbers_are_exact(sizes: tuple[int, ...], dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_update_is_conv_and_pool_to_the_bit(dtype: torch.dtype) -> None:
-    """Also where the rounding of a logit to its dtype decides on which side of 0 it is."""
+    """This also holds where rounding a logit to its dtype decides whether it is above 0."""
     features, kernels = torch.randn(2, 70, 19, 31, generator=random(0)), torch.randn(2, 17, 70, generator=random(1))
     features[:, :, :5] *= 1e-25  # products below the smallest number of every dtype here
     kernels[:, 3] *= 1e-22
@@ -104,7 +104,8 @@ def test_pooling_of_any_density_is_exact(B: int, N: int, C: int, H: int, W: int,
 
 
 def test_runs_of_every_length_and_place() -> None:
-    """Masks of one run each: sums of 2, 4 and 8 neighbours begin at multiples of their length."""
+    """Every mask is one run of pixels. The kernel keeps sums of 2, 4 and 8 neighbours that begin at multiples of their
+    length."""
     features = whole((1, 9, 1, 150), 0, size=50)
     masks = torch.zeros(1, 300, 1, 150, dtype=torch.bool)
     for i in range(300):
@@ -122,8 +123,8 @@ def test_which_pixels_are_held() -> None:
 
 
 def test_kernels_that_no_pixel_answers_and_nan() -> None:
-    """NaN is never held: a NaN pixel pools nothing, a NaN kernel nothing at all. (The reference's product spreads the NaN
-    of a feature through its channel.)"""
+    """A logit of NaN is outside its mask: a pixel of NaN is not pooled, and a kernel of NaN pools nothing at all. (The product
+    of the reference spreads the NaN of a feature through its channel.)"""
     features, kernels = torch.ones(1, 3, 8, 20), torch.ones(1, 4, 3)
     kernels[0, 1] = -1
     kernels[0, 2] = NAN
@@ -187,7 +188,7 @@ def test_logits_may_be_changed_in_place_before_the_backward() -> None:
 
 @pytest.mark.parametrize("number", (2, 3, 5))
 def test_the_same_bits_on_any_number_of_threads(number: int) -> None:
-    """7000 pixels: several chunks, which do not end at the same place as the image."""
+    """7000 pixels are several chunks, and the last chunk is not full."""
     features, kernels = torch.randn(2, 40, 70, 100, generator=random(0)), torch.randn(2, 9, 40, generator=random(1))
     weights = torch.randn(2, 9, 70, 100, generator=random(2)), torch.randn(2, 9, 40, generator=random(3))
 
@@ -206,7 +207,7 @@ def test_mixed_dtypes_take_the_wider_one() -> None:
     features, kernels = whole((1, 4, 3, 3), 0, torch.bfloat16), whole((1, 2, 4), 1)
     logits, pooled = mask_update(features, kernels)
     assert logits.dtype == pooled.dtype == mask_conv(features, kernels).dtype == torch.float32
-    assert mask_pool(features, logits).dtype == torch.bfloat16  # the masks' dtype says nothing about the sums
+    assert mask_pool(features, logits).dtype == torch.bfloat16  # the dtype of the masks does not affect the sums
 
 
 def test_autocast_keeps_float64() -> None:
@@ -217,7 +218,7 @@ def test_autocast_keeps_float64() -> None:
 
 
 def test_affine_maps_commute() -> None:
-    """specs/knet.md 15: <w, W x + b> = <W^T w, x> + <w, b>, and pool(W x + b) = W pool(x) + b area."""
+    """<w, W x + b> = <W^T w, x> + <w, b>, and pool(W x + b) = W pool(x) + b area."""
     g = random(0)
     x, k = torch.randn(2, 24, 13, 17, generator=g), torch.randn(2, 6, 24, generator=g)
     weight, bias = torch.randn(24, 24, generator=g) / 5, torch.randn(24, generator=g)
@@ -243,13 +244,13 @@ def test_docstrings() -> None:
             assert doctest.DocTestRunner().run(test).failed == 0 and test.examples
 
 
-# -- Triton: tiles of 64 pixels (128 in steps), blocks of up to 128 kernels, half types hold up to 256 channels
+# -- Triton: tiles of up to 128 pixels, blocks of up to 128 kernels, up to 256 channels held at once in half types
 
 by_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)) or "it runs")
 
 
 def triton_equals_float64(sizes: tuple[int, ...], dtype: torch.dtype, dense: float = 0.3) -> None:
-    """Whole numbers: all ops and gradients of the Triton backend equal a float64 product to the bit."""
+    """On whole numbers, all ops and gradients of the Triton backend equal a float64 product to the bit."""
     B, N, C, H, W = sizes
     x, k = whole((B, C, H, W), 1, dtype), whole((B, N, C), 2, dtype)
     dl, dp = whole((B, N, H, W), 3, dtype), whole((B, N, C), 4, dtype)
@@ -292,7 +293,7 @@ def test_triton_at_the_edges_of_tiles(sizes: tuple[int, ...], dtype: torch.dtype
 @by_triton
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_triton_with_several_tiles_a_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three programs an image, the last chunk shorter, the last tile cut off."""
+    """Three programs per image; the last chunk is shorter, and the last tile is not full."""
     pick = launch._pick
     monkeypatch.setattr(
         launch, "_pick", lambda *args: {**pick(*args), **({"PROGRAMS": 3} if "PROGRAMS" in pick(*args) else {})}
@@ -303,7 +304,7 @@ def test_triton_with_several_tiles_a_chunk(dtype: torch.dtype, monkeypatch: pyte
 @by_triton
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_triton_update_is_conv_and_pool_to_the_bit(dtype: torch.dtype) -> None:
-    """Also where rounding decides, and where whole tiles have no bit or features that are not finite."""
+    """This also holds where rounding decides, where whole tiles have no bit, and where features are not finite."""
     features, kernels = torch.randn(2, 70, 19, 31, generator=random(0)), torch.randn(2, 17, 70, generator=random(1))
     features[:, :, :5] *= 1e-25
     kernels[:, 3] *= 1e-22
@@ -316,13 +317,13 @@ def test_triton_update_is_conv_and_pool_to_the_bit(dtype: torch.dtype) -> None:
         again = torch.ops.sprompt.mask_pool(features, words)
     assert torch.equal(words, pack_masks(logits, 0.0).words)
     assert torch.equal(again.nan_to_num(7.0), pooled.nan_to_num(7.0))
-    # The NaN stands alone in tiles without a bit: never pooled.
+    # The tiles that hold the NaN have no bit, so it is never pooled.
     assert pooled[1].isfinite().all()
 
 
 @by_triton
 def test_triton_pools_float32_exactly() -> None:
-    """Every bit of a float32 arrives: one pixel a mask, of any size that its parts can hold."""
+    """No bit of a float32 is lost. Each mask is one pixel; the values cover the whole range that the three parts can hold."""
     features = torch.randn(1, 20, 1, 96, generator=random(0)) * 10.0 ** torch.arange(-28, 36).repeat(2)[:96]
     features[0, 0, 0, :3] = torch.tensor([3.4028235e38, -3.4028235e38, 1.1754944e-38 * 2**20])
     masks = torch.eye(96, dtype=torch.bool).reshape(1, 96, 1, 96)

@@ -11,7 +11,7 @@ from sprompt.testing.spec import blobs, random
 
 
 def plain(logits: Tensor, soft: Tensor, upsample: int) -> tuple[Tensor, Tensor]:
-    """The formulas of the released code."""
+    """The formulas of the code that the paper's authors released."""
     z = F.interpolate(logits[None], scale_factor=upsample, mode="bilinear")[0] if upsample > 1 else logits
     z, t = z.flatten(1), soft.flatten(1).to(z.dtype)
     p = z.sigmoid()
@@ -21,7 +21,7 @@ def plain(logits: Tensor, soft: Tensor, upsample: int) -> tuple[Tensor, Tensor]:
 
 def gradient(function: object, logits: Tensor, *args: object, **kwargs: object) -> Tensor:
     leaf = logits.detach().clone().requires_grad_()
-    bce, dice = function(leaf, *args, **kwargs)  # type: ignore[operator]
+    bce, dice = function(leaf, *args, **kwargs)
     weights = torch.linspace(-1, 2, 2 * len(logits), dtype=bce.dtype)
     return torch.autograd.grad((bce * weights[::2] + dice * weights[1::2]).sum(), leaf)[0]
 
@@ -39,7 +39,7 @@ def test_table_by_hand() -> None:
 @pytest.mark.parametrize("upsample", (1, 2, 3, 4, 7))
 @pytest.mark.parametrize(("h", "w"), ((1, 1), (2, 3), (8, 8), (5, 17), (70, 9), (33, 40)))
 def test_equals_the_plain_formula(upsample: int, h: int, w: int) -> None:
-    """Losses and gradients; a map of 70 rows is several chunks of the gradient, whose borders share rows."""
+    """Losses and gradients. The gradient of a map of 70 rows takes several chunks, and neighbouring chunks share rows."""
     if launch.interpreted() and h * w * upsample**2 > 2600:
         pytest.skip(
             "takes minutes under Triton's interpreter; every factor has a smaller map, every map a smaller factor"
@@ -69,7 +69,7 @@ def test_bits_are_their_soft_targets(ratio: int, h: int, w: int) -> None:
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_logits_are_read_exactly(dtype: torch.dtype) -> None:
-    """Losses are those of the same numbers in float32; the gradient is rounded once."""
+    """The losses equal those of the same numbers in float32; the gradient is rounded once."""
     logits = (3 * torch.randn(3, 11, 21, generator=random(0))).to(dtype)
     bits = BitMasks.from_dense(blobs(3, 88, 168, 1))
     for a, e in zip(mask_loss(logits, bits, upsample=2), mask_loss(logits.float(), bits, upsample=2), strict=True):
@@ -116,7 +116,8 @@ def test_one_loss_alone() -> None:
 
 
 def test_saved_for_backward_is_little() -> None:
-    """The logits, the targets as they came, and three sums a mask: nothing of the size of the upsampled map."""
+    """The backward keeps the logits, the targets as given, and three sums per mask, but nothing of the size of the upsampled
+    map."""
     saved: list[Tensor] = []
     logits, bits = torch.randn(5, 20, 30, requires_grad=True), BitMasks.from_dense(blobs(5, 160, 240, 6))
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -157,7 +158,7 @@ on_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=laun
     ((23, 89, 1), (32, 64, 1), (3, 683, 1), (22, 88, 2), (31, 63, 2), (2, 682, 2), (260, 260, 1)),
 )
 def test_triton_borders_of_chunks(h: int, w: int, upsample: int) -> None:
-    """Below, at and above a chunk of 2048 quads; more chunks than the second kernel takes at once."""
+    """Sizes below, at and above a chunk of 2048 quads, and more chunks than the second kernel reads at once."""
     logits = 3 * torch.randn(1, h, w, generator=random(h))
     soft = torch.rand(1, h * upsample, w * upsample, generator=random(w))
     with use_backend("triton"):
@@ -170,7 +171,7 @@ def test_triton_borders_of_chunks(h: int, w: int, upsample: int) -> None:
 @pytest.mark.parametrize("upsample", (1, 2, 3))
 @pytest.mark.parametrize(("h", "w"), ((7, 63), (8, 64), (9, 65), (17, 2), (1, 129)))
 def test_triton_borders_of_the_gradient(h: int, w: int, upsample: int) -> None:
-    """Strips of 8 rows of cells, blocks of 64 columns."""
+    """The kernel works on strips of 8 rows of cells and blocks of 64 columns."""
     logits = 3 * torch.randn(1, h, w, generator=random(h))
     soft = torch.rand(1, h * upsample, w * upsample, generator=random(w))
     exact = gradient(plain, logits.double(), soft, upsample)
@@ -181,7 +182,7 @@ def test_triton_borders_of_the_gradient(h: int, w: int, upsample: int) -> None:
 
 @on_triton
 def test_triton_small_losses_keep_their_digits() -> None:
-    """log(1 + e^-|z|) of a sure and right logit is far below the rounding of 1."""
+    """For a large logit of the right sign, log(1 + e^-|z|) is far below the rounding error of 1."""
     logits = torch.tensor([[[20.0, -20.0, 12.0, -9.0, 3.0, -3.0, 4.0, 80.0]]])
     with use_backend("triton"):
         for z in logits[0, 0]:

@@ -1,4 +1,4 @@
-"""mask_nms, batched_mask_nms, matrix_nms: tables by hand, properties, and what is peculiar to them."""
+"""mask_nms, batched_mask_nms, matrix_nms: tables by hand, properties, and the special cases of these ops."""
 
 import contextlib
 import math
@@ -29,7 +29,7 @@ def emulated() -> bool:
 
 
 def runs(width: int, *spans: tuple[int, int]) -> Tensor:
-    """One-row masks with pixels [first, end) set: what boxes with one side are to torchvision."""
+    """Masks of one row with the pixels [first, end) set. They correspond to torchvision's boxes of height 1."""
     x = torch.arange(width)
     return torch.stack([(x >= first) & (x < end) for first, end in spans])[:, None]
 
@@ -41,16 +41,16 @@ def runs(width: int, *spans: tuple[int, int]) -> Tensor:
         (((0, 10), (1, 10), (20, 30)), (0.9, 0.8, 0.7), 0.5, [0, 2]),
         (((0, 10), (1, 10), (20, 30)), (0.8, 0.9, 1.0), 0.5, [2, 1]),
         (((0, 10), (5, 15), (10, 20)), (0.9, 0.8, 0.7), 0.5, [0, 1, 2]),  # IoU 1/3
-        (((0, 10), (5, 15), (10, 20)), (0.9, 0.8, 0.7), 0.3, [0, 2]),  # the second goes, so it cannot remove the third
-        (((0, 2), (0, 1)), (0.9, 0.8), 0.5, [0, 1]),  # IoU exactly at the threshold stays
+        (((0, 10), (5, 15), (10, 20)), (0.9, 0.8, 0.7), 0.3, [0, 2]),  # the removed second does not remove the third
+        (((0, 2), (0, 1)), (0.9, 0.8), 0.5, [0, 1]),  # a mask whose IoU equals the threshold stays
         (((0, 2), (0, 1)), (0.9, 0.8), 0.4999, [0]),
         (((0, 10), (0, 7)), (0.9, 0.8), 0.7, [0, 1]),  # 7/10 is the float 0.7
         (((0, 49), (0, 1)), (0.9, 0.8), 1 / 49, [0, 1]),  # 1/49 * 49 is not 1 in float64, the quotient is 1/49
         (((0, 3), (0, 3), (0, 3)), (0.5, 0.5, 0.5), 0.5, [0]),  # ties: the lower index comes first
         (((0, 3), (0, 3)), (0.5, 0.9), 1.0, [1, 0]),  # nothing exceeds 1
-        (((0, 3), (2, 5), (5, 6)), (0.9, 0.8, 0.7), 0.0, [0, 2]),  # any overlap exceeds 0, touching is none
+        (((0, 3), (2, 5), (5, 6)), (0.9, 0.8, 0.7), 0.0, [0, 2]),  # any overlap exceeds 0; touching is no overlap
         (((0, 0), (0, 5), (3, 3)), (0.9, 0.8, 0.7), 0.5, [1]),  # empty masks are never kept
-        (((0, 5), (0, 5), (6, 9)), (math.nan, 0.1, -math.inf), 0.5, [1, 2]),  # NaN is visited as -inf
+        (((0, 5), (0, 5), (6, 9)), (math.nan, 0.1, -math.inf), 0.5, [1, 2]),  # a score of NaN counts as -inf
         (((0, 5), (0, 5)), (math.nan, -math.inf), 0.5, [0]),
     ],
 )
@@ -106,7 +106,7 @@ def test_decay_lies_between_0_and_1(kernel: str) -> None:
 
 
 def test_toy_map() -> None:
-    """Halves with orthogonal features: 960 seeds give two distinct maps, of which greedy keeps one each."""
+    """Two halves with orthogonal features: 960 seeds give two different maps, and greedy NMS keeps one mask of each."""
     left = torch.zeros(24, 40)
     left[:, :20] = 1
     seeds = torch.arange(960) % 40 < 20
@@ -137,7 +137,7 @@ def test_equals_pair_by_pair(n: int, height: int, width: int, density: float, th
 def truth(
     masks: BitMasks, scores: Tensor, threshold: float, kernel: str, sigma: float = 2.0
 ) -> tuple[list[int], Tensor]:
-    """Greedy and matrix results from the whole pair matrix in float64."""
+    """Results of greedy and matrix NMS from the whole pair matrix in float64."""
     order = scores.argsort(descending=True)
     pixels = masks.to_dense(torch.float64).flatten(1)[order]
     common, area = pixels @ pixels.T, pixels.sum(1)
@@ -156,12 +156,13 @@ def truth(
 @pytest.mark.parametrize("shape", ((33, 210, 300), (300, 25, 34), (6, 400, 500)), ids=str)
 @pytest.mark.parametrize("source", ("blobs", "saliency", "noise"))
 def test_large_masks(shape: tuple[int, int, int], source: str) -> None:
-    """Wide bins (counted until certain), units of more than one pixel, several blocks, thresholds that are true ratios."""
+    """Wide bins (pixels are counted until the decision is certain), units of more than one pixel, several blocks, and
+    thresholds that equal the IoU of a pair."""
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(3))
     masks = {"blobs": blobs(*shape, seed=1), "saliency": saliency(*shape, seed=2), "noise": noise}[source]
     if emulated():
         masks = masks[:70, :130]
-    masks[:, 0, 0] = 1  # none is empty
+    masks[:, 0, 0] = 1  # no mask is empty
     bits = pack_masks(masks)
     scores = torch.rand(len(masks), generator=torch.Generator().manual_seed(4))
     pixels = bits.to_dense(torch.float64).flatten(1)[:7]
@@ -177,8 +178,8 @@ def test_large_masks(shape: tuple[int, int, int], source: str) -> None:
 
 
 def overlapping(n: int, words: int, seed: int) -> tuple[BitMasks, np.ndarray]:
-    """Masks of `words` words, of which the last is not full, as one row of pixels: upsampled noise, some of them near copies,
-    one empty and one full. Also as numpy sees them."""
+    """(masks, their pixels as a numpy array). Each mask is one row of pixels in `words` words; the last word is not full. The
+    masks are upsampled noise; some are near copies of others, one is empty and one is full."""
     pixels = 32 * words - 5
     g = torch.Generator().manual_seed(seed)
     noise = torch.nn.functional.interpolate(torch.randn(n, 1, 3 + words % 11, generator=g), pixels, mode="linear")[:, 0]
@@ -197,7 +198,7 @@ def overlapping(n: int, words: int, seed: int) -> tuple[BitMasks, np.ndarray]:
 
 
 def numpy_nms(unpacked: np.ndarray, scores: Tensor, threshold: float) -> tuple[list[int], dict[str, np.ndarray]]:
-    """Greedy and matrix results from all pairs, in float64."""
+    """Results of greedy and matrix NMS from all pairs, in float64."""
     order = scores.argsort(descending=True, stable=True).numpy()
     ordered = unpacked[order]
     common, area = (ordered @ ordered.T).astype(np.float64), ordered.sum(1, dtype=np.float64)
@@ -227,7 +228,8 @@ def numpy_nms(unpacked: np.ndarray, scores: Tensor, threshold: float) -> tuple[l
     ),
 )
 def test_overlapping_masks_against_numpy(n: int, words: int) -> None:
-    """Row lengths around segments, stretches, bins, sketches and 16-bit counts; rows and columns around tiles of 128."""
+    """Row lengths near the sizes of segments, stretches, bins, sketches and 16-bit counts; numbers of rows and columns near
+    tiles of 128."""
     if not native_runs():
         n = min(n, 60)
     if emulated() and words > 64:
@@ -265,7 +267,7 @@ def test_overlapping_masks_with_labels_counts_and_limits() -> None:
 
 
 def test_the_same_on_any_number_of_threads() -> None:
-    n = 600 if native_runs() else 60  # all pairs are counted: enough for the threads to be used
+    n = 600 if native_runs() else 60  # enough pairs that the kernel uses several threads
     masks = torch.rand(n, 30, 40, generator=torch.Generator().manual_seed(0))
     scores = torch.rand(n, generator=torch.Generator().manual_seed(1))
     holes = overlapping(900 if native_runs() else 90, 27, 4)[0]
@@ -294,13 +296,13 @@ def test_the_same_on_any_number_of_threads() -> None:
 
 
 def test_memory_that_is_not_ours_is_not_read() -> None:
-    """Fresh scratch holds anything; results must not follow from it (lanes that no mask uses yet)."""
+    """Fresh scratch memory holds arbitrary values. Results must not depend on them, not even in lanes that no mask uses yet."""
     masks, scores = pack_masks(saliency(120, 20, 24, 0)), torch.rand(120, generator=torch.Generator().manual_seed(0))
     expected = mask_nms(masks, scores, 0.8), matrix_nms(masks, scores)
     for fill in (-1, 127, -128, 3):
         for size in (120 + 32, 200):
             junk = torch.full((size * 192,), fill, dtype=torch.int8)
-            del junk  # the allocator hands the same bytes out again
+            del junk  # the allocator returns the same bytes to the next caller
             assert torch.equal(mask_nms(masks, scores, 0.8), expected[0])
             assert torch.equal(matrix_nms(masks, scores), expected[1])
 
@@ -319,16 +321,16 @@ def test_no_gradient() -> None:
 
 
 def test_float64_scores_run_the_reference() -> None:
-    """A difference that float32 cannot hold still orders the masks."""
+    """A difference of scores that float32 cannot represent still orders the masks."""
     masks, scores = runs(9, (0, 5), (0, 5)), torch.tensor([1.0, 1.0 + 1e-12], dtype=torch.float64)
     assert mask_nms(masks, scores).tolist() == [1]
     assert matrix_nms(masks, scores).dtype == torch.float64
 
 
 def test_no_pair_matrix_and_no_dense_mask() -> None:
-    """Four thousand masks: the pair matrix would take 64 MB, the scratch takes under 1 MB."""
+    """For four thousand masks the pair matrix would take 64 MB; the scratch memory takes less than 1 MB."""
     if not native_runs():
-        pytest.skip("a promise of the native kernel")
+        pytest.skip("only the native kernel promises this")
     bits = BitMasks(pack_masks(blobs(500, 16, 16, 0)).words.repeat(8, 1), (16, 16))
     scores = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
@@ -348,19 +350,19 @@ def test_counts_out_of_range(name: str) -> None:
 
 
 def small_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Panels of 128 masks for the CUDA kernels, so that few masks already make several."""
+    """Makes the CUDA kernels use panels of 128 masks, so that a few masks fill several panels."""
     from sprompt.ops.mask_nms import cuda
 
     monkeypatch.setattr(cuda, "MOST", 1)
 
 
 def one_word(n: int, seed: int, bits: int = 12) -> BitMasks:
-    """n masks of up to `bits` pixels: duplicates, empty and disjoint ones among them."""
+    """n masks of up to `bits` pixels; some are duplicates, some are empty, and some pairs are disjoint."""
     return pack_masks(torch.rand(n, 1, bits, generator=torch.Generator().manual_seed(seed)) < 0.35)
 
 
 def quick_greedy(masks: BitMasks, scores: Tensor, threshold: float) -> list[int]:
-    """From the whole pair matrix in float64, in the order of a stable sort."""
+    """Greedy NMS from the whole pair matrix in float64, in the order of a stable sort."""
     order = scores.argsort(descending=True, stable=True)
     pixels = masks.to_dense(torch.float64).flatten(1)[order]
     common, area = pixels @ pixels.T, pixels.sum(1)
@@ -374,20 +376,20 @@ def quick_greedy(masks: BitMasks, scores: Tensor, threshold: float) -> list[int]
 @pytest.mark.parametrize("n", (31, 32, 33, 127, 128, 129, 383, 385))
 @pytest.mark.parametrize("threshold", (0.0, 0.3, 0.5, 1.0))
 def test_greedy_over_groups_and_panels(n: int, threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Around 32 masks, which are settled at once, and around panels: some where all stay, some where few do."""
+    """Numbers of masks near 32 (the kernel decides 32 masks at once) and near whole panels; few or most of the masks stay."""
     small_scratch(monkeypatch)
     masks, scores = one_word(n, n), torch.randint(9, (n,), generator=torch.Generator().manual_seed(n)).float()
     assert mask_nms(masks, scores, threshold).tolist() == quick_greedy(masks, scores, threshold)
     single = BitMasks(
         (1 << torch.arange(n, dtype=torch.int32) % 31)[:, None], (1, 31)
-    )  # 31 masks stay, their copies go
+    )  # 31 masks stay, their copies are removed
     assert mask_nms(single, scores, threshold).tolist() == quick_greedy(single, scores, threshold)
 
 
 def test_greedy_chains() -> None:
-    """Each mask overlaps only the next one: every other stays, and each decision needs the one before."""
+    """Each mask overlaps only the next mask. Every second mask stays, and each decision needs the decision before it."""
     n = 300
-    masks = runs(2 * n + 2, *((2 * i, 2 * i + 4) for i in range(n)))  # IoU 1/3 with the next
+    masks = runs(2 * n + 2, *((2 * i, 2 * i + 4) for i in range(n)))  # IoU 1/3 with the next mask
     scores = torch.arange(n, 0, -1).float()
     assert mask_nms(masks, scores, 0.3).tolist() == list(range(0, n, 2))
     assert mask_nms(masks, -scores, 0.3).tolist() == list(range(n - 1, -1, -2))
@@ -395,7 +397,8 @@ def test_greedy_chains() -> None:
 
 
 def test_greedy_whole_panels_apart() -> None:
-    """Of masks that stay, copies come more than two thousand places later, and more than a thousand in the largest panel."""
+    """Copies of a mask that stays come more than two thousand places after it, and more than a thousand within the largest
+    panel."""
     n = 3300 if emulated() or native_runs() else 300
     words = torch.zeros(n, 2, dtype=torch.int32)
     words[:, 0] = 1 << torch.arange(n, dtype=torch.int32) % 29
@@ -415,7 +418,7 @@ def test_greedy_limits_end_inside_a_group(limit: int, monkeypatch: pytest.Monkey
     words = torch.zeros(2, 170, 6, dtype=torch.int32)
     words[:, torch.arange(170), torch.arange(170) // 31] = (
         1 << torch.arange(170, dtype=torch.int32) % 31
-    )  # all disjoint
+    )  # all masks are disjoint
     words[1, 3::2] = words[1, 1]  # copies
     scores = torch.rand(2, 170, generator=torch.Generator().manual_seed(0))
     masks = BitMasks(words, (12, 16))
@@ -431,7 +434,7 @@ def test_matrix_over_panels(n: int, kernel: str, monkeypatch: pytest.MonkeyPatch
     small_scratch(monkeypatch)
     g = torch.Generator().manual_seed(n)
     masks, scores = torch.rand(2, n, 5, 9, generator=g) < 0.4, torch.rand(2, n, generator=g)
-    masks[:, ::9] = masks[:, 4:5]  # copies: c of 1
+    masks[:, ::9] = masks[:, 4:5]  # copies, so that c is 1
     labels, counts = torch.randint(3, (2, n), generator=g), torch.tensor([n, n - 17])
     for options in ({}, {"labels": labels}, {"labels": labels, "counts": counts}):
         actual = matrix_nms(masks, scores, kernel=kernel, **options)
@@ -452,7 +455,7 @@ def test_matrix_over_panels(n: int, kernel: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_counts_of_more_than_16_bits() -> None:
-    """Masks of 2^16 pixels and more: a full one has more than 16 bits count."""
+    """Masks of more than 2^16 pixels: the area of a full mask does not fit 16 bits."""
     masks = torch.ones(5, 256, 257, dtype=torch.bool)
     masks[1, 100:], masks[2, :, 128:], masks[4] = False, False, False
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5])

@@ -59,13 +59,14 @@ def test_integers_are_set_where_not_zero(dtype: torch.dtype) -> None:
     (
         *((3, p) for p in (0, 1, 7, 31, 32, 33, 63, 64, 65, 96, 100)),
         (300, 1057),
-        (5, 1048573),  # these are given huge pages
-        (2, 2 * 2097152 + 37),  # and a row is several jobs
+        (5, 1048573),  # the kernel requests huge pages for these sizes
+        (2, 2 * 2097152 + 37),  # and splits a row into several jobs
         (1, 5000011),
     ),
 )
 def test_unpacking_reads_the_bits(count: int, pixels: int, threads: int) -> None:
-    """From words that lie apart and from one row for all, with other bits behind the last pixel, into a part of some memory."""
+    """The words have gaps between rows, or one row is expanded to all; bits behind the last pixel are random. The output is
+    a part of a larger memory, and the rest of that memory does not change."""
     n = words_for(pixels)
     wide = torch.randint(-(2**31), 2**31, (count, n + 3), dtype=torch.int32, generator=random(pixels))
     for words in (wide[:, :n], wide[:1, :n].expand(count, n)):
@@ -90,7 +91,7 @@ def test_area_and_boxes(dense: np.ndarray) -> None:
 
 @pytest.mark.parametrize("width", (1, 31, 32, 33, 63, 64, 65, 127, 129, 200))
 def test_boxes_of_one_pixel(width: int) -> None:
-    """Every column of the middle row, at every alignment of a row to a word."""
+    """One pixel at every column of the middle row, at every alignment of a row to a word."""
     dense = torch.zeros(width, 3, width, dtype=torch.bool)
     dense[torch.arange(width), 1, torch.arange(width)] = True
     assert mask_boxes(dense).tolist() == [[x, 1, x + 1, 2] for x in range(width)]
@@ -115,11 +116,11 @@ def test_iou_equals_pycocotools(height: int, width: int, kind: str) -> None:
 
 @pytest.mark.parametrize(("count", "height", "width"), [(3, 130, 129), (35, 33, 65), (40, 150, 131)])
 def test_long_masks_and_many(count: int, height: int, width: int) -> None:
-    """More words than one warp reads at a time, more masks than one tile holds; every mask different, so that none can stand
-    in for another. The truth is numpy's."""
+    """More words than a warp reads at once, and more masks than a tile holds. All masks differ, so that a mix-up of two masks
+    is seen. numpy gives the expected values."""
     dense = np.random.default_rng(count).random((count, height, width)) < np.linspace(0.02, 0.9, count)[:, None, None]
     dense[0] = False
-    dense[1], dense[1, height - 1, width - 1] = False, True  # in the last word alone
+    dense[1], dense[1, height - 1, width - 1] = False, True  # only in the last word
     dense[2], dense[2, 0, 0] = False, True
     masks = BitMasks.from_dense(torch.from_numpy(dense))
     assert np.array_equal(masks.area().numpy(), dense.sum((1, 2)))
@@ -202,7 +203,7 @@ def test_copies_pickles_and_is_frozen() -> None:
     for other in (pickle.loads(pickle.dumps(bits)), copy.deepcopy(bits), copy.copy(bits)):
         assert torch.equal(other.words, bits.words) and other.size == bits.size
     with pytest.raises(AttributeError):
-        bits.size = (1, 1)  # type: ignore[misc]
+        bits.size = (1, 1)
 
 
 def test_is_a_pytree() -> None:
@@ -223,7 +224,7 @@ def test_is_a_pytree() -> None:
         (lambda: pack_masks(torch.ones(2, 4, 4)).crop(0, 0, 5, 4), ValueError, "window must lie inside 4x4"),
         (lambda: pack_masks(torch.ones(2, 4, 4)).pad(0, -1, 0, 0), ValueError, "every side must be at least 0"),
         (lambda: BitMasks.cat([]), ValueError, "at least one"),
-        (lambda: BitMasks.cat([pack_masks(torch.ones(2, 4, 4)), pack_masks(torch.ones(2, 4, 5))]), ValueError, "of one size"),
+        (lambda: BitMasks.cat([pack_masks(torch.ones(2, 4, 4)), pack_masks(torch.ones(2, 4, 5))]), ValueError, "the same size"),
         (lambda: BitMasks.cat([pack_masks(torch.ones(2, 4, 4))], 1), ValueError, "dim must be a batch dimension"),
         (lambda: len(pack_masks(torch.ones(4, 4))), TypeError, "no batch dimension"),
         (lambda: mask_iou(pack_masks(torch.ones(4, 4))[None], torch.ones(1, 4, 4, device="meta")), ValueError, "device of a"),
@@ -242,7 +243,7 @@ def test_bad_input(call, error, message) -> None:
     ),
 )
 def test_iou_of_overlapping_masks(n: int, m: int, words: int) -> None:
-    """Against numpy's unpackbits, around the edges of tiles, of stretches of words, and of what 16 bits count."""
+    """Against numpy's unpackbits, at sizes near those of tiles, of stretches of words, and of counts that fit 16 bits."""
     bits, unpacked = [], []
     for count, seed in ((n, words), (m, words + 1)):
         g = torch.Generator().manual_seed(seed)
@@ -273,7 +274,7 @@ def test_no_pixels(size: tuple[int, int]) -> None:
 
 
 def test_more_than_two_to_the_31_pixels_by_shape() -> None:
-    """One row of words, expanded: no memory behind it."""
+    """The words are one expanded row, so that they take no memory."""
     assert BitMasks(torch.zeros(1, 1, dtype=torch.int32).expand(2**27, 1), (4, 8)).shape == (2**27,)
     size = (2**16, 2**16 + 1)
     one = BitMasks(torch.zeros(1, dtype=torch.int32).expand(words_for(size[0] * size[1])), size)

@@ -11,11 +11,11 @@ from sprompt import BitMasks, native, use_backend
 from sprompt.ops import launch, match_cost
 from sprompt.testing.spec import blobs, random
 
-SURE = 50.0  # a logit whose probability is 1, or 0 with the other sign
+SURE = 50.0  # the probability of this logit is 1, that of its negative is 0
 
 
 def test_table_by_hand() -> None:
-    """Logits that are sure, so that p is 0 or 1. One of 4 pixels is common; |p| = 2, |t| = 1."""
+    """Logits of ±SURE, so that p is 0 or 1. For the first pair, 1 of 4 pixels is common, |p| = 2 and |t| = 1."""
     logits = SURE * torch.tensor([[[[1.0, 1.0], [-1.0, -1.0]], [[-1.0, -1.0], [-1.0, -1.0]]]])
     targets = torch.tensor([[[[1, 0], [0, 0]], [[0, 0], [0, 0]], [[1, 1], [0, 0]]]]).bool()
     bce = match_cost(logits, targets, weights=(0, 1, 0))
@@ -27,7 +27,7 @@ def test_table_by_hand() -> None:
     labels = torch.tensor([[0, 1, 1]])
     focal = match_cost(logits, targets, classes, labels, weights=(1, 0, 0))
     even = 0.25 * (0.75 - 0.25) * torch.tensor(0.5).log()
-    sure = 0.75 * torch.tensor(1e-12).log()  # of a class that is certain: nothing but the epsilon is left
+    sure = 0.75 * torch.tensor(1e-12).log()  # of a certain class: only the epsilon is left
     unlikely = -0.25 * torch.tensor(1e-12).log()
     torch.testing.assert_close(
         focal, torch.stack((even, sure, sure, unlikely, even, even)).view(1, 2, 3), rtol=1e-5, atol=0
@@ -44,7 +44,7 @@ def test_weights_add_up() -> None:
 
 
 def test_direct_formula() -> None:
-    """One product says the same as two: (1 − p)(1 − t) is never formed (K-Net's check of the released formula)."""
+    """The kernel takes one product and never forms (1 − p)(1 − t). The result equals K-Net's formula with two products."""
     g = random(1)
     logits = 3 * torch.randn(2, 30, 25, 42, generator=g)
     soft = (torch.rand(2, 13, 50, 84, generator=g) * 4).round() / 4
@@ -80,7 +80,7 @@ def test_nan_of_a_target_stays_in_its_column() -> None:
 
 
 def test_padding_is_not_read() -> None:
-    """Whatever padding holds, the cost is the same: 0 there, and nothing of it elsewhere."""
+    """The values in the padding do not change the cost. The cost of padding is 0."""
     g = random(5)
     logits, classes = torch.randn(3, 7, 5, 8, generator=g), torch.randn(3, 7, 2, generator=g)
     targets, labels = torch.rand(3, 6, 5, 8, generator=g), torch.randint(0, 2, (3, 6), generator=g)
@@ -97,7 +97,7 @@ def test_padding_is_not_read() -> None:
 @pytest.mark.parametrize("ratio", (1, 2, 4))
 @pytest.mark.parametrize(("h", "w"), ((3, 5), (5, 16), (2, 33), (9, 70)))
 def test_bits_are_their_soft_targets(ratio: int, h: int, w: int) -> None:
-    """The reduction inside is the one of F.interpolate; every alignment of a row to a word."""
+    """The kernel reduces bits as F.interpolate reduces masks, at every alignment of a row to a word."""
     masks = (torch.rand(1, 6, ratio * 2 * h, ratio * 2 * w, generator=random(h)) < 0.4).float()
     masks[0, 4], masks[0, 5] = 0, 1
     masks[0, 3, :, : w * ratio] = 0
@@ -108,7 +108,8 @@ def test_bits_are_their_soft_targets(ratio: int, h: int, w: int) -> None:
 
 
 def test_chunks_and_images_are_independent() -> None:
-    """An image's costs do not depend on the images beside it, and hardly on how its rows are cut."""
+    """The costs of an image do not depend on the other images; they depend on the cuts between chunks of rows only by
+    rounding."""
     logits = 3 * torch.randn(3, 11, 40, 52, generator=random(6))
     targets = blobs(21, 80, 104, 7).view(3, 7, 80, 104)
     whole = match_cost(logits, targets, upsample=2)
@@ -144,7 +145,7 @@ def test_mixed_dtypes_and_no_gradient() -> None:
 
 
 def test_many_targets_and_wide_maps() -> None:
-    """Tiles of one row, more targets than a cache holds, rests of every register tile."""
+    """Tiles of one row, more targets than a cache holds, and a remainder of every register tile."""
     logits = torch.randn(1, 6, 3, 700, generator=random(12))
     targets = (torch.rand(1, 70, 6, 1400, generator=random(13)) < 0.01).float()
     p, t = (
@@ -161,7 +162,7 @@ on_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=laun
 
 
 def truth(logits: Tensor, soft: Tensor, upsample: int) -> Tensor:
-    """bce and dice of weights 1 and 4, in float64."""
+    """bce and dice with the weights 1 and 4, in float64."""
     p = F.interpolate(logits.double(), scale_factor=upsample, mode="bilinear").sigmoid().flatten(2)
     t = soft.double().flatten(2)
     bce = -(p @ t.mT + (1 - p) @ (1 - t).mT) / p.shape[2]
@@ -183,7 +184,7 @@ def test_triton_borders_of_masks_and_targets(N: int, G: int) -> None:
     ((15, 17, 1), (16, 16, 1), (1, 257, 1), (15, 15, 2), (14, 16, 2), (20, 30, 2), (13, 21, 3), (65, 66, 1)),
 )
 def test_triton_borders_of_chunks(h: int, w: int, upsample: int) -> None:
-    """Below, at and above a chunk of 256 quads; more chunks than the second kernel takes at once."""
+    """Sizes below, at and above a chunk of 256 quads, and more chunks than the second kernel reads at once."""
     logits = 3 * torch.randn(1, 3, h, w, generator=random(h))
     soft = torch.rand(1, 4, h * upsample, w * upsample, generator=random(w))
     with use_backend("triton"):
@@ -195,8 +196,8 @@ def test_triton_borders_of_chunks(h: int, w: int, upsample: int) -> None:
 @on_triton
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_triton_product_of_parts(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """What a GPU does in place of a float32 product (the interpreter takes that, for speed): three bfloat16 parts of
-    each side."""
+    """On a GPU the kernel splits each factor into three bfloat16 parts instead of taking a float32 product. The interpreter
+    takes the float32 product because that is faster, so the test switches it to the parts."""
     import triton.language as tl
 
     module = importlib.import_module("sprompt.ops.match_cost.triton")

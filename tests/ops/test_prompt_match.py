@@ -1,27 +1,15 @@
 import math
-import os
 
 import pytest
 import torch
 from torch import Tensor
 
-import sprompt
-from sprompt import backends
-from sprompt.ops import PromptMatch, launch, prompt_match
+from sprompt.ops import PromptMatch, prompt_match
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs import prompt_match as spec
 
-ON_TRITON = not launch.why_not(torch.empty(0))  # TRITON_INTERPRET=1
-BACKENDS = ["native", "reference", *["triton"] * ON_TRITON]
-if os.environ.get("SPROMPT_BACKEND"):
-    BACKENDS = [os.environ["SPROMPT_BACKEND"]]
+pytestmark = pytest.mark.usefixtures("backend")
 NAN = math.nan
-
-
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    with sprompt.use_backend(request.param, [op for op in backends.ops() if request.param in backends.registered(op)]):
-        yield request.param
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
@@ -38,17 +26,17 @@ def test_by_hand():
     prompts = torch.tensor([[[0.0, 9.0, 0.0], [2.0, 0.0, 0.0], [0.0, -3.0, 1.0]]])
     out = prompt_match(kernels, prompts)
     assert isinstance(out, PromptMatch)
-    assert out.index.tolist() == [[1, 2, 0, 0]]  # third: a tie of 0 and 1; fourth: all similarities are 0
+    assert out.index.tolist() == [[1, 2, 0, 0]]  # kernel 2: prompts 0 and 1 tie; kernel 3: all similarities are 0
     assert out.kernels.tolist() == [[[3, 0, 0], [0, -4, 1], [1, 10, 0], [0, 9, 0]]]
 
 
 @pytest.mark.parametrize("length", (1, 2, 3, 20, 41, 257, 600))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_equal_prompts_tie(length: int, dtype: torch.dtype, backend: str):
-    """Wherever they stand; scaling by a power of two does not change the cosine either."""
-    slow = backend == "triton"  # the interpreter
+    """Equal prompts tie at any position. Scaling a prompt by a power of two does not change its cosine either."""
+    slow = backend == "triton"  # Triton's interpreter
     if slow and dtype != (torch.bfloat16 if length == 20 else torch.float32):
-        pytest.skip("the kernel computes in float32 whatever comes in")
+        pytest.skip("the kernel computes in float32 for every dtype")
     for channels in (77,) if slow else (5, 32, 77, 256):
         kernels = torch.randn(1, 9 if slow else 37, channels).to(dtype)
         prompt = torch.randn(1, 1, channels).to(dtype)
@@ -99,7 +87,7 @@ def test_the_widest_dtype_wins():
 
 
 def slots(length: int) -> list[int]:
-    """As the paper's tables have it: the prompts in turn, each for 20 / L kernels, the rest by the first ones."""
+    """The tables of the paper: each prompt in turn takes 20 / L kernels; the first prompts take the remaining kernels."""
     table = {
         1: [0] * 20,
         3: [0] * 6 + [1] * 6 + [2] * 6 + [0, 1],
@@ -184,7 +172,7 @@ def test_no_gradient_where_nothing_was_added():
 
 def test_any_number_of_threads_gives_the_same_bits(backend):
     if backend == "triton":
-        pytest.skip("its programs share nothing")
+        pytest.skip("programs of the Triton kernels share nothing")
     kernels, prompts = torch.randn(3, 70, 129, requires_grad=True), torch.randn(3, 11, 129, requires_grad=True)
 
     def everything() -> list[Tensor]:

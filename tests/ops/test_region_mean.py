@@ -1,5 +1,4 @@
 import math
-import os
 
 import hypothesis
 import hypothesis.strategies as st
@@ -7,27 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-import sprompt
-from sprompt import backends
 from sprompt.ops import launch, mask_boxes, mask_mean, pack_masks, region_mean
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs import region_mean as spec
 
+pytestmark = pytest.mark.usefixtures("backend")
 ON_TRITON = not launch.why_not(torch.empty(0))  # TRITON_INTERPRET=1
-BACKENDS = ["native", "reference", *["triton"] * ON_TRITON]
-if os.environ.get("SPROMPT_BACKEND"):
-    BACKENDS = [os.environ["SPROMPT_BACKEND"]]
 NAN = math.nan
 
 
-@pytest.fixture(params=BACKENDS, autouse=True)
-def backend(request):
-    with sprompt.use_backend(request.param, [op for op in backends.ops() if request.param in backends.registered(op)]):
-        yield request.param
-
-
 def cells(height: int, width: int, *boxes: list[float]) -> list[int]:
-    """Which cells each box takes: a mean of powers of two tells its cells, one bit each."""
+    """The cells of each box as bits. Cell i holds 2^i, so the mean of a box shows which cells it takes."""
     features = (2.0 ** torch.arange(height * width)).reshape(1, 1, height, width)
     out = []
     for box in boxes:
@@ -43,7 +32,7 @@ def cells(height: int, width: int, *boxes: list[float]) -> list[int]:
 
 
 def test_cells_of_boxes():
-    """One row of 4 cells: the cells of each box as bits."""
+    """The cells of each box in one row of 4 cells, as bits."""
     rows = [
         ([0, 0, 4, 1], 0b1111), ([1, 0, 3, 1], 0b0110), ([1.5, 0, 2.5, 1], 0b0110), ([1.999, 0, 2.001, 1], 0b0110),
         ([2, 0, 2, 1], 0b0100), ([2.5, 0, 2.5, 1], 0b0100), ([3, 0, 1, 1], 0b1000), ([-2, 0, 1, 1], 0b0001),
@@ -130,7 +119,7 @@ def test_masks_of_boxes_give_the_means_of_boxes():
 
 
 def test_short_stretches_anywhere_in_a_row(backend):
-    """Masks are read 64 cells at a time: no cell is lost, or counted twice, where one reading ends."""
+    """The kernel reads masks 64 cells at a time. At the end of such a read no cell may be lost or counted twice."""
     step = 5 if backend == "triton" else 1
     features = torch.randn(1, 8, 2, 150, requires_grad=True)
     boxes = torch.tensor([[[start, 0, start + length, 2] for start in range(0, 130, step) for length in (1, 9, 18)]])
@@ -203,7 +192,7 @@ def test_layouts_give_the_same_bits(dtype: torch.dtype):
 
 def test_any_number_of_threads_gives_the_same_bits(backend):
     if backend == "triton":
-        pytest.skip("its programs share nothing")
+        pytest.skip("programs of the Triton kernels share nothing")
     features, boxes = torch.randn(3, 37, 25, 42, requires_grad=True), spec.random_boxes(3, 7, 25, 42, 0)
     masks = pack_masks(torch.rand(3, 7, 25, 42) < 0.2)
 

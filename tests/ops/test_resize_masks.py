@@ -23,7 +23,7 @@ def bits(masks: BitMasks) -> list:
 
 
 def both(soft: torch.Tensor, size: tuple[int, int], **options: object) -> BitMasks:
-    """resize_masks on the backend in force, which must agree with the reference to the bit."""
+    """resize_masks on the active backend; the result must equal the reference to the bit."""
     masks = resize_masks(soft, size, **options)
     with sprompt.use_backend("reference"):
         expected = resize_masks(soft, size, **options)
@@ -45,19 +45,21 @@ def test_tables() -> None:
         [1],
         [1],
     ], "strict"
-    # The crop (1.5 of 3 cells, 3 pixels): pixel centres at cells 0.25, 0.75, 1.25 less a half: -0.25 -> 0, 0.25, 0.75.
+    # The crop: 1.5 of 3 cells become 3 pixels. The pixel centres are at 0.25, 0.75 and 1.25 cells; minus a half: -0.25 -> 0,
+    # 0.25, 0.75.
     assert bits(both(torch.tensor([[-1.0, 1.0, 9.0]]), (1, 3), crop=(1.0, 1.5))) == [[0, 0, 1]]
-    # A crop reads beyond its end: the last pixel of 1.9 cells into 19 is at 1.35.
+    # A crop reads beyond its end: when 1.9 cells become 19 pixels, the last pixel is at 1.35.
     row = both(torch.tensor([[-1.0, -1.0, 9.0]]), (1, 19), crop=(1.0, 1.9))
     assert bits(row) == [[int(-1 + 10 * max(0.0, (x + 0.5) * 0.1 - 0.5 - 1) > 0) for x in range(19)]]
     assert bits(both(torch.tensor([[5.0]]), (2, 2))) == [[1, 1], [1, 1]]
 
 
 def test_values_without_weight_do_not_count() -> None:
-    """The same size: every weight is 0 or 1, so each pixel is its cell, whatever stands beside it."""
+    """If the size does not change, every weight is 0 or 1. Each pixel then equals its cell, and the neighbouring cells do not
+    matter."""
     cells = torch.tensor([[1.0, NAN, 1.0, INF, -1.0, -INF, 1.0], [INF, -INF, 1.0, 1.0, INF, 1.0, NAN]])
     assert bits(both(cells, (2, 7))) == [[1, 0, 1, 1, 0, 0, 1], [1, 0, 1, 1, 1, 1, 0]]
-    # Every third cell: centres again.
+    # From three times the size, each pixel is again the centre of one cell.
     assert bits(both(cells.repeat_interleave(3, 1).repeat_interleave(3, 0), (2, 7))) == [
         [1, 0, 1, 1, 0, 0, 1],
         [1, 0, 1, 1, 1, 1, 0],
@@ -65,7 +67,7 @@ def test_values_without_weight_do_not_count() -> None:
 
 
 def test_infinities_and_nan() -> None:
-    assert bits(both(torch.tensor([[-1.0, INF]]), (1, 4))) == [[0, 1, 1, 1]], "a quarter of infinity outweighs"
+    assert bits(both(torch.tensor([[-1.0, INF]]), (1, 4))) == [[0, 1, 1, 1]], "infinity with weight 1/4 outweighs -1"
     assert bits(both(torch.tensor([[1.0, -INF]]), (1, 4))) == [[1, 0, 0, 0]]
     assert bits(both(torch.tensor([[INF, -INF]]), (1, 4))) == [[1, 1, 0, 0]], "not NaN"
     assert bits(both(torch.tensor([[1.0, NAN]]), (1, 4))) == [[1, 0, 0, 0]]
@@ -76,7 +78,7 @@ def test_infinities_and_nan() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_backends_agree_to_the_bit(dtype: torch.dtype) -> None:
-    """Random sizes, layouts, crops and thresholds; values that are smooth, tied with the threshold, or of a huge range."""
+    """Random sizes, layouts, crops and thresholds. The values are smooth, equal to the threshold, or of a huge range."""
     draw = random.Random(0)
     g = torch.Generator().manual_seed(0)
     for case in range(60):
@@ -118,7 +120,7 @@ def test_agrees_with_torch(h: int, w: int, H: int, W: int, seed: int, threshold:
 
 
 def test_crop_equals_slicing_a_larger_image() -> None:
-    """A crop of 3/4 of the cells into 3/4 of the pixels is the top-left of the whole."""
+    """Resizing a crop of 3/4 of the cells to 3/4 of the pixels gives the top left part of the whole resized mask."""
     soft = torch.randn(3, 16, 24, generator=torch.Generator().manual_seed(1))
     whole = resize_masks(soft, (64, 96))
     assert torch.equal(both(soft, (48, 72), crop=(12.0, 18.0)).words, whole.crop(0, 0, 48, 72).words)
@@ -129,7 +131,8 @@ def test_crop_equals_slicing_a_larger_image() -> None:
 
 @pytest.mark.parametrize("threshold", (0.1, 0.7, -0.3, 1e30, 0.0, 1.0))
 def test_cells_next_to_the_threshold(threshold: float) -> None:
-    """Cells one or two steps of float32 from the threshold: rounding may carry a pixel over it, on every backend alike."""
+    """Cells one or two float32 steps from the threshold. Rounding may move a pixel across the threshold, but in the same way on
+    every backend."""
     level = torch.tensor(threshold)
     up, down = torch.tensor(INF), torch.tensor(-INF)
     near = torch.stack((level.nextafter(down), level, level.nextafter(up), level.nextafter(down).nextafter(down)))
@@ -141,7 +144,7 @@ def test_cells_next_to_the_threshold(threshold: float) -> None:
 
 @pytest.mark.parametrize("threshold", (3e38, -3e38))
 def test_thresholds_beyond_the_held_cells(threshold: float) -> None:
-    """Whole segments of infinities, which count as 2^127: above -3e38, not above 3e38."""
+    """Whole segments of infinities. An infinity counts as ±2^127, which is above -3e38 and not above 3e38."""
     for value in (INF, -INF):
         assert both(torch.full((1, 8, 80), value), (16, 200), threshold=threshold).area().item() == (
             3200 if threshold < 0 else 0
@@ -158,7 +161,8 @@ def test_weights() -> None:
 
 @pytest.mark.parametrize("M", (1, 3, 70))
 def test_threads_and_bands(M: int) -> None:
-    """Large images are cut into bands of rows, and many masks are not; every number of threads gives the same bits."""
+    """The kernel cuts a large image into bands of rows, but not if there are many masks. Every number of threads gives the same
+    bits."""
     soft = blobs(M, 11, 20, 2) - 0.5
     before = torch.get_num_threads()
     try:
@@ -186,22 +190,23 @@ def test_padding_bits_are_zero() -> None:
 def test_very_wide() -> None:
     soft = torch.tensor([[[1.0, -1.0], [-1.0, -1.0]]])
     masks = resize_masks(soft, (4, 2**20))
-    # Columns ramp from 1 to -1 over the middle half, u = 0 to 1: the pixel is 2 (1 - u) weight - 1 > 0. The rows' weights of
-    # the upper cells are 1, 3/4, 1/4 and 0, so u < 1/2, u < 1/3, never, never.
+    # In the middle half, u goes from 0 to 1 along the columns. A pixel is set if 2 (1 - u) weight - 1 > 0, where weight is the
+    # row's weight of the upper cells: 1, 3/4, 1/4 and 0. So the rows are set for u < 1/2, u < 1/3, never and never.
     lengths = masks.to_dense().sum(-1)[0].tolist()
     assert lengths[0] == 2**19 and lengths[2:] == [0, 0]
     assert lengths[1] == int((0.25 + 0.5 / 3) * 2**20 + 0.5)
 
 
 def test_far_apart_rows() -> None:
-    """Strides that are not those of a dense tensor, and cells beyond 2^31 elements from the first."""
-    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # touched in four places only
+    """Strides unlike those of a dense tensor; some cells lie more than 2^31 elements behind the first cell."""
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)  # only four elements are ever touched
     view = memory.as_strided((1, 2, 2), (0, 2**31, 5))
     view.copy_(torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]))
     assert torch.equal(resize_masks(view, (6, 6)).words, resize_masks(view.contiguous(), (6, 6)).words)
 
 
-# -- the CUDA kernel: bands of 64 rows, fewer where cells are many or maps are few, tiles of up to 64 words of columns, slots of 64 columns
+# -- the CUDA kernel: bands of 64 rows (fewer with many cells or few maps), tiles of up to 64 words of columns, slots of 64
+# columns
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 on_cuda = pytest.mark.skipif(
@@ -210,7 +215,8 @@ on_cuda = pytest.mark.skipif(
 
 
 def kinds(M: int, h: int, w: int, seed: int) -> torch.Tensor:
-    """(4 M, h, w): noise, smooth maps, maps of one side but for single cells, noise with NaN and infinities."""
+    """(4 M, h, w): noise, smooth maps, maps whose cells lie on one side of 0 except for one cell, noise with NaN and
+    infinities."""
     g = torch.Generator().manual_seed(seed)
     noise, smooth = torch.randn(2 * M, h, w, generator=g), 8 * blobs(M, h, w, seed) - 4
     single, special = torch.full((M, h * w), -1.0), noise[M:].clone()
@@ -238,7 +244,7 @@ def same_on_cuda(soft: torch.Tensor, size: tuple[int, int], **options: object) -
 @on_cuda
 @pytest.mark.parametrize("W", (1, 2, 5, 31, 32, 33, 63, 64, 65, 97, 100))
 def test_cuda_widths_around_words(W: int) -> None:
-    """Heights around a band, and rows that share words with those below, or with many of them."""
+    """Heights near that of a band. Rows share a word with the row below, or with many rows below."""
     for i, H in enumerate((1, 7, 9, 33, 65)):
         larger = kinds(2, max(1, H // 4), max(1, W // 4), i)
         same_on_cuda(larger, (H, W))
@@ -250,7 +256,7 @@ def test_cuda_widths_around_words(W: int) -> None:
 @on_cuda
 @pytest.mark.parametrize(("M", "H"), [(22, 130), (32, 33), (64, 64)])
 def test_cuda_bands(M: int, H: int) -> None:
-    """So many maps that bands have 64 or 32 rows, which a warp takes 32 at a time; the last band ends within one."""
+    """With so many maps a band has 64 or 32 rows. A warp takes 32 rows at a time, and the last band ends within 32 rows."""
     for W in (3, 70):
         same_on_cuda(kinds(M, H // 4 + 1, W // 3 + 1, W), (H, W), crop=(H / 4 + 0.3, W / 3 + 0.2))
 
@@ -258,7 +264,7 @@ def test_cuda_bands(M: int, H: int) -> None:
 @on_cuda
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_cuda_layouts(dtype: torch.dtype) -> None:
-    """Strides of every kind, in larger and in smaller pictures."""
+    """Strides of every kind, resized to larger and to smaller images."""
     soft = kinds(1, 19, 45, 3).to(dtype)
     layouts = (
         soft, soft.mT.contiguous().mT, soft.permute(1, 0, 2).contiguous().permute(1, 0, 2), soft.flip(0, 1, 2)[:, ::2, 1:],
@@ -278,14 +284,14 @@ def test_cuda_layouts(dtype: torch.dtype) -> None:
     ],
 )  # fmt: skip
 def test_cuda_tiles(h: int, w: int, H: int, W: int) -> None:
-    """Rows of several tiles, of which the last may be narrower than a word; bands that their cells make shorter."""
+    """A row is several tiles, and the last tile may be narrower than a word. Many cells make the bands shorter."""
     same_on_cuda(kinds(1, h, w, W), (H, W))
 
 
 @on_cuda
 @pytest.mark.parametrize("threshold", (0.0, 0.1, -0.7, 1e30, -3e38, INF, -INF))
 def test_cuda_cells_next_to_the_threshold(threshold: float) -> None:
-    """What is decided without interpolation is decided as the interpolation, rounded, would."""
+    """A pixel that the kernel decides without interpolation gets the same value as with the rounded interpolation."""
     level = torch.tensor(threshold)
     up, down = torch.tensor(INF), torch.tensor(-INF)
     near = torch.stack(
@@ -325,8 +331,8 @@ def test_resize_of_bits(h: int, w: int, H: int, W: int, seed: int, density: floa
     ],
 )  # fmt: skip
 def test_resize_of_bits_of_few_kinds(h: int, w: int, H: int, W: int) -> None:
-    """Masks that are nearly all of one kind, so that most words need no interpolation and some need it for one cell; in sizes
-    that share a word between rows, end within one, and have less, or far more, cells than pixels under a word."""
+    """Nearly all pixels of a mask are equal, so most words need no interpolation and some need it for one cell. In these sizes
+    rows share a word or end within a word, and a word covers fewer, or far more, cells than pixels."""
     g = torch.Generator().manual_seed(h * w)
     dense = torch.cat([blobs(3, h, w, 1) > 0.5, torch.zeros(1, h, w).bool(), torch.ones(1, h, w).bool()])
     for place in torch.randint(h * w, (6,), generator=g).tolist():
@@ -348,12 +354,12 @@ def test_resize_of_bits_of_few_kinds(h: int, w: int, H: int, W: int) -> None:
         4 * w,
         8 * w,
         w // 2,
-    ):  # weights without rounding, ties among them
+    ):  # such weights need no rounding, and some pixels tie
         assert not off.any()
 
 
 def test_resize_of_bits_many_masks_in_a_word_each() -> None:
-    """A warp then has words of 32 masks, a block of 256."""
+    """Each mask is one word, so a warp has the words of 32 masks and a block those of 256."""
     dense = torch.rand(700, 3, 3, generator=torch.Generator().manual_seed(0)) < 0.5
     got = pack_masks(dense).resize((5, 6))
     assert got.words.shape == (700, 1)
@@ -377,7 +383,7 @@ def test_resize_of_bits_refuses() -> None:
     with pytest.raises(ValueError, match=r"BitMasks.resize: size must be empty for an empty map of 0x6, got \(4, 4\)"):
         masks.resize((4, 4))
     with pytest.raises(TypeError, match=r"BitMasks.resize: size must be \(H, W\), got 4"):
-        masks.resize(4)  # type: ignore[arg-type]
+        masks.resize(4)
     with pytest.raises(ValueError, match=r"BitMasks.resize: size must have at most 2147483647 pixels"):
         pack_masks(torch.zeros(2, 3, 6)).resize((1 << 16, 1 << 15))
 

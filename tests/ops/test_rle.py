@@ -1,4 +1,5 @@
-"""Run lengths: hand-written strings, pycocotools to the byte, every malformed string, and any string at all."""
+"""Run lengths: strings written by hand, equality with pycocotools to the byte, every kind of malformed string, and random
+strings."""
 
 import itertools
 import os
@@ -28,20 +29,20 @@ BACKENDS = [name for name in ("native", "reference") if not backends.available("
 needs_native = pytest.mark.skipif(native._C is None, reason="the kernels are not built")
 few = settings(deadline=None, max_examples=60)
 
-# (rows of the mask, its string), the runs counted by hand.
+# (rows of the mask, its string). The comments give the runs, counted by hand.
 TABLE = (
     (["0"], "1"),  # 1
     (["1"], "01"),  # 0 1
     (["00", "00"], "4"),  # 4
     (["11", "11"], "04"),  # 0 4
     (["01", "11"], "13"),  # 1 3
-    (["10", "01"], "0120"),  # 0 1 2 1: the last is 1 - 1
+    (["10", "01"], "0120"),  # 0 1 2 1: the last number is 1 - 1
     (["10", "01"][::-1], "121"),  # 1 2 1
     (["010", "010", "010"], "333"),  # 3 3 3
-    (["101", "101", "101"], "0330"),  # 0 3 3 3: the last is 3 - 3
-    (["1010"], "01100"),  # 0 1 1 1 1: the last two are 1 - 1
+    (["101", "101", "101"], "0330"),  # 0 3 3 3: the last number is 3 - 3
+    (["1010"], "01100"),  # 0 1 1 1 1: the last two numbers are 1 - 1
     (["0" * 15 + "1"], "?1"),  # 15 1: 15 fits one group
-    (["0" * 16 + "1"], "`01"),  # 16 1: 16 does not, its 5 bits read as -16; then group 0
+    (["0" * 16 + "1"], "`01"),  # 16 1: 16 does not fit, its 5 bits read as -16; then group 0
     (["0" * 31 + "1"], "o01"),  # 31 1
     (["0" * 32 + "1"], "P11"),  # 32 1: group 0, then group 1
     (["0" * 511 + "1"], "o?1"),  # 511 1: groups 31, 15
@@ -55,7 +56,7 @@ EMULATED = not cuda.why_not(torch.empty(0))
 
 @pytest.fixture(params=[*BACKENDS, *["cuda"] * EMULATED])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    ops = ("rle_encode",) if request.param == "cuda" else None  # to decode there is no such kernel
+    ops = ("rle_encode",) if request.param == "cuda" else None  # no CUDA kernel decodes
     with sprompt.use_backend(request.param, ops):
         yield request.param
 
@@ -79,7 +80,8 @@ def test_table(backend: str, rows: list[str], text: str) -> None:
 
 
 def test_negative_differences(backend: str) -> None:
-    # 0 1 40 5 3: written 0, 1, 40, 4, -37. 40 = 8 + 32 * 1; -37 = 27 + 32 * (-2), groups 27 and 30.
+    # The runs 0 1 40 5 3 are written as 0, 1, 40, 4, -37. 40 = 8 + 32 * 1; -37 = 27 + 32 * (-2), which gives the groups 27 and
+    # 30.
     mask = mask_of(["1" + "0" * 40 + "1" * 5 + "0" * 3])
     text = bytes([48, 49, 48 + 32 + 8, 48 + 1, 48 + 4, 48 + 32 + 27, 48 + 30])
     assert rle_encode(mask) == [{"size": [1, 49], "counts": text}]
@@ -98,7 +100,8 @@ def test_every_mask_of_twelve_pixels(backend: str) -> None:
 
 
 def special(height: int, width: int, seed: int = 0) -> torch.Tensor:
-    """(11, height, width): densities, blobs, checkerboards, stripes, single pixels in three corners."""
+    """(13, height, width): four densities, empty, full, blobs, a checkerboard, two kinds of stripes, single pixels in three
+    corners."""
     y, x = torch.arange(height)[:, None], torch.arange(width)
     masks = [torch.rand(height, width, generator=random(seed + i)) < d for i, d in enumerate((0.5, 0.1, 0.001, 0.999))]
     masks += [
@@ -163,13 +166,13 @@ def test_leading_dimensions_are_flattened(backend: str) -> None:
 
 
 def test_padding_bits_are_not_pixels(backend: str) -> None:
-    """Words that somebody filled by hand."""
+    """Words filled by hand, with padding bits that are set."""
     bits = BitMasks(torch.full((1, 1), -1, dtype=torch.int32), (3, 5))
     assert rle_encode(bits) == [{"size": [3, 5], "counts": b"0?"}]
 
 
 def test_entries_of_many_kinds(backend: str) -> None:
-    class Entry(dict):  # type: ignore[type-arg]
+    class Entry(dict):
         pass
 
     want = mask_of(["010", "010"])[None]
@@ -188,14 +191,14 @@ def test_entries_of_many_kinds(backend: str) -> None:
 
 
 def test_numbers_need_not_be_short(backend: str) -> None:
-    """3 as groups 3, 0, 0, ...: nobody writes it, pycocotools reads it."""
+    """The number 3 as the groups 3, 0, 0, ...: no encoder writes such a number, but pycocotools reads it."""
     for more in range(1, MOST_CHARACTERS):
         text = b"S" + b"P" * (more - 1) + b"03"
         rle = {"size": [2, 3], "counts": text}
         got = rle_decode([rle])
         assert rle_encode(got) == [{"size": [2, 3], "counts": b"33"}]
         assert torch.equal(got.to_dense(torch.uint8)[0], torch.from_numpy(coco.decode(rle)))
-    with pytest.raises(ValueError, match="numbers of at most 12 characters, got a longer one from character 0 on"):
+    with pytest.raises(ValueError, match="numbers of at most 12 characters, got a longer number from character 0 on"):
         rle_decode([{"size": [2, 3], "counts": b"S" + b"P" * 11 + b"03"}])
 
 
@@ -206,7 +209,7 @@ def test_malformed(backend: str, case: ErrorCase) -> None:
 
 
 def test_every_prefix_and_every_changed_character(backend: str) -> None:
-    """Of a real string: an error, or a mask of the right size that encodes to itself."""
+    """A changed string of a real mask gives an error, or a mask. Encoding and decoding that mask must give it back."""
     (rle,) = rle_encode(blobs(1, 17, 90, 3) > 0.5)
     text = rle["counts"]
     for cut in range(len(text)):
@@ -240,7 +243,7 @@ def test_the_op_itself_trusts_nothing(backend: str) -> None:
     decode, encode = torch.ops.sprompt.rle_decode, torch.ops.sprompt.rle_encode
     assert decode(characters, torch.tensor([0, 1, 2]), 3, 4).shape == (2, 1)
     for offsets in ([0, 3], [-1, 1], [1, 0], [0, 2**62], [-(2**62), 2**62]):
-        with pytest.raises(ValueError, match=r"rles\[0\] must lie inside the characters, got offsets that do not"):
+        with pytest.raises(ValueError, match=r"rles\[0\] must lie inside the characters, got offsets outside of them"):
             decode(characters, torch.tensor(offsets), 3, 4)
     for height, width in ((-1, -1), (2**20, 2**20), (2**31, 1), (-(2**40), 2**40)):
         with pytest.raises(ValueError, match=r"rle_decode: size must have at most 2\^31 - 1 pixels"):
@@ -257,8 +260,8 @@ def test_the_op_itself_trusts_nothing(backend: str) -> None:
 
 @needs_native
 def test_largest_masks() -> None:
-    """Two characters at the bound cost their 268 MB of bits and no more; one pixel more is refused."""
-    with sprompt.use_backend("native"):  # the reference would need a byte a pixel and more
+    """A mask of the largest size takes 268 MB for its bits and no more memory; a mask with one pixel more is refused."""
+    with sprompt.use_backend("native"):  # the reference would need more than a byte per pixel
         check_largest_masks()
 
 
@@ -266,7 +269,7 @@ def check_largest_masks() -> None:
     height, width = 32768, 65535
     bits = rle_decode([{"size": [height, width], "counts": [height * width - 1, 1]}])
     assert bits.words[0, -1] == -(1 << 31) and bits.area().tolist() == [1]
-    # 2^31 - 2^15 - 1 is 31, 31, 31, 30, 31, 31, 1 in groups of 5 bits.
+    # 2^31 - 2^15 - 1 in groups of 5 bits is 31, 31, 31, 30, 31, 31, 1.
     assert rle_encode(bits) == [{"size": [height, width], "counts": b"ooonoo11"}]
     column = rle_decode([{"size": [MOST_PIXELS, 1], "counts": [5, MOST_PIXELS - 5]}])
     assert column.area().tolist() == [MOST_PIXELS - 5]
@@ -290,29 +293,30 @@ def test_any_number_of_threads() -> None:
 
 
 def from_changes(places: list[int], height: int, width: int) -> torch.Tensor:
-    """The mask whose runs, column by column, begin at `places`."""
+    """The mask whose pixels, column by column, change at `places`."""
     flips = torch.zeros(height * width, dtype=torch.int64)
     flips[torch.tensor(places, dtype=torch.int64)] = 1
     return (flips.cumsum(0) % 2 == 1).reshape(width, height).T
 
 
 def test_few_changes_far_apart() -> None:
-    """What is written of a run depends on the three changes before it, wherever they are: in the same 32 columns, or many
-    hundreds before; in the same column, or a thousand rows above."""
+    """The characters of a run depend on the three changes before it. These changes may lie in the same 32 columns or many
+    hundreds of columns before, in the same column or a thousand rows above."""
     g = random(5)
     for height, width in ((3, 2090), (1090, 70), (2080, 5), (40, 1100)):
         masks = [
             from_changes(torch.randint(height * width, (k,), generator=g).sort()[0].tolist(), height, width)
             for k in (0, 1, 1, 2, 2, 3, 3, 4, 5, 6, 9)
         ]
-        columns = torch.arange(0, width, 33)[:12].tolist()  # one change each in columns that share no 32
+        columns = torch.arange(0, width, 33)[:12].tolist()  # one change per column, in different groups of 32
         masks += [from_changes([x * height + height // 2 for x in columns[:k]], height, width) for k in range(1, 8)]
         check_bytes_of_pycocotools(torch.stack(masks))
 
 
 @pytest.mark.parametrize("height", (31, 32, 33, 1023, 1024, 1025, 1056, 1057))
 def test_rows_around_tiles(height: int) -> None:
-    """Changes in the first and last rows of 32 and of 1024, and between the last row and the first of the next column."""
+    """Changes in the first and last rows of tiles of 32 and 1024 rows, and between the last row of a column and the first row
+    of the next column."""
     masks = torch.zeros(8, height, 35, dtype=torch.bool)
     masks[0, -1] = True
     masks[1, 0] = True
@@ -326,7 +330,7 @@ def test_rows_around_tiles(height: int) -> None:
 
 
 def test_numbers_of_every_length() -> None:
-    """Numbers on both sides of 2^4, 2^9, 2^14, 2^19, positive and negative."""
+    """Numbers just below, at and just above 2^4, 2^9, 2^14 and 2^19, and their negatives."""
     height, width = 1 << 10, 1 << 11
     masks = []
     for power in (4, 9, 14, 19):
@@ -334,10 +338,10 @@ def test_numbers_of_every_length() -> None:
             v = (1 << power) + off
             masks.append(from_changes([v], height, width))  # v
             masks.append(from_changes([1, 2, 5, 6 + v], height, width))  # v, as the difference to 1
-            masks.append(from_changes([1, 2 + v, 5 + v, 6 + v], height, width))  # -v, as the difference to 1 + v
+            masks.append(from_changes([1, 2 + v, 5 + v, 6 + v], height, width))  # -v, as a difference to 1 + v
     masks = torch.stack(masks)
     check_on_gpu(masks)
-    if EMULATED:  # which is slow
+    if EMULATED:  # the emulation is slow
         masks = masks[::4]
     assert rle_encode(masks) == coco_encode(masks)
 
@@ -356,9 +360,9 @@ def test_fake_outside_of_tracing() -> None:
     assert characters.shape == (0,) and offsets.shape == (4,)
 
 
-@pytest.mark.skipif(not EMULATED, reason="a build that emulates the CUDA kernels has them")
+@pytest.mark.skipif(not EMULATED, reason="needs a build that emulates the CUDA kernels")
 def test_words_that_change_between_measuring_and_writing() -> None:
-    """Nothing is written in front of the characters or behind them."""
+    """The kernel writes nothing in front of the characters and nothing behind them."""
     masks = special(70, 100)
     height, width = 70, 100
     before, after = pack_masks(masks).words, pack_masks(masks.flip(0)).words
@@ -369,17 +373,17 @@ def test_words_that_change_between_measuring_and_writing() -> None:
     kernels, at = native._C.cuda, (0, 0)
     kernels.rle_measure(at, before, height, width, used, contexts, starts, offsets[1:])
     offsets.cumsum_(0)
-    size, room = int(offsets[-1]), 1 << 18  # more than all masks' characters at their most
+    size, margin = int(offsets[-1]), 1 << 18  # more than the largest number of characters of all masks together
     for words in (before, after, torch.full_like(before, 0x55555555)):
-        memory = torch.zeros(size + 2 * room, dtype=torch.uint8)
-        kernels.rle_write(at, words, height, width, used, contexts, starts, offsets, memory[room : room + size])
-        assert not memory[:room].any() and not memory[room + size :].any()
+        memory = torch.zeros(size + 2 * margin, dtype=torch.uint8)
+        kernels.rle_write(at, words, height, width, used, contexts, starts, offsets, memory[margin : margin + size])
+        assert not memory[:margin].any() and not memory[margin + size :].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_waits_for_the_device_twice() -> None:
     bits = pack_masks(special(70, 100).cuda())
-    expected = rle_encode(bits)  # also loads the kernels
+    expected = rle_encode(bits)  # this call also loads the kernels
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -393,7 +397,7 @@ def test_waits_for_the_device_twice() -> None:
 
 @st.composite
 def drawings(draw: st.DrawFn) -> torch.Tensor:
-    """Rectangles set, cleared or flipped on top of each other."""
+    """Rectangles on top of each other; each sets, clears or flips its pixels."""
     height, width = draw(st.integers(0, 140)), draw(st.integers(0, 140) | st.integers(1000, 1100))
     mask = torch.zeros(height, width, dtype=torch.bool)
     for _ in range(draw(st.integers(0, 8))):
@@ -420,7 +424,8 @@ def outcome(text: bytes, size: tuple[int, int]) -> object:
 
 
 def check_any(text: bytes, size: tuple[int, int]) -> None:
-    """Every backend gives the same mask or the same sentence; a mask is that of pycocotools, and encodes to itself."""
+    """All backends give the same mask or the same message. A mask must equal that of pycocotools, and decoding its encoding
+    must give it back."""
     outcomes = []
     for name in BACKENDS:
         with sprompt.use_backend(name):
@@ -430,7 +435,7 @@ def check_any(text: bytes, size: tuple[int, int]) -> None:
         assert outcomes[0].startswith("rle_decode: rles[0] must have ")
         return
     bits = rle_decode([{"size": size, "counts": text}])
-    # Our own checks say that the string is sound, so pycocotools may have it.
+    # Our own checks accepted the string, so it is safe to give it to pycocotools.
     theirs = torch.from_numpy(coco.decode({"size": list(size), "counts": text}))
     assert torch.equal(bits.to_dense(torch.uint8)[0], theirs)
     assert torch.equal(rle_decode(rle_encode(bits)).words, bits.words)
@@ -481,7 +486,7 @@ def test_the_list_is_not_changed() -> None:
 
 
 def test_decoded_masks_are_evaluated_alike() -> None:
-    """area, toBbox and iou of pycocotools, of our strings and from our bits."""
+    """area, toBbox and iou: pycocotools on our strings gives the same values as our bits."""
     masks = torch.cat([blobs(6, 60, 83, 1) > 0.5, torch.zeros(1, 60, 83).bool()])
     rles, bits = rle_encode(masks), pack_masks(masks)
     assert coco.area(rles).tolist() == bits.area().tolist()
@@ -496,7 +501,7 @@ def test_import_needs_no_pycocotools(tmp_path: Path) -> None:
         "import torch; from sprompt.ops import rle_encode, rle_decode\n"
         "print(rle_decode(rle_encode(torch.ones(1, 2, 3))).area().tolist())"
     )
-    # From elsewhere, so that it imports the package that this process has, not the one in the working directory.
+    # The working directory is another folder, so that the new process imports the same package as this process.
     home = str(Path(sprompt.__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", code],

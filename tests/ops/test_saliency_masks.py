@@ -1,4 +1,4 @@
-"""saliency_masks and saliency_maps: the acceptance checks of the method, exact agreement, invariances."""
+"""saliency_masks and saliency_maps: the acceptance checks of the method, exact agreement of the backends, invariances."""
 
 import doctest
 import importlib
@@ -30,7 +30,7 @@ def ints(*shape: int, seed: int = 0) -> Tensor:
 
 
 def halves(height: int, width: int) -> Tensor:
-    """Left and right half hold orthogonal features."""
+    """The left half and the right half hold orthogonal features."""
     features = torch.zeros(1, 6, height, width)
     features[:, :3, :, : width // 2] = torch.tensor([1.0, 2.0, 2.0]).reshape(1, 3, 1, 1)
     features[:, 3:, :, width // 2 :] = torch.tensor([2.0, 4.0, 4.0]).reshape(1, 3, 1, 1)
@@ -42,7 +42,7 @@ def as_lists(found: SaliencyMasks) -> tuple[Any, ...]:
 
 
 def bits(features: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """saliency_bits with the defaults of saliency_masks: words, areas, scores of all seeds."""
+    """saliency_bits with the defaults of saliency_masks: (words, areas, scores) of all seeds."""
     grid = options.get("seeds", (0, 0))
     return torch.ops.sprompt.saliency_bits(
         features, options.get("valid"), *grid, options.get("similarity", "cosine") == "cosine", 0.5, 2
@@ -57,7 +57,7 @@ def bits(features: Tensor, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_two_halves_give_two_proposals_of_score_one(similarity: str, nms: str) -> None:
     features = halves(24, 40)
     if similarity == "dot":
-        features[:, 3:] /= 2  # the plain product of a seed with its own half must be the largest
+        features[:, 3:] /= 2  # the dot product of a seed must be largest with its own half
     found = saliency_masks(features, similarity=similarity, nms=nms)
     assert (found.scores == 1).sum() == 2
     assert found.scores[0, :2].tolist() == [1, 1]
@@ -70,7 +70,7 @@ def test_two_halves_give_two_proposals_of_score_one(similarity: str, nms: str) -
             found.seeds[0, 2:].eq(-1).all() and found.scores[0, 2:].eq(0).all() and found.masks.words[0, 2:].eq(0).all()
         )
         assert found.boxes[0, 2:].eq(0).all()
-    else:  # duplicates of the two are multiplied by e^-2; of a line, the first by 0
+    else:  # the scores of duplicates are multiplied by e^-2, or by 0 with the linear kernel
         assert found.counts.tolist() == [20]
         rest = 0.1353353 if nms == "matrix" else 0.0
         assert torch.allclose(found.scores[0, 2:], torch.full((18,), rest))
@@ -96,14 +96,14 @@ def test_a_power_of_two_changes_nothing(similarity: str, factor: float) -> None:
 
 @by_similarity
 def test_a_positive_constant_changes_nothing(similarity: str) -> None:
-    features = scene(1, 24, 7, 9, 2).double()  # no value within rounding of the threshold, no two equal scores
+    features = scene(1, 24, 7, 9, 2).double()  # no value is near the threshold; all scores differ
     for factor in (0.3, 7.7):
         a, b = (saliency_masks(f, similarity=similarity) for f in (features, factor * features))
         assert a.seeds.tolist() == b.seeds.tolist() and a.masks.words.tolist() == b.masks.words.tolist()
 
 
 def test_scaling_one_pixel_changes_only_the_plain_product() -> None:
-    """With the seeds of scale 1 only, which a grid of the map's own size gives."""
+    """Only with the seeds of scale 1. A grid of the size of the map gives exactly those seeds."""
     features = ints(1, 6, 7, 9, seed=4)
     scaled = features.clone()
     scaled[:, :, 3, 5] *= 8
@@ -127,7 +127,8 @@ def test_a_zero_vector_makes_no_nan(similarity: str) -> None:
 
 
 def test_one_row_by_hand() -> None:
-    """D = 1, four cells in a row, so no pooled seeds: map of seed s is s·x; for s > 0 Norm is x scaled to [0, 1]."""
+    """D = 1 and one row of four cells, so there are no pooled seeds. The map of seed s is s·x; for s > 0, Norm gives x scaled
+    to [0, 1]."""
     features = torch.tensor([4.0, 0.0, 2.0, 1.0]).reshape(1, 1, 1, 4)
     words, areas, scores = bits(features, similarity="dot")
     assert words.flatten().tolist() == [0b0101, 0, 0b0101, 0b0101]
@@ -180,14 +181,14 @@ def test_seeds_of_a_grid() -> None:
 def test_native_equals_reference_to_the_bit_on_whole_numbers(
     similarity: str, seeds: tuple[int, int], size: tuple[int, int]
 ) -> None:
-    """Products, means of 1, 2 or 4 cells and areas are exact; a root and the divisions are rounded once on either side."""
+    """Products, areas, and means of 1, 2 or 4 cells are exact. Both backends round the root and the divisions once."""
     if seeds != (0, 0):
         size = (6, 10)
     features = ints(2, 300 if size[0] > 1 else 3, *size, seed=size[0])
     valid = torch.rand(2, *size, generator=torch.Generator().manual_seed(1)) < 0.9
     for mask in (None, valid):
         if mask is not None and seeds != (0, 0):
-            continue  # means of three cells are rounded
+            continue  # means of three cells are not exact
         options = {"similarity": similarity, "seeds": seeds, "valid": mask}
         with sprompt.use_backend("native"):
             actual = bits(features, **options)
@@ -247,7 +248,7 @@ def test_threads_change_no_bit() -> None:
 
 @needs_native
 def test_stripes_equal_the_whole_gram_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large maps never hold all products at once; nor do many seed vectors."""
+    """With large maps, or with many seed vectors, the kernel never holds all products at once."""
     features = scene(1, 200, 22, 31, 2)
     with sprompt.use_backend("native"):
         whole = everything(features)
@@ -256,7 +257,7 @@ def test_stripes_equal_the_whole_gram_matrix(monkeypatch: pytest.MonkeyPatch) ->
             assert_same_bits(everything(features), whole)
 
 
-# ---- Triton's side
+# ---- Triton
 
 
 def on_triton() -> Any:
@@ -279,7 +280,7 @@ def bits_on_both(features: Tensor, **options: Any) -> tuple[Any, Any]:
 def test_triton_equals_reference_to_the_bit_on_whole_numbers(
     similarity: str, depth: int, size: tuple[int, int]
 ) -> None:
-    """At the borders of blocks of 16 channels, 64 columns of products, 128 columns of a map; 1 to 4 blocks of columns."""
+    """Sizes near blocks of 16 channels, 64 columns of products and 128 columns of a map; 1 to 4 blocks of columns."""
     features = ints(2, depth, *size, seed=depth)
     valid = torch.rand(2, *size, generator=torch.Generator().manual_seed(1)) < 0.95
     actual, expected = bits_on_both(features, similarity=similarity, valid=valid if depth % 2 else None)
@@ -289,7 +290,7 @@ def test_triton_equals_reference_to_the_bit_on_whole_numbers(
 
 @needs_triton
 def test_triton_blocks_of_half_types() -> None:
-    """Three blocks of 128 columns; wide rows are read where they stand, others are copied."""
+    """Three blocks of 128 columns. The kernel reads wide rows in place and copies other rows."""
     features = ints(1, 16, 17, 16, seed=3)
     actual, expected = bits_on_both(features.bfloat16(), similarity="dot")
     assert_same_bits(actual, expected)
@@ -311,7 +312,7 @@ def test_triton_writes_nothing_of_maps_that_are_too_small() -> None:
 @needs_triton
 @by_similarity
 def test_triton_stripes_and_groups_equal_the_whole(similarity: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of all seeds and images at once, or of as few as there is room for."""
+    """The products of all seeds and images at once, or of as few as fit the scratch memory."""
     module = importlib.import_module("sprompt.ops.saliency_masks.triton")
     features = ints(2, 5, 11, 7, seed=1)
     valid = torch.ones(2, 11, 7, dtype=torch.bool)
@@ -326,7 +327,7 @@ def test_triton_stripes_and_groups_equal_the_whole(similarity: str, monkeypatch:
 
     with on_triton():
         whole = everything_exact()
-        for rows in (30, 100):  # of products: stripes, then whole images
+        for rows in (30, 100):  # rows of products that fit: first stripes, then whole images
             monkeypatch.setattr(module, "SCRATCH", rows * 80 * 4)
             assert_same_bits(everything_exact(), whole)
     with sprompt.use_backend("reference"):
@@ -337,7 +338,8 @@ def test_triton_stripes_and_groups_equal_the_whole(similarity: str, monkeypatch:
 
 @needs_triton
 def test_triton_soft_maps_of_addresses_that_are_none() -> None:
-    """Zeros, and nothing is read, for places outside the grids and blocks with a cell that is not valid."""
+    """For addresses outside the grids, and for blocks with a cell that is not valid, the map is 0 and the kernel reads
+    nothing."""
     features = scene(1, 20, 9, 10, 4)
     valid = torch.ones(1, 9, 10, dtype=torch.bool)
     valid[0, 3, 4] = False
@@ -363,7 +365,7 @@ def test_triton_soft_maps_of_addresses_that_are_none() -> None:
     assert not outside.any()
     assert not soft[0, len(real) :].any() and not grid[0, 1:].any() and grid[0, 0].max() == 1
     vectors, addresses = true_seeds(features[0].double(), valid[0].numpy(), "pyramid")
-    chosen = np.stack([vectors[addresses.index(tuple(a))] for a in real])  # type: ignore[arg-type]
+    chosen = np.stack([vectors[addresses.index(tuple(a))] for a in real])
     truth = true_maps(features[0].double(), valid[0].numpy(), chosen, "cosine")
     assert np.abs(soft[0, : len(real)].numpy() - truth).max() < 1e-5
 
@@ -449,7 +451,7 @@ def test_half_types_are_read_exactly(dtype: torch.dtype) -> None:
     with sprompt.trace_backends() as ran:
         saliency_masks(features)
     if ("saliency_bits", "triton") in ran:
-        pytest.skip("on tensor cores the sums of half types have another order than those of float32")
+        pytest.skip("on tensor cores, sums of half types have another order than sums of float32")
     half, full = saliency_masks(features, return_soft=True), saliency_masks(features.float(), return_soft=True)
     assert as_lists(half) == as_lists(full) and half.scores.dtype == torch.float32
     assert half.soft is not None and full.soft is not None and torch.equal(half.soft, full.soft.to(dtype))

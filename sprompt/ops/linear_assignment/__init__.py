@@ -13,16 +13,16 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     rows; the sum equals that of `scipy.optimize.linear_sum_assignment(cost[b, :, :counts[b]])` to rounding.
 
     Args:
-        cost: (B, N, G) or (N, G), float32, bfloat16, float16 or float64, any strides; computed in float64. Padded columns
-            g >= counts[b] are not read, so they may hold anything, NaN included.
-        counts: (B,) int64, how many columns of each image are real, between 0 and G; None means all. Only with a batch
+        cost: (B, N, G) or (N, G), float32, bfloat16, float16 or float64, any strides; computed in float64. Padded columns g >=
+            counts[b] are not read, so they may hold any value, NaN included.
+        counts: (B,) int64, the number of real columns of each image, between 0 and G; None means all. Only with a batch
             dimension.
 
-    Returns: int64 (B, G), or (G,): the row matched to each column; −1 on padding, and on the columns that are left out where
+    Returns: int64 (B, G), or (G,): the row matched to each column. −1 for padding, and for columns that get no row because
     counts[b] > N. N, G or B of 0 are allowed.
-    Ties: one of the optima. Deterministic: the same one on every run and for every number of threads.
-    Values: a NaN or infinity in a real entry raises ValueError on a CPU. On CUDA nothing is raised: such an image has −2 in
-    all its columns (and so has one with a count outside [0, G]).
+    Ties: the result is one of the optima. Deterministic: it is the same optimum on every run and for every number of threads.
+    Values: a NaN or infinity in a real entry raises ValueError on a CPU. On CUDA it raises nothing: such an image, and an
+    image with a count outside [0, G], has −2 in all its columns.
     Not differentiable. Autocast changes nothing. The reference backend works on the host, so on CUDA it waits for the device.
 
     >>> linear_assignment(torch.tensor([[4.0, 1.0], [2.0, 3.0], [9.0, 9.0]])).tolist()

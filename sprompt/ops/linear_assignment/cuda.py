@@ -1,4 +1,4 @@
-"""linear_assignment on its CUDA kernel (csrc/linear_assignment/linear_assignment_cuda.cu): one launch, a block an image."""
+"""linear_assignment on its CUDA kernel (csrc/linear_assignment/linear_assignment_cuda.cu): one launch, one block per image."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ SHARED = 96 * 1024
 
 
 def assignment_scratch(N: int, G: int, bytes_per_cost: int) -> int:
-    """Bytes an image of what does not fit into shared memory: nothing, the costs, or the state as well."""
+    """Bytes per image of the data that does not fit into shared memory: none, the costs, or the costs and the state."""
     costs = bytes_per_cost * N * G
     state = -(-(28 * max(N, G) + 4 * min(N, G)) // 16) * 16
     if costs + state <= SHARED:

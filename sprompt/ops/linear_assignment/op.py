@@ -8,7 +8,7 @@ from sprompt.ops import checks
 from sprompt.ops.declare import Args, new, op
 
 
-@op("cuda", computes=())  # compiled kernels take float64 too: all of them compute in it
+@op("cuda", computes=())  # compiled kernels also take float64, because they compute in float64
 def linear_assignment(cost: Tensor, counts: Tensor | None) -> Tensor:
     size = cost.shape
     if len(size) == 2:  # one image
@@ -30,12 +30,12 @@ def _(a: Args, rows: Tensor) -> None:
 
 
 def images(cost: Tensor) -> Tensor:
-    """(B, N, G), where (N, G) is one image."""
+    """The cost as (B, N, G). A cost (N, G) is one image."""
     return cost if cost.dim() == 3 else cost[None]
 
 
 def refuse(a: Args, image: int) -> None:
-    """The error of an image with an entry that is not finite."""
+    """Raises the error for an image with an entry that is not finite."""
     cost = images(a.cost)[image]
     real = cost if a.counts is None else cost[:, : int(a.counts[image])]
     row, column = (~real.isfinite()).nonzero()[0].tolist()

@@ -10,7 +10,7 @@ INFINITY = float("inf")
 
 
 def linear_assignment(a: Args) -> Tensor:
-    """Copies the costs to the host: waits for a CUDA device."""
+    """Copies the costs to the host, so it waits for a CUDA device."""
     host = images(a.cost).to("cpu", torch.float64)
     B, _, G = host.shape
     rows = torch.full((B, G), -1)
@@ -21,7 +21,7 @@ def linear_assignment(a: Args) -> Tensor:
                 refuse(a, b)
             rows[b] = -2
         else:
-            # Sums of numbers near the end of the range would overflow; a power of two changes no comparison.
+            # Sums of numbers near the end of the range would overflow. Scaling by a power of two changes no comparison.
             near_end = real.numel() > 0 and float(real.abs().max()) > 2.0**1000
             rows[b, :count] = match_columns(real * 2.0**-40 if near_end else real)
     return rows.view(*a.cost.shape[:-2], G).to(a.cost.device)
@@ -40,9 +40,9 @@ def match_columns(cost: Tensor) -> Tensor:
 def shortest_augmenting_paths(cost: Tensor) -> Tensor:
     """int64 (n,): the partner of each of n persons among m >= n jobs; cost float64 (n, m).
 
-    Potentials v (m,) <= 0, zero for free jobs, keep every engaged person at a job of least cost[i, j] - v[j]. Each person in
-    turn finds the cheapest chain of changes that ends at a free job: Dijkstra's algorithm over jobs, the length of the step
-    from person i, who now has job k, to job j being (cost[i, j] - v[j]) - (cost[i, k] - v[k]) >= 0.
+    Potentials v (m,) <= 0 are zero for free jobs. Every matched person has a job of least cost[i, j] - v[j]. For one person
+    after another, Dijkstra's algorithm over jobs finds the cheapest chain of changes that ends at a free job. The step from
+    person i, who has job k, to job j has the length (cost[i, j] - v[j]) - (cost[i, k] - v[k]) >= 0.
     """
     n, m = cost.shape
     v = cost.new_zeros(m)
@@ -50,7 +50,7 @@ def shortest_augmenting_paths(cost: Tensor) -> Tensor:
     job_of = [-1] * n
     for start in range(n):
         distance = cost.new_full((m,), INFINITY)  # of the jobs that are not settled
-        before = torch.full((m,), -1)  # the person from whom a job is reached
+        before = torch.full((m,), -1)  # the person from which the path reaches a job
         settled: list[tuple[int, float]] = []  # jobs with their distances
         closed = torch.zeros(m, dtype=torch.bool)
         person, length = start, 0.0
@@ -70,7 +70,7 @@ def shortest_augmenting_paths(cost: Tensor) -> Tensor:
             person = person_of[job]
         for passed, at in settled:
             v[passed] += at - length
-        while True:  # the chain, from its end
+        while True:  # follows the chain from its end
             person = int(before[job])
             person_of[job] = person
             job_of[person], job = job, job_of[person]

@@ -17,12 +17,12 @@ def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
     logits[b, n, y, x] = Σ_c kernels[b, n, c] · features[b, c, y, x]
 
     Args:
-        features: (B, C, H, W) float; pixels with strides other than contiguous ones are copied once.
-        kernels: (B, N, C) float, any strides; one set for all images is `kernels[None].expand(B, N, C)`.
+        features: (B, C, H, W) float. If the pixels are not contiguous, they are copied once.
+        kernels: (B, N, C) float, any strides. One set for all images is `kernels[None].expand(B, N, C)`.
 
-    Returns: logits (B, N, H, W), of the wider dtype of the two; sums in float32. C = 0 gives zeros. NaN and infinity
-    propagate within their pixel or kernel.
-    Gradient to both. Deterministic. Autocast casts both to its dtype, as for torch.matmul.
+    Returns: logits (B, N, H, W), of the wider dtype of features and kernels. Sums are in float32. C = 0 gives zeros. NaN
+    and infinity propagate within their pixel or kernel.
+    Gradient to features and kernels. Deterministic. Autocast casts both to its dtype, as for torch.matmul.
 
     >>> features = torch.tensor([[[[1.0, 2.0]], [[3.0, 4.0]]]])
     >>> mask_conv(features, torch.tensor([[[1.0, 0.0], [1.0, -1.0]]])).tolist()
@@ -38,13 +38,13 @@ def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
 
     Args:
         features: (B, C, H, W) float.
-        masks: BitMasks (B, N) of size (H, W), or dense (B, N, H, W): floats are logits, set where > 0 (strictly; NaN is
-            not set), bool and integers where not 0. (Probabilities: pass `p > 0.5`.)
+        masks: BitMasks (B, N) of size (H, W), or dense (B, N, H, W). Floats are logits: a pixel is set where > 0 (strictly; NaN
+            is not set). Bool and integers are set where not 0. For probabilities pass `p > 0.5`.
 
-    Returns: (B, N, C) in the dtype of the features; sums in float32, rounded once, so a float16 sum beyond 65504 is
-    infinite: pool in bfloat16 or float32 where masks are large. An empty mask gives 0. A feature that is not finite makes
-    the sums of its channel infinite or NaN in every mask that holds its pixel; other masks may become NaN in that channel.
-    Cost follows the number of set bits. Gradient to the features, none to the masks. Deterministic. Autocast changes
+    Returns: (B, N, C) in the dtype of the features. Sums are in float32 and rounded once. A float16 sum beyond 65504 is
+    infinite, so pool large masks in bfloat16 or float32. An empty mask gives 0. A feature that is not finite makes the sums
+    of its channel infinite or NaN in every mask that holds its pixel; other masks may become NaN in that channel.
+    The cost grows with the number of set bits. Gradient to the features, none to the masks. Deterministic. Autocast changes
     nothing.
 
     >>> features = torch.arange(6.0).reshape(1, 2, 1, 3)
@@ -61,7 +61,7 @@ def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
             "masks",
             f"have batch dimensions (B, N) with B = {batch}",
             tuple(bits.shape),
-            "give one list of masks an image",
+            "give one list of masks per image",
         )
     if bits.size != (height, width):
         checks.bad_value(
@@ -80,8 +80,9 @@ def mask_update(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
         features: (B, C, H, W) float.
         kernels: (B, N, C) float, any strides.
 
-    Returns: logits (B, N, H, W) and pooled (B, N, C), of the wider dtype of the two; both equal the two functions above to
-    the bit. The threshold is taken on the logits as returned (rounded to their dtype), strictly; NaN is not set.
+    Returns: logits (B, N, H, W) and pooled (B, N, C), of the wider dtype of features and kernels. Both equal the results of the
+    two functions above to the bit. The threshold applies, strictly, to the returned logits (rounded to their dtype). NaN is not
+    set.
     Gradient as in K-Net, none through the threshold: features get kernelsᵀ ∂logits + [logits > 0]ᵀ ∂pooled, kernels get
     ∂logits featuresᵀ. Deterministic. Autocast casts both to its dtype. float16: see mask_pool on overflow.
 

@@ -11,12 +11,13 @@ from sprompt.ops.declare import Args, new, op
 
 
 def _flat(x: Any) -> Any:
-    """(B, rows, H, W) -> (B, rows, P) with last stride 1; what has three dimensions keeps them, None stays."""
+    """(B, rows, H, W) -> (B, rows, P) with last stride 1. A tensor of three dimensions keeps its shape. None stays None."""
     return None if x is None else native.rows(x.flatten(2))
 
 
 def _forward(features: Tensor, kernels: Any, logits: Any, words: Any, pooled: Any) -> None:
-    """Fills logits and words from kernels, or reads words; fills pooled. What is None is left out."""
+    """Fills logits and words from kernels, or reads words if kernels are None. Fills pooled. Outputs that are None are
+    skipped."""
     native._C.mask_update(_flat(features), kernels, _flat(logits), _flat(words), pooled, native.threads())
 
 
@@ -79,7 +80,7 @@ def mask_update_backward(
     features: Tensor, kernels: Tensor, words: Tensor, grad_logits: Tensor | None, grad_pooled: Tensor | None,
     to_features: bool, to_kernels: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The gradients of features and kernels, empty where not asked for."""
+    """The gradients of features and kernels. A gradient that is not needed is empty."""
     return new(features, *features.shape if to_features else (0,)), new(kernels, *kernels.shape if to_kernels else (0,))
 
 
@@ -98,7 +99,8 @@ def _backward(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> None:
 
 
 def reached(a: Args, grad_features: Tensor, grad_kernels: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients that are asked for and that something flows back to; the others are 0, or empty."""
+    """The gradients that must be computed: they are needed, and an incoming gradient reaches them. The others are set to 0, and
+    returned as None."""
     to_features = a.to_features and not (a.grad_logits is None and a.grad_pooled is None)
     to_kernels = a.to_kernels and a.grad_logits is not None
     for grad, to in ((grad_features, to_features), (grad_kernels, to_kernels)):
@@ -115,7 +117,7 @@ def mask_conv_backward(
 
 
 def as_update(a: Args) -> Args:
-    """The gradient of mask_conv is that of mask_update, of which only the logits were used."""
+    """The arguments of mask_update_backward for the gradient of mask_conv: a mask_update with only its logits in use."""
     return mask_update_backward.args(a.features, a.kernels, None, a.grad, None, a.to_features, a.to_kernels)
 
 

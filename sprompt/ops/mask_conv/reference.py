@@ -9,7 +9,7 @@ from sprompt.ops.masks.reference import pack, unpack
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Contiguous, so that layouts do not change the order of sums, which are in float32 (float64 stays)."""
+    """The tensor in float32 (float64 stays), contiguous, so that its layout does not change the order of sums."""
     return (x if x.dtype == torch.float64 else x.float()).contiguous()
 
 

@@ -1,8 +1,8 @@
-"""Triton kernels of mask_conv, mask_pool and mask_update. B images, N kernels or masks, C channels, P pixels, n words a mask.
+"""Triton kernels of mask_conv, mask_pool and mask_update. B images, N kernels or masks, C channels, P pixels, n words per mask.
 
-All three run `_forward` with the same tiles, which is why mask_update equals mask_conv and mask_pool to the bit. Pixels are
-cut into chunks of whole tiles; sums over pixels are added up within a chunk and then over the chunks, both in order.
-The gradients are in triton_backward.py.
+All three run `_forward` with the same tiles, so mask_update equals mask_conv and mask_pool to the bit. Pixels are cut into
+chunks of whole tiles. Sums over pixels are added within a chunk, then over the chunks, both in order. The gradients are in
+triton_backward.py.
 """
 
 from typing import Any, NamedTuple
@@ -22,8 +22,9 @@ from sprompt.ops.mask_conv.triton_backward import mask_pool_backward as mask_poo
 from sprompt.ops.mask_conv.triton_backward import mask_update_backward as mask_update_backward
 from sprompt.ops.mask_conv.triton_chunks import Chunks, add_chunks, block, cut, rows, split
 
-#: Other tiles for a tuner to try. HELD: the most channels that a program holds whole (0: none, features are read once for
-#: the logits, in steps of STEP channels, and once for the sums, BLOCK_D channels a program). SKIP: leave empty tiles out.
+#: Other tiles for a tuner to try. HELD: up to this number of channels, a program holds all channels of a tile. With more
+#: channels (0: always), features are read once for the logits, in steps of STEP channels, and once for the sums, BLOCK_D
+#: channels per program. SKIP: leave empty tiles out.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "forward": [
         {"BLOCK_N": 128, "BLOCK_P": 64, "HELD": 256, "SKIP": 0, "PROGRAMS": 132, "num_warps": 8, "num_stages": 3},
@@ -43,7 +44,8 @@ CANDIDATES |= BACKWARD_CANDIDATES
 
 @triton.jit
 def _bits_dot(bits, x, acc):
-    """acc + bits x, bits bool (M, K), x (K, N). Products with 0 and 1 are exact on the tensor cores: float32 as three parts."""
+    """acc + bits x, bits bool (M, K), x (K, N). Products with 0 and 1 are exact on the tensor cores. float32 is multiplied as
+    three bfloat16 parts."""
     if x.dtype == tl.float32:
         weights = bits.to(tl.float32).to(tl.bfloat16)
         high, middle, low = split(x)
@@ -59,18 +61,19 @@ def _forward(
     features,  # (B, C, P), any strides
     kernels,  # (B, N, C), any strides; None without CONV
     logits,  # (B, N, P), contiguous, written; None without CONV
-    words,  # (B, N, n) i32, any strides: written if CONV and given, else read
+    words,  # (B, N, n) i32, any strides: written if CONV (None: not written), else read
     partial,  # (B, chunks, N, C) f32, contiguous, written; None without POOL
     N, C, P, n, chunks, chunk,  # chunk: in tiles
     features_b, features_c, features_p, kernels_b, kernels_n, kernels_c, words_b, words_n, words_w,  # strides
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     HELD: tl.constexpr, SKIP: tl.constexpr, CONV: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """CONV: logits[b, m, p] = sum over c of kernels[b, m, c] features[b, c, p]; bit p of words[b, m] = logits as stored > 0.
+    """CONV: logits[b, m, p] = sum over c of kernels[b, m, c] features[b, c, p]; bit p of words[b, m] = stored logits > 0.
     POOL: partial[b, k, m, c] = sum over the p of chunk k of bit p of words[b, m] times features[b, c, p].
-    HELD: BLOCK_C = BLOCK_D >= C, a tile of features serves both; otherwise a launch does one of them, the product in steps
-    of BLOCK_C channels. One program a (chunk and image, block of BLOCK_N kernels, block of BLOCK_D channels of the sums).
-    SKIP: a tile in which no kernel of the block has a bit is left out of the sums; without CONV its features are not read."""
+    HELD: BLOCK_C = BLOCK_D >= C, and one tile of features is used for both. Without HELD a launch computes either CONV, in
+    steps of BLOCK_C channels, or POOL. One program per (chunk and image, block of BLOCK_N kernels, block of BLOCK_D channels of
+    the sums). SKIP: a tile without a set bit in the block of kernels is left out of the sums; without CONV its features are not
+    read."""
     k = tl.program_id(0) % chunks
     b = (tl.program_id(0) // chunks).to(tl.int64)
     m = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -127,7 +130,7 @@ def _forward(
 
 
 class _Pass(NamedTuple):
-    """One run of `_forward` over features (B, C, P): its tiles, from the shapes, the same for all three ops."""
+    """One run of `_forward` over features (B, C, P). Its tiles depend only on the shapes and are the same for all three ops."""
 
     features: Tensor
     N: int
@@ -156,7 +159,7 @@ class _Pass(NamedTuple):
         B, C, P = x.shape
         N, n = self.N, words_for(P)
         blocks = tiles(N, self.options["BLOCK_N"])
-        # The product alone needs no blocks of the sums' channels, and is 0 where there are none.
+        # Without sums, one block of channels is enough. With C = 0 one program must still write zeros.
         deep = 1 if partial is None else max(1, tiles(C, self.options["BLOCK_D"]))
         loops = self.cut.chunks if self.whole else self.cut.tiles
         read, again, written = x.nbytes, max(blocks - 1, 0) * x.nbytes, 0

@@ -1,4 +1,4 @@
-"""Triton kernels of the gradients of mask_conv, mask_pool and mask_update. Letters as in triton.py."""
+"""Triton kernels of the gradients of mask_conv, mask_pool and mask_update. The letters are those of triton.py."""
 
 import torch
 import triton
@@ -33,7 +33,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 @triton.jit
 def _dot_bits(x, bits, acc):
-    """acc + x bits, x (M, K), bits bool (K, N). Products with 0 and 1 are exact on the tensor cores: float32 as three parts."""
+    """acc + x bits, x (M, K), bits bool (K, N). Products with 0 and 1 are exact on the tensor cores. float32 is multiplied as
+    three bfloat16 parts."""
     if x.dtype == tl.float32:
         weights = bits.to(tl.float32).to(tl.bfloat16)
         high, middle, low = split(x)
@@ -57,8 +58,8 @@ def _grad_features(
     ONE: tl.constexpr, CONV: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """out[b, c, p] = sum over m of kernels[b, m, c] grad[b, m, p] (CONV) + bit p of words[b, m] times grad_pooled[b, m, c]
-    (POOL), by increasing blocks of m. ONE: N <= BLOCK_N, kernels and grad_pooled are read once a program.
-    One program a (chunk and image, block of BLOCK_C channels)."""
+    (POOL), by increasing blocks of m. ONE: N <= BLOCK_N, and a program reads kernels and grad_pooled once.
+    One program per (chunk and image, block of BLOCK_C channels)."""
     k = tl.program_id(0) % chunks
     b = (tl.program_id(0) // chunks).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -107,7 +108,7 @@ def _grad_kernels(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """partial[b, k, m, c] = sum over the p of chunk k of grad[b, m, p] features[b, c, p].
-    One program a (chunk and image, block of BLOCK_N kernels, block of BLOCK_C channels)."""
+    One program per (chunk and image, block of BLOCK_N kernels, block of BLOCK_C channels)."""
     k = tl.program_id(0) % chunks
     b = (tl.program_id(0) // chunks).to(tl.int64)
     m = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -130,7 +131,7 @@ def _grad_kernels(
 def _to_features(
     out: Tensor, grad: Tensor | None, kernels: Tensor | None, grad_pooled: Tensor | None, words: Tensor | None
 ) -> None:
-    """Fills out (B, C, P), from grad and kernels, from grad_pooled and words, or from both."""
+    """Fills out (B, C, P) from grad and kernels, from grad_pooled and words, or from both pairs."""
     B, C, P = out.shape
     some = grad if grad is not None else grad_pooled
     assert some is not None
@@ -142,7 +143,7 @@ def _to_features(
     blocks = tiles(C, options["BLOCK_C"])
     pieces = cut(P, options["BLOCK_P"], options.pop("PROGRAMS"), B * blocks)
     loops = pieces.chunks if one else pieces.tiles
-    # Bytes of what every channel block reads (pixels) and of what every chunk or tile reads (kernels).
+    # pixels: bytes that every block of channels reads. small: bytes that every chunk or tile reads.
     pixels = (B * N * P * size if grad is not None else 0) + (B * N * n * 4 if words is not None else 0)
     small = B * N * C * size * ((grad is not None) + (words is not None))
     launch(

@@ -16,15 +16,16 @@ def mask_loss(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) 
 
     Args:
         logits: (M, h, w) float32, bfloat16 or float16 (float64: on the reference), any strides.
-        targets: (M, h·upsample, w·upsample) bool or uint8 (not 0 is 1) or float, as they are; or BitMasks (M,) of 1, 2 or 4 times
-            that size, whose half-pixel bilinear reduction (4: the mean of the central 2×2 of each 4×4 block) is the target.
+        targets: (M, h·upsample, w·upsample) bool or uint8 (any value but 0 counts as 1) or float, taken as they are; or
+            BitMasks (M,) of 1, 2 or 4 times that size. BitMasks are reduced by half-pixel bilinear interpolation (4: the mean
+            of the central 2×2 of each 4×4 block).
         upsample: whole number, at least 1.
 
-    Returns: (bce (M,), dice (M,)), float32 also for half-precision logits: a float16 loss times the scale of a GradScaler
-    would be infinite. M of 0 gives empty results that still lead back to the logits; take their sum, not their mean. Masks without
-    pixels have bce 0 and dice 1. NaN in a mask's logits makes both of its losses NaN, and only its own.
-    Differentiable in the logits (gradient in their dtype), with every sum kept in float32 or more; targets get no gradient, even if
-    they ask for one; double backward is not supported. Neither the upsampled logits nor the reduced targets are stored.
+    Returns: (bce (M,), dice (M,)), in float32 also for half-precision logits: a float16 loss times the scale of a GradScaler
+    would be infinite. M of 0 gives empty results that are still connected to the logits; take their sum, not their mean. Masks
+    without pixels have bce 0 and dice 1. A NaN in a mask's logits makes both losses of this mask NaN, and no other loss.
+    Differentiable in the logits (gradient in their dtype). Every sum is in float32 or wider. Targets get no gradient, even if
+    they require one. Double backward is not supported. Neither the upsampled logits nor the reduced targets are stored.
     Deterministic. Autocast changes nothing.
 
     >>> bce, dice = mask_loss(torch.tensor([[[20.0, -20.0], [20.0, -20.0]]]), torch.tensor([[[1.0, 0.0], [1.0, 0.0]]]))

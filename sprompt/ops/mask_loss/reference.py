@@ -24,7 +24,7 @@ def mask_loss(a: Args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def mask_loss_backward(a: Args) -> Tensor:
-    """d bce / dz = (p − t) / P; d dice / dp = −2t / D + 4 p Σpt / D², D the denominator; dp / dz = p (1 − p)."""
+    """d bce / dz = (p − t) / P; d dice / dp = −2t / D + 4 p Σpt / D² with the denominator D; dp / dz = p (1 − p)."""
     z, t = _maps(a)
     p, q = z.sigmoid(), (-z).sigmoid()
     pt, pp, tt = a.sums[:, :, None].unbind(1)
@@ -35,7 +35,7 @@ def mask_loss_backward(a: Args) -> Tensor:
 
 
 def _transposed(grad: Tensor, logits: Tensor, upsample: int) -> Tensor:
-    """The gradient (M, P) of the upsampled logits taken back to (M, h, w)."""
+    """The gradient (M, h, w) of the logits, from the gradient (M, P) of the upsampled logits."""
     M, h, w = logits.shape
     if upsample == 1 or grad.numel() == 0:
         return grad.reshape(M, h, w)

@@ -1,8 +1,8 @@
 """Triton kernels of mask_loss and mask_loss_backward. M masks, logits h x w, the loss H = u h by W = u w (u: upsample).
 
-The fine pixels are visited by quads: quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1,
-j, so that four loads give u^2 logits. There are h + 1 rows of quads, the first and the last with fewer pixels; u = 1:
-the cells themselves."""
+The pixels of the loss are visited by quads. Quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1,
+j, so four loads give u^2 logits. There are h + 1 rows of quads; the first and the last row have fewer pixels. For u = 1 the
+quads are the cells."""
 
 import torch
 import triton
@@ -45,7 +45,7 @@ def _mask_loss_sums(
     BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """partial[m, c] = sums over the pixels of chunk c of max(z, 0) - z t + log(1 + e^-|z|), p t, p^2 and t^2, p =
-    sigmoid(z). One program a (mask, chunk of TILES x BLOCK quads)."""
+    sigmoid(z). One program per (mask, chunk of TILES x BLOCK quads)."""
     EDGE: tl.constexpr = 1 if U > 1 else 0
     m = (tl.program_id(0) // chunks).to(tl.int64)
     c = tl.program_id(0) % chunks
@@ -74,7 +74,7 @@ def _mask_loss_sums(
                 z = left * (1 - along) + right * along
                 e = tl.exp(-tl.abs(z))
                 p = tl.where(z >= 0, 1.0, e) / (1.0 + e)
-                # Of small e, 1 + e would keep too few digits.
+                # For small e, 1 + e would keep too few digits.
                 small = e * (1 - e * (0.5 - e * (1 / 3 - e * 0.25)))
                 rest = tl.where(e < 0.03125, small, tl.log(1.0 + e))
                 bce += tl.where(real, tl.where(z > 0, z, 0.0) - z * t + rest, 0.0)
@@ -96,7 +96,7 @@ def _mask_loss_finish(
     chunks, pixels,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """bce = sum / P, dice = 1 - 2 sum p t / (sum p^2 + sum t^2 + 2e-3). One program a mask."""
+    """bce = sum / P, dice = 1 - 2 sum p t / (sum p^2 + sum t^2 + 2e-3). One program per mask."""
     m = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, 4)
     total = tl.zeros((4,), tl.float32)
@@ -160,7 +160,7 @@ def mask_loss(a: Args, bce: Tensor, dice: Tensor, sums: Tensor) -> None:
 
 @triton.jit
 def _slope(z, t, mean, at_t, at_p):
-    """The gradient of a pixel's logit: mean (p - t) + (at_t t + at_p p) p (1 - p), where 1 - p keeps its digits."""
+    """The gradient of a pixel's logit: mean (p - t) + (at_t t + at_p p) p (1 - p). 1 - p is computed without cancellation."""
     e = tl.exp(-tl.abs(z))
     near, far = 1.0 / (1.0 + e), e / (1.0 + e)
     p, q = tl.where(z >= 0, near, far), tl.where(z >= 0, far, near)
@@ -180,10 +180,10 @@ def _mask_loss_backward(
     BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """grad[m, i, j] = sum over the fine pixels of (weight of cell (i, j) in the pixel's logit) * (gradient of that
-    logit). One program a (mask, strip of ROWS rows of cells, block of columns), which goes down the two columns of
-    quads of each column. A row of quads gives its upper share to the row of cells above it, which is then complete,
-    and its lower share to the next. Cells at the rim have the whole of what lies outside. Every sum has one order,
-    whatever the launch."""
+    logit). One program per (mask, strip of ROWS rows of cells, block of columns). A lane walks down the two columns of quads
+    beside its column of cells. A row of quads adds its upper share to the row of cells above it, which is then complete, and
+    its lower share to the next row. Cells at the border also get the share of cells outside the map. Every sum has the same
+    order in every launch."""
     m = (tl.program_id(0) // (strips * blocks)).to(tl.int64)
     first = tl.program_id(0) // blocks % strips * ROWS
     j = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
@@ -257,7 +257,7 @@ def mask_loss_backward(a: Args, grad: Tensor) -> None:
     H, W = h * upsample, w * upsample
     if upsample == 1:
         cells, pixels = h * w, h * w
-    else:  # Neighbouring strips share a row of quads and neighbouring lanes a column, which both of them read.
+    else:  # Neighbouring strips both read a row of quads, and neighbouring lanes both read a column.
         cells = (h + 2 * strips) * 4 * w
         pixels = (H + (strips - 1) * upsample) * (2 * W - upsample)
     numbers = 5 * 4 * M  # three sums and two gradients of losses

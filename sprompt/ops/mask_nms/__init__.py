@@ -14,19 +14,20 @@ KERNELS = ("gaussian", "linear")
 
 
 def mask_nms(masks: BitMasks | Tensor, scores: Tensor, iou_threshold: float = 0.5) -> Tensor:
-    """Greedy non-maximum suppression: the meaning of `torchvision.ops.nms`, for masks.
+    """Greedy non-maximum suppression: `torchvision.ops.nms` for masks.
 
-    Masks are visited by decreasing score; a mask goes when one kept before it has IoU > iou_threshold, the IoU being the
-    float64 quotient of the exact pixel counts. Only the pairs that decide are counted, and no pair matrix is held.
+    Masks are visited by decreasing score. A mask is removed if its IoU with a mask kept before it is > iou_threshold. The IoU
+    is the float64 quotient of the exact pixel counts. Only pairs that bounds cannot decide are counted, and no pair matrix is
+    stored.
 
     Args:
-        masks: BitMasks (N,), or dense (N, H, W), packed as `pack_masks` does (floats: > 0.5).
-        scores: (N,) float. Ties are visited by lower index; NaN counts as -inf.
+        masks: BitMasks (N,), or dense (N, H, W), packed by `pack_masks` (floats: > 0.5).
+        scores: (N,) float. Ties are visited by lower index. A NaN counts as -inf.
         iou_threshold: between 0 and 1.
 
-    Returns: indices of the kept masks by decreasing score, int64 (K,). K depends on the values, so a GPU is waited for and
-    torch.compile needs `capture_dynamic_output_shape_ops`; `batched_mask_nms` has neither trait. Empty masks are never kept;
-    N of 0 gives an empty result. Exact, the same on every backend and number of threads; not differentiable. Autocast
+    Returns: indices of the kept masks by decreasing score, int64 (K,). K depends on the values, so the call waits for a GPU,
+    and torch.compile needs `capture_dynamic_output_shape_ops`. `batched_mask_nms` has neither drawback. Empty masks are never
+    kept. N of 0 gives an empty result. Exact, the same on every backend and number of threads; not differentiable. Autocast
     changes nothing.
 
     >>> masks = torch.tensor([[[1, 1, 1, 0]], [[1, 1, 1, 1]], [[0, 0, 0, 1]], [[0, 0, 0, 0]]])
@@ -51,11 +52,11 @@ def batched_mask_nms(
         masks: BitMasks (B, N), or dense (B, N, H, W).
         scores: (B, N) float; ties and NaN as in `mask_nms`.
         iou_threshold: between 0 and 1.
-        counts: int64 (B,), how many masks of each image are real (the first ones); None means all. Values out of range raise
-            on the CPU; on a GPU, where reading them would mean waiting, they must be right.
-        max_output: how many kept masks of an image to return at most, the best ones; None means N.
+        counts: int64 (B,), the number of real masks of each image (they come first); None means all. Values out of range raise
+            on the CPU. On a GPU they are not checked, because reading them would wait for it.
+        max_output: the most kept masks that are returned per image, best first; None means N.
 
-    Returns: keep int64 (B, max_output), each row padded with -1, and counts int64 (B,), how many entries of a row are real.
+    Returns: keep int64 (B, max_output), each row padded with -1, and counts int64 (B,), the number of real entries of each row.
     No synchronisation. Exact, the same on every backend and number of threads; not differentiable. Autocast changes nothing.
 
     >>> masks = torch.tensor([[[1, 1, 1, 0]], [[1, 1, 1, 1]], [[0, 0, 0, 1]]]).expand(2, 3, 1, 4)
@@ -82,24 +83,24 @@ def matrix_nms(
     labels: Tensor | None = None,
     counts: Tensor | None = None,
 ) -> Tensor:
-    """Matrix non-maximum suppression: every score decays by the overlap with better masks; nothing is removed.
+    """Matrix non-maximum suppression: every score decays by the overlap with better masks. No mask is removed.
 
-    In the order of `mask_nms`, with IoU 0 where a mask is empty, and only pairs i < j (of one label) counting:
-    cⱼ = maxᵢ iouᵢⱼ, decayⱼ = minᵢ f(iouᵢⱼ) / f(cᵢ), 1 where there is no pair, with f(t) = exp(-sigma·t²) for "gaussian" and
-    f(t) = 1 - t for "linear", whose divisor is held to at least 1e-6. sigma multiplies: more of it suppresses more.
+    Masks are in the order of `mask_nms`. Only pairs i < j of the same label count. The IoU is 0 where a mask is empty. cⱼ =
+    maxᵢ iouᵢⱼ and decayⱼ = minᵢ f(iouᵢⱼ) / f(cᵢ), or 1 without any pair. f(t) = exp(-sigma·t²) for "gaussian" and f(t) = 1 - t
+    for "linear", with a divisor of at least 1e-6. A larger sigma suppresses more.
 
     Args:
         masks: BitMasks (N,) or (B, N), or dense (..., H, W).
-        scores: (N,) or (B, N) float. Ties go by lower index; NaN counts as -inf, stays NaN, and harms no other score.
+        scores: (N,) or (B, N) float. Ties go by lower index. A NaN counts as -inf, stays NaN, and does not change other scores.
         kernel: "gaussian" or "linear".
         sigma: at least 0; the linear kernel does not use it.
         labels: int64 of the shape of scores; None means one label for all.
-        counts: int64 (B,), how many masks of each image are real (the first ones); None means all. As in `batched_mask_nms`.
+        counts: int64 (B,), the number of real masks of each image, as in `batched_mask_nms`; None means all.
 
-    Returns: decayed scores of the shape and dtype of `scores`, in the caller's order; 0 where padded. Computed in float64
-    from exact counts (float32 exponential), rounded once; the same on every number of threads. Neither a pair matrix nor a
-    dense mask is held; on a GPU, integer counts of the pairs of as many masks at a time as about 64 MB hold. Not
-    differentiable. Autocast changes nothing.
+    Returns: decayed scores of the shape and dtype of `scores`, in the caller's order; 0 where padded. They are computed in
+    float64 from exact counts (with a float32 exponential) and rounded once. They are the same for every number of threads.
+    Neither a pair matrix nor a dense mask is stored. A GPU stores the integer counts of the pairs of as many masks at a time as
+    fit into about 64 MB. Not differentiable. Autocast changes nothing.
 
     >>> masks = torch.tensor([[[1, 1]], [[1, 1]], [[1, 0]]])
     >>> matrix_nms(masks, torch.tensor([0.8, 1.0, 0.5]), kernel="linear").tolist()
@@ -129,7 +130,7 @@ def matrix_nms(
 
 
 def _checked(op: str, masks: Any, scores: Any, batched: bool | None) -> BitMasks:
-    """The masks as bits, (N,) or (B, N) (None: either), with one score each."""
+    """Checks that masks are (N,) or (B, N) (batched=None: either), with one score per mask. Returns them as bits."""
     bits = as_bits(op, "masks", masks)
     ranks, form = {False: ((1,), "(N,)"), True: ((2,), "(B, N)"), None: ((1, 2), "(N,) or (B, N)")}[batched]
     if len(bits.shape) not in ranks:

@@ -11,7 +11,7 @@ from sprompt.masks import words_for
 from sprompt.ops.declare import Args
 from sprompt.ops.mask_nms import op
 
-#: Scratch for pairs of masks holds about so many bytes, however many masks there are.
+#: Scratch memory for pairs of masks has about this many bytes, for any number of masks.
 MOST = 1 << 26
 
 
@@ -37,7 +37,7 @@ def mask_nms(a: Args) -> Tensor:
     a = op.batch_of_one(a)
     keep, kept = op.batched_mask_nms.outputs(*a)
     batched_mask_nms(a, keep, kept)
-    return keep[0, : int(kept)].clone()  # waits for the device: the result's length is its answer
+    return keep[0, : int(kept)].clone()  # waits for the device, which computes the length of the result
 
 
 def matrix_nms(a: Args, out: Tensor) -> None:

@@ -23,12 +23,12 @@ def _greedy(a: Args, keep: Tensor, kept: Tensor) -> None:
 
 @op("cuda", dynamic=True)
 def mask_nms(words: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    context = torch.library.get_ctx()  # None where nothing is traced: sprompt.testing.compiled runs this on tensors
+    context = torch.library.get_ctx()  # None without tracing: sprompt.testing.compiled runs this function on tensors
     return words.new_empty(0 if context is None else context.new_dynamic_size(), dtype=torch.int64)
 
 
 def batch_of_one(a: Args) -> Args:
-    """The arguments of batched_mask_nms for those of mask_nms."""
+    """The arguments of batched_mask_nms, from the arguments of mask_nms."""
     return batched_mask_nms.args(a.words[None], a.scores[None], a.iou_threshold, None, a.scores.shape[0])
 
 

@@ -1,4 +1,5 @@
-"""Suppression of overlapping masks in plain PyTorch, on words int32 (..., N, n). One row of pairs at a time, in float64."""
+"""Suppression of overlapping masks in plain PyTorch, on words int32 (..., N, n). It computes one row of pairs at a time, in
+float64."""
 
 from collections.abc import Callable
 
@@ -9,25 +10,27 @@ from sprompt.ops.declare import Args
 from sprompt.ops.mask_nms import op
 from sprompt.ops.masks.reference import unpack
 
-#: The linear kernel divides by 1 - c, held to at least this.
+#: The linear kernel divides by 1 - c, but by no less than this.
 SMALLEST = 1e-6
 
 
 def order_of(scores: Tensor, counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Indices (B, N) by decreasing score, ties by lower index, NaN as -inf, padding last; and which of them are real."""
+    """Indices (B, N) by decreasing score, and which of them are real. Ties go by lower index, NaN counts as -inf, and padding
+    is last."""
     n = scores.shape[-1]
     place = torch.arange(n, device=scores.device)
     real = place < (n if counts is None else counts[:, None])
     real = real.expand(scores.shape)
     key = torch.where(scores.isnan() | ~real, -torch.inf, scores)
     order = key.sort(dim=-1, descending=True, stable=True).indices
-    # A second stable sort takes padding behind real entries of score -inf.
+    # A second stable sort moves padding behind real entries of score -inf.
     order = order.gather(-1, (~real).gather(-1, order).to(torch.uint8).sort(dim=-1, stable=True).indices)
     return order, real.gather(-1, order)
 
 
 def overlaps(words: Tensor, order: Tensor) -> tuple[Tensor, Callable[[int], Tensor]]:
-    """Areas int64 (B, N) of the masks in `order`, and a function: j -> IoU float64 (B, j) of mask j with those before it."""
+    """Areas int64 (B, N) of the masks in `order`, and a function: j -> IoU float64 (B, j) of mask j with the masks before
+    it."""
     dense = unpack(words, 32 * words.shape[-1])
     dense = dense.gather(-2, order[..., None].expand(dense.shape))
     area = dense.sum(-1)
@@ -47,7 +50,7 @@ def batched_mask_nms(a: Args) -> tuple[Tensor, Tensor]:
     kept = real & (area > 0)
     for j in range(1, scores.shape[1]):
         kept[:, j] &= ~(kept[:, :j] & (row(j) > threshold)).any(-1)
-    # The r-th kept mask goes to column r, all others to one column more, which is cut off.
+    # The r-th kept mask goes to column r. All other masks go to one extra column, which is cut off.
     rank = kept.cumsum(-1) - 1
     column = torch.where(kept & (rank < most), rank, most)
     keep = torch.full((scores.shape[0], most + 1), -1, dtype=torch.int64, device=scores.device)
@@ -64,7 +67,7 @@ def matrix_nms(a: Args) -> Tensor:
     order, real = order_of(scores, counts)
     _, row = overlaps(words, order)
     label = torch.zeros_like(order) if labels is None else labels.gather(-1, order)
-    most = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)  # c: largest IoU with a mask before
+    most = torch.zeros(scores.shape, dtype=torch.float64, device=scores.device)  # c: largest IoU with an earlier mask
     decay = torch.ones_like(most)
     for j in range(1, scores.shape[1]):
         iou, pairs, c = row(j), label[:, :j] == label[:, j, None], most[:, :j]

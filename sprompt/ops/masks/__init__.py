@@ -1,4 +1,4 @@
-"""Masks as bits: packing, area, boxes, intersection over union."""
+"""Bit masks: packing, area, boxes, intersection over union."""
 
 from typing import Any
 
@@ -15,11 +15,12 @@ DENSE = (torch.bool, *checks.INTEGERS, *checks.FLOATS)
 def pack_masks(masks: Tensor, threshold: float = 0.5) -> BitMasks:
     """Packs dense masks to bits.
 
-    bit(p) = masks[p] ≠ 0 for bool and integers, masks[p] > threshold for floats.
+    bit(p) = [masks[p] ≠ 0] for bool and integers, [masks[p] > threshold] for floats.
 
     Args:
         masks: (..., H, W) bool, integer or float, any strides. NaN is not set.
-        threshold: compared with floats only, strictly, after rounding it to float32 (float64 masks: in float64).
+        threshold: used for floats only. The comparison is strict. The threshold is rounded to float32, except for float64
+        masks.
 
     Returns: BitMasks of shape (...) and size (H, W). H or W of 0 gives masks without words.
     Not differentiable. Exact on every backend. Autocast changes nothing.
@@ -35,13 +36,13 @@ def pack_masks(masks: Tensor, threshold: float = 0.5) -> BitMasks:
 
 
 def unpack_masks(masks: BitMasks, dtype: torch.dtype = torch.bool) -> Tensor:
-    """Dense 0 and 1 of a dtype, (..., H, W); the inverse of `pack_masks`. Also `BitMasks.to_dense`."""
+    """Dense masks (..., H, W) of 0 and 1 in a dtype: the inverse of `pack_masks`. `BitMasks.to_dense` calls it."""
     pixels = op.unpack_masks(masks.words, masks.pixels)
     return pixels.reshape(*masks.shape, *masks.size).to(dtype)
 
 
 def as_bits(op: str, arg: str, masks: Any, threshold: float = 0.5) -> BitMasks:
-    """What every op does with its masks: BitMasks pass, dense tensors (..., H, W) are packed."""
+    """The masks argument of an op as BitMasks. BitMasks are returned as they are, dense tensors (..., H, W) are packed."""
     if isinstance(masks, BitMasks):
         return masks
     if not isinstance(masks, Tensor):
@@ -56,7 +57,7 @@ def mask_area(masks: BitMasks | Tensor) -> Tensor:
     """Number of set pixels.
 
     Args:
-        masks: BitMasks (...), or dense (..., H, W), packed as `pack_masks` does.
+        masks: BitMasks (...), or dense (..., H, W), packed by `pack_masks`.
 
     Returns: int64 (...). Exact, deterministic, not differentiable.
 
@@ -67,7 +68,7 @@ def mask_area(masks: BitMasks | Tensor) -> Tensor:
 
 
 def mask_boxes(masks: BitMasks | Tensor) -> Tensor:
-    """Tightest box of each mask: x1, y1 of its first column and row, x2, y2 behind its last.
+    """Tightest box of each mask: x1, y1 are its first column and row, x2, y2 are one behind its last column and row.
 
     Args:
         masks: BitMasks (...), or dense (..., H, W).
@@ -84,7 +85,8 @@ def mask_boxes(masks: BitMasks | Tensor) -> Tensor:
 def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor:
     """Intersection over union of every mask of a with every mask of b.
 
-    iou[n, m] = |aₙ ∩ bₘ| / |aₙ ∪ bₘ| from exact integer counts, divided in float64 and rounded once; 0 where both are empty.
+    iou[n, m] = |aₙ ∩ bₘ| / |aₙ ∪ bₘ| from exact integer counts, divided in float64 and rounded once. It is 0 where both are
+    empty.
 
     Args:
         a: BitMasks (..., N), or dense (..., N, H, W).

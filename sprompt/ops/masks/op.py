@@ -7,24 +7,24 @@ from sprompt import native
 from sprompt.masks import words_for
 from sprompt.ops.declare import Args, new, op
 
-#: dtypes that the compiled packs read as they are.
+#: dtypes that the compiled kernels of pack_masks read without conversion.
 PACKED = (torch.bool, torch.uint8, torch.int8, torch.float32, torch.bfloat16, torch.float16)
 
 
 def rows(x: Tensor) -> Tensor:
-    """(..., n) -> (R, n), contiguous; of a contiguous tensor a view."""
+    """(..., n) -> (R, n), contiguous. A contiguous tensor gives a view."""
     if x.dim() == 2 and x.is_contiguous():
         return x
     return x.reshape(-1, x.shape[-1]).contiguous() if x.shape[-1] else x.reshape(x.shape[:-1].numel(), 0)
 
 
 def pixel_rows(masks: Tensor) -> Tensor:
-    """(..., H, W) -> (R, P) of a dtype that the packs read. Floats are: the reference takes float64."""
+    """(..., H, W) -> (R, P) in a dtype of PACKED. float64 never gets here, because it runs on the reference."""
     return rows((masks if masks.dtype in PACKED else masks != 0).flatten(-2))
 
 
 def lists(x: Tensor) -> Tensor:
-    """(..., N, n) -> (B, N, n), contiguous; of a contiguous tensor a view."""
+    """(..., N, n) -> (B, N, n), contiguous. A contiguous tensor gives a view."""
     if x.dim() == 3 and x.is_contiguous():
         return x
     return x.reshape(x.shape[:-2].numel(), *x.shape[-2:]).contiguous()
@@ -54,13 +54,13 @@ def mask_boxes(words: Tensor, height: int, width: int) -> Tensor:
 def window_masks(
     words: Tensor, height: int, width: int, top: int, left: int, out_height: int, out_width: int, flip: bool
 ) -> Tensor:
-    """The window of out_height x out_width pixels at (top, left), 0 outside of the masks, its columns mirrored if flip."""
+    """The window of out_height x out_width pixels at (top, left). It is 0 outside of the masks. `flip` mirrors its columns."""
     return new(words, *words.shape[:-1], words_for(out_height * out_width), dtype=torch.int32)
 
 
 @op("cuda")
 def mask_iou(a: Tensor, b: Tensor | None, width: int) -> Tensor:
-    """a (..., N, n), b (..., M, n) or None, which stands for a -> (..., N, M)."""
+    """a (..., N, n), b (..., M, n) -> (..., N, M). If b is None, a is used for it."""
     return new(a, *a.shape[:-1], (a if b is None else b).shape[-2], dtype=torch.float32)
 
 

@@ -17,12 +17,12 @@ def pack(masks: Tensor, threshold: float) -> Tensor:
     bits = bits.flatten(-2)
     n = words_for(bits.shape[-1])
     bits = torch.nn.functional.pad(bits, (0, 32 * n - bits.shape[-1])).unflatten(-1, (n, 32))
-    weights = 1 << torch.arange(32, device=masks.device)  # int64: bit 31 is 2^31, which the conversion wraps
+    weights = 1 << torch.arange(32, device=masks.device)  # int64: bit 31 is 2^31, and to(int32) wraps it
     return (bits * weights).sum(-1).to(torch.int32)
 
 
 def unpack(words: Tensor, pixels: int) -> Tensor:
-    """The first pixels of every mask, bool (..., pixels)."""
+    """The first `pixels` pixels of every mask, bool (..., pixels)."""
     shifts = torch.arange(32, device=words.device, dtype=torch.int32)
     bits = (words[..., None] >> shifts) & 1
     return bits.flatten(-2)[..., :pixels] != 0
@@ -58,7 +58,7 @@ def mask_boxes(a: Args) -> Tensor:
 
 
 def mask_iou(a: Args) -> Tensor:
-    """One mask of a at a time: the largest temporary is one row of pairs."""
+    """Takes one mask of a at a time, so that the largest temporary is one row of pairs."""
     x, y = a.a, a.a if a.b is None else a.b
     dense = unpack(y, 32 * y.shape[-1])
     area_x, area_y = areas(x), areas(y)

@@ -19,29 +19,31 @@ def match_cost(
     weights: tuple[float, float, float] = (2.0, 1.0, 4.0),
     upsample: int = 1,
 ) -> Tensor:
-    """Cost of every predicted mask for every target, image by image, from one product Σpt and the row sums.
+    """Cost of every predicted mask for every target of its image, from one product Σpt and the row sums.
 
-    With z the logits upsampled by `upsample` (bilinear, half-pixel centres), p = σ(z), t the target, sums over the P pixels, and q
-    the probability of the target's class:
+    z are the logits upsampled by `upsample` (bilinear, half-pixel centres), p = σ(z), t is the target, q is the probability of
+    the target's class, and sums are over the P pixels:
     class = −¼(1 − q)² log(q + ε) + ¾q² log(1 − q + ε), ε = 1e-12 (focal, α = ¼, γ = 2; 1 − q is computed as σ(−logit));
     bce = −(Σpt + Σ(1 − p)(1 − t)) / P;   dice = −2Σpt / ((Σp² + 1e-3) + (Σt² + 1e-3));
     cost = weights[0]·class + weights[1]·bce + weights[2]·dice.
 
     Args:
         mask_logits: (B, N, h, w) float32, bfloat16 or float16 (float64: on the reference), any strides.
-        targets: (B, G, h·upsample, w·upsample) bool or uint8 (not 0 is 1) or float, as they are; or BitMasks (B, G) of 1, 2 or 4
-            times that size, whose half-pixel bilinear reduction (4: the mean of the central 2×2 of each 4×4 block) is the target.
+        targets: (B, G, h·upsample, w·upsample) bool or uint8 (any value but 0 counts as 1) or float, taken as they are; or
+            BitMasks (B, G) of 1, 2 or 4 times that size. BitMasks are reduced by half-pixel bilinear interpolation (4: the mean
+            of the central 2×2 of each 4×4 block).
         class_logits: (B, N, K) float, or None for a cost without the class term. Its dtype may differ from that of mask_logits.
-        labels: (B, G) int64 in [0, K), with class_logits; those of padding are not read. On a CPU a label outside raises ValueError;
-            on a GPU, where looking would wait for the device, it is held to [0, K).
-        counts: (B,) int64, targets of each image that are real; None: all G.
+        labels: (B, G) int64 in [0, K), given with class_logits. Labels of padding are not read. On a CPU a label outside [0, K)
+            raises ValueError. On a GPU it is clamped, because a check would wait for the device.
+        counts: (B,) int64, the number of real targets of each image; None means all G.
         weights: of class, bce and dice.
         upsample: whole number, at least 1.
 
-    Returns: float32 (B, N, G), 0 in the columns of padding (g ≥ counts[b]), so that nothing in it is infinite. N or G of 0 give
-    an empty result; masks without pixels have bce and dice cost 0. NaN logits of a mask make its row NaN (its image's real columns),
-    which `linear_assignment` reports.
-    Not differentiable: the result is detached. The upsampled probabilities are never stored. Deterministic. Autocast changes nothing.
+    Returns: float32 (B, N, G). The columns of padding (g ≥ counts[b]) are 0, so they are finite. N or G of 0 give an empty
+    result. Masks without pixels have bce and dice cost 0. NaN logits of a mask make its row NaN in the real columns, and
+    `linear_assignment` reports it.
+    Not differentiable: the result is detached. The upsampled probabilities are never stored. Deterministic. Autocast
+    changes nothing.
 
     >>> logits = torch.tensor([[[[9.0, -9.0]], [[-9.0, 9.0]]]])
     >>> match_cost(logits, torch.tensor([[[[1, 0]]]]).bool()).round(decimals=2).tolist()

@@ -27,11 +27,11 @@ def _(a: Args) -> None:
     if int(low) >= 0 and int(high) <= last:
         return
     outside = (a.labels < 0) | (a.labels > last)
-    if a.counts is not None:  # labels of padding may be anything
+    if a.counts is not None:  # labels of padding may have any value
         outside &= torch.arange(a.labels.shape[1]) < a.counts[:, None]
     if bool(outside.any()):
         rule, label = f"lie between 0 and {last}", int(a.labels[outside][0])
-        checks.bad_value("match_cost", "labels", rule, label, "class_logits has one column a class")
+        checks.bad_value("match_cost", "labels", rule, label, "class_logits has one column per class")
 
 
 @match_cost.native

@@ -25,7 +25,7 @@ def match_cost(a: Args) -> Tensor:
 
 
 def _class_cost(class_logits: Tensor, labels: Tensor) -> Tensor:
-    """(B, N, K), (B, G) -> (B, N, G): the focal loss of the class as positive minus the one as negative."""
+    """(B, N, K), (B, G) -> (B, N, G): the focal loss of the class as a positive minus its focal loss as a negative."""
     index = labels.clamp(0, class_logits.shape[2] - 1)[:, None].expand(-1, class_logits.shape[1], -1)
     z = class_logits.gather(2, index)
     q, rest = z.sigmoid(), (-z).sigmoid()

@@ -1,9 +1,9 @@
 """Triton kernels of match_cost. B images, N masks (n), G targets (g), logits h x w, the loss H = u h by W = u w (u:
 upsample).
 
-The fine pixels are visited by quads: quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1,
-j, so that four loads give u^2 logits. There are h + 1 rows of quads, the first and the last with fewer pixels; u = 1:
-the cells themselves."""
+The pixels of the loss are visited by quads. Quad (i, j) holds the u x u pixels that lie between the cells i - 1, i and j - 1,
+j, so four loads give u^2 logits. There are h + 1 rows of quads; the first and the last row have fewer pixels. For u = 1 the
+quads are the cells."""
 
 import torch
 import triton
@@ -33,7 +33,7 @@ CANDIDATES = {
 
 @triton.jit
 def _three(x):
-    """A float32 as three bfloat16 of falling size whose sum it is (8 + 8 + 8 digits)."""
+    """Splits a float32 into three bfloat16 of decreasing size with the same sum (8 + 8 + 8 bits)."""
     high = x.to(tl.bfloat16)
     rest = x - high.to(tl.float32)
     middle = rest.to(tl.bfloat16)
@@ -42,10 +42,10 @@ def _three(x):
 
 @triton.jit
 def _product(p, t, EXACT: tl.constexpr):
-    """float32 p (N, Q) times t^T (Q, G) on the tensor cores, from the bfloat16 parts p0 + p1 + p2 = p and t0 + t1 + t2
-    = t. Left out of a product are p1 t2, p2 t1 and p2 t2, together below 2^-23 of it. EXACT: t = t0; the others would
-    add zeros, so that equal targets of any type give equal bits. Small parts first; the tensor cores see few terms
-    before a sum is rounded."""
+    """float32 p (N, Q) times t^T (Q, G) on the tensor cores, from the bfloat16 parts p0 + p1 + p2 = p and t0 + t1 + t2 = t. p1
+    t2, p2 t1 and p2 t2 are left out; together they are below 2^-23 of a product. EXACT: t = t0. The other parts would add
+    zeros, so equal targets of any type give equal bits. Small parts are added first. The tensor cores add few terms before a
+    sum is rounded."""
     p0, p1, p2 = _three(p)
     sums = tl.zeros((p.shape[0], t.shape[0]), tl.float32)
     if EXACT:
@@ -74,8 +74,8 @@ def _match_sums(
     RATIO: tl.constexpr, U: tl.constexpr, EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_Q: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """The sums over one chunk of TILES x BLOCK_Q quads, p = sigmoid(z). One program an (image, chunk, block of
-    targets, block of masks); logits are upsampled once for a block of targets. EXACT: bfloat16 holds every target."""
+    """The sums over one chunk of TILES x BLOCK_Q quads, p = sigmoid(z). One program per (image, chunk, block of targets, block
+    of masks). Logits are upsampled once for a block of targets. EXACT: bfloat16 holds every target."""
     EDGE: tl.constexpr = 1 if U > 1 else 0
     block_n = tl.program_id(0) % blocks_n
     block_g = tl.program_id(0) // blocks_n % blocks_g
@@ -120,7 +120,7 @@ def _match_sums(
                 pp_sum += p * p
                 t_sum += t
                 tt_sum += t * t
-                if INTERPRETED:  # where the parts take most of the time
+                if INTERPRETED:  # in the interpreter the products of parts would take most of the time
                     products += tl.dot(p, tl.trans(t), input_precision="ieee")
                 else:
                     products += _product(p, t, EXACT)
@@ -151,7 +151,8 @@ def _match_finish(
     """cost[b, n, g] = class_weight class - bce_weight (P - sum p - sum t + 2 sum p t) / P
                        - dice_weight 2 sum p t / (sum p^2 + sum t^2 + 2e-3), 0 for g >= counts[b];
     class = 0.75 q^2 log(1 - q + 1e-12) - 0.25 (1 - q)^2 log(q + 1e-12), q = sigmoid(logit of label g).
-    One program an (image, mask, block of targets); the sums of BLOCK_C chunks are added, then those sums in order."""
+    One program per (image, mask, block of targets). The sums of BLOCK_C chunks are added together, then these totals in
+    order."""
     g = tl.program_id(0) % blocks_g * BLOCK_G + tl.arange(0, BLOCK_G)
     row = (tl.program_id(0) // blocks_g).to(tl.int64)
     b, n = row // N, row % N
@@ -198,7 +199,7 @@ def match_cost(a: Args, cost: Tensor) -> None:
     G, K = targets.shape[1], class_logits.shape[2] if class_logits is not None else 0
     target = for_triton(targets, ratio)
     tile = dict(config("match_cost.sums", mask_logits))
-    if interpreted():  # it takes its time per tile: the same chunks in an eighth of them
+    if interpreted():  # its time grows with the number of tiles: the same chunks with an eighth of the tiles
         tile["BLOCK_Q"], tile["TILES"] = 8 * tile["BLOCK_Q"], tile["TILES"] // 8
     tile["BLOCK_N"] = min(tile["BLOCK_N"], padded(N))
     tile["BLOCK_G"] = min(tile["BLOCK_G"], padded(G))
@@ -210,7 +211,7 @@ def match_cost(a: Args, cost: Tensor) -> None:
     shapes = ((B, chunks, N, G), (B, chunks, 2, N), (B, chunks, 2, G))
     pt, of_p, of_t = (mask_logits.new_empty(shape, dtype=torch.float32) for shape in shapes)
     written = pt.nbytes + of_p.nbytes + of_t.nbytes
-    # Every target counts as real: worst case.
+    # Worst case: every target is real.
     counted = 8 * B if counts is not None else 0
     programs = chunks * blocks_n * blocks_g
     loads = (
@@ -247,7 +248,7 @@ def match_cost(a: Args, cost: Tensor) -> None:
     )
     block = min(padded(G), 128)
     blocks = tiles(G, block)
-    classes = labelled = 0  # bytes that all programs load together
+    classes = labelled = 0  # bytes that all programs together load
     if class_logits is not None and labels is not None:
         classes, labelled = B * N * G * class_logits.element_size(), B * N * G * 8
     again = (

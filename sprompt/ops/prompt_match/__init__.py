@@ -1,4 +1,4 @@
-"""The match of kernels with prompts."""
+"""Matches kernels with prompts."""
 
 from typing import Any, NamedTuple
 
@@ -12,10 +12,10 @@ ASSIGNMENTS = ("cosine", "sequential", "random")
 
 
 class PromptMatch(NamedTuple):
-    """What `prompt_match` returns."""
+    """The result of `prompt_match`."""
 
     kernels: Tensor  # (B, N, C): the kernels with their prompts added
-    index: Tensor  # type: ignore[assignment]  # (B, N) int64: the prompt of each kernel, -1 for none
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index; (B, N) int64: prompt of each kernel, -1: none
 
 
 def prompt_match(
@@ -32,25 +32,26 @@ def prompt_match(
 
     cosine: δ(n) = argmax_l ⟨K_n, P_l⟩ / (max(‖K_n‖, ε) · max(‖P_l‖, ε)), ε = 1e-8, over the counts[b] real prompts, in float32;
     K'_n = K_n + P_δ(n).
-    sequential: kernel n reads slot t = ⌊n · 20 / N⌋ of 20; with L = counts[b] and r = ⌊20 / L⌋, slots t < rL hold prompt ⌊t / r⌋,
-    the others prompts 0, 1, …; of more than 20 prompts the first 20 are used.
-    random: kernel n takes what sequential gives kernel π(n); one permutation π per call, shared by the batch.
+    sequential: kernel n reads slot t = ⌊n · 20 / N⌋ of 20 slots. With L = counts[b] and r = ⌊20 / L⌋, slots t < rL hold
+    prompt ⌊t / r⌋, and the other slots hold prompts 0, 1, … If there are more than 20 prompts, only the first 20 are used.
+    random: kernel n takes the prompt that sequential gives to kernel π(n). There is one permutation π per call, for the
+    whole batch.
 
     Args:
         kernels: (B, N, C) float, or (N, C), shared by the batch.
-        prompts: (B, L, C) float; of two float dtypes both are computed in the wider.
-        counts: (B,) int64, how many prompts of each image are real; None means all. Padding is not looked at.
+        prompts: (B, L, C) float. If the dtypes of kernels and prompts differ, both are computed in the wider dtype.
+        counts: (B,) int64, the number of real prompts of each image; None means all. Padding is not read.
         keep: (B, N) bool, which kernels of each image may take a prompt; None means all.
-        dropout: chance, per image and kernel, that no prompt is added, drawn from `generator`; others are not rescaled.
-        generator: source of the permutation and the dropout, of the kernels' device; None is torch's own. torch.compile
-            and torch.export take None only.
+        dropout: probability, per image and kernel, that no prompt is added. The other kernels are not rescaled.
+        generator: generator, on the kernels' device, for the permutation and the dropout; None means torch's own.
+            torch.compile and torch.export accept only None.
 
-    Returns: PromptMatch(kernels (B, N, C), index int64 (B, N)). Ties, exact ones such as equal prompts, go to the lowest
-    index. A NaN similarity counts as −∞, so it never wins over a number; where all are NaN the prompt is 0. Without a
-    prompt (counts[b] = 0, L = 0, dropped) a kernel is returned as it is, with index −1.
-    Gradient to kernels: the identity, summed over the batch if they are shared; to prompts: the sum over the kernels that took
-    each, in float32, by increasing n; none through the match. Detach the prompts where a method says so. Deterministic, but
-    for the drawn parts. Autocast changes nothing.
+    Returns: PromptMatch(kernels (B, N, C), index int64 (B, N)). Exact ties, such as equal prompts, go to the lowest index.
+    A NaN similarity counts as −∞, so it never wins over a number. If all are NaN, the index is 0. A kernel without a prompt
+    (counts[b] = 0, L = 0, or dropped) is returned as it is, with index −1.
+    Gradient to kernels: the identity, summed over the batch if the kernels are shared. Gradient to prompts: the sum over the
+    kernels that took the prompt, in float32, by increasing n. No gradient through the match: detach the prompts if a method
+    requires it. Deterministic, except for the permutation and the dropout. Autocast changes nothing.
 
     >>> kernels = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     >>> prompts = torch.tensor([[[0.0, 3.0], [5.0, 1.0]]])

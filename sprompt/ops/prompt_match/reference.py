@@ -8,12 +8,12 @@ from sprompt.ops.region_mean.reference import real, wide
 
 #: max(norm, EPSILON) in the cosine.
 EPSILON = 1e-8
-#: Places that the prompts of one image share in the assignments that do not look at them.
+#: Slots that the prompts of one image share in the assignments "sequential" and "random".
 SLOTS = 20
 
 
 def cosine(kernels: Tensor, prompts: Tensor) -> Tensor:
-    """E (B, N, L), every entry summed in the same order, so that equal prompts tie."""
+    """The similarities (B, N, L). Every entry is summed in the same order, so equal prompts tie."""
     k, p = wide(kernels), wide(prompts)
     dot = torch.stack([(k * p[:, l, None]).sum(-1) for l in range(p.shape[1])], -1)
     norm_k, norm_p = (x.square().sum(-1).sqrt().clamp(min=EPSILON) for x in (k, p))
@@ -21,7 +21,7 @@ def cosine(kernels: Tensor, prompts: Tensor) -> Tensor:
 
 
 def slot_prompts(order: Tensor, counts: Tensor) -> Tensor:
-    """Prompt of each kernel, (B, N): kernel n reads slot ⌊order[n] · 20 / N⌋, the slots being shared by counts[b] prompts."""
+    """The prompt of each kernel, (B, N): kernel n reads slot ⌊order[n] · 20 / N⌋, and counts[b] prompts share the slots."""
     slot = order * SLOTS // max(order.shape[0], 1)
     length = counts.clamp(min=1)[:, None]
     each = SLOTS // length
@@ -42,7 +42,7 @@ def prompt_match(a: Args) -> tuple[Tensor, Tensor]:
     if a.cosine:
         similarity = cosine(kernels, prompts)
         similarity = similarity.masked_fill(similarity.isnan() | ~real(counts, length)[:, None], -torch.inf)
-        # argmax may return any of several largest entries; the first of them is wanted.
+        # argmax may return any of several largest entries, but the result must be the first.
         best = similarity == similarity.amax(-1, keepdim=True)
         index = torch.where(best, torch.arange(length, device=prompts.device), length).amin(-1)
     else:

@@ -26,9 +26,10 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 @triton.jit
 def _folded(x, HALVINGS: tl.constexpr):
-    """Sum over the last axis, 2^HALVINGS long: neighbours, then neighbours of those. tl.sum's order would follow the layout."""
+    """Sum over the last axis, which has 2^HALVINGS entries: neighbours, then neighbours of these sums, and so on. The order of
+    tl.sum would depend on the layout."""
     for _ in tl.static_range(HALVINGS):
-        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005
+        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005  # no starred lists in Triton
         x = even + odd
     return tl.reshape(x, x.shape[:-1])
 
@@ -47,13 +48,13 @@ def _match(
     COSINE: tl.constexpr, SLOTS: tl.constexpr, EPSILON: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, HALVINGS: tl.constexpr,
 ):  # fmt: skip
-    """index[b, n] = the first largest <k, p> / (max(|k|, EPSILON) max(|p|, EPSILON)) over the counts[b] real prompts, a NaN
-    counting as -inf; or, without COSINE, the prompt of slot floor(order[n] SLOTS / N); -1 without prompts and where keep is
-    false. out = kernel + prompt[index]. One program an image and BLOCK_N kernels.
+    """index[b, n] = the first largest <k, p> / (max(|k|, EPSILON) max(|p|, EPSILON)) over the counts[b] real prompts; a NaN
+    counts as -inf. Without COSINE it is the prompt of slot floor(order[n] SLOTS / N). It is -1 without prompts and where keep
+    is false. out = kernel + prompt[index]. One program per image and BLOCK_N kernels.
 
-    Every sum over channels, products and squares, has one order, whatever the place and the strides: lane j of LANES =
-    2^HALVINGS adds up channels j, j + LANES, ..., each product rounded (fp_fusion=False), then lanes are folded.
-    So equal prompts tie."""
+    All sums over channels, of products and of squares, have the same order for every place and all strides: lane j of LANES =
+    2^HALVINGS adds channels j, j + LANES, ..., with each product rounded (fp_fusion=False). Then the lanes are folded. So equal
+    prompts tie."""
     b = tl.program_id(0).to(tl.int64)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     n_far = n.to(tl.int64)
@@ -102,7 +103,7 @@ def _match(
         length = tl.maximum(count, 1)
         each = SLOTS // length
         chosen = tl.where(slot < each * length, slot // tl.maximum(each, 1), slot - each * length)
-        chosen = tl.minimum(tl.maximum(chosen, 0), length - 1)  # whatever order holds
+        chosen = tl.minimum(tl.maximum(chosen, 0), length - 1)  # for any values in `order`
     chosen = tl.where((count > 0) & (n < N), chosen, -1)
     if keep is not None:
         kept = tl.load(keep + b * keep_b + n_far * keep_n, mask=n < N, other=0)
@@ -129,8 +130,8 @@ def prompt_match(a: Args, out: Tensor, index: Tensor) -> None:
     block_l = min(padded(L), 128)
     blocks, passes = tiles(N, shape["BLOCK_N"]), tiles(L, block_l)
     row = C * prompts.element_size()
-    # Worst case: all prompts real, every kernel gets one, each another. A program reads its kernels for a block of prompts
-    # and for the sum, and its image's prompts for the products and the sum.
+    # Worst case: all prompts are real, and every kernel gets a different prompt. A program reads its kernels once per block of
+    # prompts and once for the sum. It reads its image's prompts for the products and for the sum.
     first = (N if shared else B * N) * row + B * row * (L if cosine else min(L, N))
     first += 8 * B * (counts is not None) + 8 * N * (order is not None) + B * N * (keep is not None)
     loaded = B * N * row * (1 + passes * cosine) + B * row * (blocks * L * cosine + N * (L > 0))
@@ -183,8 +184,8 @@ def _match_backward(
     grad_b, grad_n, grad_c, index_b, index_n,  # strides
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """out[b, l, c] = sum over the n with index[b, n] = l of grad[b, n, c], in float32, by increasing n. One program an image,
-    a block of channels and BLOCK_L prompts; UNROLL rows are on their way at a time."""
+    """out[b, l, c] = sum over the n with index[b, n] = l of grad[b, n, c], in float32, by increasing n. One program per image,
+    block of channels and BLOCK_L prompts. UNROLL rows are in flight at a time."""
     b = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     l = tl.program_id(2) * BLOCK_L + tl.arange(0, BLOCK_L)

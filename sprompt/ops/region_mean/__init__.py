@@ -18,18 +18,19 @@ def _checked_map(op: str, features: Any) -> None:
 def region_mean(features: Tensor, boxes: Tensor, counts: Tensor | None = None) -> Tensor:
     """Mean of a feature map over the cells of each box (Eq. 5).
 
-    out[b, l, c] = mean of features[b, c, r0:r1, c0:c1] with c0 = ⌊x1⌋, c1 = max(⌈x2⌉, c0 + 1), clamped to [0, W]; rows
-    likewise. A box wholly outside the map takes the nearest column or row of the map.
+    out[b, l, c] = mean of features[b, c, r0:r1, c0:c1] with c0 = ⌊x1⌋, c1 = max(⌈x2⌉, c0 + 1), clamped to [0, W]. Rows are
+    computed in the same way. A box completely outside the map takes the nearest column or row of the map.
 
     Args:
         features: (B, C, H, W) float, any strides.
         boxes: (B, L, 4) float or integer: x1, y1, x2, y2 in cells of the map (pixels / stride), exclusive ends. NaN and
-            infinity in a real box raise ValueError on a CPU; on a GPU NaN counts as 0, infinity as the map's edge.
-        counts: (B,) int64, how many boxes of each image are real; None means all. What stands behind is not looked at.
+            infinity in a real box raise ValueError on a CPU. On a GPU NaN counts as 0, and infinity as the map's edge.
+        counts: (B,) int64, the number of real boxes of each image; None means all. The other boxes are not read.
 
-    Returns: (B, L, C) in the dtype of features; 0 for boxes behind counts and for a map without cells. Sums are in float32.
-    Cells outside a box have no influence, NaN or not. Gradient to features; where boxes overlap it is summed in float32, in
-    the order of the boxes; none behind counts. Deterministic. Autocast changes nothing.
+    Returns: (B, L, C) in the dtype of features. It is 0 for boxes behind counts and for a map without cells. Sums are in
+    float32. Cells outside a box have no influence, even if they are NaN.
+    Gradient to features. Where boxes overlap it is summed in float32, in the order of the boxes. Boxes behind counts give
+    none. Deterministic. Autocast changes nothing.
 
     >>> features = torch.arange(12.0).reshape(1, 1, 3, 4)
     >>> region_mean(features, torch.tensor([[[0.5, 0.0, 1.5, 2.0], [3.0, 2.0, 3.0, 2.0]]])).tolist()
@@ -52,11 +53,12 @@ def mask_mean(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
 
     Args:
         features: (B, C, H, W) float, any strides.
-        masks: BitMasks (B, L) of H×W pixels, or dense (B, L, H, W), packed as `pack_masks` does.
+        masks: BitMasks (B, L) of H×W pixels, or dense (B, L, H, W), packed by `pack_masks`.
 
-    Returns: (B, L, C) in the dtype of features. Sums are in float32; the cost follows the number of set cells. Cells outside
-    a mask have no influence, NaN or not. Gradient to features; where masks overlap it is summed in float32, in the order of the
-    masks. Deterministic. Autocast changes nothing.
+    Returns: (B, L, C) in the dtype of features. Sums are in float32. The cost grows with the number of set cells. Cells
+    outside a mask have no influence, even if they are NaN.
+    Gradient to features. Where masks overlap it is summed in float32, in the order of the masks. Deterministic. Autocast
+    changes nothing.
 
     >>> features = torch.arange(6.0).reshape(1, 1, 2, 3)
     >>> mask_mean(features, torch.tensor([[[[1, 0, 0], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]]]])).tolist()
@@ -69,6 +71,6 @@ def mask_mean(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
         checks.bad_value("mask_mean", "masks", f"have the size of the map, {size}", bits.size, "resize them to the map")
     if len(bits.shape) != 2 or bits.shape[0] != features.shape[0]:
         rule = f"have batch dimensions (B, L) with B = {features.shape[0]}"
-        checks.bad_value("mask_mean", "masks", rule, tuple(bits.shape), "one list of masks an image")
+        checks.bad_value("mask_mean", "masks", rule, tuple(bits.shape), "give one list of masks per image")
     checks.same_device("mask_mean", features=features, masks=bits.words)
     return op.mask_mean(features, bits.words)

@@ -11,20 +11,21 @@ from sprompt.ops.declare import Args, new, op
 
 
 def _lanes(features: Tensor) -> Tensor:
-    """A map whose rows or whose channels lie together, as the kernels read it: no copy of NCHW, of NHWC and of their slices."""
+    """The map with stride 1 along rows or along channels, as the kernels read it. NCHW, NHWC and their slices are not
+    copied."""
     along_x = features.stride(3) == 1 and features.stride(2) >= features.shape[3]
     return features if along_x or features.stride(1) == 1 else features.contiguous()
 
 
 def wide_boxes(boxes: Tensor) -> Tensor:
-    """float32, float64 or int64, which hold every other type's values."""
+    """The boxes as float32, float64 or int64. These dtypes hold the values of all other dtypes."""
     if boxes.dtype in (torch.float32, torch.float64, torch.int64):
         return boxes
     return boxes.to(torch.float32 if boxes.is_floating_point() else torch.int64)
 
 
 def check_boxes(boxes: Tensor, counts: Tensor | None) -> None:
-    """Real boxes are finite. Reads values: on a CPU only."""
+    """Checks that real boxes are finite. It reads values, so it checks only on a CPU."""
     if not boxes.is_cpu or not boxes.is_floating_point():
         return
     bad = ~boxes.isfinite().all(-1)
@@ -32,7 +33,7 @@ def check_boxes(boxes: Tensor, counts: Tensor | None) -> None:
         bad &= torch.arange(boxes.shape[1]) < counts[:, None]
     if bool(bad.any()):
         b, l = bad.nonzero()[0].tolist()
-        found, advice = f"{boxes[b, l].tolist()} at [{b}, {l}]", "leave such boxes out, or behind counts"
+        found, advice = f"{boxes[b, l].tolist()} at [{b}, {l}]", "leave such boxes out, or move them behind counts"
         checks.bad_value("region_mean", "boxes", "be finite", found, advice)
 
 

@@ -9,7 +9,8 @@ from sprompt.ops.region_mean.op import check_boxes
 
 
 def box_cells(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Which cells a box covers, bool (B, L, H, W): floor and ceil, at least one cell, those outside moved to the edge."""
+    """Which cells a box covers, bool (B, L, H, W): from floor to ceil, at least one cell. Boxes outside are moved to the
+    edge."""
     inside = []
     for axis, size in ((1, height), (0, width)):
         low, high = boxes[..., axis].double(), boxes[..., axis + 2].double()
@@ -42,8 +43,8 @@ def wide(x: Tensor) -> Tensor:
 
 
 def cell_mean(features: Tensor, cells: Tensor) -> Tensor:
-    """Mean of (B, C, H, W) over each of the cells (B, L, H, W), 0 where there are none; other cells are not looked at."""
-    values = wide(features).contiguous()  # one order of summation for every layout
+    """Mean of features (B, C, H, W) over each set of cells (B, L, H, W), 0 for an empty set. Other cells have no influence."""
+    values = wide(features).contiguous()  # the same order of summation for every layout
     out = values.new_zeros((*cells.shape[:2], features.shape[1]))
     for l in range(cells.shape[1]):
         inside = cells[:, l, None]

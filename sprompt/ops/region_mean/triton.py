@@ -1,8 +1,9 @@
 """Triton kernels of region_mean and mask_mean. B images, L boxes or masks, C channels, a map of H x W = P cells.
 
-Boxes and masks share every kernel: only how the bits of a tile come about differs. Sums over cells are products with the
-bits, whose order does not follow the layout of the loads; cells that are not finite are left out of them and added by their
-own rule, so that cells outside have no influence. Long maps are cut into chunks, added in order by a second kernel.
+Boxes and masks use the same kernels. Only the computation of a tile's bits differs. Sums over cells are products with the bits,
+so their order does not depend on the layout of the loads. Cells that are not finite are left out of the products and added
+separately, so that cells outside have no influence. Long maps are cut into chunks, and a second kernel adds the chunks in
+order.
 """
 
 import torch
@@ -15,7 +16,7 @@ from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, tiles
 from sprompt.ops.region_mean.op import wide_boxes
 
-BLOCK_L = 32  # boxes or masks a program
+BLOCK_L = 32  # boxes or masks per program
 
 CANDIDATES: dict[str, list[dict[str, int]]] = {
     "mean": [
@@ -34,8 +35,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 @triton.jit
 def _span(low, high, size):
-    """First cell and end, i32, of float64 coordinates on an axis of `size` cells: at least one cell, inside the map if it has
-    any. NaN counts as 0."""
+    """First cell and end, i32, of float64 coordinates on an axis of `size` cells: at least one cell, inside the map unless the
+    map is empty. NaN counts as 0."""
     low = tl.floor(tl.where(low == low, low, 0.0))
     high = tl.ceil(tl.where(high == high, high, 0.0))
     first = tl.minimum(tl.maximum(low, 0.0), tl.maximum(size - 1, 0).to(tl.float64))
@@ -45,7 +46,7 @@ def _span(low, high, size):
 
 @triton.jit
 def _box(boxes, b, l, real, box_b, box_l, box_4, H, W):
-    """c0, r0, c1, r1 (BLOCK_L,) of boxes l of image b; those that are not real: a box of one cell."""
+    """c0, r0, c1, r1 (BLOCK_L,) of boxes l of image b. A box that is not real gives a box of one cell."""
     box = boxes + b * box_b + l.to(tl.int64) * box_l
     x1 = tl.load(box, mask=real, other=0).to(tl.float64)
     y1 = tl.load(box + box_4, mask=real, other=0).to(tl.float64)
@@ -58,7 +59,7 @@ def _box(boxes, b, l, real, box_b, box_l, box_4, H, W):
 
 @triton.jit
 def _real(counts, count_b, b, L):
-    """How many boxes of image b are real, i64 in [0, L]."""
+    """The number of real boxes of image b, i64 in [0, L]."""
     count = tl.cast(L, tl.int64)
     if counts is not None:
         count = tl.minimum(tl.maximum(tl.load(counts + b * count_b), 0), count)
@@ -67,7 +68,7 @@ def _real(counts, count_b, b, L):
 
 @triton.jit
 def _words(words, b, l, L, n, p0, word_b, word_l, word_n, BLOCK_P: tl.constexpr):
-    """i32 (BLOCK_L, BLOCK_P / 32): the bits of cells p0 and on in masks l. Padding bits of a mask's last word are 0."""
+    """i32 (BLOCK_L, BLOCK_P / 32): the bits of masks l from cell p0 on. Padding bits of a mask's last word are 0."""
     w = p0 // 32 + tl.arange(0, BLOCK_P // 32)
     place = words + b * word_b + l.to(tl.int64)[:, None] * word_l + w.to(tl.int64)[None, :] * word_n
     return tl.load(place, mask=(l < L)[:, None] & (w < n)[None, :], other=0)
@@ -75,9 +76,9 @@ def _words(words, b, l, L, n, p0, word_b, word_l, word_n, BLOCK_P: tl.constexpr)
 
 @triton.jit
 def _ones(words):
-    """How many bits are set in each, i32."""
+    """The number of set bits of each word, i32."""
     v = words.to(tl.uint32, bitcast=True)
-    v = v - ((v >> 1) & 0x55555555)  # of pairs, of fours, of eights, of the word
+    v = v - ((v >> 1) & 0x55555555)  # counts of 2 bits, then of 4, of 8, and of the word
     v = (v & 0x33333333) + ((v >> 2) & 0x33333333)
     v = (v + (v >> 4)) & 0x0F0F0F0F
     v = v + (v >> 8)
@@ -98,18 +99,19 @@ def _mean(
     features,  # (B, C, H, W), any strides
     shapes,  # boxes (B, L, 4) f32/f64/i64, or words (B, L, n) i32; any strides
     counts,  # (B,) i64, any stride, or None
-    sums,  # (B, S, L, C) f32, contiguous: one sum a chunk; with S = 1 the result, (B, L, C) of features' type
+    sums,  # (B, S, L, C) f32, contiguous: one sum per chunk; with S = 1 the result, (B, L, C) of features' type
     areas,  # (B, S, L) i32, contiguous: cells that count; not used with S = 1
     C, H, W, L, n, S, chunk,  # chunk: cells of a chunk, a multiple of BLOCK_P
     feature_b, feature_c, feature_y, feature_x, shape_b, shape_l, shape_n, count_b,  # strides
     BOXES: tl.constexpr, ONE: tl.constexpr, ROWS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums[b, s, l, c] = sum over the cells p of chunk s in shape l of features[b, c, p]. One program an image, chunk, BLOCK_C
-    channels and BLOCK_L shapes: features (BLOCK_C, BLOCK_P) times bits (BLOCK_P, BLOCK_L).
-    ROWS: rows follow each other at feature_x * W, so a cell's offset is p * feature_x.
-    A chunk with cells that are not finite is read a second time (not in the Cost): of each tile the numbers of +inf, -inf and
-    NaN in every shape come from one more product, with 1, 128 and 16384 (BLOCK_P <= 64 of each: exact in any type)."""
+    """sums[b, s, l, c] = sum over the cells p of chunk s in shape l of features[b, c, p]. One program per image, chunk,
+    BLOCK_C channels and BLOCK_L shapes: features (BLOCK_C, BLOCK_P) times bits (BLOCK_P, BLOCK_L).
+    ROWS: the distance between rows is feature_x * W, so a cell's offset is p * feature_x.
+    A chunk with cells that are not finite is read a second time (not in the Cost). One more product per tile counts the
+    +inf, -inf and NaN in every shape: they are coded as 1, 128 and 16384. A tile has at most BLOCK_P <= 64 of each, so the
+    counts are exact in any type."""
     b = (tl.program_id(0) // S).to(tl.int64)
     s = tl.program_id(0) % S
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -126,7 +128,7 @@ def _mean(
     odd = tl.zeros((BLOCK_C, BLOCK_P), tl.int32)
     for p0 in range(start, end, BLOCK_P):
         p = p0 + tl.arange(0, BLOCK_P)
-        if ROWS:  # noqa: SIM108
+        if ROWS:  # noqa: SIM108  # the two cases are easier to read apart
             offset = p.to(tl.int64) * feature_x
         else:
             offset = (p // W).to(tl.int64) * feature_y + (p % W).to(tl.int64) * feature_x
@@ -165,8 +167,8 @@ def _mean(
             acc += tl.where(hits % 128 > 0, float("inf"), 0.0)
             acc += tl.where(hits // 128 % 128 > 0, float("-inf"), 0.0)
             acc += tl.where(hits >= 16384, float("nan"), 0.0)
-    if BOXES:  # noqa: SIM108  # known at once: the first chunk says it
-        area = tl.where(real & (s == 0), (c1 - c0) * (r1 - r0), 0)
+    if BOXES:  # noqa: SIM108  # the two cases are easier to read apart
+        area = tl.where(real & (s == 0), (c1 - c0) * (r1 - r0), 0)  # the first chunk gets the area of the whole box
     else:
         area = tl.sum(held_ones, axis=1)
     store = (l < L)[None, :] & (c < C)[:, None]
@@ -187,8 +189,8 @@ def _mean_finish(
     C, L, S,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """out[b, l] = sum of sums[b, :, l] / max(sum of areas[b, :, l], 1), both by increasing s. One program a row and BLOCK_C
-    channels."""
+    """out[b, l] = sum of sums[b, :, l] / max(sum of areas[b, :, l], 1), both by increasing s. One program per row and
+    BLOCK_C channels."""
     row = tl.program_id(0).to(tl.int64)
     b = row // L
     l = row % L
@@ -214,7 +216,8 @@ def _shares(
     grad_b, grad_l, grad_c, shape_b, shape_l, shape_n, count_b,  # strides
     BOXES: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """out[b, l] = grad[b, l] / max(cells of shape l, 1). Shapes behind counts are not looked at: 0. One program a shape."""
+    """out[b, l] = grad[b, l] / max(cells of shape l, 1). Shapes behind counts are not read and give 0. One program per
+    shape."""
     row = tl.program_id(0).to(tl.int64)
     b = row // L
     l = row % L
@@ -251,8 +254,9 @@ def _spread(
     shape_b, shape_l, shape_n,  # strides
     BOXES: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """out[b, c, p] = sum over the shapes l that hold cell p of shares[b, l, c], by increasing l. One program an image, BLOCK_P
-    cells and BLOCK_C channels: a gather. Of masks, BLOCK_L at a time are turned into the bits of one number a cell."""
+    """out[b, c, p] = sum over the shapes l that hold cell p of shares[b, l, c], by increasing l. One program per image,
+    BLOCK_P cells and BLOCK_C channels: a gather. The bits of BLOCK_L masks at a time are collected into one number per
+    cell."""
     b = (tl.program_id(0) // blocks).to(tl.int64)
     p0 = tl.program_id(0) % blocks * BLOCK_P
     p = p0 + tl.arange(0, BLOCK_P)
@@ -286,14 +290,14 @@ def _cell_mean(features: Tensor, shapes: Tensor, counts: Tensor | None, boxes: b
     L, P = shapes.shape[1], H * W
     shape = dict(config("region_mean.mean", features, C))
     limit = shape.pop("CHUNK")
-    # Chunks follow from the map alone: an image's result is the same in every batch.
+    # Chunks depend only on the map, so an image's result is the same in every batch.
     chunk = tiles(tiles(P, shape["BLOCK_P"]), max(tiles(P, limit), 1)) * shape["BLOCK_P"]
     S = max(tiles(P, max(chunk, 1)), 1)
     sums = out if S == 1 else features.new_empty((B, S, L, C), dtype=torch.float32)
     areas = features.new_empty((B, S, L) if S > 1 else (0,), dtype=torch.int32)
     blocks, passes = tiles(C, shape["BLOCK_C"]), tiles(L, BLOCK_L)
     read = features.numel() * features.element_size()
-    held = shapes.numel() * shapes.element_size()  # every program of an image reads all of a box, a chunk of a mask
+    held = shapes.numel() * shapes.element_size()  # a program reads whole boxes, but only a chunk of each mask
     small = 8 * B if counts is not None else 0
     launch(
         _mean,

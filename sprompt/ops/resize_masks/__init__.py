@@ -1,4 +1,4 @@
-"""Masks at another size, straight to bits."""
+"""Resizes masks directly to bits."""
 
 from typing import Any
 
@@ -14,24 +14,25 @@ _PIXELS = 2**31 - 1
 def resize_masks(
     soft: Tensor, size: tuple[int, int], *, threshold: float = 0.0, crop: tuple[float, float] | None = None
 ) -> BitMasks:
-    """Resizes soft masks bilinearly and thresholds them; the float image never exists.
+    """Resizes soft masks bilinearly and thresholds them, without storing the float image.
 
     Pixel (y, x) of size (H, W) is set where the map, interpolated bilinearly (half-pixel centres, no antialias) at row
     (y + ½)·ch/H − ½ and column (x + ½)·cw/W − ½, both clamped to the map's cells, is > threshold. With crop=None this is
-    `torch.nn.functional.interpolate(soft, size, mode="bilinear") > threshold`, but for values within rounding of the threshold.
+    `torch.nn.functional.interpolate(soft, size, mode="bilinear") > threshold`, except for values within rounding of the
+    threshold.
 
     Args:
-        soft: (..., h, w) float: logits, or probabilities with a threshold to match. Any strides.
+        soft: (..., h, w) float, any strides: logits, or probabilities with a suitable threshold.
         size: (H, W), whole numbers, at most 2³¹ − 1 pixels.
         threshold: compared strictly.
-        crop: (ch, cw) in cells of the map, 0 < ch <= h, 0 < cw <= w, fractions allowed: only this top-left extent becomes
-            the image (what padding added is cut off); None keeps the whole map.
+        crop: (ch, cw) in cells of the map, 0 < ch <= h, 0 < cw <= w, fractions allowed. Only this top-left part becomes the
+            image, which cuts padding off. None keeps the whole map.
 
-    Returns: BitMasks of shape (...) and size (H, W). No masks, H = 0 or W = 0 give masks without words; an empty map (h or w
-    of 0) can only become an empty image.
-    Values: a NaN cell leaves every pixel that gives it weight not set; ±inf counts as ±2¹²⁷.
-    Exact on every backend: coordinates in float64, weights rounded to float32, float32 arithmetic along rows, then along
-    columns. Float64 maps are computed in float64, by the reference.
+    Returns: BitMasks of shape (...) and size (H, W). No masks, H = 0 or W = 0 give masks without words. An empty map (h or
+    w of 0) can only become an empty image.
+    Values: a pixel that gives weight to a NaN cell is not set. ±inf counts as ±2¹²⁷.
+    Exact on every backend: coordinates are in float64, weights are rounded to float32, and float32 arithmetic runs along rows,
+    then along columns. Float64 maps are computed in float64, by the reference.
     Not differentiable. Autocast changes nothing.
 
     >>> resize_masks(torch.tensor([[-1.0, 1.0]]), (1, 4)).to_dense().int().tolist()
@@ -39,7 +40,7 @@ def resize_masks(
     >>> resize_masks(torch.tensor([[-1.0, 1.0, 9.0]]), (1, 4), crop=(1.0, 2.0)).to_dense().int().tolist()
     [[0, 0, 1, 1]]
     """
-    checks.tensor("resize_masks", "soft", soft, checks.FLOATS, "masks that are bits have BitMasks.resize")
+    checks.tensor("resize_masks", "soft", soft, checks.FLOATS, "use BitMasks.resize for bit masks")
     if soft.dim() < 2:
         checks.bad_value("resize_masks", "soft", "have shape (..., h, w)", tuple(soft.shape))
     height, width = checked_size("resize_masks", size, (soft.shape[-2], soft.shape[-1]))
@@ -50,7 +51,7 @@ def resize_masks(
 
 
 def checked_size(op: str, size: Any, cells: tuple[int, int]) -> tuple[int, int]:
-    """size as two numbers, if a map of h x w cells can become that."""
+    """Checks that a map of h x w cells can be resized to `size`. Returns the size as two numbers."""
     if not (isinstance(size, (tuple, list)) and len(size) == 2):
         checks.bad_type(op, "size", "be (H, W)", repr(size))
     for side in size:

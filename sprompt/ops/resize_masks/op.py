@@ -10,7 +10,7 @@ from sprompt.ops.masks.op import rows
 
 
 def extent(a: Args) -> tuple[float, float]:
-    """Rows and columns of the map that become the image."""
+    """The numbers of rows and columns of the map that become the image."""
     return a.crop_height or a.soft.shape[-2], a.crop_width or a.soft.shape[-1]
 
 

@@ -1,4 +1,4 @@
-"""resize_masks in plain PyTorch: the definition, to the bit."""
+"""resize_masks in plain PyTorch. It defines the result to the bit."""
 
 from typing import NamedTuple
 
@@ -39,7 +39,7 @@ def interpolate(soft: Tensor, height: int, width: int, extent_height: float, ext
 
 
 def resized(soft: Tensor, height: int, width: int, threshold: float, extent: tuple[float, float]) -> Tensor:
-    """words (..., n) <- soft (..., h, w), of whose cells the first `extent` become the image. Some masks at a time."""
+    """words (..., n) <- soft (..., h, w). The first `extent` cells per axis become the image. Takes some masks at a time."""
     *batch, h, w = soft.shape
     n = words_for(height * width)
     words = soft.new_empty((torch.Size(batch).numel(), n), dtype=torch.int32)
@@ -56,12 +56,12 @@ def resized(soft: Tensor, height: int, width: int, threshold: float, extent: tup
 
 
 def resize_masks(a: Args) -> Tensor:
-    """Float64 stays float64; all else is computed in float32."""
+    """Float64 maps are computed in float64, all other maps in float32."""
     return resized(a.soft, a.height, a.width, a.threshold, extent(a))
 
 
 def resize_bits(a: Args) -> Tensor:
-    """0 and 1, threshold 1/2. Some masks at a time."""
+    """Resizes cells of 0 and 1 with threshold 1/2. Takes some masks at a time."""
     words, h, w, height, width = a
     batch = words.shape[:-1]
     n = words_for(height * width)

@@ -1,4 +1,4 @@
-"""Triton kernels of resize_masks. M maps of h x w cells, images of H x W pixels, 32 pixels a word in reading order."""
+"""Triton kernels of resize_masks. M maps of h x w cells, images of H x W pixels, 32 pixels per word in reading order."""
 
 import struct
 
@@ -20,12 +20,12 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     ],
 }  # fmt: skip
 LARGEST = tl.constexpr(2.0**127)
-_TABLE = 256  # entries a program of _taps
+_TABLE = 256  # entries per program of _taps
 
 
 @triton.jit
 def _axis(i, size, cells, ratio):
-    """The first cell (i32) and the second cell's weight (f32) of pixels i: the place (i + 1/2) ratio - 1/2, in float64."""
+    """The first cell (i32) and the second cell's weight (f32) of pixels i. Their place is (i + 1/2) ratio - 1/2, in float64."""
     place = (i.to(tl.float64) + 0.5) * ratio - 0.5
     place = tl.minimum(tl.maximum(place, 0.0), (cells - 1).to(tl.float64))
     floor = tl.floor(place)
@@ -52,7 +52,7 @@ def _taps(
 
 @triton.jit
 def _held(x):
-    """As float32, the infinities (and what lies beyond 2^127) as +-2^127; NaN stays."""
+    """x as float32, clamped to +-2^127. NaN stays."""
     x = x.to(tl.float32)
     x = tl.where(x > LARGEST, LARGEST, x)
     return tl.where(x < -LARGEST, -LARGEST, x)
@@ -60,7 +60,7 @@ def _held(x):
 
 @triton.jit
 def _ends(cell, w1):
-    """First and second cell of pixels and their weights; a cell of weight 0 is replaced by the other."""
+    """First and second cell of pixels, and the first cell's weight. A cell of weight 0 is replaced by the other cell."""
     w0 = 1.0 - w1
     first = tl.where(w0 > 0, cell, cell + 1)
     second = tl.where(w1 > 0, cell + 1, cell)
@@ -77,15 +77,16 @@ def _resize(
     soft_m, soft_y, soft_x,  # strides
     threshold,  # f32
     ROWS: tl.constexpr, WORDS: tl.constexpr,
-    WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,  # cells that the pixels of a tile can reach; 0: no look ahead
+    WINDOW_Y: tl.constexpr, WINDOW_X: tl.constexpr,  # cells that the pixels of a tile can reach; 0: no window is read
     NARROW: tl.constexpr,  # W < 32: a word may span many rows
     FAR: tl.constexpr,  # offsets within a map beyond 2^31
 ):  # fmt: skip
     """Bit p of words[m] = h(first(y)) w0(y) + h(second(y)) w1(y) > threshold, h(r) = soft[m, r, first(x)] w0(x) +
-    soft[m, r, second(x)] w1(x), at (y, x) = divmod(p, W). One program a map, ROWS rows and 32 WORDS columns: it writes the
-    words that start there; a row's last word runs on into the next row.
-    Where all cells that a tile can reach lie on one side of the threshold, further than the rounding of the interpolation
-    (8 units of the largest magnitude; 16 are taken), the words are written without it."""
+    soft[m, r, second(x)] w1(x), at (y, x) = divmod(p, W). One program per map, ROWS rows and 32 WORDS columns. It writes
+    the words that start in this tile. A row's last word continues in the next row.
+    If all cells that a tile can reach lie on one side of the threshold, by more than the rounding error of the
+    interpolation, the words are written without interpolation. The error is at most 8 units of the largest magnitude; the
+    margin is 16 units."""
     tile_ = tl.program_id(0) % (row_tiles * column_tiles)
     m = (tl.program_id(0) // (row_tiles * column_tiles)).to(tl.int64)
     y0 = tile_ // column_tiles * ROWS
@@ -101,8 +102,8 @@ def _resize(
     map_ = soft + m * soft_m
 
     sure = 0  # 1: all bits set, -1: none
-    if WINDOW_Y > 0:  # noqa: SIM102
-        if (x0 + 32 * WORDS + 31 <= W) & (y0 + ROWS <= H):  # no word of the tile leaves its row
+    if WINDOW_Y > 0:  # noqa: SIM102  # a constexpr, decided at compile time
+        if (x0 + 32 * WORDS + 31 <= W) & (y0 + ROWS <= H):  # no word of the tile continues in another row
             top = tl.load(cell + W + y0)
             left = tl.load(cell + x0)
             rows = tl.minimum(top + tl.arange(0, WINDOW_Y), h - 1)
@@ -160,12 +161,12 @@ def _resize(
 
 
 def _bits(number: float) -> int:
-    """A double as an integer: Triton takes floats as float32."""
+    """The bits of a double as an integer, because Triton passes floats as float32."""
     return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
 def _window(pixels: int, ratio: float) -> int:
-    """Cells that neighbouring pixels reach: their places span (pixels - 1) ratio, each reaches two cells."""
+    """Cells that neighbouring pixels reach. Their places span (pixels - 1) ratio, and each pixel reaches two cells."""
     return padded(int((pixels - 1) * ratio) + 3, 1)
 
 
@@ -200,12 +201,12 @@ def resize_masks(a: Args, words: Tensor) -> None:
     if window[0] * window[1] > rows * columns:
         window = (0, 0)
     row_tiles, column_tiles = tiles(height, rows), tiles(width, columns)
-    # At most: as if no tile were known by its window. Every pixel reads four cells and its column's taps, every row of a tile
-    # its own taps and those of the row below (narrow images: every pixel), every tile that looks ahead its window.
+    # Upper bound: no tile is decided by its window. Every pixel reads four cells and its column's taps. Every row of a tile
+    # reads its own taps and the taps of the row below (in narrow images: every pixel). Every tile with a window reads it.
     ahead = (height // rows) * max((width - columns - 31) // columns + 1, 0) if window[0] else 0
     taps = 16 * height * width if width < 32 else 8 * height * width + column_tiles * 8 * (2 * height - 1)
     loaded = M * (4 * item * height * width + taps + ahead * (8 + window[0] * window[1] * item))
-    # The first time: the rows that pixels lie between, whole.
+    # First reads: whole source rows that pixels lie between.
     read = min(M * min(h, 2 * height) * w * item + cell.nbytes + weight.nbytes, loaded)
     far = (h - 1) * maps.stride(1) + (w - 1) * maps.stride(2) >= 2**31
     launch(

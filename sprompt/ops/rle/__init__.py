@@ -1,4 +1,4 @@
-"""COCO run lengths: encoding masks as `pycocotools.mask.encode` does, and decoding with every error found."""
+"""COCO run lengths: encodes masks like `pycocotools.mask.encode`, and decodes with checks for every error."""
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -15,20 +15,20 @@ from sprompt.ops.rle.faults import too_large, within_limits
 
 
 def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
-    """Encodes masks as COCO compressed RLE, byte for byte as `pycocotools.mask.encode`.
+    """Encodes masks as COCO compressed RLE, byte for byte like `pycocotools.mask.encode`.
 
-    The pixels of a mask, column by column, are runs r₀, r₁, … of zeros, ones, zeros, …; only r₀ may have to be empty. Written are
-    r₀, r₁, r₂, r₃ − r₁, r₄ − r₂, …, each in groups of 5 bits from the lowest, in two's complement, one character a group:
-    48 + bits, + 32 if another follows.
+    The pixels of a mask, column by column, are runs r₀, r₁, … of zeros, ones, zeros, … Only r₀ ever needs to be empty. The
+    string holds the numbers r₀, r₁, r₂, r₃ − r₁, r₄ − r₂, … in two's complement. Each number is written in groups of 5 bits,
+    lowest first, with one character per group: 48 + bits, + 32 if another group follows.
 
     Args:
-        masks: BitMasks (..., L), or dense (..., L, H, W), packed as `pack_masks` does; H·W at most 2³¹ − 1.
+        masks: BitMasks (..., L), or dense (..., L, H, W), packed by `pack_masks`; H·W at most 2³¹ − 1.
 
-    Returns: one `{"size": [H, W], "counts": bytes}` a mask, in the order of the flattened leading dimensions (a single mask
-    gives a list of one). A mask without pixels has counts `b"0"`.
-    Exact, deterministic, not differentiable. Python objects come out, so torch.compile breaks the graph here, and it waits for
-    the device twice: for the number of characters, and for them. Inside a graph call `torch.ops.sprompt.rle_encode(words, H, W)`,
-    which gives all characters and their offsets on the device, and waits once.
+    Returns: one `{"size": [H, W], "counts": bytes}` per mask, in the order of the flattened leading dimensions (a single
+    mask gives a list of one). A mask without pixels has counts `b"0"`.
+    Exact, deterministic, not differentiable. The results are Python objects, so torch.compile breaks the graph here. The call
+    waits for the device twice: for the number of characters, and for the characters. Inside a graph call
+    `torch.ops.sprompt.rle_encode(words, H, W)`. It returns all characters and their offsets on the device, and waits once.
 
     >>> rle_encode(torch.tensor([[[0, 1], [1, 1]], [[1, 0], [0, 0]]]))
     [{'size': [2, 2], 'counts': b'13'}, {'size': [2, 2], 'counts': b'013'}]
@@ -47,24 +47,25 @@ def rle_encode(masks: BitMasks | Tensor) -> list[dict[str, Any]]:
 
 
 def _in_one_copy(characters: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """Both on the CPU: every copy waits for the device."""
+    """Copies both tensors to the CPU at once, because every copy waits for the device."""
     both = torch.cat((offsets.view(torch.uint8), characters)).cpu()
     return both[8 * len(offsets) :], both[: 8 * len(offsets)].view(torch.int64)
 
 
 def rle_decode(rles: Sequence[Mapping[str, Any]], size: Size | None = None) -> BitMasks:
-    """Decodes COCO RLE to bits; the inverse of `rle_encode`. Nothing in the list is trusted.
+    """Decodes COCO RLE to bits: the inverse of `rle_encode`. Every part of the list is checked.
 
     Args:
         rles: L entries `{"size": [H, W], "counts": ...}` of one size. counts is the compressed string, as bytes or str, or the
             uncompressed list of runs.
-        size: (H, W) that every entry must have; None takes the size of the first. An empty list needs it.
+        size: (H, W) that every entry must have; None takes the size of the first entry. An empty list needs it.
 
-    Returns: BitMasks (L,) on the CPU, where the strings are; there is no GPU kernel.
-    An entry that is not such a mapping, has another size, holds a character that RLE does not have, breaks off, has a number of
-    more than 12 characters or a negative run, or whose runs do not sum to exactly H·W, raises ValueError with its index. So does
-    a mask of more than 2³¹ − 1 pixels (268 MB of bits), or a list of more than 2³⁵ pixels (4 GiB of bits) in all: a few
-    characters can ask for that much, so lower bounds are the caller's, by `size`. Empty runs are taken wherever they stand.
+    Returns: BitMasks (L,) on the CPU, where the strings are. There is no GPU kernel.
+    An invalid entry raises ValueError with its index. An entry is invalid if it is not such a mapping, has another size, holds
+    a character that RLE does not have, ends within a number, has a number of more than 12 characters or a negative run, or if
+    its runs do not sum to exactly H·W. A mask of more than 2³¹ − 1 pixels (268 MB of bits) and a list of more than 2³⁵ pixels
+    (4 GiB of bits) in all raise ValueError too. A few characters can require that much memory, so pass `size` to set a lower
+    limit. Empty runs are allowed everywhere.
     Exact, deterministic, not differentiable; not for torch.compile.
 
     >>> rle_decode([{"size": [2, 2], "counts": b"13"}, {"size": [2, 2], "counts": [0, 1, 3]}]).to_dense().int().tolist()
@@ -133,15 +134,15 @@ def _characters(counts: Any, name: str, size: Size) -> bytes:
 
 
 def _compressed(runs: Sequence[Any], name: str, size: Size) -> bytes:
-    """The string of an uncompressed list of runs. Their sum is left to the decoder."""
+    """The string of an uncompressed list of runs. The decoder checks their sum."""
     most = size[0] * size[1]
     numbers: list[int] = []
     for i, run in enumerate(runs):
         if isinstance(run, bool) or not hasattr(run, "__index__"):
-            checks.bad_value("rle_decode", name, f"have whole numbers as counts, in run {i} too", f"{run!r:.80}")
+            checks.bad_value("rle_decode", name, "have whole numbers as counts", f"{run!r:.80} in run {i}")
         number = run.__index__()
         if number < 0:
-            checks.bad_value("rle_decode", name, f"have runs of at least 0 pixels, in run {i} too", number)
+            checks.bad_value("rle_decode", name, "have runs of at least 0 pixels", f"{number} in run {i}")
         if number > most:
             checks.bad_value(
                 "rle_decode", name, f"have runs that sum to {size[0]}x{size[1]} = {most} pixels", f"more in run {i}"

@@ -13,7 +13,7 @@ from sprompt.ops.rle import faults
 def rle_encode(a: Args) -> tuple[Tensor, Tensor]:
     """characters and offsets on the device of the words. Waits for the device once, for the number of characters."""
     words, height, width = a
-    faults.fits("rle_encode", words.shape[-1], height, width)  # here too: the device's memory is at stake
+    faults.fits("rle_encode", words.shape[-1], height, width)  # checked here too, as the kernels index by these sizes
     masks, at = rows(words), stream(words)
     count, pixels = masks.shape[0], height * width
     strips, groups = (-(-width // 32), -(-height // 1024)) if pixels > 0 else (1, 0)

@@ -1,4 +1,4 @@
-"""What can be wrong with a run-length string, in words, and the bounds on sizes."""
+"""The messages for faults of a run-length string, and the limits of sizes."""
 
 from typing import NoReturn
 
@@ -17,12 +17,12 @@ Fault = tuple[int, int, int]
 
 
 def too_large(height: int, width: int) -> bool:
-    """Also where one side is 0: the kernels take sides as 64-bit numbers."""
+    """Whether a mask has too many pixels. A single side is limited as well, even if the other side is 0."""
     return max(height, width, height * width) > MOST_PIXELS
 
 
 def fits(op: str, n: int, height: int, width: int) -> None:
-    """n words are those of a mask of height x width, and not too many."""
+    """Checks that n words hold a mask of height x width, and that the mask is not too large."""
     if min(height, width) < 0 or too_large(height, width):
         bad_value(op, "size", "have at most 2^31 - 1 pixels", f"{height}x{width}", "COCO RLE counts in 32 bits")
     if n != words_for(height * width):
@@ -32,7 +32,7 @@ def fits(op: str, n: int, height: int, width: int) -> None:
 
 
 def within_limits(height: int, width: int, count: int) -> None:
-    """A list of `count` masks may be decoded."""
+    """Checks that a list of `count` masks may be decoded."""
     fits("rle_decode", words_for(height * width), height, width)
     if height * width * count > MOST_PIXELS_IN_ALL:
         bad_value(
@@ -52,12 +52,15 @@ def _refuse(name: str, fault: Fault, height: int, width: int) -> NoReturn:
     total = f"have runs that sum to {height}x{width} = {height * width} pixels"
     rule, got = {
         BAD_CHARACTER: ("have counts of the characters 0 to o", f"{bytes([value & 255])!r} at {place}"),
-        TRUNCATED: ("have counts that end with a whole number", f"one that breaks off, from character {place} on"),
-        TOO_LONG: (f"have numbers of at most {MOST_CHARACTERS} characters", f"a longer one from character {place} on"),
+        TRUNCATED: ("have counts that end with a complete number", f"an incomplete number from character {place} on"),
+        TOO_LONG: (
+            f"have numbers of at most {MOST_CHARACTERS} characters",
+            f"a longer number from character {place} on",
+        ),
         NEGATIVE: ("have runs of at least 0 pixels", f"{value} in run {place}"),
         TOO_MANY: (total, f"more in run {place}"),
         TOO_FEW: (total, f"{value} in {place} runs"),
-        BAD_OFFSETS: ("lie inside the characters", "offsets that do not"),
+        BAD_OFFSETS: ("lie inside the characters", "offsets outside of them"),
         BAD_SIZE: (f"fit a mask of {height}x{width} pixels", "another size"),
     }[kind]
     bad_value("rle_decode", name, rule, got)

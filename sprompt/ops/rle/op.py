@@ -13,7 +13,7 @@ from sprompt.ops.rle import faults
 @op("cuda", dynamic=True)
 def rle_encode(words: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     context = torch.library.get_ctx()
-    size = 0 if context is None else context.new_dynamic_size()  # None: nothing is traced
+    size = 0 if context is None else context.new_dynamic_size()  # None: no tracing
     return words.new_empty(size, dtype=torch.uint8), words.new_empty(words.shape[:-1].numel() + 1, dtype=torch.int64)
 
 
@@ -23,7 +23,7 @@ rle_encode.values(lambda a: faults.fits("rle_encode", a.words.shape[-1], a.heigh
 @rle_encode.native
 def _(a: Args) -> tuple[Tensor, Tensor]:
     masks, size, threads = rows(a.words), (a.height, a.width), native.threads()
-    # Every string is written where it surely has room, then all are moved together.
+    # Every string is written to a part of the buffer that surely holds it. Then all strings are joined.
     starts, offsets = (torch.empty(masks.shape[0] + 1, dtype=torch.int64) for _ in range(2))
     buffer = torch.empty(native._C.rle_bounds(masks, *size, starts, threads), dtype=torch.uint8)
     length = native._C.rle_encode(masks, *size, starts, buffer, offsets, threads)
@@ -34,7 +34,7 @@ def _(a: Args) -> tuple[Tensor, Tensor]:
     return characters, offsets
 
 
-# No GPU kernel: the strings are Python objects, so rle_decode has the characters, and makes the masks, on the CPU.
+# No GPU kernel: the strings are Python objects, so their characters are on the CPU, and rle_decode makes the masks there.
 @op()
 def rle_decode(characters: Tensor, offsets: Tensor, height: int, width: int) -> Tensor:
     return new(characters, offsets.shape[0] - 1, words_for(height * width), dtype=torch.int32)

@@ -36,7 +36,7 @@ def _characters(runs: Tensor) -> Tensor:
     for _ in range(7):  # 35 bits; a run has at most 31
         present, group = more, numbers & 31
         numbers = numbers >> 5
-        more = present & (numbers != torch.where(group >= 16, -1, 0))  # whether the sign bit of the group says the rest
+        more = present & (numbers != torch.where(group >= 16, -1, 0))  # the group's sign does not give the rest
         columns.append(torch.where(present, 48 + group + 32 * more, 0))
     table = torch.stack(columns, 1)
     return table[table > 0].to(torch.uint8)
@@ -62,7 +62,7 @@ def rle_decode(a: Args) -> Tensor:
 
 
 def _parse(text: bytes, pixels: int) -> tuple[list[int], Fault]:
-    """Runs of a string, and the first thing that is wrong with it."""
+    """The runs of a string, and its first fault."""
     runs: list[int] = []
     place, rest = 0, pixels
     while place < len(text):

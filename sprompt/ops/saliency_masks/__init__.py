@@ -1,4 +1,4 @@
-"""Saliency proposals: maps of seed vectors over feature maps, cut into masks and thinned by mask NMS."""
+"""Saliency proposals: maps of seed vectors over feature maps, thresholded to masks, with mask NMS."""
 
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ NMS = ("matrix", "matrix_linear", "greedy")
 
 
 class SaliencyMasks(NamedTuple):
-    """Proposals by decreasing score; of an image's K entries the first counts are real, the others empty (seeds -1)."""
+    """Proposals by decreasing score. The first counts[b] of an image's K entries are real, the others are empty (seeds -1)."""
 
     masks: BitMasks  # (B, K)
     scores: Tensor  # (B, K) float32 (float64 features: float64)
@@ -41,40 +41,41 @@ def saliency_masks(
     valid: Tensor | None = None,
     return_soft: bool = False,
 ) -> SaliencyMasks:
-    """Mask proposals of every image: the cells most like a seed, over all seeds, the best first.
+    """Mask proposals of every image, best first. A proposal is the set of cells most similar to a seed.
 
-    For a seed vector s and the cells x: y = ⟨s, x⟩ / (|s| |x|) ("cosine", norms held to at least 1e-12) or ⟨s, x⟩ ("dot");
-    ỹ = (y - min y) / (max y - min y) over the valid cells; mask = [ỹ ≥ threshold]; score = mean of ỹ over the mask. Maps with
-    a range below 1e-6, with NaN or infinity, or with fewer than min_area cells are dropped. Scores then decay by
-    `matrix_nms`, or masks are thinned by greedy NMS; the best max_masks stay.
+    For a seed vector s and the cells x: y = ⟨s, x⟩ / (|s| |x|) ("cosine", norms are at least 1e-12) or ⟨s, x⟩ ("dot"); ỹ = (y -
+    min y) / (max y - min y) over the valid cells; mask = [ỹ ≥ threshold]; score = mean of ỹ over the mask. Maps with a range
+    below 1e-6, with NaN or infinity, or with fewer than min_area cells are dropped. Then either `matrix_nms` decays the scores,
+    or greedy NMS removes masks. The best max_masks are returned.
 
     Seeds: "pyramid" takes every cell (scale 0), the 2×2 means (scale 1) and the means of the central 2×2 cells of 4×4 blocks
-    (scale 2), which is the bilinear resize to ½ and ¼; blocks cut off by the map's border are left out. (h, w) takes the
-    means over the windows of `torch.nn.functional.adaptive_avg_pool2d` (scale 0).
+    (scale 2), like a bilinear resize to ½ and ¼. Blocks that the map's border cuts off are left out. (h, w) takes the means
+    over the windows of `torch.nn.functional.adaptive_avg_pool2d` (scale 0).
 
     Args:
-        features: (B, D, H, W) float, any strides (cells in one run are read without a copy).
+        features: (B, D, H, W) float, any strides (contiguous cells are read without a copy).
         seeds: "pyramid" or a grid (h, w).
         similarity: "cosine" or "dot".
         threshold: in (0, 1]; compared with ≥.
         min_area: at least 1 cell.
         nms: "matrix" (gaussian decay), "matrix_linear" or "greedy".
-        iou_threshold: of greedy NMS, strict.
-        sigma: of gaussian matrix NMS, at least 0.
+        iou_threshold: for greedy NMS; the comparison is strict.
+        sigma: for gaussian matrix NMS, at least 0.
         max_masks: K, at least 1.
-        valid: (B, H, W) bool, False for padding; None means all valid. Other cells are neither seeds nor pixels, whatever
-            they hold. A pyramid seed needs its whole block (1, 2×2, 4×4) valid, so that a map padded to the right and below
-            gives what the map itself gives; a grid seed is the mean of the valid cells of its window, and needs one.
-        return_soft: whether to compute ỹ of the K proposals as well (0 at cells that are not valid and in padding). Where
-            valid, soft ≥ threshold is the mask, to the bit on the native backend with float32 features.
+        valid: (B, H, W) bool, False for padding; None means all valid. Other cells are neither seeds nor pixels, with any
+            values. The whole block of a pyramid seed (1, 2×2, 4×4) must be valid, so that a map padded on the right and
+            below gives the same result as the map itself. A grid seed is the mean of the valid cells of its window, and
+            needs at least one.
+        return_soft: whether to return ỹ of the K proposals as well (0 at cells that are not valid and in padding). At valid
+            cells soft ≥ threshold equals the mask, to the bit on the native backend with float32 features.
 
     Returns: SaliencyMasks (masks, scores, soft, seeds, boxes, counts), each image by decreasing score. Equal scores keep the
-    order of the scores before NMS, then of the seeds (scale, row, column). NaN or infinity in a valid cell spoils every map,
-    so the image has no proposals. B, D, H or W of 0 give counts of 0.
+    order of the scores before NMS, then the order of the seeds (scale, row, column). NaN or infinity in a valid cell makes
+    every map invalid, so the image has no proposals. B, D, H or W of 0 give counts of 0.
 
-    Not differentiable: features are detached. Sums in float32 (float64 for float64 features, on the reference), so a cell
-    whose ỹ is within rounding of the threshold may fall on either side between backends; on one backend results are the
-    same on every run and number of threads. Autocast changes nothing. No synchronisation; masks never exist as floats.
+    Not differentiable: features are detached. Sums are in float32 (float64 for float64 features, on the reference). So backends
+    may differ in a cell whose ỹ is within rounding of the threshold. On one backend, results are the same on every run and for
+    every number of threads. Autocast changes nothing. No synchronisation. Masks are never stored as floats.
 
     >>> features = torch.zeros(1, 2, 4, 8)
     >>> features[:, 0, :, :4] = features[:, 1, :, 4:] = 1
@@ -118,8 +119,8 @@ def saliency_masks(
 def _best(
     words: Tensor, areas: Tensor, scores: Tensor, nms: str, iou_threshold: float, sigma: float, most: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Places (B, most) of the best masks after NMS, their scores, and how many are real. Dropped maps are empty masks of
-    score 0: they overlap with nothing and come last."""
+    """Places (B, most) of the best masks after NMS, their scores, and the number of real masks. Dropped maps are empty masks of
+    score 0. They overlap with no other mask and come last."""
     missing = max(most - words.shape[1], 0)
     if nms == "greedy":
         keep, counts = batched_mask_nms(words, scores, iou_threshold, None, most)
@@ -130,7 +131,7 @@ def _best(
     kernel = "linear" if nms == "matrix_linear" else "gaussian"
     decayed = matrix_nms(words, scores, kernel, sigma, None, None)
     key = torch.where(areas > 0, decayed, -1)
-    # Two stable sorts: equal decayed scores keep the order of the scores before.
+    # Two stable sorts: equal decayed scores keep the order of the scores before the decay.
     order = scores.argsort(dim=1, descending=True, stable=True)
     best = key.gather(1, order).sort(dim=1, descending=True, stable=True)
     index = torch.nn.functional.pad(order.gather(1, best.indices[:, :most]), (0, missing))
@@ -152,17 +153,17 @@ def saliency_maps(
     """Normalised maps of arbitrary seed vectors over the features of their image.
 
     y = ⟨s, x⟩ / (|s| |x|) ("cosine") or ⟨s, x⟩ ("dot", the 1×1 convolution); ỹ = (y - min y) / (max y - min y) over the valid
-    cells: what `saliency_masks` thresholds, for seeds of the caller's own.
+    cells. `saliency_masks` thresholds these maps; here the caller gives the seeds.
 
     Args:
         features: (B, D, H, W) float.
-        seeds: (B, M, D) float. Mixed dtypes are promoted to the wider one.
+        seeds: (B, M, D) float. Mixed dtypes are promoted to the wider dtype.
         similarity: "cosine" or "dot".
-        valid: (B, H, W) bool; cells where it is False count for nothing and are 0 in the result. None means all valid.
+        valid: (B, H, W) bool. Cells where it is False have no influence and are 0 in the result. None means all valid.
 
-    Returns: (B, M, H, W) in [0, 1], of the inputs' dtype; zeros where a map is flat (range below 1e-6) or has NaN or
-    infinity. Sums in float32. Any size may be 0.
-    Not differentiable: features and seeds are detached. Deterministic on every number of threads. Autocast changes nothing.
+    Returns: (B, M, H, W) in [0, 1], in the inputs' dtype. A map is zeros if it is flat (range below 1e-6) or has NaN or
+    infinity. Sums are in float32. Any size may be 0.
+    Not differentiable: features and seeds are detached. Deterministic for every number of threads. Autocast changes nothing.
 
     >>> features = torch.tensor([[[[1.0, 0.0, 0.6]], [[0.0, 1.0, 0.8]]]])
     >>> saliency_maps(features, torch.tensor([[[2.0, 0.0]]])).squeeze().tolist()
@@ -200,7 +201,7 @@ def _check_valid(op: str, valid: Any, features: Tensor) -> None:
 
 
 def _checked_grid(op: str, seeds: Any) -> tuple[int, int]:
-    """The grid of seeds; (0, 0) stands for the pyramid."""
+    """The grid of seeds. (0, 0) means the pyramid."""
     if isinstance(seeds, str):
         checks.choice(op, "seeds", seeds, ("pyramid",))
         return 0, 0

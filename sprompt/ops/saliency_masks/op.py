@@ -8,12 +8,12 @@ from sprompt.masks import words_for
 from sprompt.ops.declare import Args, new, op
 from sprompt.ops.saliency_masks.reference import grids
 
-#: Products that a native call holds at a time (16 MB); of a whole Gram matrix up to four times as many.
+#: Products that a native call holds at a time (16 MB). A whole Gram matrix may have up to four times as many.
 _HELD = 1 << 22
 
 
 def _cells(a: Args) -> tuple[Tensor, Tensor | None]:
-    """features (B, D, P) and valid (B, P) with last stride 1; features are copied only where their cells are not one run."""
+    """features (B, D, P) and valid (B, P) with last stride 1. Features are copied only if their cells are not contiguous."""
     x, valid = a.features, a.valid
     height, width = x.shape[2:]
     if x.stride(3) != 1 or (height > 1 and x.stride(2) != width):
@@ -26,7 +26,7 @@ def _cells(a: Args) -> tuple[Tensor, Tensor | None]:
 def saliency_bits(
     features: Tensor, valid: Tensor | None, grid_height: int, grid_width: int, cosine: bool, threshold: float, min_area: int
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Words, areas and scores of all M seeds; those of the pyramid if grid_height is 0."""
+    """Words, areas and scores of all M seeds. If grid_height is 0, the seeds are those of the pyramid."""
     B, _, H, W = features.shape
     M = sum(height * width for height, width in grids(H, W, grid_height, grid_width))
     sums = torch.float64 if features.dtype == torch.float64 else torch.float32

@@ -1,6 +1,6 @@
-"""Products of columns of feature maps in Triton: what the maps of saliency_masks/triton.py are made of. B images, D channels,
-P = H * W cells, R rows. A line of P floats is stored as `line` = P rounded up to a multiple of 16; what stands behind P is
-no value."""
+"""Products of columns of feature maps in Triton. saliency_masks/triton.py makes its maps from them. B images, D channels, P = H
+* W cells, R rows. A row of P floats is stored as `line` floats, P rounded up to a multiple of 16. The floats behind P are
+undefined."""
 
 from typing import NamedTuple
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from sprompt.ops import tile
 from sprompt.ops.launch import Cost, config, launch, precision, tiles
 
-#: Norms are held to at least this.
+#: Lower bound of the norms.
 SMALLEST = tl.constexpr(1e-12)
 
 
@@ -24,7 +24,7 @@ def _pack(
     x_b, x_d, x_h, x_w,
     RUN: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """out[b, d, p] = x[b, d, p // width, p % width], 0 for p >= P. RUN: the cells are x_w apart, across rows as well."""
+    """out[b, d, p] = x[b, d, p // width, p % width], 0 for p >= P. RUN: cells are x_w apart, also from one row to the next."""
     p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
     d = tl.cast(tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D), tl.int64)
     b = tl.cast(tl.program_id(2), tl.int64)
@@ -49,13 +49,13 @@ def _product(
 ):  # fmt: skip
     """out[b, r, c] = sum over d of a[b, r, d] x[b, d, c], in float32, by increasing d; 0 for c in [limit, line).
 
-    TRIANGLE: a is x transposed and the blocks are square; of their count x count only those on and right of the diagonal are
-    computed, the others are their transposes. norms[b, c] = max(sqrt(out[b, c, c]), SMALLEST).
-    One program a block and image."""
+    TRIANGLE: a is x transposed, and the blocks are square. Only the blocks on and right of the diagonal of the count x
+    count blocks are computed. The other blocks are their transposes. norms[b, c] = max(sqrt(out[b, c, c]), SMALLEST).
+    One program per block and image."""
     t = tl.program_id(0)
     b = tl.cast(tl.program_id(1), tl.int64)
     if TRIANGLE:
-        # The triangle folded into a rectangle: row u holds block row u and, left of it, block row count - u - even.
+        # The triangle is folded into a rectangle: row u holds block row count - u - even, then block row u.
         even = 1 - count % 2
         u = t // (count + even)
         v = t % (count + even)
@@ -131,8 +131,9 @@ def _gather(
     x_b, x_d, x_p,
     ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The columns of x that are the four cells of a seed of the pyramid (at scale 0 four times its cell), one row each; zeros,
-    and usable 0, where the address is none or a cell of its block is not valid. One program (ROWS seeds, image, block of D)."""
+    """One row per cell: the columns of x at the four cells of a seed of the pyramid (at scale 0 its cell four times). If the
+    address is invalid, or a cell of the seed's block is not valid, the rows are zeros and usable is 0. One program per (ROWS
+    seeds, image, block of D)."""
     k = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.cast(tl.program_id(1), tl.int64)
     d = tl.cast(tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D), tl.int64)
@@ -177,7 +178,8 @@ def _windows(
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """rows[b, r] = mean of x[b] over the valid cells of window r of adaptive pooling to grid_height x grid_width, or of the
-    window with address r; zeros, and usable 0, where there is none. One program a (window, image, block of D)."""
+    window with address r. Without a window or a valid cell, the row is zeros and usable is 0. One program per (window, image,
+    block of D)."""
     r = tl.program_id(0)
     b = tl.cast(tl.program_id(1), tl.int64)
     d = tl.cast(tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D), tl.int64)
@@ -215,11 +217,12 @@ def _windows(
 
 
 class Columns(NamedTuple):
-    """Feature maps as the kernels read them: column p of image b is data[b * stride[0] + p * stride[2] :: stride[1]]."""
+    """Feature maps in the form that the kernels read: column p of image b is data[b * stride[0] + p * stride[2] ::
+    stride[1]]."""
 
     data: Tensor
     stride: tuple[int, int, int]  # of images, channels, columns
-    limit: int  #: columns that may be read: P, or more that hold zeros
+    limit: int  #: columns that may be read: P, or more if the others hold zeros
     D: int
     P: int
     line: int
@@ -229,8 +232,8 @@ class Columns(NamedTuple):
 
 
 def columns_of(features: Tensor) -> Columns:
-    """Reads maps where they stand if wide loads can (channels-last maps of 16 k channels are such); others are copied once,
-    so that their rows begin at multiples of 16."""
+    """The feature maps as Columns. Maps that suit wide loads are not copied (such as channels-last maps with a multiple of 16
+    channels). Other maps are copied once, so that their rows begin at multiples of 16."""
     B, D, height, width = features.shape
     P, line = height * width, -(-height * width // 16) * 16
     b, d, h, w = features.stride()
@@ -260,7 +263,7 @@ def gram(x: Columns, cosine: bool) -> tuple[Tensor, Tensor | None]:
     once = B * x.D * min(x.limit, count * side) * x.data.element_size()
     cost = Cost(
         read=once,
-        again=count * once,  # a column is read as one of the left, and of the right, count + 1 times in all
+        again=count * once,  # a column is read count + 1 times in all, as a left or a right operand
         written=out.nbytes + (norms.nbytes if norms is not None else 0),
         flops=2 * B * pairs * side * side * x.D,
     )
@@ -294,7 +297,7 @@ def product(rows: Tensor, limit: int, x: Columns) -> Tensor:
 
 
 def norms_of(x: Tensor, stride: tuple[int, int, int], D: int, P: int, line: int, count: int = 1) -> Tensor:
-    """(B, line) norms of columns, or of the means of every 4 columns; stride of images, channels, columns."""
+    """Norms (B, line) of columns, or of the means of every 4 columns. stride: of images, channels, columns."""
     B = x.shape[0]
     out = x.new_empty((B, line), dtype=torch.float32)
     block = config("saliency_masks.norms", x)
@@ -304,13 +307,13 @@ def norms_of(x: Tensor, stride: tuple[int, int, int], D: int, P: int, line: int,
 
 
 def gathered(x: Columns, addresses: Tensor, valid: Tensor | None, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Rows (B, 4 K, D) of the pyramid's seeds, and which of them are usable (B, K)."""
+    """Rows (B, 4 K, D) of the pyramid's seeds, and which seeds are usable (B, K)."""
     B, K = addresses.shape[:2]
     rows = x.data.new_empty((B, 4 * K, x.D))
     usable = x.data.new_empty((B, K), dtype=torch.uint8)
     block = config("saliency_masks.gather", x.data)
     blocks = max(tiles(x.D, block["BLOCK_D"]), 1)
-    checked = addresses.nbytes + (16 * B * K if valid is not None else 0)  # at most: of seeds of scale 2
+    checked = addresses.nbytes + (16 * B * K if valid is not None else 0)  # upper bound: all seeds of scale 2
     cost = Cost(read=rows.nbytes + checked, again=(blocks - 1) * checked, written=rows.nbytes + usable.nbytes)
     launch(
         _gather, (tiles(K, block["ROWS"]), B, blocks), x.data, addresses.contiguous(), valid, rows, usable, x.D, K, height,
@@ -322,7 +325,8 @@ def gathered(x: Columns, addresses: Tensor, valid: Tensor | None, height: int, w
 def windows(
     x: Columns, addresses: Tensor | None, valid: Tensor | None, size: tuple[int, int], grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """Means (B, R, D) float32 over the windows of a grid, all or those with the addresses, and which have any cell."""
+    """Means (B, R, D) float32 over the windows of a grid, and which windows have a valid cell. addresses: only these
+    windows."""
     B = x.data.shape[0]
     R = grid[0] * grid[1] if addresses is None else addresses.shape[1]
     rows = x.data.new_empty((B, R, x.D), dtype=torch.float32)
@@ -333,7 +337,8 @@ def windows(
         [-(-(i + 1) * side // pieces) - i * side // pieces for i in range(pieces)]
         for side, pieces in zip(size, grid, strict=True)
     )
-    # Cells of all windows; with addresses at most, each the largest. Windows overlap where sides do not divide.
+    # Cells of all windows. With addresses it is an upper bound: every window is the largest. Windows overlap if the sides do
+    # not divide.
     cells = B * (sum(heights) * sum(widths) if addresses is None else R * max(heights) * max(widths))
     once = min(cells, B * x.P) * x.D * x.data.element_size()
     heads = (addresses.nbytes if addresses is not None else 0) + (cells if valid is not None else 0)

@@ -1,4 +1,4 @@
-"""Saliency proposals in plain PyTorch, in the features' own precision (half types: float32). All ops are without gradient."""
+"""Saliency proposals in plain PyTorch, in the features' own precision (half types: float32). No op has a gradient."""
 
 from collections.abc import Sequence
 
@@ -8,18 +8,19 @@ from torch import Tensor
 from sprompt.ops.declare import Args
 from sprompt.ops.masks.reference import pack
 
-#: Norms are held to at least this; maps whose range is below FLAT are flat.
+#: Lower bound of the norms, and the range below which a map is flat.
 SMALLEST = 1e-12
 FLAT = 1e-6
 
 
 def wide(x: Tensor) -> Tensor:
-    """In the precision of the sums, and dense: a product's rounding may depend on the strides of its factors."""
+    """The tensor in the precision of the sums, contiguous: the rounding of a product may depend on the strides of its
+    factors."""
     return (x.detach() if x.dtype in (torch.float32, torch.float64) else x.detach().float()).contiguous()
 
 
 def grids(height: int, width: int, grid_height: int, grid_width: int) -> list[tuple[int, int]]:
-    """Sizes of the seed grids, in order. grid_height = 0: the pyramid."""
+    """Sizes of the seed grids, in order. grid_height = 0 means the pyramid."""
     if grid_height > 0:
         return [(grid_height, grid_width)]
     return [(height >> scale, width >> scale) for scale in range(3)]
@@ -32,7 +33,8 @@ def cells_valid(features: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def pyramid_seeds(features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-    """Seeds (B, M, D) of the scales 1, 1/2, 1/4, and which of them are valid, (B, M): those whose whole block of cells is."""
+    """Seeds (B, M, D) of the scales 1, 1/2, 1/4, and which seeds are valid, (B, M). The whole block of a valid seed is
+    valid."""
     seeds, usable = [features.flatten(2)], [valid.flatten(1)]
     for side, inner in ((2, slice(0, 2)), (4, slice(1, 3))):
         height, width = valid.shape[1] // side, valid.shape[2] // side
@@ -46,7 +48,7 @@ def pyramid_seeds(features: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grid_seeds(features: Tensor, valid: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Means over the valid cells of the windows of adaptive pooling, (B, M, D), and which windows have any."""
+    """Means over the valid cells of the windows of adaptive pooling, (B, M, D), and which windows have a valid cell."""
     sides = []
     for size, pieces in zip(valid.shape[1:], grid, strict=True):
         piece, cell = torch.arange(pieces, device=valid.device)[:, None], torch.arange(size, device=valid.device)
@@ -62,14 +64,14 @@ def grid_seeds(features: Tensor, valid: Tensor, grid: tuple[int, int]) -> tuple[
 def normalised_maps(
     features: Tensor, valid: Tensor, seeds: Tensor, usable: Tensor | None, cosine: bool
 ) -> tuple[Tensor, Tensor]:
-    """Norm(maps) of seeds (B, M, D), (B, M, P), 0 outside; and which of them are maps at all, (B, M): neither flat nor with
-    NaN or infinity, the seed usable, some cell valid."""
+    """Norm(maps) (B, M, P) of seeds (B, M, D), 0 outside, and which maps are good, (B, M). A good map is not flat, has no NaN
+    or infinity, a usable seed, and a valid cell."""
     with torch.autocast(features.device.type, enabled=False):
         inside = valid.flatten(1)[:, None]
         pixels = torch.where(inside, features.flatten(2), 0)
         maps = seeds.contiguous() @ pixels.contiguous()
         scale = maps.new_ones(())
-        if cosine:  # the seed's norm is a factor of the whole map: Norm removes it, only the test for flatness needs it
+        if cosine:  # Norm cancels the seed's norm, so only the test for flatness needs it
             maps = maps / pixels.norm(dim=1, keepdim=True).clamp(min=SMALLEST)
             scale = seeds.norm(dim=2).clamp(min=SMALLEST)
     if maps.shape[-1] == 0:

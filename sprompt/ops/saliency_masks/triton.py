@@ -1,6 +1,6 @@
 """Triton kernels of saliency_bits, saliency_soft and saliency_maps: maps from rows of products (products.py). B images,
-P = H * W cells, M seeds, n = ceil(P / 32) words. No map of all seeds ever reaches memory: the pyramid's are pooled rows of
-the Gram matrix, which is symmetric; seeds that are vectors have a row of products each."""
+P = H * W cells, M seeds, n = ceil(P / 32) words. The maps of all seeds are never stored. The maps of the pyramid are pooled
+rows of the Gram matrix, which is symmetric. A seed that is a vector has one row of products."""
 
 from typing import Any
 
@@ -14,9 +14,9 @@ from sprompt.ops.declare import Args
 from sprompt.ops.launch import Cost, config, launch, tiles
 from sprompt.ops.saliency_masks.products import Columns, columns_of, gathered, gram, norms_of, product, windows
 
-#: Bytes of products at a time.
+#: Bytes of products that are held at a time.
 SCRATCH = 1 << 29
-#: Images of one launch: the second axis of a grid ends there.
+#: Images of one launch, at most: the limit of the second axis of a grid.
 IMAGES = 65535
 
 #: Other tiles worth timing on a GPU.
@@ -54,8 +54,8 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 @triton.jit
 def _values(
-    products,  # first row of each seed, (ROWS,) pointers
-    right, down,  # from a cell's row of products to those of its neighbours
+    products,  # (ROWS,) pointers to the first row of each seed
+    right, down,  # steps from a cell's row of products to the rows of its neighbours
     c,  # (CHUNK,) columns
     real,  # (ROWS,)
     norms,  # (line) f32 or None
@@ -63,12 +63,12 @@ def _values(
     P, line,
     COUNT: tl.constexpr,
 ):  # fmt: skip
-    """Columns c of the maps (ROWS, CHUNK): the mean of COUNT (1 or 4) rows over the columns' norms; and which columns are
-    valid cells."""
+    """Columns c of the maps (ROWS, CHUNK), and which columns are valid cells. A map is the mean of COUNT (1 or 4) rows, divided
+    by the columns' norms."""
     at = products[:, None] + c[None, :]
     mask = real[:, None] & (c < line)[None, :]
     y = tl.load(at, mask=mask, other=0.0)
-    if COUNT == 4:  # quarters first: what is exact stays so, and nothing overflows that its mean does not
+    if COUNT == 4:  # quarters first: they are exact, and nothing overflows unless the mean overflows
         second = tl.load(at + right, mask=mask, other=0.0)
         third = tl.load(at + down, mask=mask, other=0.0)
         fourth = tl.load(at + down + right, mask=mask, other=0.0)
@@ -87,8 +87,8 @@ def _range(
     products, right, down, real, norms, valid, P, line, seed_norm,  # (ROWS,) f32
     COUNT: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Least value and range of the maps (ROWS,), and whether they are maps: finite, and their range at least 1e-6 seed_norm.
-    Of others the range is 1."""
+    """Least value and range of the maps (ROWS,), and which maps are good. A good map is finite and has a range of at least 1e-6
+    seed_norm. For other maps the returned range is 1."""
     lowest = tl.full((ROWS, CHUNK), float("inf"), tl.float32)
     highest = tl.full((ROWS, CHUNK), float("-inf"), tl.float32)
     for start in range(0, P, CHUNK):
@@ -99,7 +99,7 @@ def _range(
         highest = tl.maximum(highest, tl.where(inside & finite, y, float("-inf")))
     low = tl.min(lowest, axis=1)
     high = tl.max(highest, axis=1)
-    extent = high - low  # infinite or NaN after a value that is not finite, and of no cells
+    extent = high - low  # infinite or NaN if a value is not finite, or without cells
     good = (extent < float("inf")) & (tl.div_rn(extent, seed_norm) >= 1e-6)
     return low, tl.where(good, extent, 1.0), good
 
@@ -118,11 +118,12 @@ def _cut(
     R, M, P, line, n, seed_norm_b, usable_b, threshold, min_area,
     SIDE: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Bits, area and score of `count` seeds' maps, those from place `first` on.
+    """Bits, area and score of the maps of `count` seeds, from place `first` on.
 
-    SIDE 1: row s of products is seed s; its norm and whether it counts stand at base + s. SIDE 2, 4: `columns` seeds a row, each
-    the mean of four cells in a block of SIDE x SIDE of a map of `width`; row 0 of products is cell `base`, a multiple of
-    SIDE rows. One program ROWS seeds of one image: once over the rows for the range, once for the bits."""
+    SIDE 1: row s of products is seed s. Its norm and its usable flag are at base + s. SIDE 2, 4: there are `columns` seeds
+    per row. Each is the mean of four cells in a block of SIDE x SIDE cells of a map of `width`. Row 0 of products is cell
+    `base`, at a multiple of SIDE rows.
+    One program per ROWS seeds of one image. It reads the rows once for the range and once for the bits."""
     s = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.cast(tl.program_id(1), tl.int64)
     real = s < count
@@ -164,7 +165,7 @@ def _cut(
     good = good & is_map
 
     words += (b * M + first + s[:, None]) * n
-    total = tl.zeros((ROWS, CHUNK), tl.float64)  # exact: equal maps score the same whatever the order of their cells
+    total = tl.zeros((ROWS, CHUNK), tl.float64)  # exact: the order of cells does not matter
     cells = tl.zeros((ROWS, CHUNK), tl.int32)
     lows = tl.broadcast_to(low[:, None], (ROWS, CHUNK))
     extents = tl.broadcast_to(extent[:, None], (ROWS, CHUNK))
@@ -185,7 +186,7 @@ def _cut(
     tl.store(scores + place, tl.where(kept, score, 0.0).to(tl.float32), mask=real)
     small = real & (area > 0) & (area < min_area)
     if tl.max(small.to(tl.int32), axis=0) > 0:
-        tl.debug_barrier()  # the words below may have been written by other threads
+        tl.debug_barrier()  # other threads may have written these words
         for start in range(0, P, CHUNK):
             w = start // 32 + tl.arange(0, CHUNK // 32)
             none = tl.zeros((ROWS, CHUNK // 32), tl.int32)
@@ -204,7 +205,7 @@ def _write(
     COUNT: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """maps[b, first + m] = Norm(mean of rows COUNT m .. COUNT m + COUNT - 1 of products over norms), 0 at cells that are not
-    valid and for maps that are none. One program ROWS maps of one image."""
+    valid and for maps that are not good. One program per ROWS maps of one image."""
     m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     b = tl.cast(tl.program_id(1), tl.int64)
     real = m < M
@@ -236,7 +237,7 @@ def _write(
 
 
 def _cells(valid: Tensor | None) -> Tensor | None:
-    """(B, P) bytes."""
+    """valid as bytes (B, P)."""
     return None if valid is None else valid.flatten(1).contiguous().view(torch.uint8)
 
 
@@ -245,7 +246,7 @@ def _part(x: Tensor | None, first: int, last: int) -> Tensor | None:
 
 
 def _lines(x: Tensor | None, programs: int, each: int) -> tuple[int, int]:
-    """Bytes of a line of every image that each of `programs` reads twice: first, and again."""
+    """Bytes of one line per image, as (first reads, further reads). Each of `programs` programs reads it twice."""
     bytes_ = 0 if x is None else x.shape[0] * each
     return bytes_, (2 * programs - 1) * bytes_
 
@@ -271,7 +272,7 @@ def _launch_cut(
     cost = Cost(
         read=rows + norm_bytes + valid_bytes,
         again=rows + norm_again + valid_again + heads,
-        written=seeds * (2 * 4 * n + 12),  # at most: words of maps that turn out too small are written twice
+        written=seeds * (2 * 4 * n + 12),  # upper bound: words of too small maps are written twice
         flops=seeds * P * (12 if side == 1 else 24),
     )
     launch(
@@ -308,7 +309,8 @@ def _pyramid_bits(
     x: Columns, valid: Tensor | None, size: tuple[int, int], cosine: bool, threshold: float, min_area: int,
     outputs: tuple[Tensor, ...],
 ) -> None:  # fmt: skip
-    """The whole Gram matrix of as many images as fit; of maps too large for that, stripes of 4 k rows of cells."""
+    """Takes the whole Gram matrix of as many images as fit SCRATCH. If one matrix does not fit, takes stripes of a multiple of
+    4 rows of cells."""
     height, width = size
     whole = x.P * x.line * 4 <= SCRATCH
     group = min(SCRATCH // (x.P * x.line * 4), IMAGES) if whole else 1
@@ -341,7 +343,7 @@ def _pyramid_bits(
 
 
 def _blocks(images: int, rows: int, line: int, multiple: int) -> Any:
-    """(first image, last, first row, last) of blocks of products that fit; rows in multiples."""
+    """(first image, last, first row, last) of blocks of products that fit SCRATCH. Rows are cut at multiples of `multiple`."""
     most = max(SCRATCH // (4 * line), 1)
     group = max(min(most // max(rows, 1), IMAGES), 1)
     step = rows if rows <= most else max(most // multiple * multiple, multiple)
@@ -371,7 +373,7 @@ def saliency_bits(a: Args, *outputs: Tensor) -> None:
 
 
 def _vector_norms(x: Columns, rows: Tensor, cosine: bool, pooled: int = 1) -> tuple[Tensor | None, Tensor | None]:
-    """Norms of the cells, and of the seeds whose vectors are the rows or the means of every four."""
+    """Norms of the cells and of the seeds. The seeds' vectors are the rows, or the means of every four rows."""
     if not cosine:
         return None, None
     seeds = rows.shape[1] // pooled

@@ -1,4 +1,4 @@
-"""One module a room, each with SPECS (list of OpSpec) and BENCHES (list of Bench)."""
+"""One module per op's folder. Each has SPECS (a list of OpSpec) and BENCHES (a list of Bench)."""
 
 import importlib
 import pkgutil

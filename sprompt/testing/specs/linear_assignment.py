@@ -59,7 +59,7 @@ def scipy_rows(cost: Tensor, counts: Tensor | None = None) -> Tensor:
 
 
 def _check_matching(rows: Tensor, cost: Tensor, counts: Tensor | None) -> list[float]:
-    """Holds rows to a one-to-one matching of the right size; totals by image, in float64."""
+    """Checks that rows are a one-to-one matching of the right size. Returns the totals by image, in float64."""
     batch, batch_rows = (cost[None], rows[None]) if cost.dim() == 2 else (cost, rows)
     assert batch_rows.shape == (batch.shape[0], batch.shape[2]) and rows.dtype == torch.int64
     totals = []
@@ -75,7 +75,7 @@ def _check_matching(rows: Tensor, cost: Tensor, counts: Tensor | None) -> list[f
 
 
 def same_totals(actual: Tensor, expected: Tensor, sample: Sample) -> None:
-    """Ties leave a choice: the totals must agree, to the rounding of a sum of that many numbers."""
+    """Ties leave a choice, so only the totals must agree, within the rounding of a sum of this length."""
     bound = sample.bound(linear_assignment)
     cost, counts = bound["cost"], bound.get("counts")
     ours, theirs = (_check_matching(rows, cost, counts) for rows in (actual, expected))
@@ -97,7 +97,7 @@ def _holding(value: float) -> Tensor:
 
 @functools.wraps(linear_assignment)
 def _on_the_host(cost: Tensor) -> Tensor:
-    """By a backend that raises for values: an emulated CUDA kernel, which takes CPU tensors, does not."""
+    """Runs on a backend that raises for bad values. An emulated CUDA kernel takes CPU tensors as well, but does not raise."""
     with sprompt.use_backend("reference" if sprompt.native.why_not() else "native"):
         return linear_assignment(cost)
 
@@ -138,7 +138,7 @@ def _images(B: int, N: int, G: int) -> Callable[[torch.device, torch.dtype, int]
 
 
 def _eager(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    """As detectors write it: image by image to the host, and tensors of the indices back."""
+    """As detectors write it: for each image a copy to the host, and tensors of the indices back."""
     from scipy.optimize import linear_sum_assignment
 
     rows = cost.new_full((cost.shape[0], cost.shape[2]), -1, dtype=torch.int64)
@@ -161,7 +161,7 @@ def _scipy_loop(cost: Tensor, counts: Tensor | None = None) -> Tensor:
 
 
 def _batch_solver(module: str, name: str) -> Callable[..., Tensor]:
-    """A solver that takes all images in one call, and gives a list of rows and one of columns."""
+    """A solver that takes all images in one call. It returns a list of rows and a list of columns."""
 
     def solve(cost: Tensor, counts: Tensor | None = None) -> Tensor:
         import numpy as np
@@ -175,7 +175,7 @@ def _batch_solver(module: str, name: str) -> Callable[..., Tensor]:
     return solve
 
 
-#: lapjvr is the fastest of lapx's batch solvers on all of these shapes.
+#: lapjvr is the fastest batch solver of lapx on all of these shapes.
 _LIBRARIES = {
     "scipy": _scipy_loop, "lapx": _batch_solver("lap", "lapjvr_batch"), "lapcpp": _batch_solver("lapcpp", "lapjv_batch"),
 }  # fmt: skip
@@ -190,7 +190,7 @@ BENCHES = [
         (64, 100, 10, {"scipy": 2.0}),
         (4, 300, 300, {"forward": 1.5, "scipy": 1.5}),
         (1, 300, 300, {}),
-        (1, 100, 20, {"scipy": 1.0}),  # one small image: the call itself is most of the time
+        (1, 100, 20, {"scipy": 1.0}),  # one small image: most of the time is the overhead of the call
     )
 ] + [
     Bench(

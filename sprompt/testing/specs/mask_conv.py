@@ -10,7 +10,7 @@ from sprompt.masks import BitMasks
 from sprompt.ops import mask_conv, mask_pool, mask_update, pack_masks
 from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random, refusals
 
-#: B, N, C, H, W. Pixels below, at and behind blocks of 64; channels and kernels that fill no register.
+#: B, N, C, H, W. Numbers of pixels below, equal to and above multiples of 64; channels and kernels that do not fill a register.
 SIZES = ((2, 5, 7, 4, 8), (1, 1, 1, 1, 1), (2, 13, 40, 9, 15), (1, 7, 130, 8, 8), (1, 30, 20, 5, 39), (2, 2, 3, 1, 65))
 EMPTY = {
     "no images": (0, 2, 3, 4, 5),
@@ -29,8 +29,8 @@ def _odd(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 def _whole(sizes: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    """Features and kernels of small whole numbers whose products are odd: exact in every dtype and order, and never 0, so
-    that no rounding and no step of a numerical gradient moves a logit across the threshold."""
+    """Features and kernels of small whole numbers with odd logits. The logits are exact in every dtype and order, and never 0.
+    So neither rounding nor a step of a numerical gradient moves a logit across the threshold."""
     B, N, C, H, W = sizes
     features, kernels = _odd((B, C, H, W), seed), _odd((B, N, C), seed + 1)
     if C > 0 and C % 2 == 0:
@@ -87,7 +87,7 @@ def _pool_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[S
     return [s.map(lambda t: t.to(device, dtype) if t.is_floating_point() else t.to(device)) for s in samples]
 
 
-# -- truth in float64, one kernel at a time
+# -- ground truth in float64, one kernel at a time
 
 
 def _conv_oracle(features: Tensor, kernels: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _update_oracle(features: Tensor, kernels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _bound(sample: Sample) -> tuple[float, float]:
-    """Roundings of the longest sum: channels forward, kernels and pixels backward and in pooling."""
+    """Rounding errors of the longest sum: over channels forward, over kernels and pixels backward and in pooling."""
     features, other = sample.args
     length = max(features.shape[1], other.shape[1], features.shape[2] * features.shape[3])
     return 1.2e-7 * (length + 4), 1e-6
@@ -163,14 +163,14 @@ SPECS = [
 ]  # fmt: skip
 
 
-# -- benchmarks: the released code, einsum by einsum
+# -- benchmarks: the einsums of the released code
 
 B, N, C, H, W = 2, 100, 256, 100, 168
 P = H * W
 
 
 def _five_percent(device: torch.device, dtype: torch.dtype, seed: int, B: int = B) -> Sample:
-    """Whole numbers (exact in every order, so that rivals must agree to the bit), 5 % of the logits above 0."""
+    """Whole numbers, which are exact in every order, so all functions must agree to the bit. 5 % of the logits are above 0."""
     g = random(seed)
     features = torch.randint(-2, 3, (B, C, H, W), generator=g)
     kernels = torch.randint(-2, 3, (B, N, C), generator=g)
@@ -201,7 +201,7 @@ def _bits_of(
 
 
 def _blobs(device: torch.device, dtype: torch.dtype, seed: int, B: int = B) -> Sample:
-    """Logits of blobs, none so near 0 that eager's sigmoid rounds to 1/2 in a half type."""
+    """Logits of blobs. No logit is so near 0 that eager's sigmoid rounds to 1/2 in a half type."""
     features = _five_percent(device, dtype, seed, B).args[0]
     logits = 8 * (blobs(B * N, H, W, seed, device).reshape(B, N, H, W) - 0.5)
     return Sample("", (features, torch.where(logits.abs() < 0.05, 0.05, logits).to(dtype)))

@@ -1,4 +1,4 @@
-"""mask_loss, and the samples and truths of targets that match_cost shares."""
+"""mask_loss, and the samples and ground truths of targets, which match_cost also uses."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from sprompt.masks import BitMasks
 from sprompt.ops import mask_loss, pack_masks
 from sprompt.testing.spec import Bench, OpSpec, Prepared, Sample, blobs, random, refusals
 
-#: (h, w, upsample, kind of target): every kind with every way to upsample, widths around the vector length and the word.
+#: (h, w, upsample, kind of target): every kind with different upsampling, and widths around the lengths of a vector and a word.
 LAYOUTS = (
     (6, 8, 2, "float"), (1, 1, 2, "bits 4"), (3, 5, 1, "float"), (7, 17, 2, "bits 1"), (9, 33, 1, "bits 4"), (5, 40, 2, "bits 4"),
     (4, 7, 3, "bits 2"), (6, 9, 4, "bool"), (2, 70, 1, "bits 2"), (3, 12, 2, "uint8"), (35, 3, 2, "bits 2"), (70, 4, 1, "bits 1"),
@@ -35,7 +35,7 @@ def make_targets(
     ratio = int(kind.split()[1]) if kind.startswith("bits") else 1
     dense = torch.rand(*shape, ratio * height, ratio * width, generator=g) < 0.4
     if kind.startswith("bits"):
-        with use_backend("reference"):  # whichever backend is being tested, if it packs or not
+        with use_backend("reference"):  # the backend under test may not have pack_masks
             return pack_masks(dense.to(device))
     return (dense if kind == "bool" else dense.to(torch.uint8) * 255).to(device)
 
@@ -63,7 +63,7 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 
 
 def exact_targets(targets: BitMasks | Tensor, height: int, width: int) -> np.ndarray:
-    """Soft targets in float64 by their definition: F.interpolate of the dense mask."""
+    """Soft targets in float64, by their definition as F.interpolate of the dense mask."""
     if not isinstance(targets, BitMasks):
         return (targets if targets.is_floating_point() else targets != 0).double().cpu().numpy()
     dense = targets.to_dense(torch.float64).cpu()
@@ -74,7 +74,7 @@ def exact_targets(targets: BitMasks | Tensor, height: int, width: int) -> np.nda
 
 
 def exact_upsampled(logits: Tensor, upsample: int) -> np.ndarray:
-    """Bilinear upsampling in float64 from the sampling positions."""
+    """Bilinear upsampling in float64, computed from the sampling positions."""
     maps = logits.double().cpu().numpy()
     for axis in (-2, -1):
         n = maps.shape[axis]
@@ -107,7 +107,7 @@ _reduced_once = Prepared(_reduced)
 
 
 def prepared(targets: BitMasks | Tensor, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The released code reduces its targets once, before any loss."""
+    """The reduced targets. The released code reduces them once, before any loss, so this is not timed."""
     return _reduced_once(targets, size, dtype) if isinstance(targets, BitMasks) else targets.to(dtype)
 
 

@@ -13,8 +13,8 @@ from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blo
 
 
 def saliency(count: int, height: int, width: int, seed: int, device: torch.device | str = "cpu") -> Tensor:
-    """Soft maps of seeds in a smooth random feature map (specs/saliency_prompt.md §2.2-2.4), (count, height, width): what the
-    suppression of saliency masks meets. Many are near duplicates; large and small ones mix; none is empty."""
+    """Soft maps of seeds in a smooth random feature map, (count, height, width): the typical input of saliency mask NMS. Many
+    maps are near duplicates, large and small masks are mixed, and no mask is empty."""
     g = random(seed)
     coarse = torch.randn(1, 32, 5, 7, generator=g)
     features = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear").flatten(2)[0]
@@ -26,7 +26,7 @@ def saliency(count: int, height: int, width: int, seed: int, device: torch.devic
 
 
 def _scores(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """In 64 steps, so that ties occur."""
+    """Random scores in 64 steps, so that ties occur."""
     return (torch.randint(64, shape, generator=random(seed)) / 64).to(device, dtype)
 
 
@@ -41,7 +41,7 @@ def _cases(device: torch.device, dtype: torch.dtype, seed: int) -> list[tuple[st
     cases.append(("saliency maps", saliency(140, 13, 17, seed, device), _scores((140,), seed, device, dtype)))
     dense = (torch.rand(35, 8, 9, generator=g) < 0.5).to(device)
     cases.append(("random bits", pack_masks(dense), _scores((35,), seed, device, dtype)))
-    tied = dense[torch.randint(5, (35,), generator=g).to(device)]  # duplicates of five masks, all of one score
+    tied = dense[torch.randint(5, (35,), generator=g).to(device)]  # duplicates of five masks, all with the same score
     tied[::7] = False
     cases.append(("duplicates, empty ones, one score", tied, torch.ones(35, device=device, dtype=dtype)))
     scores = torch.randn(35, generator=g).to(device, dtype)
@@ -82,7 +82,7 @@ def _batched_samples(device: torch.device, dtype: torch.dtype, seed: int) -> lis
         Sample("batch", (masks, scores)),
         Sample("counts", (pack_masks(masks), scores, 0.4, counts)),
         Sample("counts, at most 4", (masks, scores, 0.6, counts, 4)),
-        Sample("more room than masks", (masks, scores, 0.3, counts, 50)),
+        Sample("max_output above the number of masks", (masks, scores, 0.3, counts, 50)),
         Sample("at most 0", (masks, scores, 0.5, None, 0)),
         Sample("many images", (masks.repeat(4, 1, 1, 1), scores.repeat(4, 1), 0.5, counts.repeat(4))),
         Sample("no images", (masks[:0], scores[:0], 0.5, counts[:0])),
@@ -98,7 +98,7 @@ def _batched_samples(device: torch.device, dtype: torch.dtype, seed: int) -> lis
 def _matrix_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
     samples = []
     for number, (name, masks, scores) in enumerate(_cases(device, dtype, seed)):
-        finite = scores.nan_to_num(nan=float("nan"), posinf=3.0, neginf=-3.0)  # 0 * inf is no number to compare
+        finite = scores.nan_to_num(nan=float("nan"), posinf=3.0, neginf=-3.0)  # 0 * inf is NaN: no use to compare
         labels = torch.randint(3, scores.shape, generator=random(seed)).to(device)
         options = ({"sigma": (2.0, 0.5, 10.0)[number % 3]}, {"kernel": "linear"})[number % 2]
         samples.append(Sample(f"{name}, {options}", (masks, finite), options))
@@ -117,7 +117,7 @@ def _matrix_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list
     ]
 
 
-# -- truths: loops over boolean arrays, pair by pair
+# -- ground truths: loops over boolean arrays, pair by pair
 def _pixels(masks: BitMasks | Tensor) -> Any:
     dense = masks.to_dense() if isinstance(masks, BitMasks) else masks
     return ((dense > 0.5) if dense.is_floating_point() else (dense != 0)).flatten(-2).cpu().numpy()
@@ -200,7 +200,7 @@ def _matrix_oracle(
     return torch.from_numpy(out).to(scores.device, scores.dtype)
 
 
-# -- what the released code does
+# -- the released code
 def _dense(masks: BitMasks | Tensor) -> Tensor:
     return masks.to_dense() if isinstance(masks, BitMasks) else masks > 0.5
 
@@ -251,7 +251,7 @@ _Bad = Callable[..., ErrorCase]
 
 
 def _shared_errors(bad: _Bad, m: Tensor, s: Tensor) -> tuple[ErrorCase, ...]:
-    """Of masks and scores, in the ranks that the op takes."""
+    """The error cases of masks and scores, in the ranks that the op takes."""
     form, leading = r"masks must have batch dimensions \(", "scores must have the batch dimensions of masks, "
     return (
         bad("masks None", "masks must be a BitMasks or a dense tensor, got NoneType", None, s, error=TypeError),
@@ -327,7 +327,7 @@ SPECS = [
         _matrix_samples,
         ("matrix_nms",),
         oracle=_matrix_oracle,
-        # One float32 exponential and product; sigma * (iou^2 - c^2) is held in float64.
+        # One float32 exponential and product. sigma * (iou^2 - c^2) is in float64.
         bound=lambda sample: (2e-6, 1e-7),
         errors=(
             *_shared_errors(_matrix_of, _m, _s),
@@ -348,7 +348,7 @@ SPECS = [
 def _bench(source: Any, count: int, height: int, width: int, packed: bool = False, batch: int = 0) -> Any:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
         maps = torch.cat([source(count, height, width, seed + b, device) for b in range(max(batch, 1))])
-        # The released code's pairs of empty masks are 0 / 0; saliency proposals have at least two pixels.
+        # In the released code, pairs of empty masks are 0 / 0. Saliency proposals have at least two pixels.
         maps.flatten(1)[
             torch.arange(len(maps)), torch.randint(height * width, (len(maps),), generator=random(seed)).to(device)
         ] = 1
@@ -361,7 +361,7 @@ def _bench(source: Any, count: int, height: int, width: int, packed: bool = Fals
 
 
 def _overlapping(*coarse: int) -> Any:
-    """A source of masks that overlap, as bool: upsampled noise above 0.6."""
+    """A function that makes overlapping bool masks: upsampled noise above 0.6."""
 
     def masks(count: int, height: int, width: int, seed: int, device: torch.device) -> Tensor:
         return smooth(count, coarse, height, width, seed, device) > 0.6
@@ -370,7 +370,7 @@ def _overlapping(*coarse: int) -> Any:
 
 
 def _predictions(scores: Tensor) -> Any:
-    """supervision's: boxes, which it does not read, and a score."""
+    """The input of supervision: boxes, which it does not read, and a score."""
     return np.c_[np.zeros((len(scores), 4)), scores.numpy()]
 
 
@@ -393,7 +393,7 @@ def _agree_matrix(ours: Tensor, eager: Tensor, sample: Sample) -> None:
 
 
 def _pairs(count: int, height: int, width: int) -> dict[str, float]:
-    """The pair matrix as a product, and packed masks read once."""
+    """flops of the pair matrix as a product, and bytes of the packed masks, read once."""
     return {"flops": 2.0 * count * count * height * width, "bytes": count * height * width / 8}
 
 

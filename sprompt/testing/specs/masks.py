@@ -37,7 +37,7 @@ def _pack_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[S
 
 
 def _pack_oracle(masks: Tensor, threshold: float = 0.5) -> BitMasks:
-    """numpy's packbits, little end first."""
+    """numpy's packbits, little-endian."""
     import numpy as np
 
     dense = masks.cpu()
@@ -92,7 +92,7 @@ def _iou_oracle(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Ten
 
 
 def _eager_pack(masks: Tensor, threshold: float = 0.5) -> BitMasks:
-    """torch has no packbits: 32 pixels times powers of two, summed, on whatever device they are."""
+    """torch has no packbits. This sums 32 pixels times powers of two, on the device of the masks."""
     bits = (masks > threshold).flatten(-2)
     bits = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 32)).unflatten(-1, (-1, 32))
     words = (bits.to(torch.int32) << torch.arange(32, device=masks.device, dtype=torch.int32)).sum(
@@ -147,12 +147,12 @@ def _rlemasklib_iou(a: BitMasks, b: BitMasks) -> Tensor:
     return torch.from_numpy(RLEMask.iou_matrix(_run_masks_of(a), _run_masks_of(b))).float()
 
 
-#: On run lengths, which are made before the clock runs, as our bits are.
+#: They work on run lengths. The run lengths are made before the timing, like our bits.
 _IOU_LIBRARIES = {"pycocotools": _pycocotools_iou, "hotcoco": _hotcoco_iou, "rlemasklib": _rlemasklib_iou}
 
 
 def window_masks(masks: BitMasks, top: int, left: int, height: int, width: int, flip: bool = False) -> BitMasks:
-    """BitMasks.pad, crop and flip: the window at (top, left), which may reach over the edges."""
+    """BitMasks.pad, crop and flip as one function: the window at (top, left), which may reach over the edges."""
     below, right = top + height - masks.size[0], left + width - masks.size[1]
     padded = masks.pad(max(-left, 0), max(right, 0), max(-top, 0), max(below, 0))
     window = padded.crop(max(top, 0), max(left, 0), height, width)
@@ -247,7 +247,7 @@ def _iou_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
 
 
 def _noise_bench(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
-    """Every word of every pair must be read; as RLE each mask is 150 000 runs, which pycocotools is not made for."""
+    """Noise: every word of every pair must be read. As RLE each mask has 150 000 runs, which is too slow for pycocotools."""
     return Sample("", tuple(pack_masks(_dense((300, 480, 640), seed + i, device, 0.5)) for i in range(2)))
 
 

@@ -64,7 +64,7 @@ def _oracle(
     weights: tuple[float, float, float] = (2.0, 1.0, 4.0),
     upsample: int = 1,
 ) -> Tensor:
-    """One pair at a time, in float64."""
+    """Computes one pair at a time, in float64."""
     z = exact_upsampled(mask_logits, upsample)
     t = exact_targets(targets, *z.shape[2:])
     p = 1 / (1 + np.exp(-z))
@@ -94,7 +94,8 @@ def _eager(
     *,
     upsample: int = 1,
 ) -> Tensor:
-    """As released: all masks upsampled, then image by image a sigmoid, three products and the temporaries 1 − p, 1 − t."""
+    """The released code: upsamples all masks, then for each image a sigmoid, three products and the temporaries 1 − p, 1 −
+    t."""
     upsampled = F.interpolate(mask_logits, scale_factor=upsample, mode="bilinear", align_corners=False)
     soft = prepared(targets, (upsampled.shape[2], upsampled.shape[3]), upsampled.dtype)
     costs = []
@@ -183,7 +184,7 @@ def _bench(kind: str, images: int = 1) -> Callable[[torch.device, torch.dtype, i
             torch.randn(images, 100, 80, generator=g).to(device, dtype),
             torch.randint(0, 80, (images, 20), generator=g),
         )
-        bits = pack_masks(blobs(20, 800, 1344, seed, device))[None]  # of one image, and the others have the same
+        bits = pack_masks(blobs(20, 800, 1344, seed, device))[None]  # of one image; the other images get the same
         if kind == "bits 4":
             targets: BitMasks | Tensor = bits
         elif kind == "noise":

@@ -45,7 +45,8 @@ def _match_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[
 
 
 def match_extremes(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
-    """Calls whose match jumps at the smallest change, so that they have no place among those whose gradient is checked."""
+    """Calls whose match changes with the smallest change of the input. So they must not be samples, whose gradient is
+    checked."""
     kernels = torch.randn(3, 9, 24, generator=random(seed)).to(device, dtype)
     prompts = torch.randn(3, 6, 24, generator=random(seed + 1)).to(device, dtype)
     equal = prompts[:, :1].repeat(1, 6, 1)
@@ -67,7 +68,7 @@ def match_extremes(device: torch.device, dtype: torch.dtype, seed: int) -> list[
 
 
 def _slot(turn: int, number: int, length: int) -> int:
-    """The prompt of kernel `turn` of `number`, by writing the 20 slots out."""
+    """The prompt of kernel `turn` of `number`, from an explicit list of the 20 slots."""
     each, rest = 20 // length, 20 % length
     slots = [l for l in range(length) for _ in range(each)] + list(range(rest))
     return slots[turn * 20 // number]
@@ -77,7 +78,7 @@ def match_oracle(
     kernels: Tensor, prompts: Tensor, counts: Tensor | None = None, *, assign: str = "cosine", keep: Tensor | None = None,
     dropout: float = 0.0,
 ) -> PromptMatch:  # fmt: skip
-    """One kernel at a time in numpy; what is drawn must not matter (one kernel, or all dropped)."""
+    """Computes one kernel at a time in numpy. The result must not depend on random numbers (one kernel, or all dropped)."""
     import numpy as np
 
     batch, length = prompts.shape[:2]
@@ -103,7 +104,8 @@ def match_oracle(
 
 
 def compare_match(actual: PromptMatch, expected: PromptMatch, sample: Sample) -> None:
-    """Indices equal, but where two prompts are equally similar up to rounding; kernels exactly kernel + prompt of the index."""
+    """Checks that indices are equal, unless two prompts are equally similar up to rounding, and that kernels are exactly kernel
+    + prompt of the index."""
     kernels, prompts = (x.cpu() for x in sample.args[:2])
     index, wanted = actual.index.cpu(), expected.index.cpu()
     channels = prompts.shape[-1]
@@ -156,7 +158,7 @@ PROMPT_MATCH = OpSpec(
 SPECS = [PROMPT_MATCH]
 
 
-# ---- benchmarks: the method's own shape
+# ---- benchmarks: the shape of the method
 
 _B, _N, _L, _C = 16, 100, 20, 256
 _B_GPU = 12
@@ -172,7 +174,7 @@ def _bench(batch: int, shared: bool) -> Callable[[torch.device, torch.dtype, int
 
 
 def _match_eager(kernels: Tensor, prompts: Tensor) -> PromptMatch:
-    """A loop over kernels, as the released code."""
+    """A loop over kernels, like the released code."""
     kernels = kernels.expand(prompts.shape[0], *kernels.shape[-2:])
     out, index = [], []
     for b in range(kernels.shape[0]):

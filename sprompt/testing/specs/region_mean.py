@@ -21,7 +21,7 @@ def _counts(device: torch.device, *values: int) -> Tensor:
 
 
 def random_boxes(batch: int, length: int, height: int, width: int, seed: int) -> Tensor:
-    """Boxes in cells, corners anywhere from one half outside the map on each side."""
+    """Boxes in cells. The corners lie inside the map or up to half a map outside of it."""
     u = torch.rand(batch, length, 2, 2, generator=random(seed)) * 2 - 0.5
     corners = u * torch.tensor([width, height])
     return torch.cat((corners.amin(2), corners.amax(2)), -1)
@@ -58,7 +58,7 @@ def _region_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list
 
 
 def _cells(box: list[float], height: int, width: int) -> tuple[int, int, int, int]:
-    """c0, r0, c1, r1 by the formula of the method, moved to the nearest cell if outside."""
+    """c0, r0, c1, r1 by the formula of the method. A box outside is moved to the nearest cell."""
     spans = []
     for low, high, size in ((box[0], box[2], width), (box[1], box[3], height)):
         first = min(max(math.floor(low), 0), size - 1)
@@ -82,7 +82,7 @@ def _region_oracle(features: Tensor, boxes: Tensor, counts: Tensor | None = None
 
 
 def _mean_bound(sample: Sample) -> tuple[float, float]:
-    """A sum of n terms in float32 is off by at most n units of rounding of the sum of their magnitudes."""
+    """The error of a float32 sum of n terms is at most n rounding units of the sum of their magnitudes."""
     n = sample.args[0].shape[-2:].numel()
     return (n + 2) * 2.0**-24, (n + 2) * 2.0**-24
 
@@ -139,7 +139,7 @@ def _mask_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[S
 
 
 def _mask_oracle(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
-    """numpy's mean of the picked columns."""
+    """numpy's mean of the selected columns."""
     import numpy as np
 
     bits = masks if isinstance(masks, BitMasks) else pack_masks(masks)
@@ -183,7 +183,7 @@ def _bench(batch: int, height: int, width: int, boxes: bool) -> Make:
     def make(device: torch.device, dtype: torch.dtype, seed: int) -> Sample:
         features = torch.randn(batch, _C, height, width, generator=random(seed)).to(device, dtype)
         masks = (blobs(batch * _L, height, width, seed) > 0.5).reshape(batch, _L, height, width)
-        bits = pack_masks(masks)  # on the CPU, as every device sees the same boxes
+        bits = pack_masks(masks)  # on the CPU, so that every device gets the same boxes
         if boxes:
             return Sample("", (features, (bits.boxes().float() + 0.25).to(device)))
         return Sample("", (features, BitMasks(bits.words.to(device), bits.size)))
@@ -195,7 +195,7 @@ _region_bench, _mask_bench = _bench(_B, _H, _W, True), _bench(_B, _H, _W, False)
 
 
 def _region_eager(features: Tensor, boxes: Tensor) -> Tensor:
-    """A loop over boxes, as the released code."""
+    """A loop over boxes, like the released code."""
     out = [
         features[b, :, r0:r1, c0:c1].mean((1, 2))
         for b, rows in enumerate(boxes.tolist())
@@ -205,7 +205,7 @@ def _region_eager(features: Tensor, boxes: Tensor) -> Tensor:
 
 
 def _region_vectorised(features: Tensor, boxes: Tensor) -> Tensor:
-    """The boxes as 0 and 1, one product."""
+    """The boxes as masks of 0 and 1, and one product."""
     height, width = features.shape[2:]
     c0, r0 = boxes[..., 0].floor().clamp(0, width - 1), boxes[..., 1].floor().clamp(0, height - 1)
     c1, r1 = boxes[..., 2].ceil().clamp(max=width), boxes[..., 3].ceil().clamp(max=height)

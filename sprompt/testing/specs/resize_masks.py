@@ -10,7 +10,7 @@ from sprompt.ops import pack_masks, resize_masks
 from sprompt.testing.spec import Bench, OpSpec, Sample, blobs, random, refusals
 
 Make = Callable[[torch.device, torch.dtype, int], Sample]
-#: Rounding of the interpolation in float32, relative to the largest cell: closer to the threshold either bit is right.
+#: Rounding error of the interpolation in float32, relative to the largest cell. Closer to the threshold, both bits are right.
 NEAR = 1e-5
 
 
@@ -50,7 +50,8 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
 
 
 def interpolated(soft: Tensor, size: tuple[int, int], crop: tuple[float, float] | None) -> Tensor:
-    """(M, H, W) in float64. Without a crop torch's own interpolation; with one a product with the two axes' weights."""
+    """The interpolated map (M, H, W) in float64. Without a crop by torch's own interpolation, with a crop by a product with the
+    weights of both axes."""
     masks = soft.shape[:-2].numel()
     cells = soft.detach().double().reshape(masks, *soft.shape[-2:])
     if masks == 0 or 0 in size:
@@ -66,7 +67,8 @@ def interpolated(soft: Tensor, size: tuple[int, int], crop: tuple[float, float] 
 
 
 def same_but_near(actual: BitMasks, expected: BitMasks, sample: Sample) -> None:
-    """Bits agree with the float64 interpolation, but where it is within rounding of the threshold (or not finite)."""
+    """Checks that bits agree with the float64 interpolation, except where it is within rounding of the threshold (or not
+    finite)."""
     bound = sample.bound(resize_masks)
     soft, size, threshold = bound["soft"], tuple(bound["size"]), bound.get("threshold", 0.0)
     assert actual.size == size and actual.shape == soft.shape[:-2]
@@ -89,7 +91,7 @@ _bad = refusals(resize_masks)
 
 
 def resize_bits(masks: BitMasks, size: tuple[int, int]) -> BitMasks:
-    """The method as a function: torch.export takes no argument that is called self."""
+    """The method as a function, because torch.export takes no argument with the name self."""
     return masks.resize(size)
 
 
@@ -100,7 +102,7 @@ def _bits_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[S
         return pack_masks((torch.rand(shape, generator=g) < 0.5).to(device))
 
     smooth = pack_masks(blobs(5, 20, 34, seed, device))
-    few = torch.zeros(4, 20, 70, dtype=torch.bool, device=device)  # words of one kind, and those next to a single pixel
+    few = torch.zeros(4, 20, 70, dtype=torch.bool, device=device)  # uniform words, and words next to a single pixel
     few[1], few[2, 9, 31], few[3, 19, 69] = True, True, True
     return [
         Sample("blobs x 4", (smooth, (80, 136))),
@@ -134,7 +136,7 @@ def bits_oracle(masks: BitMasks, size: tuple[int, int]) -> BitMasks:
 
 
 def same_bits_but_near(actual: BitMasks, expected: BitMasks, sample: Sample) -> None:
-    """Equal, but where the float64 interpolation is within rounding of 1/2."""
+    """Checks that masks are equal, except where the float64 interpolation is within rounding of 1/2."""
     assert actual.size == expected.size and actual.shape == expected.shape
     off = actual.to_dense() != expected.to_dense()
     assert bool(((_interpolated_bits(*sample.args)[off] - 0.5).abs() <= NEAR).all()), f"{int(off.sum())} pixels differ"
@@ -148,7 +150,7 @@ SPECS = [
         resize_masks, _samples, ("resize_masks",), compare=same_but_near,
         errors=(
             _bad("a list", "soft must be a tensor, got list", [1.0], (2, 2), error=TypeError),
-            _bad("bool", "soft must have dtype .*, got bool; masks that are bits have BitMasks.resize", _soft > 0, (2, 2), error=TypeError),
+            _bad("bool", "soft must have dtype .*, got bool; use BitMasks.resize for bit masks", _soft > 0, (2, 2), error=TypeError),
             _bad("one row", r"soft must have shape \(..., h, w\), got \(6,\)", _soft[0, 0], (2, 2)),
             _bad("size a number", r"size must be \(H, W\), got 8", _soft, 8, error=TypeError),
             _bad("size of floats", "size must be two whole numbers, at least 0, got 8.0", _soft, (8.0, 8), error=TypeError),
@@ -199,7 +201,7 @@ def _random(count: int, height: int, width: int, size: tuple[int, int]) -> Make:
 def _eager(
     soft: Tensor, size: tuple[int, int], *, threshold: float = 0.0, crop: tuple[float, float] | None = None
 ) -> Tensor:
-    """What inference code does; with a crop: to the padded size, then the image is cut out."""
+    """Typical inference code. With a crop it resizes to the padded size, then cuts the image out."""
     height, width = size
     if crop is not None:
         size = (round(height * soft.shape[-2] / crop[0]), round(width * soft.shape[-1] / crop[1]))
@@ -208,10 +210,11 @@ def _eager(
 
 
 def _agree(actual: BitMasks, expected: Tensor, sample: Sample) -> None:
-    """Differs from eager only close to the threshold: torch rounds coordinates to float32, and half results to half."""
+    """Checks that masks differ from eager only close to the threshold. torch rounds coordinates to float32, and half results to
+    half."""
     soft, size = sample.args
     near = (1e-4 if soft.dtype == torch.float32 else 2.0**-6) * float(soft.abs().max())
-    for m in range(0, len(soft), max(1, len(soft) // 100)):  # of a GPU's batch a hundred
+    for m in range(0, len(soft), max(1, len(soft) // 100)):  # about a hundred of a GPU's batch
         off = actual[m].to_dense() != expected[m]
         pixels = interpolated(soft[m : m + 1], size, sample.kwargs.get("crop"))[0]
         assert pixels[off].abs().sum() <= near * int(off.sum())
@@ -233,7 +236,7 @@ BENCHES = [
     ),
     Bench(
         resize_masks, "50 x (800x1333 -> 200x336)", _logits(50, 800, 1333, (200, 336)), _eager, agree=_agree,
-        bytes=_bytes(50, 1066400 // 2, 67200),  # of every four rows two are read
+        bytes=_bytes(50, 1066400 // 2, 67200),  # two of every four rows are read
     ),
     Bench(
         resize_masks, "12 x 100 x (200x336 -> 800x1333), cropped", _logits(1200, 200, 336, (800, 1333), (200.0, 333.25)), _eager,

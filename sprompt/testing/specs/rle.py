@@ -14,7 +14,7 @@ from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blo
 
 Rles = list[dict[str, Any]]
 
-#: One below, at and above a word, a vector and the 64 x 64 blocks of the kernels; several strips of 1024 columns.
+#: Sizes around a word, a vector and the 64 x 64 blocks of the kernels, and with several strips of 1024 columns.
 SIZES = ((1, 1), (1, 37), (33, 1), (5, 7), (64, 64), (45, 51), (63, 65), (130, 31), (129, 300), (3, 2100), (70, 1030))
 
 
@@ -47,7 +47,7 @@ def _dense(masks: BitMasks | Tensor) -> Tensor:
 
 
 def coco_encode(masks: BitMasks | Tensor) -> Rles:
-    """pycocotools from masks as a network leaves them, one behind the other."""
+    """pycocotools, from masks in the layout of a network's output: one mask after the other."""
     import numpy as np
     from pycocotools import mask as coco
 
@@ -65,7 +65,7 @@ def coco_decode(rles: Rles, size: tuple[int, int] | None = None) -> BitMasks:
 
 
 def _encoded(masks: Tensor) -> Rles:
-    """By pycocotools; where it is not installed, as on some GPU machines, by our own kernel."""
+    """RLEs by pycocotools. If it is not installed, as on some GPU machines, by our own kernel."""
     return coco_encode(masks) if importlib.util.find_spec("pycocotools") else rle_encode(masks)
 
 
@@ -94,15 +94,15 @@ _bad_encode, _bad = refusals(rle_encode), refusals(rle_decode)
 
 
 def _second(name: str, message: str, counts: object, size: object = (3, 4)) -> ErrorCase:
-    """Of two entries the second is wrong."""
+    """An error case of two entries. The second entry is wrong."""
     return _bad(name, message, [{"size": [3, 4], "counts": b"<"}, {"size": size, "counts": counts}])
 
 
-_TOO_LONG = r"rles\[1\] must have numbers of at most 12 characters, got a longer one from character "
+_TOO_LONG = r"rles\[1\] must have numbers of at most 12 characters, got a longer number from character "
 _HUGE = BitMasks(torch.zeros(0, 1 << 26, dtype=torch.int32), (1 << 15, 1 << 16))
 _LARGEST = {"size": [1 << 15, (1 << 16) - 1], "counts": b"0"}
 
-#: Everything that can be wrong with entries.
+#: All faults that entries can have.
 MALFORMED = (
     _second("no counts", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 0 in 0 runs", b""),
     _second("too few", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 8 in 1 runs", b"8"),
@@ -110,7 +110,9 @@ MALFORMED = (
     _second("too many later", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 11 in 3 runs", b"335"),
     _second("one too many", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 2", b"337"),
     _second("runs behind the end", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1", b"<1"),
-    _second("broken off", r"rles\[1\] must have counts that end with a whole number, got one that breaks off, from character 1 on", b"3P"),
+    _second(
+        "broken off", r"rles\[1\] must have counts that end with a complete number, got an incomplete number from character 1 on", b"3P",
+    ),
     _second("12 groups, broken off", _TOO_LONG + "0 on", b"P" * 12),
     _second("14 groups", _TOO_LONG + "1 on", b"3" + b"o" * 13 + b"0"),
     _second("negative", r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 1", b"3O"),
@@ -124,11 +126,11 @@ MALFORMED = (
     _second("not ASCII", r"rles\[1\] must have counts of the characters 0 to o, got 'é'", "<é"),
     _second("counts None", r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got NoneType", None),
     _second("counts a number", r"rles\[1\] must have counts that are bytes, a str or a list of whole numbers, got int", 12),
-    _second("list of floats", r"rles\[1\] must have whole numbers as counts, in run 0 too, got 3.0", [3.0, 9.0]),
-    _second("list of bools", r"rles\[1\] must have whole numbers as counts, in run 1 too, got True", [3, True]),
-    _second("list of strings", r"rles\[1\] must have whole numbers as counts, in run 0 too, got '3'", ["3"]),
+    _second("list of floats", r"rles\[1\] must have whole numbers as counts, got 3.0 in run 0", [3.0, 9.0]),
+    _second("list of bools", r"rles\[1\] must have whole numbers as counts, got True in run 1", [3, True]),
+    _second("list of strings", r"rles\[1\] must have whole numbers as counts, got '3' in run 0", ["3"]),
     _second("list, negative", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0", [13, -1]),
-    _second("list, negative first", r"rles\[1\] must have runs of at least 0 pixels, in run 0 too, got -1", [-1, 13]),
+    _second("list, negative first", r"rles\[1\] must have runs of at least 0 pixels, got -1 in run 0", [-1, 13]),
     _second("list, too few", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got 7 in 2 runs", [3, 4]),
     _second("list, too many", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 1", [3, 10]),
     _second("list, huge", r"rles\[1\] must have runs that sum to 3x4 = 12 pixels, got more in run 0", [10**40]),
@@ -207,14 +209,14 @@ def _noise_decode_bench(device: torch.device, dtype: torch.dtype, seed: int) -> 
 
 
 def _plain_decode(rles: Rles) -> Tensor:
-    """What a caller of pycocotools does: decodes to bytes (height, width, count), and keeps them."""
+    """Typical use of pycocotools: decodes to bytes (height, width, count), and keeps them."""
     from pycocotools import mask as coco
 
     return torch.from_numpy(coco.decode(rles))
 
 
 def _decoder(module: str) -> Callable[[Rles], Tensor]:
-    """The same by a module that has pycocotools' decode."""
+    """The same with a module that has the decode function of pycocotools."""
 
     def decode(rles: Rles) -> Tensor:
         return torch.from_numpy(importlib.import_module(module).decode(rles))
@@ -247,7 +249,7 @@ _fortran_of = Prepared(_fortran)
 
 
 def _coco_only(masks: BitMasks | Tensor) -> Rles:
-    """pycocotools.encode alone: the bytes are given in its own order."""
+    """Only pycocotools.encode: the bytes are given in its own order."""
     from pycocotools import mask as coco
 
     return coco.encode(_fortran_of(masks))
@@ -268,12 +270,12 @@ def _rlemasklib_encode(masks: BitMasks | Tensor) -> Rles:
     return rlemasklib.encode(_rows_of(masks), batch_first=True)
 
 
-#: Each from bytes in the order that it likes best: columns for the first two.
+#: Each takes bytes in the order that suits it best: column by column for the first two.
 _ENCODERS = {"pycocotools": _coco_only, "hotcoco": _hotcoco_encode, "rlemasklib": _rlemasklib_encode}
 
 
 def resize_and_encode(logits: Tensor, size: tuple[int, int]) -> Rles:
-    """What the end of a detector does with its masks, (L, h, w) logits."""
+    """The last step of a detector for its masks, (L, h, w) logits."""
     return rle_encode(resize_masks(logits, size))
 
 
@@ -292,7 +294,7 @@ def _resize_batch_bench(device: torch.device, dtype: torch.dtype, seed: int) -> 
 
 
 def _nearly_the_same(ours: Rles, theirs: Rles, sample: Sample) -> None:
-    """interpolate rounds in another order: pixels that lie on the threshold may differ."""
+    """F.interpolate rounds in another order, so pixels at the threshold may differ."""
     different = (rle_decode(ours).to_dense() ^ rle_decode(theirs).to_dense()).sum()
     assert different <= 1e-5 * len(ours) * _P, f"{different} pixels differ"
 

@@ -14,17 +14,17 @@ from sprompt.ops import SaliencyMasks, saliency_maps, saliency_masks
 from sprompt.testing.compare import assert_close
 from sprompt.testing.spec import HALVES, Bench, OpSpec, Sample, blobs, random, refusals
 
-#: Sizes with every remainder of 4 on either side, below 4 as well.
+#: Sizes with every remainder modulo 4 on both sides, and sides below 4.
 SIZES = ((1, 1), (1, 9), (5, 2), (4, 8), (7, 6))
 
 
 def whole_numbers(shape: tuple[int, ...], seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Features for which every product and pooled seed is exact, in all dtypes."""
+    """Features of small whole numbers: every product and pooled seed is exact, in all dtypes."""
     return torch.randint(-3, 4, shape, generator=random(seed)).to(device, dtype)
 
 
 def scene(batch: int, depth: int, height: int, width: int, seed: int, noise: float = 0.5) -> Tensor:
-    """Features such as a backbone gives after its ReLU: a dozen regions, one direction each, and noise."""
+    """Features like those of a backbone after its ReLU: a dozen regions with one direction each, and noise."""
     g = random(seed)
     images = []
     for b in range(batch):
@@ -36,7 +36,7 @@ def scene(batch: int, depth: int, height: int, width: int, seed: int, noise: flo
 
 
 def corner(batch: int, height: int, width: int, device: torch.device) -> Tensor:
-    """Valid cells as padding leaves them: another top left part of each image, the whole of the first."""
+    """Valid cells of padded images: a different top left part of each image, and the whole first image."""
     y, x = torch.arange(height)[:, None], torch.arange(width)
     return torch.stack([(y < height - b) & (x < width - 2 * b) for b in range(batch)]).to(device)
 
@@ -78,11 +78,11 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
     ]  # fmt: skip
 
 
-# ---- the truth: the specification's sentences, one after the other, in float64
+# ---- ground truth: the specification, step by step, in float64
 
 
 def true_seeds(x: Tensor, valid: np.ndarray, seeds: Any) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """Seeds (M, D) of x (D, H, W), NaN where not valid, and their addresses."""
+    """Seeds (M, D) of x (D, H, W), NaN for seeds that are not valid, and their addresses."""
     height, width = valid.shape
     vectors, addresses = [], []
     if seeds != "pyramid":
@@ -110,7 +110,7 @@ def true_seeds(x: Tensor, valid: np.ndarray, seeds: Any) -> tuple[np.ndarray, li
 
 
 def true_maps(x: Tensor, valid: np.ndarray, seeds: np.ndarray, similarity: str) -> np.ndarray:
-    """Norm(maps), (M, H, W), zeros outside and for maps that are none."""
+    """Norm(maps), (M, H, W). Zeros outside, and for maps that are flat or not finite."""
     pixels, inside = x.flatten(1).numpy(), valid.reshape(-1)
     maps = np.zeros((len(seeds), valid.size))
     for m, seed in enumerate(seeds):
@@ -132,7 +132,7 @@ def true_order(scores: np.ndarray) -> np.ndarray:
 def true_nms(
     masks: np.ndarray, scores: np.ndarray, nms: str, iou_threshold: float, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Places and scores of what is left of masks (M, P), best first."""
+    """Places and scores of the remaining masks of (M, P), best first."""
     order = true_order(scores)
     masks, scores = masks[order].astype(np.float64), scores[order]
     common = masks @ masks.T
@@ -171,7 +171,7 @@ def _oracle(
         maps = true_maps(x, inside, vectors, similarity)
         bits = maps >= np.float32(threshold)
         kept = [m for m in range(len(maps)) if bits[m].sum() >= min_area]
-        # The map rounded to float32 and its exact mean: as the op defines equal scores.
+        # The exact mean of the map rounded to float32, because the op defines equal scores so.
         score = np.array(
             [np.float32(math.fsum(maps[m][bits[m]].astype(np.float32)) / bits[m].sum()) for m in kept], dtype=np.float64
         )
@@ -193,8 +193,9 @@ def _oracle(
 
 
 def _compare(actual: SaliencyMasks, expected: SaliencyMasks, sample: Sample) -> None:
-    """Exact samples: equal bits, places, boxes and counts. Others: proposals in the same order where nothing is within
-    rounding of a decision, and each equal to the true map of its own seed but at cells within 1e-4 of the threshold."""
+    """Exact samples must have equal bits, seeds, boxes and counts. Other samples must have proposals in the same order if no
+    value is within rounding of a decision. Each proposal must equal the true map of its own seed, except at cells within 1e-4
+    of the threshold."""
     if sample.name.startswith("exact"):
         for field in ("seeds", "boxes", "counts"):
             assert torch.equal(getattr(actual, field), getattr(expected, field)), field
@@ -260,11 +261,11 @@ def _maps_oracle(features: Tensor, seeds: Tensor, *, similarity: str = "cosine",
     return out.to(features.device)
 
 
-# ---- as the released code writes it
+# ---- the released code
 
 
 def _eager(features: Tensor, **options: Any) -> SaliencyMasks:
-    """One image after the other; cosine, pyramid, matrix NMS."""
+    """Takes one image after the other. Only cosine and matrix NMS."""
     return _join([_eager_image(x[None], options.get("max_masks", 20), options.get("seeds")) for x in features])
 
 
@@ -375,8 +376,8 @@ def _maps_bench(device: torch.device, dtype: torch.dtype, seed: int, batch: int 
 
 
 def _agree(actual: SaliencyMasks, expected: SaliencyMasks, sample: Sample) -> None:
-    """The scores by rank, and the masks where both name the same seed. Eager rounds its maps to half types before it compares
-    them; ours does not, and is held to eager in float32."""
+    """Compares the scores by rank, and the masks where both have the same seed. Eager rounds its maps to half types before it
+    compares them. Ours does not, so it is compared with eager in float32."""
     features = sample.args[0]
     if features.dtype in HALVES:
         expected = _eager(features.float(), **sample.kwargs)
