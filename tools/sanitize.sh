@@ -44,7 +44,7 @@ done
 cp pyproject.toml "$work/package/"
 rm -f "$work"/package/sprompt/_C*
 emulate=OFF
-grep -q avx512vpopcntdq /proc/cpuinfo 2>/dev/null || emulate=ON
+grep -q avx512_vpopcntdq /proc/cpuinfo 2>/dev/null || emulate=ON
 "$python" - <<'PYTHON' >/dev/null || { echo "sanitize.sh: $python lacks cmake or ninja; type \`make sanitize\`, or pip install them" >&2; exit 1; }
 import shutil
 assert shutil.which("cmake") and shutil.which("ninja")

@@ -67,6 +67,11 @@ EMULATED __m512i maskz_loadu_epi32(__mmask16 k, const void* p) {  // lanes outsi
     EACH(16) if (k >> i & 1) __builtin_memcpy(&r.lane[i], static_cast<const char*>(p) + 4 * i, 4);
     return r.as<__m512i>();
 }
+EMULATED __m256i maskz_set1_epi8(__mmask32 k, char x) {
+    Lanes<char, 32> r{};
+    EACH(32) if (k >> i & 1) r.lane[i] = x;
+    return r.as<__m256i>();
+}
 EMULATED __m512i and_si512(__m512i a, __m512i b) {
     Q x = Q::of(a), y = Q::of(b);
     EACH(8) x.lane[i] &= y.lane[i];
@@ -243,6 +248,7 @@ EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_setr_epi32 emulated::setr_epi32
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_maskz_loadu_epi32 emulated::maskz_loadu_epi32
+#define _mm256_maskz_set1_epi8 emulated::maskz_set1_epi8
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_add_epi64 emulated::add_epi64
 #define _mm512_add_epi32 emulated::add_epi32
