@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.run import agree, timed
-from sprompt.ops import launch
+from sprompt.ops import triton_launch
 from sprompt.testing.spec import Bench, Sample
 from sprompt.testing.specs import BENCHES
 
@@ -34,36 +34,36 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--room", action="append", help="only this folder of an op (may be repeated)")
+    parser.add_argument("--op", action="append", help="only this folder of an op (may be repeated)")
     parser.add_argument("--seconds", type=float, default=0.2, help="seconds of timing of each candidate (default 0.2)")
     parser.add_argument("--dry-run", action="store_true", help="print what would change, write nothing")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("torch finds no CUDA device: there is nothing to time on")
     major, minor = torch.cuda.get_device_capability()
-    for room in options.room or rooms():
+    for op in options.op or ops():
         changed = False
-        table = {kernel: list(entries) for kernel, entries in launch.entries(room).items()}
-        for kernel, bits, best, ratio in tuned(room, options.seconds):
-            print(f"{room}.{kernel}, {bits} bits: {best}, {ratio:.2f} of the time")
+        table = {kernel: list(entries) for kernel, entries in triton_launch.entries(op).items()}
+        for kernel, bits, best, ratio in tuned(op, options.seconds):
+            print(f"{op}.{kernel}, {bits} bits: {best}, {ratio:.2f} of the time")
             table[kernel] = with_entry(table[kernel], 10 * major + minor, bits, best)
             changed = True
         if changed and not options.dry_run:
-            write(launch.ROOMS / room / "configs.json", table)
+            write(triton_launch.OPS_FOLDER / op / "configs.json", table)
     return 0
 
 
-def rooms() -> list[str]:
-    return sorted(path.parent.name for path in launch.ROOMS.glob("*/configs.json"))
+def ops() -> list[str]:
+    return sorted(path.parent.name for path in triton_launch.OPS_FOLDER.glob("*/configs.json"))
 
 
-def tuned(room: str, seconds: float) -> Iterator[tuple[str, int, Config, float]]:
+def tuned(op: str, seconds: float) -> Iterator[tuple[str, int, Config, float]]:
     """(kernel, bits of an element, best candidate, its share of the time) of the op folder, for candidates that are kept."""
-    candidates = importlib.import_module(f"sprompt.ops.{room}.triton").CANDIDATES
+    candidates = importlib.import_module(f"sprompt.ops.{op}.triton").CANDIDATES
     for kernel, configs in candidates.items():
         for bits, dtype in ((32, torch.float32), (16, torch.bfloat16)):
             shares = [
-                shares_of(bench, dtype, f"{room}.{kernel}", configs, seconds) for bench in BENCHES if fits(bench, dtype)
+                shares_of(bench, dtype, f"{op}.{kernel}", configs, seconds) for bench in BENCHES if fits(bench, dtype)
             ]
             shares = [share for share in shares if share is not None]
             if not shares:
@@ -84,9 +84,9 @@ def shares_of(bench: Bench, dtype: torch.dtype, name: str, configs: list[Config]
     with measure.side_stream():  # a graph can be captured on it
         sample = bench.make(torch.device("cuda"), dtype, 0)
         mode = "full" if bench.gradients else "forward"
-        launch.looked_up.clear()
+        triton_launch.looked_up.clear()
         timed(bench, bench.function, sample, mode)()
-        if name not in launch.looked_up:
+        if name not in triton_launch.looked_up:
             return None
         expected = bench.function(*sample.args, **sample.kwargs)
         return [share_of(bench, dtype, sample, mode, name, candidate, expected, seconds) for candidate in configs]
@@ -107,14 +107,14 @@ def share_of(
     calls = [timed(bench, bench.function, s, mode) for s in samples]
     now = measure.replay(calls)
     try:
-        launch.trial[name] = candidate
+        triton_launch.trial[name] = candidate
         agree(bench, sample, dtype, bench.function(*sample.args, **sample.kwargs), expected)
         tried = measure.replay(calls)
     except Exception as failure:  # out of resources, or wrong
         print(f"{name} {candidate}: {type(failure).__name__}: {str(failure).splitlines()[0][:120]}", file=sys.stderr)
         return math.inf
     finally:
-        launch.trial.clear()
+        triton_launch.trial.clear()
     if now is None or tried is None:
         return math.inf
     times = measure.interleaved({"now": now, "tried": tried}, torch.device("cuda"), seconds)

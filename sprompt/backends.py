@@ -89,7 +89,7 @@ def _why_not(name: str) -> Callable[..., str]:
     """The function that says why a backend's kernels cannot take the arguments. It is in the backend's module."""
     if name == "reference":
         return lambda *args: ""
-    module = {"native": "sprompt.native", "triton": "sprompt.ops.launch", "cuda": "sprompt.cuda"}[name]
+    module = {"native": "sprompt.native", "triton": "sprompt.ops.triton_launch", "cuda": "sprompt.cuda"}[name]
     return lambda *args: importlib.import_module(module).why_not(*args)
 
 

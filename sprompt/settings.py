@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -21,7 +22,7 @@ from tyro.conf import Suppress as Hidden  # marks a setting that the command lin
 
 from sprompt.registry import Named
 
-__all__ = ["Hidden", "SettingsError", "from_plain", "read_yaml", "to_plain", "to_yaml"]
+__all__ = ["Hidden", "SettingsError", "check_choices", "from_plain", "read_yaml", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 LARGEST_FILE = 1 << 20  # bytes of YAML
@@ -89,7 +90,18 @@ def from_plain(kind: type[T], plain: Any, base: T | None = None, where: str = ""
     ]
     if missing:
         raise SettingsError(f"{where or kind.__name__}: lacks {', '.join(missing)}")
+    check_choices(kind, values, where)
     return kind(**values)
+
+
+def check_choices(kind: type[Any], values: Mapping[str, Any], where: str = "") -> None:
+    """Raises SettingsError for a value that its field's Literal does not list. Dataclasses call it from `__post_init__` too, with
+    `vars(self)`, so that this is the one place that checks a choice."""
+    for name, hint in typing.get_type_hints(kind).items():
+        value = values.get(name)
+        if get_origin(hint) is Literal and name in values and value not in get_args(hint):
+            place = f"{where}.{name}:" if where else f"{kind.__name__}: {name}"
+            raise SettingsError(f"{place} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
 
 
 def _converted(kind: Any, value: Any, base: Any, place: str) -> Any:
@@ -103,9 +115,7 @@ def _converted(kind: Any, value: Any, base: Any, place: str) -> Any:
     if origin in (Union, types.UnionType):
         return _first_fit(get_args(kind), value, base, place)
     if origin is Literal:
-        if value not in get_args(kind):
-            raise SettingsError(f"{place}: must be one of {', '.join(map(repr, get_args(kind)))}, got {value!r}")
-        return value
+        return value  # check_choices follows
     if origin in (tuple, list):
         return _sequence(origin, get_args(kind), value, place)
     if origin is dict or kind is dict or kind is Any:
@@ -161,7 +171,7 @@ def _first_fit(kinds: tuple[Any, ...], value: Any, base: Any, place: str) -> Any
     )
     errors = []
     for kind in sorted(kinds, key=lambda k: k is float):  # a whole number stays one where both fit
-        if kind is type(None):
+        if kind is type(None) or (get_origin(kind) is Literal and value not in get_args(kind)):
             continue
         try:
             return _converted(kind, value, base, place)

@@ -16,7 +16,7 @@ from variants import cover, forms, variants
 
 import sprompt
 from sprompt import backends, cuda, native
-from sprompt.ops import launch
+from sprompt.ops import triton_launch
 from sprompt.ops.declare import OPS
 from sprompt.testing.calls import (
     CapturedOps,
@@ -41,7 +41,11 @@ NO_GPU = "needs a CUDA device"
 def cannot(backend: str, device: str) -> str:
     """Why the kernels of this backend cannot run on tensors of the device; empty if they can."""
     probe = torch.empty(0, device=device)
-    return {"native": native, "triton": launch, "cuda": cuda}[backend].why_not(probe) if backend != "reference" else ""
+    return (
+        {"native": native, "triton": triton_launch, "cuda": cuda}[backend].why_not(probe)
+        if backend != "reference"
+        else ""
+    )
 
 
 def _backends() -> list[Any]:

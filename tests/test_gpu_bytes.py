@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from sprompt import backends
-from sprompt.ops import launch
+from sprompt.ops import triton_launch
 from sprompt.ops.declare import OPS
 from sprompt.testing.calls import CapturedOps, call, gradients, told
 from sprompt.testing.compare import tensors
 from sprompt.testing.spec import OpSpec, Sample
 from sprompt.testing.specs import SPECS
 
-if not launch.interpreted():
+if not triton_launch.interpreted():
     pytest.skip("runs under Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
 #: Ops whose loads depend on the data (empty tiles and boxes are skipped): their Cost is what they load at most.
@@ -68,7 +68,7 @@ def test_cost_is_what_is_loaded_and_stored(spec: OpSpec, seen: Seen) -> None:
             if "triton" not in backends.registered(name):
                 continue
             seen.read = seen.written = 0
-            with launch.recording() as launches, torch.no_grad(), backends.use_backend("triton", [name]):
+            with triton_launch.recording() as launches, torch.no_grad(), backends.use_backend("triton", [name]):
                 OPS[name].run(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
             costs = [one.cost for one in launches]
             read, written = sum(c.read + c.again for c in costs), sum(c.written for c in costs)

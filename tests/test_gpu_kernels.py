@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sprompt.ops import launch
+from sprompt.ops import triton_launch
 from sprompt.testing.spec import Bench
 
-if launch.triton is None:
+if triton_launch.triton is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-if launch.interpreted():
+if triton_launch.interpreted():
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 from sprompt.testing import compiled

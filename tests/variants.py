@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sprompt.ops.launch import DEFAULT_ARCH
+from sprompt.ops.triton_launch import DEFAULT_ARCH
 from sprompt.testing.calls import call, differentiable_outputs, with_gradients
 from sprompt.testing.spec import OpSpec, Sample
 

@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 root=$PWD
 begin=$SECONDS
 given=${PYTHONPATH:-}
-. tools/gpu_room.sh
+. tools/gpu_folder.sh
 python=$(command -v "${PYTHON:-python3}") || fail "no interpreter ${PYTHON:-python3}"
 total=${TOTAL:-530}
 parts=" ${PARTS:-smoke values forward promises modes memcheck compile} "
@@ -138,7 +138,7 @@ fi
 if part tune 96; then
     status=0
     # shellcheck disable=SC2046
-    timeout "$limit" "$python" -m benchmarks.tune --seconds 0.05 $(printf -- '--room %s ' ${TUNE:?}) >"$out/tune.log" 2>&1 || status=$?
+    timeout "$limit" "$python" -m benchmarks.tune --seconds 0.05 $(printf -- '--op %s ' ${TUNE:?}) >"$out/tune.log" 2>&1 || status=$?
     tail -20 "$out/tune.log"
     for folder in $TUNE; do cp "sprompt/ops/$folder/configs.json" "$out/$folder.json"; done
     ended="$ended tune:$status"

@@ -13,7 +13,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 begin=$SECONDS
 given=
-. tools/gpu_room.sh
+. tools/gpu_folder.sh
 python=$(command -v "${PYTHON:-python3.12}") || fail "no interpreter ${PYTHON:-python3.12}; name one with PYTHON= that has the GPU machine's version"
 torch=${TORCH:-2.11.0} arch=${ARCH:-90}
 read -ra wheels <<<"${WHEELS:-pycocotools expecttest tyro docstring_parser typeguard}"

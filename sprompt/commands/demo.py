@@ -11,7 +11,7 @@ from rich.table import Table
 from sprompt.commands import run_folder
 from sprompt.commands.parsing import parse
 from sprompt.data.coco import CocoDataset
-from sprompt.data.files import read_json
+from sprompt.data.reading import read_json
 from sprompt.engine.evaluators.coco import coco_metrics
 
 BACKBONE = Path(__file__).parents[1] / "weights" / "scenes-resnet18.safetensors"

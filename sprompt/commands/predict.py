@@ -5,12 +5,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sprompt.atomic import atomic_write
 from sprompt.commands import run_folder
 from sprompt.commands.prediction import Prediction
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
-from sprompt.files import atomic_write
+from sprompt.data.reading import read_json
 from sprompt.models.knet import KNetConfig
 from sprompt.models.registry import ModelConfig
 from sprompt.nn.distributed import is_first

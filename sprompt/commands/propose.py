@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 from sprompt.commands import run_folder
-from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
+from sprompt.data.reading import read_json
 from sprompt.engine.progress import Progress
 from sprompt.methods.saliency_prompt import ProposalConfig, generate
 from sprompt.nn.distributed import launched

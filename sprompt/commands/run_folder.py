@@ -11,14 +11,14 @@ from typing import Any, BinaryIO
 
 from torch import nn
 
+from sprompt.atomic import atomic_write
 from sprompt.commands.parsing import record
 from sprompt.data.coco import CocoDataset
 from sprompt.data.loader import Batches
-from sprompt.data.resident import Kept, Resident
+from sprompt.data.on_device import DeviceBatches, DevicePictures
 from sprompt.data.transforms import Augment, collate
 from sprompt.engine.processes import processes
 from sprompt.engine.trained import MODEL
-from sprompt.files import atomic_write
 from sprompt.models.saved import save_model
 from sprompt.nn.distributed import is_first
 from sprompt.settings import read_yaml, to_yaml
@@ -73,7 +73,7 @@ def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callabl
         return partial(Batches, dataset, augment, collate)
     device = processes(cpu).device
     say(f"reading {len(dataset)} pictures, which stay on {device}")
-    return partial(Resident, Kept(dataset, augment, device))
+    return partial(DeviceBatches, DevicePictures(dataset, augment, device))
 
 
 def say_if_crowded(dataset: CocoDataset, queries: int) -> None:

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sprompt.atomic import atomic_write
 from sprompt.commands import run_folder
 from sprompt.commands.parsing import parse
-from sprompt.files import atomic_write
 from sprompt.settings import to_plain
 from sprompt.study import prepare
 from sprompt.study.plan import Cell, Inputs, chains

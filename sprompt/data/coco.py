@@ -14,9 +14,9 @@ from torch.utils.data import Dataset
 
 from sprompt.data.annotations import CocoFile, Picture, named, parse
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
 from sprompt.data.listed import read_list
 from sprompt.data.pictures import read_picture, stored_size
+from sprompt.data.reading import read_json
 from sprompt.data.sample import Sample
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode

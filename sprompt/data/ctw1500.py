@@ -9,8 +9,8 @@ from xml.etree import ElementTree
 
 from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_bytes
 from sprompt.data.pictures import EXTENSIONS, picture_size
+from sprompt.data.reading import read_bytes
 
 _MAX_BYTES = 1 << 22  # of the labels of one picture
 

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from sprompt.data.annotations import leaves, named
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_bytes
+from sprompt.data.reading import read_bytes
 
 MAX_LIST = 1 << 28  # bytes of a list
 

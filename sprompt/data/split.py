@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
+from sprompt.atomic import atomic_write
 from sprompt.data.annotations import CocoFile, parse
 from sprompt.data.errors import DataError
-from sprompt.data.files import MAX_JSON, read_bytes, read_json
 from sprompt.data.listed import MAX_LIST, list_of
-from sprompt.files import atomic_write
+from sprompt.data.reading import MAX_JSON, read_bytes, read_json
 from sprompt.seeding import generator
 
 PARTS = ("train", "val")

@@ -9,7 +9,7 @@ import torch
 
 from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
+from sprompt.data.reading import read_json
 from sprompt.seeding import generator
 
 

@@ -18,10 +18,10 @@ import torch
 from numpy.random import PCG64, Generator, SeedSequence
 from torch import Tensor
 
+from sprompt.atomic import atomic_write
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
 from sprompt.data.pictures import png, read_picture
-from sprompt.files import atomic_write
+from sprompt.data.reading import read_json
 from sprompt.masks import BitMasks, Size
 
 OBJECTS = (2, 6)  # least and most objects of a scene; a scene has fewer if no place is free for another

@@ -20,8 +20,8 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from sprompt.data.files import read_json
-from sprompt.files import atomic_write, sync_folder
+from sprompt.atomic import atomic_write, sync_folder
+from sprompt.data.reading import read_json
 
 FORMAT = 1
 MAX_STATE = 64 << 20  # bytes of state.json

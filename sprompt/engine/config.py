@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from sprompt.settings import check_choices
+
 #: Fields that change neither the numbers nor the order of the steps, so that a run may be resumed with other values.
 FREE = ("epochs", "max_steps", "workers", "checkpoint_seconds", "checkpoint_steps", "keep", "log_steps")
 
@@ -67,13 +69,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value >= least:  # also NaN
                 raise ValueError(f"{name}: must be at least {least}, got {value}")
-        for name, known in (
-            ("optimiser", ("adamw", "sgd")),
-            ("schedule", ("step", "cosine")),
-            ("precision", ("no", "bf16")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}: must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_choices(type(self), vars(self))
         if self.clip is not None and not self.clip > 0:
             raise ValueError(f"clip: must be above 0, got {self.clip}; none clips nothing")
         if self.batch_size % self.accumulate:

@@ -9,12 +9,12 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 from torch import nn
 
-from sprompt.data.files import read_json
+from sprompt.atomic import atomic_write
+from sprompt.data.reading import read_json
 from sprompt.engine.evaluators.coco import CocoConfig
 from sprompt.engine.evaluators.registry import EVALUATORS, EvaluatorConfig
 from sprompt.engine.predict import predict_to_file
 from sprompt.engine.processes import processes
-from sprompt.files import atomic_write
 from sprompt.nn.distributed import is_first
 
 

@@ -12,7 +12,7 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from sprompt.files import atomic_write
+from sprompt.atomic import atomic_write
 
 
 class Meter:

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from sprompt.atomic import replacing
 from sprompt.data.errors import DataError
 from sprompt.data.sample import Batch
 from sprompt.data.transforms import Augment, collate
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
-from sprompt.files import replacing
 from sprompt.masks import Size
 from sprompt.models.protocol import Prediction, QueryModel
 

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
+from sprompt.atomic import atomic_write
 from sprompt.engine.checkpoint import Checkpoints
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.guard import Guard, Interrupted, Signals, TrainingError, listed
@@ -25,9 +26,9 @@ from sprompt.engine.optim import factor_at, make_optimiser, optimiser_tensors, s
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.engine.resume import check_same, restore, versions
-from sprompt.files import atomic_write
 from sprompt.machine import has_bf16
 from sprompt.nn.distributed import is_first
+from sprompt.ops.checks import NotFiniteError
 from sprompt.seeding import seed_all
 
 
@@ -240,9 +241,7 @@ class _Run:
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 loss, logs = self.model(batch, step)
-        except ValueError as error:
-            if not str(error).startswith("linear_assignment:"):
-                raise
+        except NotFiniteError as error:
             raise TrainingError(
                 f"step {self.step + 1}: the cost of matching must be finite, got NaN or infinity, on {listed(batch.names)}; look at "
                 "these pictures and their masks, or lower the learning rate"

@@ -1,1 +1,1 @@
-"""Networks. Each lives in a room of its own; `protocol` is what methods ask of them."""
+"""Networks. Each lives in a folder of its own; `protocol` is what methods ask of them."""

@@ -13,7 +13,7 @@ from torch import nn
 
 from sprompt.models.fit import check_fit
 from sprompt.models.registry import MODELS, ModelConfig
-from sprompt.nn.files import read_metadata, read_tensors, write_tensors
+from sprompt.nn.tensor_files import read_metadata, read_tensors, write_tensors
 
 _FORMAT = 1
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sprompt.nn.files import read_tensors, write_tensors
 from sprompt.nn.resnet import DEPTHS, BasicBlock, ResNet
+from sprompt.nn.tensor_files import read_tensors, write_tensors
 
 #: Prefixes of the backbone's tensors in a file; the first with a stem counts. A full DenseCL checkpoint holds two backbones.
 PREFIXES = ("", "backbone.", "module.backbone.", "module.encoder_q.", "module.")
@@ -108,8 +108,8 @@ def _format(tensors: Mapping[str, Tensor], prefix: str, about: Mapping[str, Any]
     first = {name.split(".")[0] for name in tensors}
     if "backbone" in about:
         return "a backbone of this library"
-    if about.get("model") == "knet":
-        return "a K-Net of this library"
+    if "model" in about:
+        return "a trained model of this library"
     if prefix == "module.encoder_q.":
         return "a MoCo v2 checkpoint"
     if any(name.startswith(("module.projection_head", "module.prototypes")) for name in tensors):

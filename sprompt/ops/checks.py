@@ -15,6 +15,10 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
+class NotFiniteError(ValueError):
+    """A value that must be finite is NaN or infinite."""
+
+
 def bad_value(op: str, arg: str, rule: str, got: object, advice: str = "") -> NoReturn:
     raise ValueError(f"{op}: {arg} must {rule}, got {got}" + (f"; {advice}" if advice else ""))
 

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sprompt.atomic import atomic_write
 from sprompt.data.draw import heat_map
 from sprompt.data.errors import DataError
 from sprompt.data.transforms import collate
-from sprompt.files import atomic_write
 from sprompt.report.album import Album
 from sprompt.report.page import Section, join, tag
 from sprompt.report.prompts import device_of, resized
@@ -31,7 +31,7 @@ def activation_maps(
     """The mean over pictures of the sigmoid of each kernel's last mask, stretched to 200 × 200: float32 (N, 200, 200).
 
     Args:
-        model: a model with a decoder that returns `masks`, a list over its stages of logits (B, N, h, w), as K-Net does.
+        model: a QueryModel.
         dataset: samples; unreadable pictures are skipped.
         limit: number of pictures, spread evenly over the dataset; None takes all.
         short, long: pictures are resized to these sides first. The padding does not count.
@@ -48,7 +48,7 @@ def activation_maps(
             continue  # a broken picture; the predictions name it
         seen += 1
         batch = collate([resized(sample, short, long)]).to(device_of(model))
-        masks = model.decode(model.encode(batch.images)).masks[-1].float().sigmoid()
+        masks = model.mask_logits(model.decode(model.encode(batch.images))).float().sigmoid()
         own = _stretched(masks, batch.sizes[0], (batch.images.shape[2], batch.images.shape[3]))[0].cpu()
         total = own if total is None else total + own
     if total is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from sprompt.files import atomic_write
+from sprompt.atomic import atomic_write
 from sprompt.report.page import Child, Html, tag
 
 _SMALL = 640  # long side on the sheet, in pixels

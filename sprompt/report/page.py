@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from sprompt.files import atomic_write
+from sprompt.atomic import atomic_write
 from sprompt.report.style import SCRIPT, STYLE
 
 MARK = '<meta name="generator" content="sprompt">'  # marks an index.html as written by this package

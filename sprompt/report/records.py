@@ -12,9 +12,9 @@ from PIL import Image
 
 from sprompt.data.annotations import distinct
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
 from sprompt.data.pictures import MAX_PIXELS, read_picture
+from sprompt.data.reading import read_json
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode, is_segmentation
 from sprompt.masks import BitMasks, Size

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_bytes, read_json
+from sprompt.data.reading import read_bytes, read_json
 from sprompt.engine.log import read_log
 
 _MAX_BYTES = 1 << 26

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from sprompt.files import atomic_write
+from sprompt.atomic import atomic_write
 from sprompt.report.activation import placed, read_activation, spread
 from sprompt.study.compare import Results, comparisons, seed_curves
 from sprompt.study.predictions import Side

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sprompt.data.annotations import CocoFile, Picture, named, parse
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
+from sprompt.data.reading import read_json
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode
 from sprompt.data.transforms import resized_size

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from sprompt.data.files import read_json
-from sprompt.files import atomic_write
+from sprompt.atomic import atomic_write
+from sprompt.data.reading import read_json
 from sprompt.study.plan import Cell
 from sprompt.study.run import CELL
 

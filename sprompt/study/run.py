@@ -17,10 +17,10 @@ from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
+from sprompt.atomic import atomic_write
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
+from sprompt.data.reading import read_json
 from sprompt.engine.log import read_log
-from sprompt.files import atomic_write
 from sprompt.study.plan import Cell, Inputs, Pretraining, typed
 
 CELL = "cell.json"  # in a run folder: it marks the run as finished and holds its commands and results

@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
+from sprompt.atomic import atomic_write, replacing
 from sprompt.data.annotations import named, parse
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
+from sprompt.data.reading import read_json
 from sprompt.data.split import groups_of, part_of
-from sprompt.files import atomic_write, replacing
 from sprompt.seeding import generator
 
 

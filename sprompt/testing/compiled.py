@@ -25,7 +25,7 @@ from triton.compiler import ASTSource
 
 from sprompt import backends
 from sprompt.ops.declare import OPS
-from sprompt.ops.launch import Launch, recording
+from sprompt.ops.triton_launch import Launch, recording
 from sprompt.testing.compare import held_bytes
 from sprompt.testing.spec import HALVES, Bench, Sample
 from sprompt.testing.specs import BENCHES

@@ -24,7 +24,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.driver import CudaLauncher
 
-from sprompt.ops.launch import Launch, trial
+from sprompt.ops.triton_launch import Launch, trial
 from sprompt.testing.calls import differentiable_outputs
 from sprompt.testing.compiled import LaunchOnly
 from sprompt.testing.layouts import LAYOUTS, can_be_far, far

@@ -94,7 +94,7 @@ def test_foreign_state_is_refused() -> None:
         ({"learning_rate": float("nan")}, "learning_rate: must be at least 0, got nan"),
         ({"clip": 0.0}, "clip: must be above 0"),
         ({"batch_size": 10, "accumulate": 4}, "must be a multiple of accumulate, got 10 and 4; 8 is one"),
-        ({"schedule": "linear"}, "schedule: must be one of step, cosine, got 'linear'"),
+        ({"schedule": "linear"}, "schedule must be one of 'step', 'cosine', got 'linear'"),
     ],
 )
 def test_settings_that_cannot_be(change: dict[str, object], message: str) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sprompt.nn.files import read_metadata, read_tensors, write_tensors
+from sprompt.nn.tensor_files import read_metadata, read_tensors, write_tensors
 
 
 def test_there_and_back(tmp_path: Path) -> None:

@@ -6,10 +6,10 @@ import torch
 
 import sprompt
 from sprompt import backends
-from sprompt.ops import launch
+from sprompt.ops import triton_launch
 
 #: The backends that can run on CPU tensors here; with SPROMPT_BACKEND, only that backend.
-BACKENDS = ["native", "reference", *(["triton"] if not launch.why_not(torch.empty(0)) else [])]
+BACKENDS = ["native", "reference", *(["triton"] if not triton_launch.why_not(torch.empty(0)) else [])]
 if os.environ.get("SPROMPT_BACKEND"):
     BACKENDS = [os.environ["SPROMPT_BACKEND"]]
 

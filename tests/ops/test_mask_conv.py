@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sprompt
 from sprompt import BitMasks
-from sprompt.ops import launch, mask_conv, mask_pool, mask_update, pack_masks
+from sprompt.ops import mask_conv, mask_pool, mask_update, pack_masks, triton_launch
 from sprompt.testing.spec import blobs, random
 
 NAN, INF = float("nan"), float("inf")
@@ -246,7 +246,9 @@ def test_docstrings() -> None:
 
 # -- Triton: tiles of up to 128 pixels, blocks of up to 128 kernels, up to 256 channels held at once in half types
 
-by_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)) or "it runs")
+by_triton = pytest.mark.skipif(
+    bool(triton_launch.why_not(torch.empty(0))), reason=triton_launch.why_not(torch.empty(0)) or "it runs"
+)
 
 
 def triton_equals_float64(sizes: tuple[int, ...], dtype: torch.dtype, dense: float = 0.3) -> None:
@@ -294,9 +296,9 @@ def test_triton_at_the_edges_of_tiles(sizes: tuple[int, ...], dtype: torch.dtype
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_triton_with_several_tiles_a_chunk(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three programs per image; the last chunk is shorter, and the last tile is not full."""
-    pick = launch._pick
+    pick = triton_launch._pick
     monkeypatch.setattr(
-        launch, "_pick", lambda *args: {**pick(*args), **({"PROGRAMS": 3} if "PROGRAMS" in pick(*args) else {})}
+        triton_launch, "_pick", lambda *args: {**pick(*args), **({"PROGRAMS": 3} if "PROGRAMS" in pick(*args) else {})}
     )
     triton_equals_float64((1, 5, 20, 10, 50), dtype, 0.01)
 

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sprompt import BitMasks, native, use_backend
-from sprompt.ops import launch, mask_loss
+from sprompt.ops import mask_loss, triton_launch
 from sprompt.testing.spec import blobs, random
 
 
@@ -40,7 +40,7 @@ def test_table_by_hand() -> None:
 @pytest.mark.parametrize(("h", "w"), ((1, 1), (2, 3), (8, 8), (5, 17), (70, 9), (33, 40)))
 def test_equals_the_plain_formula(upsample: int, h: int, w: int) -> None:
     """Losses and gradients. The gradient of a map of 70 rows takes several chunks, and neighbouring chunks share rows."""
-    if launch.interpreted() and h * w * upsample**2 > 2600:
+    if triton_launch.interpreted() and h * w * upsample**2 > 2600:
         pytest.skip(
             "takes minutes under Triton's interpreter; every factor has a smaller map, every map a smaller factor"
         )
@@ -149,7 +149,9 @@ def test_chunk_borders_of_the_gradient(h: int) -> None:
     )
 
 
-on_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)))
+on_triton = pytest.mark.skipif(
+    bool(triton_launch.why_not(torch.empty(0))), reason=triton_launch.why_not(torch.empty(0))
+)
 
 
 @on_triton

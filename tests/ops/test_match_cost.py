@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sprompt import BitMasks, native, use_backend
-from sprompt.ops import launch, match_cost
+from sprompt.ops import match_cost, triton_launch
 from sprompt.testing.spec import blobs, random
 
 SURE = 50.0  # the probability of this logit is 1, that of its negative is 0
@@ -158,7 +158,9 @@ def test_many_targets_and_wide_maps() -> None:
     )
 
 
-on_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)))
+on_triton = pytest.mark.skipif(
+    bool(triton_launch.why_not(torch.empty(0))), reason=triton_launch.why_not(torch.empty(0))
+)
 
 
 def truth(logits: Tensor, soft: Tensor, upsample: int) -> Tensor:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sprompt.ops import launch, mask_boxes, mask_mean, pack_masks, region_mean
+from sprompt.ops import mask_boxes, mask_mean, pack_masks, region_mean, triton_launch
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs import region_mean as spec
 
 pytestmark = pytest.mark.usefixtures("backend")
-ON_TRITON = not launch.why_not(torch.empty(0))  # TRITON_INTERPRET=1
+ON_TRITON = not triton_launch.why_not(torch.empty(0))  # TRITON_INTERPRET=1
 NAN = math.nan
 
 

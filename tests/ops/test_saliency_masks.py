@@ -14,14 +14,16 @@ from torch import Tensor
 
 import sprompt
 from sprompt import native
-from sprompt.ops import SaliencyMasks, launch, saliency_maps, saliency_masks
+from sprompt.ops import SaliencyMasks, saliency_maps, saliency_masks, triton_launch
 from sprompt.ops.saliency_masks import op, reference
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs.saliency_masks import scene, true_maps, true_seeds, whole_numbers
 
 CPU = torch.device("cpu")
 by_similarity = pytest.mark.parametrize("similarity", ("cosine", "dot"))
-needs_triton = pytest.mark.skipif(bool(launch.why_not(torch.empty(0))), reason=launch.why_not(torch.empty(0)))
+needs_triton = pytest.mark.skipif(
+    bool(triton_launch.why_not(torch.empty(0))), reason=triton_launch.why_not(torch.empty(0))
+)
 needs_native = pytest.mark.skipif(bool(native.why_not()), reason=native.why_not())
 
 

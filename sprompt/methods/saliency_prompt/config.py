@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from sprompt.methods.registry import MethodConfig
+from sprompt.settings import check_choices
 
 Level = Literal["C2", "C3", "C4", "C5"]
 #: Stride of the backbone's maps.
@@ -68,10 +69,7 @@ class ProposalConfig:
         for name in ("short", "long", "min_area", "max_masks"):
             check(name, _whole(getattr(self, name)), "be a whole number of at least 1")
         check("long", self.long >= self.short or not self.keep_ratio, f"be at least short = {self.short}")
-        for name, choices in (
-            ("level", tuple(STRIDES)), ("similarity", ("cosine", "dot")), ("nms", ("matrix", "matrix_linear", "greedy")),
-        ):  # fmt: skip
-            check(name, getattr(self, name) in choices, f"be one of {', '.join(choices)}")
+        check_choices(type(self), vars(self))
         grid = isinstance(self.seeds, tuple) and len(self.seeds) == 2 and all(map(_whole, self.seeds))
         check("seeds", self.seeds == "pyramid" or grid, 'be "pyramid" or a grid of two whole numbers')
         check("threshold", _number(self.threshold) and 0 < self.threshold <= 1, "lie in (0, 1]")
@@ -137,16 +135,7 @@ class SaliencyPromptConfig(MethodConfig):
     """Keep the backbone's weights fixed and train all others."""
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("level", ("coarsest", "auto", "P2", "P3", "P4", "P5", "features")),
-            ("pooling", ("box", "mask", "roi_align", "release")), ("dropout_of", ("query", "image")),
-            ("assign", ("cosine", "sequential", "random", "none")), ("reduction", ("mean", "sum")),
-            ("projection", ("linear", "linear_nobias", "frozen_orthogonal", "pca")),
-        ):  # fmt: skip
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"SaliencyPromptConfig: {name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
-                )
+        check_choices(type(self), vars(self))
         if not (_number(self.dropout) and 0 <= self.dropout <= 1):
             raise ValueError(f"SaliencyPromptConfig: dropout must lie between 0 and 1, got {self.dropout!r}")
         if self.ratio is not None and not (_number(self.ratio) and self.ratio > 0):

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
+from sprompt.atomic import atomic_write
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
 from sprompt.data.folder import PictureFolder
+from sprompt.data.reading import read_json
 from sprompt.data.sample import Batch, Sample
 from sprompt.data.transforms import collate
-from sprompt.files import atomic_write
 from sprompt.methods.saliency_prompt.config import ProposalConfig
 from sprompt.methods.saliency_prompt.proposals import padded_size, propose, view, view_size
 from sprompt.methods.saliency_prompt.records import annotation_records, image_record, merge, merge_vectors

@@ -11,9 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from sprompt.atomic import sync_folder
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_json
-from sprompt.files import sync_folder
+from sprompt.data.reading import read_json
 from sprompt.masks import Size
 from sprompt.methods.saliency_prompt.proposals import Proposals
 

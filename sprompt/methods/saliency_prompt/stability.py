@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from sprompt.data.files import read_json
+from sprompt.atomic import atomic_write
 from sprompt.data.loader import Batches
+from sprompt.data.reading import read_json
 from sprompt.data.sample import Batch
 from sprompt.data.transforms import Augment, collate
-from sprompt.files import atomic_write
 from sprompt.methods.saliency_prompt.pretrain import Pretraining
 
 FILE = "matching.json"  # in a run folder: the kernel matched to each proposal, after each epoch

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sprompt.files import replacing
+from sprompt.atomic import replacing
 from sprompt.models.fit import check_fit
 from sprompt.models.knet.model import KNet
-from sprompt.nn.files import read_tensors, write_tensors
+from sprompt.nn.tensor_files import read_tensors, write_tensors
 
 #: Parts of Saliency Prompt's release that are needed in pre-training only.
 _PRETRAINING = {"patch2query", "gen_gt_kernel"}

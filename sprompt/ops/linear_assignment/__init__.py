@@ -21,8 +21,8 @@ def linear_assignment(cost: Tensor, counts: Tensor | None = None) -> Tensor:
     Returns: int64 (B, G), or (G,): the row matched to each column. −1 for padding, and for columns that get no row because
     counts[b] > N. N, G or B of 0 are allowed.
     Ties: the result is one of the optima. Deterministic: it is the same optimum on every run and for every number of threads.
-    Values: a NaN or infinity in a real entry raises ValueError on a CPU. On CUDA it raises nothing: such an image, and an
-    image with a count outside [0, G], has −2 in all its columns.
+    Values: a NaN or infinity in a real entry raises NotFiniteError, a ValueError, on a CPU. On CUDA it raises nothing: such an
+    image, and an image with a count outside [0, G], has −2 in all its columns.
     Not differentiable. Autocast changes nothing. The reference backend works on the host, so on CUDA it waits for the device.
 
     >>> linear_assignment(torch.tensor([[4.0, 1.0], [2.0, 3.0], [9.0, 9.0]])).tolist()

@@ -41,4 +41,4 @@ def refuse(a: Args, image: int) -> None:
     row, column = (~real.isfinite()).nonzero()[0].tolist()
     got = f"{float(real[row, column])} at row {row}, column {column}"
     advice = "look for a diverged loss or a division by zero upstream"
-    checks.bad_value("linear_assignment", "cost", f"be finite in image {image}", got, advice)
+    raise checks.NotFiniteError(f"linear_assignment: cost must be finite in image {image}, got {got}; {advice}")

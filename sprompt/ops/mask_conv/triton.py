@@ -13,14 +13,14 @@ import triton.language as tl
 from torch import Tensor
 
 from sprompt.masks import words_for
-from sprompt.ops import tile
+from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, launch, padded, precision, tiles
 from sprompt.ops.mask_conv.triton_backward import CANDIDATES as BACKWARD_CANDIDATES
 from sprompt.ops.mask_conv.triton_backward import mask_conv_backward as mask_conv_backward
 from sprompt.ops.mask_conv.triton_backward import mask_pool_backward as mask_pool_backward
 from sprompt.ops.mask_conv.triton_backward import mask_update_backward as mask_update_backward
 from sprompt.ops.mask_conv.triton_chunks import Chunks, add_chunks, block, cut, rows, split
+from sprompt.ops.triton_launch import Cost, config, launch, padded, precision, tiles
 
 #: Other tiles for a tuner to try. HELD: up to this number of channels, a program holds all channels of a tile. With more
 #: channels (0: always), features are read once for the logits, in steps of STEP channels, and once for the sums, BLOCK_D
@@ -49,11 +49,11 @@ def _bits_dot(bits, x, acc):
     if x.dtype == tl.float32:
         weights = bits.to(tl.float32).to(tl.bfloat16)
         high, middle, low = split(x)
-        acc = tile.dot(weights, low, acc, "ieee")
-        acc = tile.dot(weights, middle, acc, "ieee")
-        return tile.dot(weights, high, acc, "ieee")
+        acc = triton_tile.dot(weights, low, acc, "ieee")
+        acc = triton_tile.dot(weights, middle, acc, "ieee")
+        return triton_tile.dot(weights, high, acc, "ieee")
     else:
-        return tile.dot(bits.to(tl.float32).to(x.dtype), x, acc, "ieee")
+        return triton_tile.dot(bits.to(tl.float32).to(x.dtype), x, acc, "ieee")
 
 
 @triton.jit
@@ -97,17 +97,17 @@ def _forward(
             products = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
             if HELD:
                 x = block(features, c, C, features_c, p, P, features_p)
-                products = tile.dot(weights, x, products, PRECISION)
+                products = triton_tile.dot(weights, x, products, PRECISION)
             else:
                 for first in range(0, C, BLOCK_C):
                     some = block(kernels, m, N, kernels_n, first + c, C, kernels_c)
                     part = block(features, first + c, C, features_c, p, P, features_p)
-                    products = tile.dot(some, part, products, PRECISION)
-            stored = tile.rounded(products, logits.dtype.element_ty)
+                    products = triton_tile.dot(some, part, products, PRECISION)
+            stored = triton_tile.rounded(products, logits.dtype.element_ty)
             tl.store(logits_m + p[None, :], stored, mask=(m < N)[:, None] & (p < P)[None, :])
             if words is not None:
                 bits = (stored.to(tl.float32) > 0) & (p < P)[None, :]
-                packed = tile.pack(bits, BLOCK_N, BLOCK_P // 32)
+                packed = triton_tile.pack(bits, BLOCK_N, BLOCK_P // 32)
                 tl.store(words_m + tl.cast(w, tl.int64)[None, :] * words_w, packed, mask=in_words)
         else:
             packed = tl.load(words_m + tl.cast(w, tl.int64)[None, :] * words_w, mask=in_words, other=0)
@@ -120,7 +120,7 @@ def _forward(
                     sums = _bits_dot(bits, tl.trans(x), sums)
                 else:
                     y = block(features, d, C, features_c, p, P, features_p)
-                    sums = _bits_dot(tile.unpack(packed, BLOCK_N, BLOCK_P // 32), tl.trans(y), sums)
+                    sums = _bits_dot(triton_tile.unpack(packed, BLOCK_N, BLOCK_P // 32), tl.trans(y), sums)
     if POOL:
         place = ((b * chunks + k) * N + m)[:, None] * C + d[None, :]
         tl.store(partial + place, sums, mask=(m < N)[:, None] & (d < C)[None, :])

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from sprompt.masks import words_for
-from sprompt.ops import tile
+from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, launch, padded, precision, tiles
 from sprompt.ops.mask_conv.op import as_update, reached
 from sprompt.ops.mask_conv.triton_chunks import add_chunks, block, cut, rows, split
+from sprompt.ops.triton_launch import Cost, config, launch, padded, precision, tiles
 
 #: Other tiles for a tuner to try.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
@@ -38,11 +38,11 @@ def _dot_bits(x, bits, acc):
     if x.dtype == tl.float32:
         weights = bits.to(tl.float32).to(tl.bfloat16)
         high, middle, low = split(x)
-        acc = tile.dot(low, weights, acc, "ieee")
-        acc = tile.dot(middle, weights, acc, "ieee")
-        return tile.dot(high, weights, acc, "ieee")
+        acc = triton_tile.dot(low, weights, acc, "ieee")
+        acc = triton_tile.dot(middle, weights, acc, "ieee")
+        return triton_tile.dot(high, weights, acc, "ieee")
     else:
-        return tile.dot(x, bits.to(tl.float32).to(x.dtype), acc, "ieee")
+        return triton_tile.dot(x, bits.to(tl.float32).to(x.dtype), acc, "ieee")
 
 
 @triton.jit
@@ -80,22 +80,22 @@ def _grad_features(
         sums = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
         if ONE:
             if CONV:
-                sums = tile.dot(weights, block(grad, m, N, grad_n, p, P, grad_p), sums, PRECISION)
+                sums = triton_tile.dot(weights, block(grad, m, N, grad_n, p, P, grad_p), sums, PRECISION)
             if POOL:
                 packed = block(words, m, N, words_n, w, n, words_w)
-                sums = _dot_bits(pooled, tile.unpack(packed, BLOCK_N, BLOCK_P // 32), sums)
+                sums = _dot_bits(pooled, triton_tile.unpack(packed, BLOCK_N, BLOCK_P // 32), sums)
         else:
             if CONV:
                 for first in range(0, N, BLOCK_N):
                     some = block(kernels, c, C, kernels_c, first + m, N, kernels_n)
-                    sums = tile.dot(some, block(grad, first + m, N, grad_n, p, P, grad_p), sums, PRECISION)
+                    sums = triton_tile.dot(some, block(grad, first + m, N, grad_n, p, P, grad_p), sums, PRECISION)
             if POOL:
                 for first in range(0, N, BLOCK_N):
                     part = block(grad_pooled, c, C, pooled_c, first + m, N, pooled_n)
                     packed = block(words, first + m, N, words_n, w, n, words_w)
-                    sums = _dot_bits(part, tile.unpack(packed, BLOCK_N, BLOCK_P // 32), sums)
+                    sums = _dot_bits(part, triton_tile.unpack(packed, BLOCK_N, BLOCK_P // 32), sums)
         place = (b * C + c)[:, None] * P + p[None, :]
-        tl.store(out + place, tile.rounded(sums, out.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
+        tl.store(out + place, triton_tile.rounded(sums, out.dtype.element_ty), mask=(c < C)[:, None] & (p < P)[None, :])
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def _grad_kernels(
         p = t * BLOCK_P + tl.arange(0, BLOCK_P)
         g = block(grad, m, N, grad_n, p, P, grad_p)
         x = block(features, c, C, features_c, p, P, features_p)
-        sums = tile.dot(g, tl.trans(x), sums, PRECISION)
+        sums = triton_tile.dot(g, tl.trans(x), sums, PRECISION)
     place = ((b * chunks + k) * N + m)[:, None] * C + c[None, :]
     tl.store(partial + place, sums, mask=(m < N)[:, None] & (c < C)[None, :])
 

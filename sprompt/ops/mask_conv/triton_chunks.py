@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops import tile
-from sprompt.ops.launch import Cost, config, launch, tiles
+from sprompt.ops import triton_tile
+from sprompt.ops.triton_launch import Cost, config, launch, tiles
 
 
 @triton.jit
@@ -42,7 +42,7 @@ def _add_chunks(
     sums = tl.zeros((BLOCK,), tl.float32)
     for k in range(chunks):
         sums += tl.load(partial + (b * chunks + k) * M + i, mask=i < M, other=0.0)
-    tl.store(out + b * M + i, tile.rounded(sums, out.dtype.element_ty), mask=i < M)
+    tl.store(out + b * M + i, triton_tile.rounded(sums, out.dtype.element_ty), mask=i < M)
 
 
 # -- launches

@@ -3,8 +3,7 @@
 from torch import Tensor
 
 from sprompt.masks import BitMasks
-from sprompt.ops import checks
-from sprompt.ops import targets as targets_
+from sprompt.ops import checks, soft_targets
 from sprompt.ops.mask_loss import op
 
 
@@ -36,9 +35,9 @@ def mask_loss(logits: Tensor, targets: BitMasks | Tensor, *, upsample: int = 1) 
     checks.shape(
         "mask_loss", "logits", logits, "(M, h, w)", (None, None, None), "flatten images and masks into one dimension"
     )
-    targets_.whole_upsample("mask_loss", upsample)
+    soft_targets.whole_upsample("mask_loss", upsample)
     size = (logits.shape[1] * upsample, logits.shape[2] * upsample)
-    soft, ratio = targets_.as_targets("mask_loss", targets, (logits.shape[0],), "M,", size)
+    soft, ratio = soft_targets.as_targets("mask_loss", targets, (logits.shape[0],), "M,", size)
     checks.same_device("mask_loss", logits=logits, targets=soft)
     bce, dice, _ = op.mask_loss(logits, soft, ratio, upsample)
     return bce, dice

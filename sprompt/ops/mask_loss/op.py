@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sprompt import native
 from sprompt.ops.declare import Args, new, op
-from sprompt.ops.targets import loss_dtype
+from sprompt.ops.soft_targets import loss_dtype
 
 
 @op("triton")

@@ -1,11 +1,11 @@
-"""mask_loss in plain PyTorch. targets and ratio: see sprompt.ops.targets."""
+"""mask_loss in plain PyTorch. targets and ratio: see sprompt.ops.soft_targets."""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from sprompt.ops.declare import Args
-from sprompt.ops.targets import loss_dtype, soft_targets, upsampled
+from sprompt.ops.soft_targets import loss_dtype, soft_targets, upsampled
 
 
 def _maps(a: Args) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, launch, tiles
-from sprompt.ops.targets import for_triton, quad_edge
-from sprompt.ops.tile import corners, fraction, rounded, soft_target, target_row
+from sprompt.ops.soft_targets import for_triton, quad_edge
+from sprompt.ops.triton_launch import Cost, config, launch, tiles
+from sprompt.ops.triton_tile import corners, fraction, rounded, soft_target, target_row
 
 #: Other choices of tiles, for a tuner to time.
 CANDIDATES = {

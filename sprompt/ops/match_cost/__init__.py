@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from sprompt.masks import BitMasks
-from sprompt.ops import checks
-from sprompt.ops import targets as targets_
+from sprompt.ops import checks, soft_targets
 from sprompt.ops.match_cost import op
 
 
@@ -54,9 +53,9 @@ def match_cost(
     checks.shape(
         name, "mask_logits", mask_logits, "(B, N, h, w)", (None, None, None, None), "one image: index it with [None]"
     )
-    targets_.whole_upsample(name, upsample)
+    soft_targets.whole_upsample(name, upsample)
     B, N, h, w = mask_logits.shape
-    soft, ratio = targets_.as_targets(name, targets, (B, None), "B, G", (h * upsample, w * upsample))
+    soft, ratio = soft_targets.as_targets(name, targets, (B, None), "B, G", (h * upsample, w * upsample))
     if (class_logits is None) != (labels is None):
         given, missing = ("labels", "class_logits") if class_logits is None else ("class_logits", "labels")
         checks.bad_value(

@@ -1,10 +1,10 @@
-"""match_cost in plain PyTorch. targets and ratio: see sprompt.ops.targets."""
+"""match_cost in plain PyTorch. targets and ratio: see sprompt.ops.soft_targets."""
 
 import torch
 from torch import Tensor
 
 from sprompt.ops.declare import Args
-from sprompt.ops.targets import loss_dtype, soft_targets, upsampled
+from sprompt.ops.soft_targets import loss_dtype, soft_targets, upsampled
 
 
 def match_cost(a: Args) -> Tensor:

@@ -11,9 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, interpreted, launch, padded, tiles
-from sprompt.ops.targets import for_triton, quad_edge
-from sprompt.ops.tile import INTERPRETED, corners, dot, fraction, soft_target, target_row
+from sprompt.ops.soft_targets import for_triton, quad_edge
+from sprompt.ops.triton_launch import Cost, config, interpreted, launch, padded, tiles
+from sprompt.ops.triton_tile import INTERPRETED, corners, dot, fraction, soft_target, target_row
 
 #: Other choices of tiles, for a tuner to time.
 CANDIDATES = {

@@ -6,10 +6,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops import tile
+from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, launch, padded, tiles
 from sprompt.ops.prompt_match.reference import EPSILON, SLOTS
+from sprompt.ops.triton_launch import Cost, config, launch, padded, tiles
 
 #: Tile choices to time on a GPU, besides those of configs.json.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
@@ -117,7 +117,7 @@ def _match(
         k = tl.load(kernel + c_far * kernel_c, mask=inside, other=0.0).to(tl.float32)
         added = inside & (chosen >= 0)[:, None]
         p = tl.load(row + c_far * prompt_c, mask=added, other=0.0).to(tl.float32)
-        sums = tile.rounded(tl.where(added, k + p, k), out.dtype.element_ty)
+        sums = triton_tile.rounded(tl.where(added, k + p, k), out.dtype.element_ty)
         tl.store(out + (b * N + n_far)[:, None] * C + c[None, :], sums, mask=inside)
 
 
@@ -198,7 +198,7 @@ def _match_backward(
             row = tl.load(column + n * grad_n, mask=(c < C) & (n < N), other=0.0).to(tl.float32)
             sums += tl.where(mine[:, None], row[None, :], 0.0)
     place = (b * L + l)[:, None] * C + c[None, :]
-    tl.store(out + place, tile.rounded(sums, out.dtype.element_ty), mask=(l < L)[:, None] & (c < C)[None, :])
+    tl.store(out + place, triton_tile.rounded(sums, out.dtype.element_ty), mask=(l < L)[:, None] & (c < C)[None, :])
 
 
 def prompt_match_backward(a: Args, out: Tensor) -> None:

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops import tile
+from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, launch, tiles
 from sprompt.ops.region_mean.op import wide_boxes
+from sprompt.ops.triton_launch import Cost, config, launch, tiles
 
 BLOCK_L = 32  # boxes or masks per program
 
@@ -137,12 +137,12 @@ def _mean(
         else:
             held = _words(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_P)
             held_ones += _ones(held)
-            bits = tile.unpack(held, BLOCK_L, BLOCK_P // 32)
+            bits = triton_tile.unpack(held, BLOCK_L, BLOCK_P // 32)
         f = tl.load(plane + offset[None, :], mask=(c < C)[:, None] & (p < P)[None, :], other=0.0)
         wide = f.to(tl.float32)
         finite = tl.abs(wide) < float("inf")
         odd = odd | tl.where(finite, 0, 1)
-        acc = tile.dot(
+        acc = triton_tile.dot(
             tl.where(finite, wide, 0.0).to(f.dtype), tl.trans(bits.to(tl.float32).to(f.dtype)), acc, PRECISION
         )
     if tl.max(tl.max(odd, axis=1), axis=0) > 0:
@@ -153,12 +153,12 @@ def _mean(
                 bits = _inside_boxes(c0, r0, c1, r1, real, p, P, W)
             else:
                 held = _words(shapes, b, l, L, n, p0, shape_b, shape_l, shape_n, BLOCK_P)
-                bits = tile.unpack(held, BLOCK_L, BLOCK_P // 32)
+                bits = triton_tile.unpack(held, BLOCK_L, BLOCK_P // 32)
             f = tl.load(plane + offset[None, :], mask=(c < C)[:, None] & (p < P)[None, :], other=0.0)
             wide = f.to(tl.float32)
             code = tl.where(wide == wide, 0.0, 16384.0)
             code = tl.where(wide == float("inf"), 1.0, tl.where(wide == float("-inf"), 128.0, code))
-            hits = tile.dot(
+            hits = triton_tile.dot(
                 code.to(f.dtype),
                 tl.trans(bits.to(tl.float32).to(f.dtype)),
                 tl.zeros((BLOCK_C, BLOCK_L), tl.float32),
@@ -175,7 +175,7 @@ def _mean(
     place = ((b * S + s) * L + l)[None, :] * C + c[:, None]
     if ONE:
         mean = tl.div_rn(acc, tl.maximum(area, 1).to(tl.float32)[None, :])
-        tl.store(sums + place, tile.rounded(mean, sums.dtype.element_ty), mask=store)
+        tl.store(sums + place, triton_tile.rounded(mean, sums.dtype.element_ty), mask=store)
     else:
         tl.store(sums + place, acc, mask=store)
         tl.store(areas + (b * S + s) * L + l, area, mask=(l < L) & (tl.program_id(1) == 0))
@@ -202,7 +202,7 @@ def _mean_finish(
         acc += tl.load(sums + at * C + c, mask=c < C, other=0.0)
         area += tl.load(areas + at)
     mean = tl.div_rn(acc, tl.zeros((BLOCK_C,), tl.float32) + tl.maximum(area, 1).to(tl.float32))
-    tl.store(out + row * C + c, tile.rounded(mean, out.dtype.element_ty), mask=c < C)
+    tl.store(out + row * C + c, triton_tile.rounded(mean, out.dtype.element_ty), mask=c < C)
 
 
 @triton.jit
@@ -268,7 +268,7 @@ def _spread(
     for l0 in range(0, L, BLOCK_L):
         if not BOXES:
             held = _words(shapes, b, l0 + tl.arange(0, BLOCK_L), L, n, p0, shape_b, shape_l, shape_n, BLOCK_P)
-            bits = tile.unpack(held, BLOCK_L, BLOCK_P // 32).to(tl.uint32)
+            bits = triton_tile.unpack(held, BLOCK_L, BLOCK_P // 32).to(tl.uint32)
             member = tl.sum(bits << tl.arange(0, BLOCK_L).to(tl.uint32)[:, None], axis=0)
         for i in range(0, tl.minimum(L - l0, BLOCK_L)):
             row = b * L + l0 + i
@@ -282,7 +282,7 @@ def _spread(
             acc += tl.where(inside[None, :], share[:, None], 0.0)
     store = (c < C)[:, None] & (p < P)[None, :]
     place = (b * C + c)[:, None] * P + p[None, :]
-    tl.store(out + place, tile.rounded(acc, out.dtype.element_ty), mask=store)
+    tl.store(out + place, triton_tile.rounded(acc, out.dtype.element_ty), mask=store)
 
 
 def _cell_mean(features: Tensor, shapes: Tensor, counts: Tensor | None, boxes: bool, out: Tensor) -> None:

@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops import tile
+from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, launch, padded, tiles
 from sprompt.ops.resize_masks.op import extent
+from sprompt.ops.triton_launch import Cost, config, launch, padded, tiles
 
 #: Tile choices to time on a GPU, besides those of configs.json.
 CANDIDATES: dict[str, list[dict[str, int]]] = {
@@ -157,7 +157,7 @@ def _resize(
         a = _held(tl.load(lower + x_first * soft_x, mask=inside, other=0.0))
         b = _held(tl.load(lower + x_second * soft_x, mask=inside, other=0.0))
         pixel = top_ * y_w0 + (a * x_w0 + b * weight_x) * weight_y
-        tl.store(out, tile.pack(inside & (pixel > threshold), ROWS, WORDS), mask=store)
+        tl.store(out, triton_tile.pack(inside & (pixel > threshold), ROWS, WORDS), mask=store)
 
 
 def _bits(number: float) -> int:

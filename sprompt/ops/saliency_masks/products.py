@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops import tile
-from sprompt.ops.launch import Cost, config, launch, precision, tiles
+from sprompt.ops import triton_tile
+from sprompt.ops.triton_launch import Cost, config, launch, precision, tiles
 
 #: Lower bound of the norms.
 SMALLEST = tl.constexpr(1e-12)
@@ -75,7 +75,7 @@ def _product(
         columns = tl.load(right, mask=(k < D - start)[:, None] & (c < limit)[None, :], other=0.0)
         if a.dtype.element_ty != x.dtype.element_ty:
             columns = columns.to(a.dtype.element_ty)
-        acc = tile.dot(rows, columns, acc, PRECISION)
+        acc = triton_tile.dot(rows, columns, acc, PRECISION)
         left += tl.cast(BLOCK_K, tl.int64) * a_d
         right += tl.cast(BLOCK_K, tl.int64) * x_d
     out += b * R * line

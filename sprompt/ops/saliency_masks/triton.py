@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops import tile
+from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
-from sprompt.ops.launch import Cost, config, launch, tiles
 from sprompt.ops.saliency_masks.products import Columns, columns_of, gathered, gram, norms_of, product, windows
+from sprompt.ops.triton_launch import Cost, config, launch, tiles
 
 #: Bytes of products that are held at a time.
 SCRATCH = 1 << 29
@@ -177,7 +177,7 @@ def _cut(
         total += tl.where(bits, t, 0.0).to(tl.float64)
         cells += bits.to(tl.int32)
         w = start // 32 + tl.arange(0, CHUNK // 32)
-        tl.store(words + w[None, :], tile.pack(bits, ROWS, CHUNK // 32), mask=real[:, None] & (w < n)[None, :])
+        tl.store(words + w[None, :], triton_tile.pack(bits, ROWS, CHUNK // 32), mask=real[:, None] & (w < n)[None, :])
     area = tl.sum(cells, axis=1)
     kept = area >= min_area
     score = tl.sum(total, axis=1) / tl.maximum(area, 1).to(tl.float64)
@@ -230,7 +230,9 @@ def _write(
         c = start + tl.arange(0, CHUNK)
         y, inside = _values(rows, right, 2 * right, c, real, norms, valid, P, line, COUNT)
         t = tl.where(inside & good[:, None], tl.div_rn(y - lows, extents), 0.0)
-        tl.store(maps + c[None, :], tile.rounded(t, maps.dtype.element_ty), mask=real[:, None] & (c < P)[None, :])
+        tl.store(
+            maps + c[None, :], triton_tile.rounded(t, maps.dtype.element_ty), mask=real[:, None] & (c < P)[None, :]
+        )
 
 
 # ---- launches

@@ -149,7 +149,7 @@ PROMPT_MATCH = OpSpec(
         _bad("dropout above 1", r"dropout must be a number between 0 and 1, got 1.5", _k, _p, dropout=1.5),
         _bad("dropout of text", r"dropout must be a number between 0 and 1, got '0.1'", _k, _p, error=TypeError, dropout="0.1"),
         _bad("kept by numbers", r"keep must have dtype bool, got int64", _k, _p, error=TypeError, keep=torch.ones(2, 5, dtype=torch.int64)),
-        _bad("kept for one image", r"keep must have shape \(B, N\) = \(2, 5\), got \(5,\)", _k, _p, keep=torch.ones(5, dtype=torch.bool)),
+        _bad("kept for one image", r"keep must have shape \(B, N\), got \(5,\)", _k, _p, keep=torch.ones(5, dtype=torch.bool)),
         _bad("a seed", r"generator must be a torch.Generator or None, got int", _k, _p, error=TypeError, generator=3),
         _bad("another device", r"prompts must be on the device of kernels \(cpu\), got meta", _k, _p.to("meta")),
     ),

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from sprompt.atomic import atomic_write, replacing
 from sprompt.data.errors import DataError
-from sprompt.data.files import read_bytes, read_json
-from sprompt.files import atomic_write, replacing
+from sprompt.data.reading import read_bytes, read_json
 
 
 @pytest.mark.parametrize("sync", [False, True])

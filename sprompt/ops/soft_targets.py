@@ -85,7 +85,7 @@ def upsampled(logits: Tensor, upsample: int, dtype: torch.dtype) -> Tensor:
 
 
 class ForTriton(NamedTuple):
-    """Targets in the form that the Triton kernels take (sprompt/ops/tile.py, soft_target)."""
+    """Targets in the form that the Triton kernels take (sprompt/ops/triton_tile.py, soft_target)."""
 
     tensor: Tensor  #: bool as bytes
     strides: tuple[

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import tune
-from sprompt.ops import launch
+from sprompt.ops import triton_launch
 
 TABLE = {
     "product": [
@@ -25,10 +25,10 @@ TABLE = {
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "entries", lambda room: TABLE)
-    launch._pick.cache_clear()
+    monkeypatch.setattr(triton_launch, "entries", lambda op: TABLE)
+    triton_launch._pick.cache_clear()
     yield
-    launch._pick.cache_clear()
+    triton_launch._pick.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -39,26 +39,26 @@ def table(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )  # fmt: skip
 def test_the_closest_entry_is_taken(table: None, arch: int, dtype: torch.dtype, size: int, block: int) -> None:
-    with launch.recording(run=False, arch=arch):
-        assert launch.config("room.product", torch.empty(0, dtype=dtype), size)["BLOCK"] == block
+    with triton_launch.recording(run=False, arch=arch):
+        assert triton_launch.config("op.product", torch.empty(0, dtype=dtype), size)["BLOCK"] == block
 
 
 def test_every_room_has_an_entry_for_every_kernel_and_architecture() -> None:
-    for room in tune.rooms():
-        for kernel in launch.entries(room):
+    for op in tune.ops():
+        for kernel in triton_launch.entries(op):
             for arch in (80, 90, 100):
                 for dtype in (torch.float32, torch.bfloat16):
-                    with launch.recording(run=False, arch=arch):
-                        found = launch.config(f"{room}.{kernel}", torch.empty(0, dtype=dtype), 1 << 40)
-                    assert found and not {"arch", "bits", "upto"} & set(found), (room, kernel)
+                    with triton_launch.recording(run=False, arch=arch):
+                        found = triton_launch.config(f"{op}.{kernel}", torch.empty(0, dtype=dtype), 1 << 40)
+                    assert found and not {"arch", "bits", "upto"} & set(found), (op, kernel)
 
 
 def test_candidates_name_kernels_that_have_a_configuration() -> None:
-    if launch.triton is None:
+    if triton_launch.triton is None:
         pytest.skip("triton is not installed")
-    for room in tune.rooms():
-        candidates = importlib.import_module(f"sprompt.ops.{room}.triton").CANDIDATES
-        assert candidates and set(candidates) <= set(launch.entries(room)), room
+    for op in tune.ops():
+        candidates = importlib.import_module(f"sprompt.ops.{op}.triton").CANDIDATES
+        assert candidates and set(candidates) <= set(triton_launch.entries(op)), op
 
 
 def test_a_recorded_launch_does_not_run() -> None:
@@ -66,9 +66,9 @@ def test_a_recorded_launch_does_not_run() -> None:
         raise AssertionError("ran")
 
     tensor = torch.empty(3)
-    with launch.recording(run=False) as launches:
-        launch.launch(kernel, (2, 3), tensor, 5, cost=launch.Cost(read=12), BLOCK=16)
-        launch.launch(kernel, (0, 3), tensor, 5, cost=launch.Cost(), BLOCK=16)
+    with triton_launch.recording(run=False) as launches:
+        triton_launch.launch(kernel, (2, 3), tensor, 5, cost=triton_launch.Cost(read=12), BLOCK=16)
+        triton_launch.launch(kernel, (0, 3), tensor, 5, cost=triton_launch.Cost(), BLOCK=16)
     (one,) = launches
     assert one.grid == (2, 3) and one.args == (tensor, 5) and one.constants == {"BLOCK": 16} and one.cost.read == 12
 
@@ -82,14 +82,14 @@ def test_the_tuner_replaces_its_own_entry_only(tmp_path: Path) -> None:
 
 
 def test_without_a_gpu_the_kernels_say_what_they_need() -> None:
-    if launch.triton is None or launch.interpreted() or torch.cuda.is_available():
+    if triton_launch.triton is None or triton_launch.interpreted() or torch.cuda.is_available():
         pytest.skip("needs Triton, no interpreter and no GPU")
-    assert launch.why_not(torch.empty(1)).startswith("the Triton kernels need a CUDA device")
+    assert triton_launch.why_not(torch.empty(1)).startswith("the Triton kernels need a CUDA device")
 
 
 def test_tf32_follows_either_of_the_switches_of_torch() -> None:
     code = (
-        "import torch; from sprompt.ops.launch import precision; matmul = torch.backends.cuda.matmul\n"
+        "import torch; from sprompt.ops.triton_launch import precision; matmul = torch.backends.cuda.matmul\n"
         "found = [precision(torch.zeros(1))]\n"
         "matmul.allow_tf32 = True; found.append(precision(torch.zeros(1))); found.append(precision(torch.zeros(1).half()))\n"
         "matmul.allow_tf32 = False; found.append(precision(torch.zeros(1)))\n"

@@ -80,7 +80,7 @@ def target_row(y, W, stride_y, RATIO: tl.constexpr):
 
 @triton.jit
 def soft_target(target, row, x, W, stride_x, mask, RATIO: tl.constexpr):
-    """Pixel x of a row of a target of width W (sprompt/ops/targets.py), float32, 0 outside the mask. RATIO 0: dense, bytes or
+    """Pixel x of a row of a target of width W (sprompt/ops/soft_targets.py), float32, 0 outside the mask. RATIO 0: dense, bytes or
     floats. Other RATIO: words of a mask RATIO times as large. The value is its bit, or the mean of the middle 2 x 2 of RATIO x
     RATIO bits. The two bits of a row begin at an even bit (RATIO 2), or one after a multiple of 4 (RATIO 4), so they never lie
     in two words."""

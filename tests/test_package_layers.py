@@ -9,14 +9,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1] / "sprompt"
 #: Modules beside the layers, and what each of them may import of the package. Each layer may use the modules that it is named with.
-BASE = {"native": set(), "backends": {"native"}, "files": set(), "registry": set(), "seeding": set()}
+BASE = {"native": set(), "backends": {"native"}, "atomic": set(), "registry": set(), "seeding": set()}
 BASE |= {"masks": {"ops", "backends"}, "cuda": {"native"}, "machine": {"native"}, "settings": {"registry"}}
 SHARED = {"native", "backends", "masks", "cuda"}
 #: What each layer may import of the package. A layer includes what the layers below it may use.
 LAYERS: dict[str, set[str]] = {"ops": {*SHARED}}
-LAYERS["nn"] = LAYERS["ops"] | {"ops", "files"}
+LAYERS["nn"] = LAYERS["ops"] | {"ops", "atomic"}
 LAYERS["models"] = LAYERS["nn"] | {"nn", "registry", "settings"}
-LAYERS["data"] = LAYERS["ops"] | {"ops", "files", "seeding"}
+LAYERS["data"] = LAYERS["ops"] | {"ops", "atomic", "seeding"}
 LAYERS["methods"] = LAYERS["models"] | LAYERS["data"] | {"models", "data"}
 LAYERS["engine"] = LAYERS["models"] | LAYERS["data"] | {"models", "data", "machine"}
 LAYERS["report"] = LAYERS["engine"] | LAYERS["methods"] | {"engine", "methods"}

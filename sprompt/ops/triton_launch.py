@@ -22,7 +22,7 @@ try:
 except ImportError:
     triton = None
 
-ROOMS = Path(__file__).parent
+OPS_FOLDER = Path(__file__).parent
 #: Without a GPU (the interpreter), the configurations of this architecture are used. recording() may choose another.
 DEFAULT_ARCH = 90
 
@@ -130,7 +130,7 @@ def _architecture(device: torch.device) -> int:
 @functools.lru_cache(None)
 def entries(folder: str) -> dict[str, list[dict[str, int]]]:
     """The configs.json of an op's folder: kernel -> entries."""
-    return json.loads((ROOMS / folder / "configs.json").read_text())
+    return json.loads((OPS_FOLDER / folder / "configs.json").read_text())
 
 
 @functools.lru_cache(1024)

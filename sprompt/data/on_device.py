@@ -18,7 +18,7 @@ from sprompt.seeding import generator
 _DIVISOR = 32  # the default of `collate`
 
 
-class Kept:
+class DevicePictures:
     """Every picture of a dataset, resized by `augment`, on a device: once as it is and once mirrored, about 6 bytes a pixel.
 
     Raises ValueError if `augment` has other random steps than the mirror.
@@ -93,14 +93,14 @@ class Kept:
         return small.to(self.device, non_blocking=True)
 
 
-class Resident(Order):
-    """The batches of `Kept` pictures. They equal the batches of `Batches` with the same `augment` and `collate` bit for bit.
+class DeviceBatches(Order):
+    """The batches of `DevicePictures` pictures. They equal the batches of `Batches` with the same `augment` and `collate` bit for bit.
 
     Args:
         workers: ignored; it is here because `Batches` has it.
     """
 
-    def __init__(self, kept: Kept, *, workers: int = 0, **order: Any) -> None:
+    def __init__(self, kept: DevicePictures, *, workers: int = 0, **order: Any) -> None:
         super().__init__(len(kept), **order)
         self.kept = kept
 

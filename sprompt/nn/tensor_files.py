@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sprompt.files import replacing
+from sprompt.atomic import replacing
 
 _MAX_HEADER = 16 << 20  # bytes of names and shapes in a safetensors file; a network of 1000 tensors has 0.1 MB
 

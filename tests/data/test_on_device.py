@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sprompt.data.coco import CocoDataset
 from sprompt.data.loader import Batches
-from sprompt.data.resident import Kept, Resident
+from sprompt.data.on_device import DeviceBatches, DevicePictures
 from sprompt.data.sample import Batch, Sample
 from sprompt.data.synthetic import write_scenes
 from sprompt.data.transforms import Augment, collate
@@ -63,7 +63,7 @@ def assert_same(a: Batch, b: Batch) -> None:
 def test_batches_are_those_that_are_read_anew(augment: Augment, order: dict[str, Any], seeds: bool) -> None:
     dataset = Pictures(seeds)
     anew = Batches(dataset, augment, collate, batch_size=4, seed=5, **order)
-    kept = Resident(Kept(dataset, augment, "cpu"), batch_size=4, seed=5, workers=3, **order)
+    kept = DeviceBatches(DevicePictures(dataset, augment, "cpu"), batch_size=4, seed=5, workers=3, **order)
     assert kept.steps == anew.steps
     for epoch, start in ((0, 0), (1, 0), (2, 1)):
         pairs = list(zip(kept.epoch(epoch, start), anew.epoch(epoch, start), strict=True))
@@ -75,7 +75,7 @@ def test_batches_are_those_that_are_read_anew(augment: Augment, order: dict[str,
 def test_scenes(tmp_path: Path) -> None:
     write_scenes(tmp_path, 3, size=(64, 64))
     dataset = CocoDataset(tmp_path / "images", tmp_path / "instances.json")
-    make = partial(Resident, Kept(dataset, AUGMENT, "cpu"))
+    make = partial(DeviceBatches, DevicePictures(dataset, AUGMENT, "cpu"))
     anew = Batches(dataset, AUGMENT, collate, batch_size=2, seed=1)
     for a, b in zip(make(batch_size=2, seed=1).epoch(4), anew.epoch(4), strict=True):
         assert_same(a, b)
@@ -89,18 +89,18 @@ def test_only_mirroring_can_be_by_chance(augment: Augment) -> None:
     with pytest.raises(
         ValueError, match="keep_pictures: must be False where pictures are cropped, rotated or resized at random"
     ):
-        Kept(Pictures(False), augment, "cpu")
+        DevicePictures(Pictures(False), augment, "cpu")
 
 
 def test_no_pictures() -> None:
     with pytest.raises(ValueError, match="dataset must have items, got none"):
-        Resident(Kept([], AUGMENT, "cpu"), batch_size=1, seed=0)
+        DeviceBatches(DevicePictures([], AUGMENT, "cpu"), batch_size=1, seed=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_the_gpu() -> None:
     dataset = Pictures(True)
-    kept = Resident(Kept(dataset, AUGMENT, "cuda"), batch_size=4, seed=5)
+    kept = DeviceBatches(DevicePictures(dataset, AUGMENT, "cuda"), batch_size=4, seed=5)
     for a, b in zip(kept.epoch(0), Batches(dataset, AUGMENT, collate, batch_size=4, seed=5).epoch(0), strict=True):
         assert a.images.is_cuda and a.masks.words.is_cuda
         torch.testing.assert_close(a.images.cpu(), b.images)
