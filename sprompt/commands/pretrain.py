@@ -36,6 +36,8 @@ class Pretrain:
     """Run folder."""
     keep_empty: bool = False
     """Train on pictures without proposals too, as background."""
+    half: bool = False
+    """Write the weights in float16, half the size."""
     cpu: bool = False
     """Do not use a GPU."""
     keep_pictures: bool = False
@@ -86,4 +88,4 @@ class Pretrain:
                     "augment": to_plain(self.augment),
                 },
             )  # fmt: skip
-            run_folder.save(self.out, model, ["object"], self.augment)
+            run_folder.save(self.out, model, ["object"], self.augment, half=self.half)

@@ -121,10 +121,10 @@ def existing(path: Path, option: str, *, folder: bool) -> Path:
     return path
 
 
-def save(out: Path, model: nn.Module, classes: Sequence[str], augment: Augment) -> None:
+def save(out: Path, model: nn.Module, classes: Sequence[str], augment: Augment, *, half: bool = False) -> None:
     """Writes the trained model with the size of the pictures that it knows, in the first process."""
     if is_first():
-        save_model(out / MODEL, model, classes, {"short": augment.shorts[1], "long": augment.long})
+        save_model(out / MODEL, model, classes, {"short": augment.shorts[1], "long": augment.long}, half=half)
     say(f"the model is in {out / MODEL}")
 
 

@@ -39,7 +39,7 @@ class GivenPictures(Dataset[Sample]):
 
 
 def as_rgb(picture: Any, name: str) -> Tensor:
-    """uint8 (3, H, W) of a path, a PIL image, an array (H, W), (H, W, 3 or 4), or a tensor (1, 3 or 4, H, W).
+    """uint8 (3, H, W) of a path, a PIL image, an array (H, W), (H, W, 3 or 4), or a tensor (1 or 3, H, W).
 
     Floats lie between 0 and 1. A fourth channel, transparency, is dropped. PIL images are turned as their EXIF orientation says, like
     files. Raises DataError, with the picture's name, for everything else.
@@ -47,18 +47,18 @@ def as_rgb(picture: Any, name: str) -> Tensor:
     if isinstance(picture, (str, Path)):
         return read_picture(picture)
     if isinstance(picture, Image.Image):
-        picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+        picture = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
     if isinstance(picture, np.ndarray):
         if picture.ndim == 2:
             picture = picture[..., None]
         if picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):
             raise DataError(f"{name}: an array must have shape (H, W), (H, W, 3) or (H, W, 4), got {picture.shape}")
-        picture = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)
+        picture = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[:3]
     if not isinstance(picture, Tensor):
         raise DataError(f"{name}: must be a path, a PIL image, an array or a tensor, got {type(picture).__name__}")
-    if picture.dim() != 3 or picture.shape[0] not in (1, 3, 4) or 0 in picture.shape:
+    if picture.dim() != 3 or picture.shape[0] not in (1, 3) or 0 in picture.shape:
         raise DataError(f"{name}: a tensor must have shape (3, H, W), got {tuple(picture.shape)}")
-    picture = picture[:3].expand(3, -1, -1)
+    picture = picture.expand(3, -1, -1)
     if picture.is_floating_point():
         low, high = float(picture.min()), float(picture.max())
         if not (low >= 0 and high <= 1):

@@ -19,9 +19,19 @@ _FORMAT = 1
 
 
 def save_model(
-    path: Path | str, model: nn.Module, classes: Sequence[str], extra: Mapping[str, Any] | None = None
+    path: Path | str,
+    model: nn.Module,
+    classes: Sequence[str],
+    extra: Mapping[str, Any] | None = None,
+    *,
+    half: bool = False,
 ) -> None:
-    """Writes a model with the names of its classes, whole or not at all. `extra`: anything JSON can hold, given back by load_model."""
+    """Writes a model with the names of its classes, whole or not at all.
+
+    Args:
+        extra: any values that JSON can hold; `load_model` returns them.
+        half: write float32 tensors as float16, half the size. `load_model` gives float32 again.
+    """
     config: Any = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
         raise TypeError(f"save_model: model must have a config derived from ModelConfig, got {type(model).__name__}")
@@ -38,7 +48,10 @@ def save_model(
         "classes": list(classes),
         "extra": dict(extra or {}),
     }
-    write_tensors(path, model.state_dict(), {"sprompt": json.dumps(about)})
+    tensors = model.state_dict()
+    if half:
+        tensors = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
+    write_tensors(path, tensors, {"sprompt": json.dumps(about)})
 
 
 def read_info(path: Path | str) -> dict[str, Any]:
@@ -77,7 +90,11 @@ def load_model(path: Path | str) -> tuple[Any, dict[str, Any]]:
     tensors, _ = read_tensors(path)
     with torch.device("meta"):  # takes no memory, whatever sizes the file claims
         model = MODELS.get(info["model"])(_config(path, info))
-    check_fit(path, tensors, model.state_dict())
+    wanted = model.state_dict()
+    for name in tensors.keys() & wanted.keys():
+        if (tensors[name].dtype, wanted[name].dtype) == (torch.float16, torch.float32):  # saved with `half`
+            tensors[name] = tensors[name].float()
+    check_fit(path, tensors, wanted)
     model.load_state_dict(tensors, assign=True)
     return model.eval(), info
 
