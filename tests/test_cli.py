@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sprompt import cli
-from sprompt.commands import parsing
+from sprompt.commands import parsing, run_folder
 from sprompt.commands.finetune import Finetune
 from sprompt.commands.pretrain import Pretrain
 from sprompt.commands.propose import Propose
@@ -225,6 +225,49 @@ def test_a_refused_start_changes_nothing(chain: Path, capsys: pytest.CaptureFixt
     assert sprompt(f"finetune {data} --checkpoint {chain}/pre --model.kernels 9 --out {chain}/none {SMALL}") == 1
     assert "--model.kernels: is 9, but the model of --checkpoint has 8" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in (chain / "fine").iterdir() if path.is_file()}
+
+
+def test_a_method_and_an_evaluator_by_name(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    pretrain = (
+        f"pretrain --method supervised --images {chain}/scenes/images --proposals {chain}/proposals.json "
+        f"--backbone {chain}/backbone.safetensors --out {tmp_path}/pseudo --train.epochs 1 {NETWORK} {SMALL}"
+    )
+    assert sprompt(pretrain) == 0
+    config = (tmp_path / "pseudo/config.yaml").read_text()
+    assert "method:\n  name: supervised\n" in config and "model:\n  name: knet\n" in config
+    capsys.readouterr()
+    assert sprompt(f"finetune {data} --method saliency-prompt --out {tmp_path}/f {NETWORK} {SMALL}") == 1
+    assert "does not say where the seeds of its masks lay" in capsys.readouterr().err
+    assert sprompt(f"finetune {data} --method magic --out {tmp_path}/f") == 1
+    assert "--method: must be one of saliency-prompt, supervised, or package.module:Class" in capsys.readouterr().err
+    line = f"evaluate --checkpoint {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST}"
+    assert sprompt(f"{line} --evaluator coco --evaluator.max-results 3") == 0
+    few = json.loads((tmp_path / "e" / "metrics.json").read_text())
+    assert {"AR1", "AR3"} <= few.keys() and "AR100" not in few
+    assert "AR3" in capsys.readouterr().out
+
+
+def test_a_folder_of_an_earlier_version_is_refused_in_a_sentence(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(chain / "fine", tmp_path / "old")
+    config = (tmp_path / "old/config.yaml").read_text()
+    (tmp_path / "old/config.yaml").write_text(config.replace("checkpoint:", "init:").replace("  name: knet\n", ""))
+    assert sprompt(f"view {tmp_path}/old --out {tmp_path}/view") == 1
+    assert "is not of this version of sprompt (init: is not a setting" in capsys.readouterr().err
+
+
+def test_a_second_run_in_the_folder_of_a_running_one_is_refused(
+    chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json"
+    with run_folder.begun(tmp_path / "busy", parsing.parse("finetune", shlex.split(data))):
+        assert sprompt(f"finetune {data} --out {tmp_path}/busy {NETWORK} {SMALL}") == 1
+    assert "another run writes into" in capsys.readouterr().err
+    assert not (tmp_path / "busy/config.yaml").exists()
+    with run_folder.begun(tmp_path / "busy", parsing.parse("finetune", shlex.split(data))):
+        pass  # the lock went with the run
 
 
 def test_the_size_of_pictures_comes_from_the_model(chain: Path, tmp_path: Path) -> None:

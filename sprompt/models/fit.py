@@ -1,4 +1,4 @@
-"""Whether a file's tensors are those of a model."""
+"""The check that a file has the tensors of a model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_fit(path: Path | str, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
-    """Raises ValueError unless tensors have exactly the names, shapes and dtypes that are wanted, and finite values."""
+    """Raises ValueError unless the tensors have exactly the wanted names, shapes and dtypes, and finite values."""
     problems = []
     for what, names in (
         ("missing", wanted.keys() - tensors.keys()),

@@ -1,10 +1,10 @@
-"""What training methods, the engine and the commands ask of a query-based model. Any model that has all of it works with all of them.
+"""The interface of a query-based model. A model with all members of `QueryModel` works with every method, the engine and every command.
 
 model = Model(Model.Config(...))
 features = model.encode(images)
 outputs = model.decode(features, prompter)      # the prompter sees the queries at each of the model's sites, and may add to them
 losses = model.losses(outputs, masks, labels, counts)
-losses.terms, losses.matched                    # weighted terms; which query each target was matched to, stage by stage
+losses.terms, losses.matched                    # weighted terms; the query that each target was matched to, stage by stage
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Official K-Net checkpoints, in and out. Their tensors have the names that ours have."""
+"""Import and export of official K-Net checkpoints. Their tensors have the same names as the parameters here."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from sprompt.models.fit import check_fit
 from sprompt.models.knet.model import KNet
 from sprompt.nn.tensor_files import read_tensors, write_tensors
 
-#: Parts of Saliency Prompt's release that are needed in pre-training only.
+#: Parts of Saliency Prompt's release that only pre-training needs.
 _PRETRAINING = {"patch2query", "gen_gt_kernel"}
 
 
 def import_checkpoint(model: KNet, path: Path | str) -> str:
-    """Copies an official checkpoint (.pth with or without "state_dict", or safetensors) into a model, and says what was done.
+    """Copies an official checkpoint (.pth with or without "state_dict", or safetensors) into a model. Returns a sentence about it.
 
-    Strict: every tensor must be there, with its shape, and no other. Except: the classifiers start anew where the file has
-    another number of classes; what only pre-training needs is left out; batch norm's step counters may be missing. Raises ValueError
-    where the file does not fit, and then the model is as it was.
+    The import is strict: the file must have every tensor of the model, with its shape, and no other tensor. There are three exceptions.
+    If the file has another number of classes, the classifiers start anew. Tensors that only pre-training needs are left out. The step
+    counters of batch norm may be missing. If the file does not fit, it raises ValueError and does not change the model.
     """
     held, _ = read_tensors(path)
     wanted = model.state_dict()
@@ -51,12 +51,12 @@ def import_checkpoint(model: KNet, path: Path | str) -> str:
         said += f"; classifiers start anew, as the file has {in_file.pop()} classes and the model {model.num_classes}"
     model.load_state_dict(tensors, strict=False)
     if left_out:
-        said += f"; left out what only pre-training needs: {', '.join(left_out)}"
+        said += f"; left out tensors that only pre-training needs: {', '.join(left_out)}"
     return said
 
 
 def export_checkpoint(model: KNet, path: Path | str, classes: Sequence[str] | None = None) -> None:
-    """Writes a model in the official form: .pth with "meta" and "state_dict", or its bare tensors as safetensors."""
+    """Writes a model in the official form: a .pth file with "meta" and "state_dict", or a safetensors file with the tensors alone."""
     tensors: Mapping[str, Tensor] = model.state_dict()
     if Path(path).suffix == ".safetensors":
         write_tensors(path, tensors)

@@ -1,4 +1,4 @@
-"""The kernel head: mask features, the learned kernels, and dense class logits on the side."""
+"""The kernel head: mask features, the learned kernels, and dense class logits for an auxiliary loss."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from sprompt.nn.conv import ConvGN
 from sprompt.nn.semantic_fpn import SemanticFPN
 
-#: Bias of a classifier at the start: every class has probability 0.01.
+#: Initial bias of a classifier. It gives every class the probability 0.01.
 RARE = -math.log(99)
 
 
 class KernelHead(nn.Module):
-    """Pyramid maps -> (loc, sem), the features that the kernels act on and those that tell classes apart, both of stride 8."""
+    """Pyramid maps -> (loc, sem), both of stride 8: kernels act on the features loc, and the features sem tell classes apart."""
 
     def __init__(self, channels: int, kernels: int, num_classes: int) -> None:
         super().__init__()

@@ -18,11 +18,11 @@ from sprompt.ops import mask_loss
 def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, config: KNetConfig) -> Losses:
     """Terms of the kernel head (bce, dice, seg) and of every stage (class, bce, dice), in float32 under autocast too.
 
-    Masks are compared at stride 4: logits upsampled twofold, targets reduced fourfold and soft; neither is ever stored. All terms
-    but seg are divided by the number of positives, Σ min(N, counts), and seg by the number of foreground pixels, each the mean
-    over the processes' batches and at least 1 in all: W processes have the losses and gradients of one with the whole batch, if all
-    pictures are padded to one size.
-    Without positives every term is finite and still leads back to every parameter. On a GPU nothing waits for the device.
+    Masks are compared at stride 4: logits are upsampled twofold, and targets are reduced fourfold to soft values. Neither is stored.
+    The term seg is divided by the number of foreground pixels, all other terms by the number of positives, Σ min(N, counts). Both
+    numbers are means over the processes' batches, and at least 1 over all processes together. So W processes have the losses and
+    gradients of one process with the whole batch, if all pictures are padded to one size.
+    Without positives every term is finite and still has a gradient to every parameter. On a GPU nothing waits for the device.
     """
     _check(outputs, masks, labels, counts)
     kernels, background = outputs.masks[0].shape[1], config.num_classes
@@ -51,10 +51,10 @@ def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, co
 
 
 def mask_sums(logits: Tensor, masks: BitMasks, rows: Tensor, select: bool) -> tuple[Tensor, Tensor]:
-    """Cross-entropy and dice of the matched pairs, summed; 0 with a way back to the logits where there are none.
+    """Sums of the cross-entropy and the dice of the matched pairs. Without a pair both are 0, with a gradient of 0 to the logits.
 
-    `select` computes matched pairs only, and must know how many there are, for which a GPU would have to be waited for. Otherwise
-    all B·G pairs are computed, and those without a kernel not counted.
+    `select` computes the matched pairs only. It needs their number, and on a GPU that would wait for the device. Otherwise all B·G pairs
+    are computed, and pairs without a kernel do not count.
     """
     real = rows >= 0
     batch, kernels = logits.shape[:2]
@@ -64,7 +64,7 @@ def mask_sums(logits: Tensor, masks: BitMasks, rows: Tensor, select: bool) -> tu
     else:
         places, masks, real = places.flatten(), masks.reshape(-1), real.flatten()
     bce, dice = mask_loss(logits.flatten(0, 1).index_select(0, places), masks, upsample=2)
-    # Costs that were not finite raise on a CPU; on a GPU they leave -2 behind, which must not pass for background.
+    # Costs that are not finite raise an error on a CPU. On a GPU the rows are -2, and the loss must not take them for background.
     otherwise = torch.where((rows == -2).any(), torch.nan, 0.0)
     return torch.where(real, bce, otherwise).sum(), torch.where(real, dice, otherwise).sum()
 
@@ -85,9 +85,9 @@ def _check(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) ->
     if counts.shape != (batch,) or counts.dtype != torch.int64:
         raise ValueError(
             f"KNet.losses: counts must be int64 of shape ({batch},), got {counts.dtype} of {tuple(counts.shape)}; "
-            "say how many masks of each image are real"
+            "give the number of real masks of each image"
         )
-    if labels.device.type == "cpu":  # on a GPU looking would wait for the device
+    if labels.device.type == "cpu":  # on a GPU this check would wait for the device
         real = labels[torch.arange(labels.shape[1]) < counts[:, None]]
         if real.numel() and not 0 <= int(real.min()) <= int(real.max()) < classes:
             wrong = real[(real < 0) | (real >= classes)][0]

@@ -1,4 +1,4 @@
-"""Which kernel stands for which target, and what that makes the truth for kernels and pixels."""
+"""The assignment of kernels to targets, and the class labels of kernels and pixels that follow from it."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sprompt.ops import linear_assignment, match_cost
 
 @torch.no_grad()
 def assignments(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, config: KNetConfig) -> list[Tensor]:
-    """Rows (B, G) of every stage: the kernel of each target, -1 where it has none.
+    """Rows (B, G) of every stage: the kernel of each target, -1 for a target without a kernel.
 
-    A stage is matched by the predictions it starts from. Those of stage 0 are the kernel head's, without classes, so its
-    assignment is the kernel head's too.
+    The predictions that a stage starts from decide its assignment. Stage 0 starts from those of the kernel head, which has no classes, so
+    the kernel head and stage 0 share one assignment.
     """
     rows = []
     for stage, logits in enumerate(outputs.masks[:-1]):
@@ -28,17 +28,18 @@ def assignments(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tenso
 
 
 def kernel_labels(rows: Tensor, labels: Tensor, kernels: int, background: int) -> Tensor:
-    """(B, N) int64: the class of every kernel, `background` for those without a target."""
+    """(B, N) int64: the class of every kernel, `background` for a kernel without a target."""
     truth = labels.new_full((len(rows), kernels + 1), background)
-    truth.scatter_(1, torch.where(rows >= 0, rows, kernels), labels)  # what has no kernel goes behind the last one
+    truth.scatter_(1, torch.where(rows >= 0, rows, kernels), labels)  # targets without a kernel go into an extra column
     return truth[:, :kernels]
 
 
 def dense_labels(masks: BitMasks, rows: Tensor, truth: Tensor, background: int) -> Tensor:
-    """(B, H/4, W/4) int64: the class of every pixel at stride 4, of the matched target that touches it; `background` elsewhere.
+    """(B, H/4, W/4) int64: the class of every pixel at stride 4. It is the class of the matched target that touches the pixel, or
+    `background`.
 
-    A target touches a pixel where its bilinear reduction is above 0, that is where one of the central 2×2 of the 4×4 block is
-    set. Of several, the one with the highest kernel index counts.
+    A target touches a pixel if its bilinear reduction is above 0: if one of the central 2×2 pixels of the 4×4 block is set. If several
+    targets touch a pixel, the target with the highest kernel index counts.
 
     Args:
         masks: (B, G) of size (H, W), multiples of 32.
@@ -48,7 +49,7 @@ def dense_labels(masks: BitMasks, rows: Tensor, truth: Tensor, background: int) 
     (batch, targets), (height, width) = masks.shape, masks.size
     if targets == 0:
         return truth.new_full((batch, height // 4, width // 4), background)
-    words = masks.words.reshape(batch, targets, height, width // 32)  # a row is whole words
+    words = masks.words.reshape(batch, targets, height, width // 32)  # each row of pixels is a whole number of words
     middle = words[:, :, 1::4] | words[:, :, 2::4]
     touched = (middle >> 1) | (middle >> 2)  # bit 4j: block j of the word's 8
     key = rows.to(torch.int32)[:, :, None, None]

@@ -1,4 +1,4 @@
-"""What the decoder hands to the losses and to inference."""
+"""The decoder's outputs, for the losses and for inference."""
 
 from __future__ import annotations
 
