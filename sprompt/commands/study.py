@@ -1,14 +1,15 @@
 """`sprompt study`: many small pre-trainings and fine-tunings, and what they show."""
 
 import dataclasses
+import hashlib
 import time
 from pathlib import Path
 from typing import Any
 
 from sprompt.atomic import atomic_write
 from sprompt.commands import run_folder
-from sprompt.commands.parsing import parse
-from sprompt.settings import to_plain
+from sprompt.commands.parsing import parse, preset
+from sprompt.settings import to_plain, to_yaml
 from sprompt.study import prepare
 from sprompt.study.plan import Cell, Inputs, chains
 from sprompt.study.run import Runner
@@ -77,7 +78,8 @@ class Study:
             pictures = self._pictures()
             names = self._variants(pictures.known is not None)
             longer = lengthened(self.settings, self.longer)
-            given = prepare.inputs(self.out, pictures, self.settings, self.backbone, longer, names, runner.command)
+            settings = (self.settings, hashlib.sha256(to_yaml(preset(self.settings)).encode()).hexdigest()[:32])
+            given = prepare.inputs(self.out, pictures, settings, self.backbone, longer, names, runner.command)
             work = list(chains(names, self.fractions, self.seeds))
             cells = [cell for _, own in work for cell in own]
             runner.check(work, given, self.evaluate_every)
@@ -234,9 +236,9 @@ def lengthened(settings: str, times: int) -> list[str]:
     """Options that make pre-training `times` as long as the preset says; its learning rate drops as much later."""
     if times == 1:
         return []
-    preset = parse("pretrain", ["--preset", settings, "--images", "-", "--proposals", "-", "--backbone", "-"]).train
-    drops = [str(times * drop) for drop in preset.drops]
-    return ["--train.epochs", str(times * preset.epochs), *(["--train.drops", *drops] if drops else [])]
+    own = parse("pretrain", ["--preset", settings, "--images", "-", "--proposals", "-", "--backbone", "-"]).train
+    drops = [str(times * drop) for drop in own.drops]
+    return ["--train.epochs", str(times * own.epochs), *(["--train.drops", *drops] if drops else [])]
 
 
 def _settings(study: Study) -> dict[str, Any]:

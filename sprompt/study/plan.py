@@ -23,6 +23,7 @@ class Inputs:
     val_annotations: Path
     backbone: Path
     proposals: dict[str, Path]  # by kind; "truth" is missing where nobody knows it
+    digest: str = ""  # of the preset's content
     lengthened: tuple[str, ...] = ()  # options of `pretrain` that make it longer than in the preset
 
 

@@ -60,7 +60,7 @@ def labelled(
 
 
 def inputs(
-    out: Path, pictures: Pictures, settings: str, backbone: Path | None, lengthened: Sequence[str], variants: Sequence[str],
+    out: Path, pictures: Pictures, settings: tuple[str, str], backbone: Path | None, lengthened: Sequence[str], variants: Sequence[str],
     command: Command,
 ) -> Inputs:  # fmt: skip
     """Trains a backbone if none is given, finds proposals, and makes the other masks that the variants need."""
@@ -72,7 +72,15 @@ def inputs(
                 flush=True,
             )
             command(
-                ["backbone", "--preset", settings, "--images", str(pictures.unlabelled), "--out", str(backbone.parent)],
+                [
+                    "backbone",
+                    "--preset",
+                    settings[0],
+                    "--images",
+                    str(pictures.unlabelled),
+                    "--out",
+                    str(backbone.parent),
+                ],
                 backbone.parent,
             )
     kinds = {VARIANTS[name].proposals for name in variants if VARIANTS[name].start == "pretrained"}
@@ -80,7 +88,7 @@ def inputs(
     if kinds and not found.exists():
         print(f"finding proposals; {found.parent}/output.txt", flush=True)
         command(
-            ["propose", "--preset", settings, "--images", str(pictures.unlabelled), "--backbone", str(backbone), "--out", str(found)],
+            ["propose", "--preset", settings[0], "--images", str(pictures.unlabelled), "--backbone", str(backbone), "--out", str(found)],
             found.parent,
         )  # fmt: skip
     proposals = {"saliency": found} if kinds else {}
@@ -92,6 +100,6 @@ def inputs(
             assert pictures.known is not None  # the command offers variant "truth" only if they are known
             truth(pictures.known, found, path)
     return Inputs(
-        settings, pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,
-        pictures.val_annotations, backbone, proposals, tuple(lengthened),
+        settings[0], pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,
+        pictures.val_annotations, backbone, proposals, settings[1], tuple(lengthened),
     )  # fmt: skip

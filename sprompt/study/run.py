@@ -58,9 +58,9 @@ class Runner:
     def check(self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int) -> None:
         """Raises DataError if a finished cell was made with other settings than the settings of this study."""
         for pretraining, cells in chains:
-            _check(pretraining.folder(self.out), *pretraining.commands(self.out, given)[:1])
+            _check(pretraining.folder(self.out), given.digest, *pretraining.commands(self.out, given)[:1])
             for cell in cells:
-                _check(cell.folder(self.out), cell.command(self.out, given, evaluate_every))
+                _check(cell.folder(self.out), given.digest, cell.command(self.out, given, evaluate_every))
 
     def run(
         self, chains: Sequence[tuple[Pretraining, list[Cell]]], given: Inputs, evaluate_every: int,
@@ -139,7 +139,9 @@ class Runner:
             last = _last(read_log(folder / "log.jsonl"))
             monitors = {n.removeprefix("monitor/"): v for n, v in last.items() if n.startswith("monitor/")}
             metrics = _numbers(read_json(folder / "test" / "metrics.json"))
-            _done(folder, commands, {"metrics": metrics, "monitors": monitors, "seconds": last["seconds"]})
+            _done(
+                folder, commands, given.digest, {"metrics": metrics, "monitors": monitors, "seconds": last["seconds"]}
+            )
 
     def _finetune(self, cell: Cell, given: Inputs, every: int) -> None:
         command, folder = cell.command(self.out, given, every), cell.folder(self.out)
@@ -150,7 +152,7 @@ class Runner:
             last = _last(lines)
             curve = [[line["epoch"], line["val/AP"], line["val/APpooled"]] for line in lines if "val/AP" in line]
             curve.append([last["epoch"], metrics["AP"], metrics["APpooled"]])
-            _done(folder, [command], {"metrics": metrics, "curve": curve, "seconds": last["seconds"]})
+            _done(folder, [command], given.digest, {"metrics": metrics, "curve": curve, "seconds": last["seconds"]})
 
 
 def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -158,18 +160,21 @@ def _last(lines: list[dict[str, Any]]) -> dict[str, Any]:
     return {name: value for line in lines for name, value in line.items()}
 
 
-def _done(folder: Path, commands: list[list[str]], found: dict[str, Any]) -> None:
+def _done(folder: Path, commands: list[list[str]], digest: str, found: dict[str, Any]) -> None:
     """Writes CELL. `found` holds "metrics", "seconds" of training over all attempts, and other entries for tables and
     pictures."""
-    text = {"commands": [typed(command) for command in commands], **found}
+    text = {"commands": [typed(command) for command in commands], "settings": digest, **found}
     atomic_write(folder / CELL, json.dumps(text, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # they take most of the space; the trained model stays
 
 
-def _check(folder: Path, *commands: list[str]) -> None:
-    """Raises DataError if a run that is done was made by other commands than those that would make it now."""
+def _check(folder: Path, digest: str, *commands: list[str]) -> None:
+    """Raises DataError if a finished run was made by other commands, or with a preset of other content."""
     for command in commands:
-        if (folder / CELL).exists() and typed(command) not in read_json(folder / CELL)["commands"]:
+        if not (folder / CELL).exists():
+            continue
+        made = read_json(folder / CELL)
+        if typed(command) not in made["commands"] or made.get("settings") != digest:
             raise DataError(
                 f"{folder}: was made with other settings than this study's; choose another --out, or remove it"
             )
