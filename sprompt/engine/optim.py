@@ -13,22 +13,31 @@ MOMENTUM = 0.9
 
 
 def make_optimiser(task: nn.Module, config: TrainConfig) -> optim.Optimizer:
-    """The optimiser of the parameters that are trained: a group for the backbone, a group for the others.
+    """The optimiser of the trained parameters, with a group for each pair of a learning rate and a weight decay.
 
-    Both are fused: an update skips itself, on the device, where the tensor `found_inf` of the optimiser holds 1.
+    The task may have `parameter_groups()`, which returns `ParameterGroup`s with factors on both; see `sprompt.models.protocol`. The
+    backbone's learning rate has the configuration's factor as well. The optimiser is fused: it skips an update, on the device, if its
+    tensor `found_inf` holds 1.
     """
-    groups: dict[float, list[nn.Parameter]] = {}
+    own: dict[nn.Parameter, tuple[float, float]] = {}
+    for parameters, rate, decay in getattr(task, "parameter_groups", tuple)():
+        own.update(dict.fromkeys(parameters, (rate, decay)))
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in task.named_parameters():
         if parameter.requires_grad:
-            factor = config.backbone_lr_factor if in_backbone(name) else 1.0
-            groups.setdefault(factor, []).append(parameter)
+            rate, decay = own.get(parameter, (1.0, 1.0))
+            rate *= config.backbone_lr_factor if in_backbone(name) else 1.0
+            groups.setdefault((rate, decay), []).append(parameter)
     if not groups:
         raise ValueError("train: the task must have a parameter to train, got none that requires a gradient")
-    listed = [{"params": parameters, "factor": factor} for factor, parameters in groups.items()]
-    lr, decay = config.learning_rate, config.weight_decay
+    listed = [
+        {"params": parameters, "factor": rate, "weight_decay": decay * config.weight_decay}
+        for (rate, decay), parameters in groups.items()
+    ]
+    lr = config.learning_rate
     if config.optimiser == "sgd":
-        return optim.SGD(listed, lr=lr, momentum=MOMENTUM, weight_decay=decay, fused=True)
-    return optim.AdamW(listed, lr=lr, betas=config.betas, weight_decay=decay, fused=True)
+        return optim.SGD(listed, lr=lr, momentum=MOMENTUM, fused=True)
+    return optim.AdamW(listed, lr=lr, betas=config.betas, fused=True)
 
 
 def in_backbone(name: str) -> bool:
@@ -48,7 +57,7 @@ def factor_at(config: TrainConfig, step: int, epoch_steps: int) -> float:
 
 
 def set_rate(optimiser: optim.Optimizer, rate: float) -> None:
-    """Gives every group its part of the learning rate."""
+    """Sets the learning rate of every group: `rate` times the factor of the group."""
     for group in optimiser.param_groups:
         group["lr"] = rate * group["factor"]
 

@@ -9,6 +9,7 @@ from toy import Task, config
 
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.optim import factor_at, load_optimiser, make_optimiser, optimiser_tensors, set_rate
+from sprompt.models.protocol import ParameterGroup
 
 
 def test_steps_and_warm_up_by_hand() -> None:
@@ -49,6 +50,19 @@ def test_groups() -> None:
     assert all(group["weight_decay"] == 0.05 for group in optimiser.param_groups)
     with pytest.raises(ValueError, match="must have a parameter to train, got none"):
         make_optimiser(task.requires_grad_(False), config())
+
+
+def test_parameters_with_factors_of_their_own() -> None:
+    task = Task().requires_grad_(True)
+    backbone, norm = [task.backbone.weight], [task.norm.weight, task.norm.bias]
+    task.parameter_groups = lambda: [ParameterGroup(backbone, rate=0.5), ParameterGroup(norm, decay=0)]
+    optimiser = make_optimiser(task, config(backbone_lr_factor=0.25))
+    set_rate(optimiser, 1.0)
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
+    assert {n: found[id(p)] for n, p in task.named_parameters()} == {
+        "backbone.weight": (0.125, 0.05), "backbone.bias": (0.25, 0.05), "norm.weight": (1, 0), "norm.bias": (1, 0),
+        "head.weight": (1, 0.05), "head.bias": (1, 0.05),
+    }  # fmt: skip
 
 
 def test_a_name_with_backbone_in_it_is_no_backbone() -> None:
