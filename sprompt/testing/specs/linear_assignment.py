@@ -124,8 +124,10 @@ SPECS = [
             _bad("counts, no batch", "counts must be None without a batch dimension", _cost[0], _count(1)),
             _bad("count too large", "counts must lie between 0 and 3, got 4", _cost, _count(1, 4)),
             _bad("count negative", "counts must lie between 0 and 3, got -1", _cost, _count(-1, 3)),
-            _bad_on_the_host("NaN", "cost must be finite in image 3, got nan at row 5, column 2; ", _holding(float("nan")), error=NotFiniteError),
-            _bad_on_the_host("inf", "cost must be finite in image 3, got inf at row 5, column 2; ", _holding(float("inf")), error=NotFiniteError),
+            _bad_on_the_host("NaN", "cost must be finite in image 3, got nan at row 5, column 2; ", _holding(float("nan")),
+                             error=NotFiniteError),
+            _bad_on_the_host("inf", "cost must be finite in image 3, got inf at row 5, column 2; ", _holding(float("inf")),
+                             error=NotFiniteError),
         ),
     ),
 ]  # fmt: skip
