@@ -11,7 +11,7 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -n
 CHECKED = sprompt tests benchmarks examples tools setup.py
 NATIVE = CMakeLists.txt setup.py $(CXX_FILES)
 
-.PHONY: help venv build test test-all demo bench gpu gpu-prepare readme lint format sanitize hooks clean
+.PHONY: help venv build test test-all demo bench gpu gpu-prepare support lint format sanitize hooks clean
 
 help: ## list the targets
 	@echo "make demo    the whole chain on synthetic scenes     make test    all tests"
@@ -53,8 +53,8 @@ demo: build ## scenes, proposals, pre-training, fine-tuning, AP table and galler
 bench: build ## the benchmark table (ARGS="--op mask_iou" chooses; --help lists)
 	@$(BIN)/python -m benchmarks.run $(ARGS)
 
-readme: build ## write the README's generated tables anew (the benchmarks are not run)
-	@$(BIN)/python -m sprompt.env --readme README.md
+support: build ## write the generated tables of docs/support.md anew
+	@$(BIN)/python -m sprompt.env --write docs/support.md
 
 lint: venv ## ruff, clang-format and mypy, as CI runs them
 	@$(BIN)/ruff check $(CHECKED)

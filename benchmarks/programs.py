@@ -36,7 +36,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=6.0, help="least seconds of timing for each row (default: 6)")
     parser.add_argument("--quick", action="store_true", help="toy sizes, to see that everything runs")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
-    parser.add_argument("--markdown", type=Path, help=f"replace the table between {' '.join(MARKERS)} in this file")
+    parser.add_argument(
+        "--markdown", type=Path, help=f"replace the table between {' '.join(MARKERS)} in this file (docs/benchmarks.md)"
+    )
     options = parser.parse_args()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 

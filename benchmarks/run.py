@@ -60,7 +60,7 @@ def main() -> int:
     parser.add_argument(
         "--markdown",
         type=Path,
-        help="replace the table between the benchmark markers of this file (README.md), or create the file",
+        help="replace the table between the benchmark markers of this file (docs/benchmarks.md), or create the file",
     )
     options = parser.parse_args()
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 #: Each is a class of its name in sprompt/commands/<name>.py.
 COMMANDS = {
     "backbone": "train a backbone on pictures without labels (DenseCL), if you have no checkpoint",
+    "split": "share out labelled pictures: a part for training and a part for validation, with the same classes",
     "propose": "find saliency mask proposals in pictures without labels",
     "pretrain": "train a model on proposals, its queries prompted by them (Saliency Prompt)",
     "finetune": "train on labelled pictures, from a pre-trained model, a backbone or scratch",

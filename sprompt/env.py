@@ -1,6 +1,6 @@
 """`sprompt env` (or `python -m sprompt.env`) prints what a bug report needs: versions, build, CPU, GPUs, switches, backends of ops.
 
-`--markdown` prints the support matrix instead; `--readme README.md` writes the generated tables into that file.
+`--markdown` prints the support matrix and the switches instead; `--write docs/support.md` writes these tables into that page.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import sprompt
 from sprompt import backends, native
 from sprompt.machine import cpu
 
-#: Every environment switch, and what it does. README prints this table.
+#: Every environment switch, and what it does. docs/support.md has this table.
 SWITCHES = {
     "SPROMPT_BACKEND": "`reference`, `native`, `triton` or `cuda`: every op runs on it, or raises and says why it cannot",
     "SPROMPT_CPU": "`avx512`, `avx2` or `portable`: the instruction set of the kernels; default: the best of this CPU",
@@ -122,8 +122,8 @@ def _backends() -> list[str]:
 
 
 def support_matrix() -> str:
-    """README's table of the support of each op, as Markdown. It comes from the registry and the specs, so it is the same on
-    every machine."""
+    """The table of docs/support.md with the support of each op, as Markdown. It comes from the registry and the specs, so it is the
+    same on every machine."""
     from sprompt.testing.specs import SPECS
 
     def kernels(ops: tuple[str, ...], device: str) -> str:
@@ -149,11 +149,11 @@ def support_matrix() -> str:
 
 
 def switch_table() -> str:
-    """README's table of environment switches, as Markdown."""
+    """The table of docs/support.md with the environment switches, as Markdown."""
     return "\n".join(["| switch | what it does |", "| --- | --- |", *(f"| `{k}` | {v} |" for k, v in SWITCHES.items())])
 
 
-def write_readme(path: Path) -> None:
+def write_tables(path: Path) -> None:
     """Replaces the text between the marks <!-- support --> and <!-- /support --> by the table, and likewise for switches."""
     text = path.read_text()
     for mark, table in (("support", support_matrix()), ("switches", switch_table())):
@@ -168,10 +168,12 @@ def write_readme(path: Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="sprompt env", description=__doc__)
     parser.add_argument("--markdown", action="store_true", help="print the support matrix and the switches as Markdown")
-    parser.add_argument("--readme", type=Path, help="write these tables into a README, between their marks")
+    parser.add_argument(
+        "--write", type=Path, metavar="FILE", help="write these tables into a page, between their marks"
+    )
     args = parser.parse_args(argv)
-    if args.readme:
-        write_readme(args.readme)
+    if args.write:
+        write_tables(args.write)
     elif args.markdown:
         print(support_matrix(), switch_table(), sep="\n\n")
     else:

@@ -65,7 +65,7 @@ class Registry:
         if not (isinstance(config, type) and issubclass(config, Named) and getattr(config, "registry", None) is self):
             raise ValueError(
                 f"--{self.kind}: {name} must have an attribute Config, a dataclass derived from {self.kind.capitalize()}Config, "
-                f"got {config!r}; see docs/adding_a_{self.kind}.md"
+                f"got {config!r}; docs/adding_a_model.md shows one"
             )
         if not dataclasses.is_dataclass(config):
             raise ValueError(f"--{self.kind}: {name}.Config must be a dataclass, got {config!r}; decorate it")

@@ -1,4 +1,4 @@
-"""Tests the promises of every op, with the numbers of the README, for every spec and every backend that can run here."""
+"""Tests the promises of every op, by their numbers in docs/adding_an_op.md, for every spec and every backend that can run here."""
 
 from __future__ import annotations
 

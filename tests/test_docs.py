@@ -1,6 +1,7 @@
-"""What the documentation says is so: doctests, the README's example, its generated tables, the list of switches."""
+"""What the documentation says is so: doctests, the README's examples, generated tables, commands and links."""
 
 import contextlib
+import dataclasses
 import doctest
 import inspect
 import io
@@ -11,14 +12,25 @@ import subprocess
 import sys
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 import sprompt
-from sprompt import env, masks, ops
+from benchmarks import programs, table
+from sprompt import cli, env, masks, ops
+from sprompt.commands import parsing
+from sprompt.engine import trained
+from sprompt.models.knet import KNet, KNetConfig
+from sprompt.models.saved import save_model
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+SUPPORT = (ROOT / "docs" / "support.md").read_text()
+BENCHMARKS = (ROOT / "docs" / "benchmarks.md").read_text()
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTED = {
     **{name: getattr(ops, name) for name in ops.__all__},
     "BitMasks": masks.BitMasks,
@@ -28,8 +40,6 @@ DOCUMENTED = {
 
 def _globals(thing: object) -> dict[str, object]:
     """Doctests see the names of their module, every op and torch."""
-    import torch
-
     module = sys.modules[getattr(thing, "__module__", "sprompt")]
     return {**vars(module), **vars(ops), "torch": torch, "BitMasks": masks.BitMasks}
 
@@ -60,9 +70,9 @@ def test_every_function_says_what_a_user_must_know(name: str) -> None:
 
 
 def between(mark: str) -> str:
-    """The text of the README between <!-- mark --> and <!-- /mark -->."""
-    found = re.search(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", README, re.DOTALL)
-    assert found, f"README.md has no <!-- {mark} --> ... <!-- /{mark} -->"
+    """The text of docs/support.md between <!-- mark --> and <!-- /mark -->."""
+    found = re.search(rf"<!-- {mark} -->\n(.*?)\n<!-- /{mark} -->", SUPPORT, re.DOTALL)
+    assert found, f"docs/support.md has no <!-- {mark} --> ... <!-- /{mark} -->"
     return found.group(1)
 
 
@@ -76,12 +86,37 @@ def test_example_of_the_readme_prints_what_it_says() -> None:
     assert out.getvalue().strip() == code.group(2).strip()
 
 
-def test_support_matrix_of_the_readme_is_current() -> None:
-    assert between("support") == env.support_matrix(), "type `make readme`"
+def test_program_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines that load a model and find objects, with a tiny model of random weights."""
+    code = re.search(r"```python\n(import sprompt\n.*?)```", README, re.DOTALL)
+    assert code, "README.md has no program that begins with import sprompt"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sprompt, "load", trained.load, raising=False)
+    torch.manual_seed(0)
+    config = KNetConfig(num_classes=2, depth=18, backbone_width=8, channels=16, kernels=4, heads=2, feedforward=32)
+    folder = tmp_path / "runs" / "finetune"
+    folder.mkdir(parents=True)
+    save_model(folder / trained.MODEL, KNet(config), ["cat", "dog"], {"short": 64, "long": 64})
+    for name in ("a.jpg", "b.jpg"):
+        Image.new("RGB", (48, 32), "teal").save(tmp_path / name)
+    with contextlib.redirect_stdout(io.StringIO()):
+        exec(compile(code.group(1), "README.md", "exec"), {})
+    assert (tmp_path / "objects.png").stat().st_size > 0
 
 
-def test_switches_of_the_readme_are_current() -> None:
-    assert between("switches") == env.switch_table(), "type `make readme`"
+def test_support_matrix_is_current() -> None:
+    assert between("support") == env.support_matrix(), "type `make support`"
+
+
+def test_switches_are_current() -> None:
+    assert between("switches") == env.switch_table(), "type `make support`"
+
+
+def test_tables_are_written_between_their_marks(tmp_path: Path) -> None:
+    page = tmp_path / "support.md"
+    page.write_text(SUPPORT.replace(between("switches"), "old"))
+    env.main(["--write", str(page)])
+    assert page.read_text() == SUPPORT
 
 
 def test_no_switch_is_missing() -> None:
@@ -108,6 +143,105 @@ def test_report_names_everything() -> None:
         if op in sprompt.backends.ops():
             assert op in text
     assert text.isascii() or all(ord(c) < 0x2500 for c in text), "the report is plain text"
+
+
+# -- docs/benchmarks.md
+
+
+def rows_of(text: str, first: str) -> list[list[str]]:
+    """The cells of the rows of each table whose header begins with this cell."""
+    tables = re.findall(rf"^\| {re.escape(first)} \|.*\n\|[-| ]+\|\n((?:\|.*\n)+)", text, re.MULTILINE)
+    return [[cell.strip() for cell in line.strip("|").split("|")] for part in tables for line in part.splitlines()]
+
+
+@pytest.mark.parametrize("markers", [table.MARKERS, programs.MARKERS])
+def test_benchmarks_have_a_place_in_the_page(markers: tuple[str, str]) -> None:
+    assert BENCHMARKS.index(markers[0]) < BENCHMARKS.index(markers[1])
+
+
+def test_benchmark_rows_of_the_readme_are_rows_of_the_page() -> None:
+    known = [*rows_of(BENCHMARKS, "op"), *rows_of(BENCHMARKS, "program")]
+    chosen = rows_of(README, "op or program")
+    assert len(chosen) == 8
+    for op, shape, *_, theirs, ours, ratio in chosen:
+        figures = (theirs, ours, ratio.strip("*"))
+        rows = [" ".join(row) for row in known if row[:2] == [op, shape]]
+        assert any(all(figure in row for figure in figures) for row in rows), (
+            f"{op}, {shape}: not in docs/benchmarks.md"
+        )
+    assert any(float(row[-1].strip("*×")) < 1 for row in chosen), "a row that loses must stay in"
+
+
+def test_gpu_rows_of_the_page_are_rows_of_the_report() -> None:
+    report = (ROOT / "benchmarks/results/nvidia-h100-80gb-hbm3/report.md").read_text()
+    measured = [set(row) for row in rows_of(report, "op")]
+    rows = rows_of(BENCHMARKS.partition("## Ops on a GPU")[2], "op")
+    assert rows
+    for row in rows:
+        assert any(set(row) <= found for found in measured), f"{row}: is not in the report"
+
+
+# -- commands and links
+
+
+def options(command: str) -> set[str]:
+    """Every option of a command, with the options of each model, method and evaluator."""
+    kind = parsing.command(command)
+    chosen = parsing.registries(kind)
+    found = {"--help", "--preset", "--config", *(f"--{name}" for name in chosen)}
+
+    def add(settings: Any, start: str) -> None:
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            name = start + field.name.replace("_", "-")
+            if dataclasses.is_dataclass(value):
+                add(value, f"{name}.")
+            else:
+                found.add(f"--{name}")
+
+    add(parsing.required_missing(kind), "")
+    for name, registry in chosen.items():
+        for choice in registry.names():
+            add(registry.get(choice).Config(), f"{name}.")
+    return found
+
+
+def commands_of(page: Path) -> list[list[str]]:
+    """The words behind `sprompt` of every command line of a page, in blocks of shell code and in code within sentences."""
+    text = page.read_text()
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    lines = [line.partition(" #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`(sprompt [a-z][^`\n]*)`", text)
+    found = [re.search(r"(?:^|-m )sprompt(?:\.cli)? (.+)", line) for line in lines]
+    return [match.group(1).split() for match in found if match]
+
+
+def test_every_command_and_option_in_the_docs_exists() -> None:
+    known = {command: options(command) for command in cli.COMMANDS if command != "env"}
+    own_model = "--model.queries"  # of docs/adding_a_model.md
+    everything = {own_model}.union(*known.values())
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":  # it names options of before
+            continue
+        for command, *words in commands_of(page):
+            assert command in cli.COMMANDS, f"{page.name}: there is no command {command}"
+            given = {word for word in words if word.startswith("--")} - {own_model}
+            assert given <= known[command], f"{page.name}: {command} has no {', '.join(given - known[command])}"
+        named = set(re.findall(r"(?<![\w-])--[a-z]+\.[a-z0-9.-]*[a-z0-9]", page.read_text()))
+        assert named <= everything, f"{page.name}: there is no {', '.join(named - everything)}"
+
+
+def test_links_of_the_docs_lead_to_files() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+            if not target.startswith("http"):
+                assert (page.parent / target).exists(), f"{page.name}: there is no {target}"
+
+
+def test_index_of_the_docs_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    missing = [page.name for page in PAGES[2:] if page.name != "README.md" and f"]({page.name})" not in index]
+    assert not missing
 
 
 # -- docs/adding_an_op.md

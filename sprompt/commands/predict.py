@@ -108,12 +108,18 @@ class Predict:
                 found.setdefault(record["image_id"], []).append(record)
         folder = self.out / "drawn"
         folder.mkdir(exist_ok=True)
+        written: set[Path] = set()
         with Progress("draw", len(pictures.file_names)) as bar:
             for image_id, name in zip(image_ids, pictures.file_names, strict=True):
                 try:
                     drawn = from_results(pictures.path / name, found.get(image_id, []), names, category_ids).draw()
                 except DataError:
                     continue  # named above
-                drawn.convert("RGB").save(folder / f"{name.replace('/', '__')}.jpg", quality=90)
+                file = folder / Path(name).with_suffix(".jpg")
+                if file in written:  # another picture of this name, of another format
+                    file = folder / f"{name}.jpg"
+                written.add(file)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                drawn.save(file, quality=90)
                 bar.advance()
         print(f"the pictures with objects of scores above {least:g} are in {folder}")

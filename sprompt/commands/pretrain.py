@@ -22,8 +22,8 @@ class Pretrain:
     """Trains a model on mask proposals as class-agnostic labels. The proposals prompt its queries, and kernel supervision draws the queries
     to the seeds of their proposals.
 
-    Writes OUT/model.safetensors, which `finetune` takes. Started again it goes on where it was. `--method supervised` trains on the
-    proposals as pseudo-labels alone.
+    Writes OUT/model.safetensors, which `finetune` takes. Started again it goes on where it was. `--method supervised
+    --model.frozen-stages 4` trains on the proposals as pseudo-labels alone.
     """
 
     images: Path
