@@ -8,7 +8,9 @@ from typing import Annotated, Any
 from sprompt.registry import Named, Registry
 from sprompt.settings import Hidden
 
-MODELS = Registry("model", {"knet": "sprompt.models.knet:KNet"})
+MODELS = Registry(
+    "model", {"knet": "sprompt.models.knet:KNet", "mask2former": "sprompt.models.mask2former:Mask2Former"}
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,164 @@
+"""Import and export of Mask2Former files: those of transformers, and those of the official release."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from sprompt.models.fit import check_fit
+from sprompt.nn.tensor_files import read_tensors, write_tensors
+
+#: Our parts, and where transformers has them.
+_PARTS = {
+    "backbone.": "model.pixel_level_module.encoder.",
+    "pixel_decoder.": "model.pixel_level_module.decoder.",
+    "transformer_module.": "model.transformer_module.",
+    "class_predictor.": "class_predictor.",
+}
+#: torchvision's names of a ResNet -> transformers'. The first pattern that fits counts.
+_RESNET = (
+    (r"conv1\.", "embedder.embedder.convolution."),
+    (r"bn1\.", "embedder.embedder.normalization."),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.", r"encoder.stages.{0}.layers.{1}.shortcut.convolution."),
+    (r"layer(\d)\.(\d+)\.downsample\.1\.", r"encoder.stages.{0}.layers.{1}.shortcut.normalization."),
+    (r"layer(\d)\.(\d+)\.conv(\d)\.", r"encoder.stages.{0}.layers.{1}.layer.{2}.convolution."),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.", r"encoder.stages.{0}.layers.{1}.layer.{2}.normalization."),
+)
+_PREDICTOR, _PIXELS = "sem_seg_head.predictor.", "sem_seg_head.pixel_decoder."
+_LAYER = "transformer_module.decoder.layers."
+#: The release's names -> ours.
+_RELEASE = (
+    (r"backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
+    (r"backbone\.stem\.conv1\.", "backbone.conv1."),
+    (r"backbone\.res(\d)\.(\d+)\.shortcut\.norm\.", r"backbone.layer{0}.{1}.downsample.1."),
+    (r"backbone\.res(\d)\.(\d+)\.shortcut\.", r"backbone.layer{0}.{1}.downsample.0."),
+    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.", r"backbone.layer{0}.{1}.bn{2}."),
+    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.", r"backbone.layer{0}.{1}.conv{2}."),
+    (re.escape(_PIXELS) + r"input_proj\.", "pixel_decoder.input_projections."),
+    (re.escape(_PIXELS) + r"transformer\.level_embed", "pixel_decoder.level_embed"),
+    (
+        re.escape(_PIXELS) + r"transformer\.encoder\.layers\.(\d+)\.self_attn\.",
+        r"pixel_decoder.encoder.layers.{0}.self_attn.",
+    ),
+    (
+        re.escape(_PIXELS) + r"transformer\.encoder\.layers\.(\d+)\.norm1\.",
+        r"pixel_decoder.encoder.layers.{0}.self_attn_layer_norm.",
+    ),
+    (
+        re.escape(_PIXELS) + r"transformer\.encoder\.layers\.(\d+)\.norm2\.",
+        r"pixel_decoder.encoder.layers.{0}.final_layer_norm.",
+    ),
+    (
+        re.escape(_PIXELS) + r"transformer\.encoder\.layers\.(\d+)\.linear(\d)\.",
+        r"pixel_decoder.encoder.layers.{0}.fc{1}.",
+    ),
+    (re.escape(_PIXELS) + r"mask_features\.", "pixel_decoder.mask_projection."),
+    (re.escape(_PIXELS) + r"(adapter|layer)_1\.norm\.", r"pixel_decoder.{0}_1.1."),
+    (re.escape(_PIXELS) + r"(adapter|layer)_1\.", r"pixel_decoder.{0}_1.0."),
+    (re.escape(_PREDICTOR) + r"(query_feat|static_query)\.", "transformer_module.queries_features."),
+    (re.escape(_PREDICTOR) + r"query_embed\.", "transformer_module.queries_embedder."),
+    (re.escape(_PREDICTOR) + r"level_embed\.", "transformer_module.level_embed."),
+    (re.escape(_PREDICTOR) + r"decoder_norm\.", "transformer_module.decoder.layernorm."),
+    (re.escape(_PREDICTOR) + r"class_embed\.", "class_predictor."),
+    (
+        re.escape(_PREDICTOR) + r"mask_embed\.layers\.(\d)\.",
+        r"transformer_module.decoder.mask_predictor.mask_embedder.{0}.0.",
+    ),
+    (re.escape(_PREDICTOR) + r"transformer_self_attention_layers\.(\d+)\.self_attn\.", _LAYER + "{0}.self_attn."),
+    (re.escape(_PREDICTOR) + r"transformer_self_attention_layers\.(\d+)\.norm\.", _LAYER + "{0}.self_attn_layer_norm."),
+    (
+        re.escape(_PREDICTOR) + r"transformer_cross_attention_layers\.(\d+)\.multihead_attn\.",
+        _LAYER + "{0}.cross_attn.",
+    ),
+    (
+        re.escape(_PREDICTOR) + r"transformer_cross_attention_layers\.(\d+)\.norm\.",
+        _LAYER + "{0}.cross_attn_layer_norm.",
+    ),
+    (re.escape(_PREDICTOR) + r"transformer_ffn_layers\.(\d+)\.linear(\d)\.", _LAYER + "{0}.fc{1}."),
+    (re.escape(_PREDICTOR) + r"transformer_ffn_layers\.(\d+)\.norm\.", _LAYER + "{0}.final_layer_norm."),
+)
+
+
+def import_checkpoint(model: nn.Module, path: Path | str) -> str:
+    """Copies a file of transformers' Mask2Former or of the official release into a model. Returns a sentence about it.
+
+    The import is strict: the file must have every tensor of the model, with its shape, and no other tensor but the loss's class
+    weights. If the file has another number of classes, the classifier starts anew. Batch norm's step counters may be missing. If the file
+    does not fit, it raises ValueError and does not change the model.
+    """
+    held, _ = read_tensors(path)
+    held = {
+        name: t.float() if t.is_floating_point() else t for name, t in held.items() if name != "criterion.empty_weight"
+    }
+    official = any(name.startswith("sem_seg_head.") for name in held)
+    wanted = model.state_dict()
+    if official:
+        tensors = _from_release(held)
+    else:
+        ours = {to_transformers(name): name for name in wanted}
+        tensors = {ours.get(name, name): tensor for name, tensor in held.items()}
+    tensors = {n: t for n, t in wanted.items() if n.endswith(".num_batches_tracked")} | tensors
+    said = f"{path}: {len(held)} tensors of {'the release of Mask2Former' if official else 'Mask2Former, as transformers names them'}"
+    classes = len(tensors.get("class_predictor.bias", wanted["class_predictor.bias"])) - 1
+    own = len(wanted["class_predictor.bias"]) - 1
+    fresh = classes != own
+    if fresh:
+        for name in ("class_predictor.weight", "class_predictor.bias"):
+            if name in tensors and tensors[name].shape[1:] == wanted[name].shape[1:]:
+                tensors[name] = wanted[name]
+        said += f"; the classifier starts anew, as the file has {classes} classes and the model {own}"
+    check_fit(path, tensors, wanted)
+    model.load_state_dict(tensors)
+    if fresh:
+        model.reset_classifier(own)  # type: ignore[operator]  # a Mask2Former
+    return said
+
+
+def export_checkpoint(model: nn.Module, path: Path | str) -> None:
+    """Writes a model as safetensors with transformers' names; `from_pretrained` of transformers needs a config.json beside it."""
+    tensors = {to_transformers(name): tensor for name, tensor in model.state_dict().items()}
+    config = model.config
+    weight = torch.ones(config.num_classes + 1)  # type: ignore[union-attr, operator]  # a Mask2FormerConfig
+    weight[-1] = config.no_object  # type: ignore[union-attr, assignment]  # a Mask2FormerConfig
+    write_tensors(path, tensors | {"criterion.empty_weight": weight}, {"format": "pt"})
+
+
+def to_transformers(name: str) -> str:
+    """transformers' name of one of our tensors."""
+    for part, theirs in _PARTS.items():
+        if name.startswith(part):
+            rest = name.removeprefix(part)
+            return theirs + (_renamed(rest, _RESNET, -1) if part == "backbone." else rest)
+    return name
+
+
+def _from_release(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our names of the release's tensors. Its self-attention holds query, key and value in one tensor."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        own = _renamed(name, _RELEASE, -1)
+        if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", own):
+            for part, third in zip("qkv", tensor.chunk(3), strict=True):
+                found[f"{match[1]}.{part}_proj.{match[2]}"] = third.clone()
+        else:
+            found[own] = tensor
+    return found
+
+
+def _renamed(name: str, rules: tuple[tuple[str, str], ...], shift: int) -> str:
+    """The name by the first rule that fits its beginning. The first number of a stage (`layer1`, `res2`) and of a convolution count from
+    other starts in other code."""
+    for pattern, target in rules:
+        if match := re.match(pattern, name):
+            groups = list(match.groups())
+            if "stages" in target:  # transformers counts stages and convolutions from 0
+                groups[0] = str(int(groups[0]) + shift)
+                groups[2:] = [str(int(g) + shift) for g in groups[2:]]
+            elif target.startswith("backbone.layer"):  # the release's res2 is layer1
+                groups[0] = str(int(groups[0]) + shift)
+            return target.format(*groups) + name[match.end() :]
+    return name

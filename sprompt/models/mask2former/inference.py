@@ -1,0 +1,65 @@
+"""From queries to the masks of a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sprompt.masks import BitMasks, Size
+from sprompt.models.protocol import Prediction
+from sprompt.nn.conv import full_precision
+from sprompt.ops import mask_conv
+
+_CHUNK = 1 << 22  # float pixels that are resized at a time
+
+
+def predictions(
+    mask_features: Tensor, embeddings: Tensor, classes: Tensor, input_size: Size, sizes: Sequence[Size],
+    original_sizes: Sequence[Size], threshold: float, max_per_image: int,
+) -> list[Prediction]:  # fmt: skip
+    """The best max_per_image pairs of a query and a class of every image, with the query's mask at the picture's own size.
+
+    Logits are resized to the padded input, cut to the image, and resized to the picture. A mask is where their probability is above
+    `threshold`. A score is the probability of the class times the mean probability of the mask's own pixels. Pairs are chosen by the
+    probability of the class, and listed by score.
+
+    Args:
+        mask_features: (B, C, h, w) of stride 4. embeddings: (B, Q, C). classes: (B, Q, K + 1).
+    """
+    if not len(sizes) == len(original_sizes) == len(mask_features):
+        raise ValueError(
+            f"Mask2Former.predictions: sizes and original_sizes must have one entry per image, {len(mask_features)}, got "
+            f"{len(sizes)} and {len(original_sizes)}"
+        )
+    number = classes.shape[2] - 1
+    probability, order = (
+        full_precision(classes).softmax(-1)[..., :-1].flatten(1).sort(dim=1, descending=True, stable=True)
+    )
+    results = []
+    for image, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
+        best = order[image, :max_per_image]
+        queries, place = torch.unique(best // number, return_inverse=True)  # a query can appear with several classes
+        logits = full_precision(mask_conv(mask_features[image : image + 1], embeddings[image : image + 1, queries]))[0]
+        masks, quality = _masks(logits, input_size, size, original, threshold)
+        scores = probability[image, :max_per_image] * quality[place]
+        scores, final = scores.sort(descending=True, stable=True)
+        results.append(Prediction(masks[place[final]], scores.float(), (best % number)[final]))
+    return results
+
+
+def _masks(logits: Tensor, input_size: Size, size: Size, original: Size, threshold: float) -> tuple[BitMasks, Tensor]:
+    """Masks (n,) of the picture, and the mean probability of each over its own pixels; a few masks at a time."""
+    step = max(1, _CHUNK // (input_size[0] * input_size[1] + original[0] * original[1]))
+    masks, quality = [], []
+    for part in logits.split(step) if len(logits) else [logits]:
+        padded = F.interpolate(part[None], input_size, mode="bilinear", align_corners=False)
+        own = F.interpolate(padded[..., : size[0], : size[1]], original, mode="bilinear", align_corners=False)[
+            0
+        ].sigmoid_()
+        bits = own > threshold
+        quality.append((own * bits).sum((1, 2)) / (bits.sum((1, 2)) + 1e-6))
+        masks.append(BitMasks.from_dense(bits))
+    return BitMasks.cat(masks), torch.cat(quality)

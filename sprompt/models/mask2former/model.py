@@ -1,0 +1,150 @@
+"""Mask2Former as a model that methods can train: see `sprompt.models.protocol`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sprompt.masks import BitMasks, Size
+from sprompt.models.mask2former import inference, loss
+from sprompt.models.mask2former.config import Mask2FormerConfig
+from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets
+from sprompt.nn.masked_decoder import MaskedDecoder
+from sprompt.nn.pixel_decoder import LEVELS, PixelDecoder
+from sprompt.nn.resnet import ResNet
+from sprompt.ops import mask_conv
+
+
+class Outputs(NamedTuple):
+    """The predictions of the start queries, then of every layer."""
+
+    classes: list[Tensor]  # (B, Q, K + 1) logits; the last class is no object
+    hidden: list[Tensor]  # (B, Q, C)
+    embeddings: list[Tensor]  # (B, Q, C): their products with the mask features are mask logits of stride 4
+    mask_features: Tensor  # (B, C, H, W), stride 4
+
+
+class TransformerModule(nn.Module):
+    """The queries and the decoder."""
+
+    def __init__(self, config: Mask2FormerConfig) -> None:
+        super().__init__()
+        self.queries_embedder = nn.Embedding(config.queries, config.channels)
+        self.queries_features = nn.Embedding(config.queries, config.channels)
+        self.level_embed = nn.Embedding(LEVELS, config.channels)
+        self.decoder = MaskedDecoder(config.channels, config.heads, config.decoder_feedforward, config.decoder_layers)
+
+
+class Mask2Former(nn.Module):
+    """Mask2Former with a ResNet. Parameters outside of the backbone have transformers' names.
+
+    One site takes prompts: "query", the content of the learned queries; their positions stay as they are. `Features.maps` are the mask
+    features (stride 4), then the pixel decoder's maps of strides 8, 16 and 32.
+    """
+
+    Config = Mask2FormerConfig
+    sites = ("query",)
+
+    def __init__(self, config: Mask2FormerConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = Mask2FormerConfig() if config is None else config
+        self.backbone = ResNet(config.depth, width=config.backbone_width, frozen_stages=config.frozen_stages)
+        self.pixel_decoder = PixelDecoder(
+            self.backbone.channels, config.channels, config.heads, config.encoder_feedforward, config.encoder_layers
+        )
+        self.transformer_module = TransformerModule(config)
+        self.class_predictor = nn.Linear(config.channels, config.num_classes + 1)
+
+    @property
+    def channels(self) -> int:
+        return self.config.channels
+
+    @property
+    def num_classes(self) -> int:
+        return self.config.num_classes
+
+    @property
+    def num_queries(self) -> int:
+        return self.config.queries
+
+    def reset_classifier(self, num_classes: int) -> None:
+        self.config = replace(self.config, num_classes=num_classes)
+        like = self.class_predictor.weight
+        self.class_predictor = nn.Linear(self.channels, num_classes + 1, device=like.device, dtype=like.dtype)
+
+    def freeze_backbone(self, stages: int) -> None:
+        self.config = replace(self.config, frozen_stages=stages)
+        self.backbone.freeze(stages)
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Norms, queries and level embeddings do not decay; the backbone has a tenth of the learning rate."""
+        norms = [p for m in self.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()]
+        module = self.transformer_module
+        tables = [module.queries_embedder.weight, module.queries_features.weight, module.level_embed.weight]
+        return [
+            ParameterGroup([*norms, *tables, self.pixel_decoder.level_embed], decay=0),
+            ParameterGroup(list(self.backbone.parameters()), rate=0.1),
+        ]
+
+    def import_checkpoint(self, path: Path) -> str:
+        """Takes the weights of a file of transformers or of the official release; see `sprompt.models.mask2former.checkpoint`."""
+        from sprompt.models.mask2former.checkpoint import import_checkpoint
+
+        return import_checkpoint(self, path)
+
+    def forward(self, images: Tensor) -> Outputs:
+        return self.decode(self.encode(images))
+
+    def encode(self, images: Tensor) -> Features:
+        """Maps of images (B, 3, H, W), normalised, H and W multiples of 32. Padding is pixels like any other."""
+        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % 32 or images.shape[3] % 32:
+            raise ValueError(
+                "Mask2Former: images must have shape (B, 3, H, W) with H and W multiples of 32, got "
+                f"{tuple(images.shape)}; pad them on the right and below"
+            )
+        maps = self.backbone(images)
+        return Features(maps, self.pixel_decoder(maps))
+
+    def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
+        if targets is not None and targets.groups:
+            raise ValueError("Mask2Former: takes no extra groups of queries yet")
+        mask_features, *maps = features.maps
+        module, batch = self.transformer_module, len(mask_features)
+        content = module.queries_features.weight.expand(batch, -1, -1)
+        if prompter is not None:
+            prompted = prompter("query", content)
+            if prompted.shape != content.shape:
+                raise ValueError(
+                    f"Mask2Former: the prompter must return queries of shape {tuple(content.shape)}, got {tuple(prompted.shape)}"
+                )
+            content = prompted
+        decoded = module.decoder(
+            content,
+            module.queries_embedder.weight.expand(batch, -1, -1),
+            maps[::-1],
+            module.level_embed.weight,
+            mask_features,
+        )
+        classes = [self.class_predictor(hidden) for hidden in decoded.hidden]
+        return Outputs(classes, decoded.hidden, decoded.embeddings, mask_features)
+
+    def losses(self, outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) -> Losses:
+        return loss.losses(outputs, masks, labels, counts, self.config)
+
+    def mask_logits(self, outputs: Outputs) -> Tensor:
+        return mask_conv(outputs.mask_features, outputs.embeddings[-1])
+
+    @torch.no_grad()
+    def predictions(
+        self, outputs: Outputs, input_size: Size, sizes: Sequence[Size], original_sizes: Sequence[Size], *,
+        threshold: float = 0.5, max_per_image: int = 100,
+    ) -> list[Prediction]:  # fmt: skip
+        return inference.predictions(
+            outputs.mask_features, outputs.embeddings[-1], outputs.classes[-1], input_size, sizes, original_sizes, threshold,
+            max_per_image,
+        )  # fmt: skip
