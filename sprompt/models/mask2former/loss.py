@@ -17,7 +17,7 @@ from sprompt.ops import linear_assignment, mask_conv, point_cost, point_loss
 
 
 class Points(NamedTuple):
-    """Points of other code, for comparisons with it: for each prediction head, those of the cost (B, T, 2) and the candidates of the loss."""
+    """Points of other code, for comparisons: of each prediction head those of the cost (B, T, 2) and the candidates of the loss."""
 
     cost: list[Tensor]
     candidates: list[Tensor]
