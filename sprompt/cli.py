@@ -8,6 +8,8 @@ from collections.abc import Sequence
 #: Each is a class of its name in sprompt/commands/<name>.py.
 COMMANDS = {
     "backbone": "train a backbone on pictures without labels (DenseCL), if you have no checkpoint",
+    "check": "read pictures and labels before a training, and tell how long the training will take",
+    "split": "split labelled pictures into a part for training and a part for validation",
     "propose": "find saliency mask proposals in pictures without labels",
     "pretrain": "train a model on proposals, its queries prompted by them (Saliency Prompt)",
     "finetune": "train on labelled pictures, from a pre-trained model, a backbone or scratch",
@@ -43,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from sprompt.commands.parsing import parse
 
-        parse(name, rest).run()
+        return parse(name, rest).run() or 0
     except KeyboardInterrupt:
         print(f"\nsprompt {name}: interrupted", file=sys.stderr)
         return 130
@@ -52,7 +54,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"sprompt {name}: {error}", file=sys.stderr)
         return 1
-    return 0
 
 
 def overview() -> str:

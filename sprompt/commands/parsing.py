@@ -38,7 +38,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     }
     model = _model_name(chosen, plain, name)
     if chosen.preset is not None:
-        base = from_plain(kind, preset(chosen.preset, model).get(name, {}), base, f"preset {chosen.preset}: {name}")
+        base = from_plain(kind, _section(kind, name, chosen.preset, model), base, f"preset {chosen.preset}: {name}")
     elif hasattr(base, "model") and model != base.model.registry.name(type(base.model)):
         base = dataclasses.replace(base, model=base.model.registry.get(model).Config())
     base = from_plain(kind, plain, base, str(chosen.config))
@@ -49,6 +49,17 @@ def parse(name: str, argv: Sequence[str]) -> Any:
         kind, args=rest, default=base, prog=f"sprompt {name}", description=_description(kind),
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )  # fmt: skip
+
+
+def _section(kind: Any, name: str, chosen: str, model: str) -> dict[str, Any]:
+    """The settings of a command in a preset. A command with PRESET_OF takes its share of the settings of that other command, and knows
+    the name of the preset."""
+    of = getattr(kind, "PRESET_OF", name)
+    plain = preset(chosen, model).get(of, {})
+    if of == name:
+        return plain
+    known = {f.name for f in dataclasses.fields(kind)}
+    return {key: value for key, value in plain.items() if key in known} | {"preset": chosen}
 
 
 def _choices(kind: Any, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -76,6 +76,15 @@ def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callabl
     return partial(DeviceBatches, DevicePictures(dataset, augment, device))
 
 
+def read_all(name: str, dataset: Any, **options: Any) -> list[Any]:
+    """`sprompt.data.checking.read_all`, with a bar of this name."""
+    from sprompt.data import checking
+    from sprompt.engine.progress import Progress
+
+    with Progress(name, len(options.get("indices", dataset)), show=is_first()) as bar:
+        return checking.read_all(dataset, progress=bar.reach, **options)
+
+
 def say_if_crowded(dataset: CocoDataset, queries: int) -> None:
     """Warns of pictures with more masks than the model can find, one a query."""
     counts = dataset.mask_counts

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -90,10 +92,7 @@ def train(
     is not waited for, at the next line of the log; the weights never take in such a step. Interrupted (a SystemExit) after SIGINT or
     SIGTERM, with a checkpoint.
     """
-    processes(cpu)
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    )
+    accelerator = _accelerator(cpu)
     run = _Run(accelerator, task, batches, config, Path(out), identity or {}, resume)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
@@ -102,6 +101,50 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
+
+
+class Trial(NamedTuple):
+    seconds: float  # of a step
+    measured: int  # steps that this is the mean of
+    steps: int  # of the whole training
+    bytes: (
+        int  # peak of the memory: of the GPU if it trains on one, else of this process, without the processes that read
+    )
+    device: torch.device
+
+
+def trial(
+    task: nn.Module, batches: Callable[..., Loader], config: TrainConfig, *, cpu: bool = False, steps: int = 3
+) -> Trial:
+    """How long each step of `train` takes with these arguments, and how much memory. Takes one step and then `steps` more, which are
+    measured; a shorter training is measured as far as it goes. Leaves no files. The weights of `task` change."""
+    accelerator = _accelerator(cpu)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        run = _Run(accelerator, task, batches, config, Path(folder), {}, resume=False)
+        run.start(stack, progress=False, record=None)
+        times = [time.monotonic()]
+        signals = Signals()
+        for _ in range(min(1 + steps, run.steps)):
+            run.advance(signals)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+            times.append(time.monotonic())
+        run.guard.check()
+    accelerator.free_memory()
+    first = 1 if len(times) > 2 else 0
+    measured = len(times) - 1 - first
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Trial((times[-1] - times[first]) / measured, measured, run.steps, peak, run.device)
+
+
+def _accelerator(cpu: bool) -> Accelerator:
+    processes(cpu)
+    return Accelerator(
+        cpu=cpu, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    )
 
 
 class _Run:
@@ -148,6 +191,7 @@ class _Run:
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
         self.meter, self.guard = Meter(), Guard()
         self.step, self.seconds = 0, 0.0
+        self.stream: Iterator[Any] | None = None  # batches of the epoch that is going on
         self._restore(resume)
         self.resumed = self.step
         self.model = accelerator.prepare_model(task)  # gives every process the weights and buffers of the first
@@ -182,16 +226,10 @@ class _Run:
         self.last: dict[str, float] = {}
 
     def loop(self, signals: Signals, after_epoch: Callable[[int], Mapping[str, float]] | None) -> TrainResult:
-        stream: Iterator[Any] | None = None
         while self.step < self.steps:
-            epoch, place = divmod(self.step, self.epoch_steps)
-            if stream is None:
-                stream = self.loader.epoch(epoch, place * self.config.accumulate)
-            stop = self._take_step(stream, epoch, signals)
-            if self.step % self.epoch_steps == 0:
-                stream = None
-                if after_epoch is not None:
-                    self._finish_epoch(after_epoch)
+            stop = self.advance(signals)
+            if self.step % self.epoch_steps == 0 and after_epoch is not None:
+                self._finish_epoch(after_epoch)
             every = self.config.checkpoint_steps
             if stop or self.step >= self.steps or (every is not None and self.step % every == 0):
                 self.guard.check()
@@ -201,6 +239,16 @@ class _Run:
             if stop and self.step < self.steps:
                 self._interrupt(signals.number)
         return TrainResult(self.step, self.step // self.epoch_steps, self.last, self.resumed)
+
+    def advance(self, signals: Signals) -> bool:
+        """The next step, from the next batch; whether it shall be the last one for now."""
+        epoch, place = divmod(self.step, self.epoch_steps)
+        if self.stream is None:
+            self.stream = self.loader.epoch(epoch, place * self.config.accumulate)
+        stop = self._take_step(self.stream, epoch, signals)
+        if self.step % self.epoch_steps == 0:
+            self.stream = None
+        return stop
 
     # -- one step
     def _take_step(self, stream: Iterator[Any], epoch: int, signals: Signals) -> bool:
