@@ -8,8 +8,10 @@ from sprompt.commands import run_folder
 from sprompt.commands.evaluate import report
 from sprompt.commands.labelled_data import LabelledData
 from sprompt.commands.prediction import Prediction
+from sprompt.data.checking import refuse_broken
 from sprompt.data.coco import CocoDataset
 from sprompt.data.transforms import Augment
+from sprompt.engine.checkpoint import Checkpoints
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.evaluators.coco import CocoConfig
 from sprompt.engine.evaluators.registry import EvaluatorConfig
@@ -19,6 +21,7 @@ from sprompt.methods.registry import METHODS, MethodConfig
 from sprompt.methods.supervised import SupervisedConfig
 from sprompt.models.knet import KNetConfig
 from sprompt.models.registry import MODELS, ModelConfig, build
+from sprompt.nn.distributed import launched
 from sprompt.nn.weights import load_backbone
 from sprompt.settings import to_plain
 
@@ -33,7 +36,8 @@ class Finetune:
     data: LabelledData = dataclasses.field(default_factory=LabelledData)
     """Pictures to train on."""
     val: LabelledData = dataclasses.field(default_factory=lambda: LabelledData(split="val"))
-    """Pictures to evaluate on at the end. Without --val.images nothing is evaluated."""
+    """Pictures to evaluate on at the end. Without --val.images nothing is evaluated. All of them are read once before the first step, so
+    that a broken picture or mask is found before the training."""
     out: Path = Path("runs/finetune")
     """Run folder."""
     checkpoint: Path | None = None
@@ -78,6 +82,8 @@ class Finetune:
         run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
         for problem in dataset.problems:
             run_folder.say(f"  {problem}")
+        if val is not None and not Checkpoints(self.out / "checkpoints", self.train.keep).steps():
+            self._check(val)
         model = self._model(dataset)
         run_folder.say_if_crowded(dataset, model.num_queries)
         task = METHODS.owner(self.method).on(model, self.method, dataset, self.train.seed)
@@ -106,6 +112,12 @@ class Finetune:
             run_folder.save(self.out, model, dataset.classes, self.augment)
             if val is not None:
                 self._metrics(model, val, quiet=False)
+
+    def _check(self, val: CocoDataset) -> None:
+        """Refuses pictures and masks of --val that cannot be read. The processes of a launcher share the pictures."""
+        rank, world = launched()
+        seen = run_folder.read_all("check --val", val, indices=range(rank, len(val), world), digests=False)
+        refuse_broken(val, "val", seen)
 
     def _model(self, dataset: CocoDataset) -> Any:
         import torch
