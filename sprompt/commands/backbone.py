@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from sprompt.commands import run_folder
-from sprompt.data.folder import PictureFolder, Unbroken
+from sprompt.data.folder import Unbroken
 from sprompt.data.loader import Batches
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.train import train
@@ -27,6 +27,8 @@ class Backbone:
     """Folder of pictures, subfolders included."""
     out: Path = Path("runs/backbone")
     """Run folder."""
+    only: Path | None = None
+    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
     init: Path | None = None
     """Weights to start from."""
     half: bool = False
@@ -53,7 +55,7 @@ class Backbone:
     def run(self) -> None:
         import torch
 
-        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
+        pictures = run_folder.folder_of(self.images, self.only)
         run_folder.say(f"{len(pictures)} pictures in {self.images}")
         for problem in pictures.problems:
             run_folder.say(f"  {problem}")

@@ -30,6 +30,8 @@ class Predict:
     """Trained model: a run folder, or a file."""
     out: Path = Path("runs/predict")
     """Run folder."""
+    only: Path | None = None
+    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
     threshold: float = 0.0
     """Write objects with a higher score only."""
     draw: bool = False
@@ -50,7 +52,7 @@ class Predict:
 
         if not 0 <= self.threshold < 1:
             raise ValueError(f"--threshold: must lie between 0 and 1, got {self.threshold}")
-        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
+        pictures = run_folder.folder_of(self.images, self.only)
         trained = load(self.checkpoint, self.model, "cpu")
         run_folder.say(trained.about)
         for problem in pictures.problems:

@@ -14,6 +14,7 @@ from torch import nn
 from sprompt.atomic import atomic_write
 from sprompt.commands.parsing import record
 from sprompt.data.coco import CocoDataset
+from sprompt.data.folder import PictureFolder
 from sprompt.data.loader import Batches
 from sprompt.data.on_device import DeviceBatches, DevicePictures
 from sprompt.data.transforms import Augment, collate
@@ -128,6 +129,13 @@ def existing(path: Path, option: str, *, folder: bool) -> Path:
     if path.is_dir() != folder:
         raise ValueError(f"--{option}: must be a {'folder' if folder else 'file'}, got {path}")
     return path
+
+
+def folder_of(images: Path, only: Path | None) -> PictureFolder:
+    """The pictures of --images, limited to the list --only."""
+    return PictureFolder(
+        existing(images, "images", folder=True), only=None if only is None else existing(only, "only", folder=False)
+    )
 
 
 def save(out: Path, model: nn.Module, classes: Sequence[str], augment: Augment) -> None:
