@@ -30,7 +30,7 @@ class Backbone:
     only: Path | None = None
     """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
     init: Path | None = None
-    """Weights to start from."""
+    """Weights to start from: a file, or a run folder that holds a backbone."""
     half: bool = False
     """Write the weights in float16, half the size."""
     cpu: bool = False
@@ -60,19 +60,20 @@ class Backbone:
         for problem in pictures.problems:
             run_folder.say(f"  {problem}")
         task = DenseCL(self.densecl)
-        if self.init is not None:
-            run_folder.say(load_backbone(task.backbone, run_folder.existing(self.init, "init", folder=False)))
+        init = None if self.init is None else run_folder.backbone_file(self.init, "init")
+        if init is not None:
+            run_folder.say(load_backbone(task.backbone, init, ("--densecl.depth", "--densecl.width")))
         with run_folder.begun(self.out, self) as record:
             result = train(
                 task, partial(Batches, Unbroken(pictures), self.views, collate_views), self.train, self.out, cpu=self.cpu,
                 record=record,
                 identity={
                     "pictures": run_folder.listing(pictures.file_names), "densecl": to_plain(self.densecl),
-                    "views": to_plain(self.views), "init": run_folder.digest(self.init),
+                    "views": to_plain(self.views), "init": run_folder.digest(init),
                 },
             )  # fmt: skip
             if is_first():
                 save_backbone(
-                    self.out / "backbone.safetensors", task.backbone, torch.float16 if self.half else torch.float32
+                    self.out / run_folder.BACKBONE, task.backbone, torch.float16 if self.half else torch.float32
                 )
-        run_folder.say(f"{self.out / 'backbone.safetensors'} after {result.step} steps")
+        run_folder.say(f"{self.out / run_folder.BACKBONE} after {result.step} steps")

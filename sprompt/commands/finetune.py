@@ -43,7 +43,7 @@ class Finetune:
     checkpoint: Path | None = None
     """Trained model to start from: the run folder or the file of `sprompt pretrain` or `sprompt finetune`, or an official release."""
     backbone: Path | None = None
-    """Backbone to start from, where there is no --checkpoint."""
+    """Backbone to start from, where there is no --checkpoint: a file, or a run folder that holds one."""
     reset_classifier: bool = True
     """With --checkpoint: fresh classification layers. False keeps them where the classes are the same."""
     evaluate_every: int = 0
@@ -105,13 +105,19 @@ class Finetune:
                 identity={
                     "labels": run_folder.digest(self.data.annotations), "pictures": dataset.image_ids,
                     "classes": dataset.classes, "model": to_plain(model.config), "method": to_plain(self.method),
-                    "init": run_folder.digest(model_file(self.checkpoint) if self.checkpoint else self.backbone),
+                    "init": run_folder.digest(self._start()),
                     "reset_classifier": self.reset_classifier, "augment": to_plain(self.augment),
                 },
             )  # fmt: skip
             run_folder.save(self.out, model, dataset.classes, self.augment)
             if val is not None:
                 self._metrics(model, val, quiet=False)
+
+    def _start(self) -> Path | None:
+        """The file of weights that training starts from."""
+        if self.checkpoint is not None:
+            return model_file(self.checkpoint)
+        return None if self.backbone is None else run_folder.backbone_file(self.backbone, "backbone")
 
     def _check(self, val: CocoDataset) -> None:
         """Refuses pictures and masks of --val that cannot be read. The processes of a launcher share the pictures."""
@@ -128,9 +134,7 @@ class Finetune:
         if self.checkpoint is None:
             model = build(dataclasses.replace(self.model, num_classes=count))
             if self.backbone is not None:
-                run_folder.say(
-                    load_backbone(model.backbone, run_folder.existing(self.backbone, "backbone", folder=False))
-                )
+                run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))
             return model
         if self.backbone is not None:
             raise ValueError("--backbone: must be left out where --checkpoint is given; the model has its own")

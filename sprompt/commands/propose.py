@@ -24,7 +24,7 @@ class Propose:
     images: Path
     """Folder of pictures, subfolders included."""
     backbone: Path
-    """Self-supervised backbone: a file of DenseCL, MoCo-v2, SwAV or torchvision, or of `sprompt backbone`."""
+    """Self-supervised backbone: a file of DenseCL, MoCo-v2, SwAV or torchvision, or the run folder or file of `sprompt backbone`."""
     out: Path = Path("proposals.json")
     """The file to write (COCO format)."""
     only: Path | None = None
@@ -43,7 +43,7 @@ class Propose:
 
         index, count = self._share()
         pictures = run_folder.folder_of(self.images, self.only)
-        backbone = open_backbone(run_folder.existing(self.backbone, "backbone", folder=False))
+        backbone = open_backbone(run_folder.backbone_file(self.backbone, "backbone"))
         cuda = torch.cuda.is_available() and not self.cpu
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         share = f", share {index} of {count}" if count > 1 else ""

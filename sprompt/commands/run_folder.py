@@ -26,6 +26,7 @@ from sprompt.settings import read_yaml, to_yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+BACKBONE = "backbone.safetensors"
 PREDICTIONS = "predictions.json"
 _LOCK = ".lock"  # held by the run that writes into the folder
 
@@ -129,6 +130,16 @@ def existing(path: Path, option: str, *, folder: bool) -> Path:
     if path.is_dir() != folder:
         raise ValueError(f"--{option}: must be a {'folder' if folder else 'file'}, got {path}")
     return path
+
+
+def backbone_file(path: Path, option: str) -> Path:
+    """The file of a backbone: the path itself, or in a run folder of `backbone`, `pretrain` or `finetune` the file that holds one."""
+    if not path.is_dir():
+        return existing(path, option, folder=False)
+    for name in (BACKBONE, MODEL):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"--{option}: {path} holds no {BACKBONE} and no {MODEL}; has its training finished?")
 
 
 def folder_of(images: Path, only: Path | None) -> PictureFolder:
