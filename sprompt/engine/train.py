@@ -177,6 +177,14 @@ class _Run:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        late = [drop for drop in config.drops if drop >= config.epochs] if config.schedule == "step" else []
+        if self.main and late:
+            warnings.warn(
+                f"drops: should lie before the end of the training after {config.epochs} epochs, got {', '.join(map(str, late))}: the "
+                "learning rate never drops there; give --train.drops that fit --train.epochs",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         if self.main and config.precision == "bf16" and self.device.type == "cpu" and not has_bf16():
             warnings.warn(
                 "precision: bf16 can take a hundred times as long as float32 on this CPU, which has no instructions for it; take "
@@ -218,6 +226,9 @@ class _Run:
             self.checkpoints.clean()
             self.log = Log(self.out, self.step)
             stack.callback(self.log.close)
+        if self.main and progress and self.step:
+            done = "all steps are done" if self.step >= self.steps else f"goes on at step {self.step} of {self.steps}"
+            print(f"{self.out}: {done}", file=sys.stderr, flush=True)
         self.progress = stack.enter_context(
             Progress("train", self.steps, done=self.step, show=progress and self.main and self.step < self.steps)
         )
