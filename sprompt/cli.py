@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 #: Each is a class of its name in sprompt/commands/<name>.py.
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         env.main(rest)
         return 0
+    form, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         from sprompt.commands.parsing import parse
 
@@ -54,6 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"sprompt {name}: {error}", file=sys.stderr)
         return 1
+    finally:
+        warnings.formatwarning = form
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as a line for users: without the place in the source."""
+    return f"warning: {message}\n"
 
 
 def overview() -> str:

@@ -49,7 +49,8 @@ class View:
         from sprompt.report.gallery import build
 
         for folder in self.runs:
-            run_folder.existing(folder, "runs", folder=True)
+            if not folder.is_dir():
+                raise ValueError(f"{folder}: there is no such run folder; check the path")
             if not any((folder / name).exists() for name in (run_folder.CONFIG, "log.jsonl", run_folder.METRICS)):
                 raise ValueError(
                     f"{folder}: is not a run folder; it has no {run_folder.CONFIG}, log.jsonl or {run_folder.METRICS}"
