@@ -1,5 +1,6 @@
 """`sprompt COMMAND ...`: finds the command, reads its settings, runs it."""
 
+import errno
 import os
 import sys
 import traceback
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("SPROMPT_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"sprompt {name}: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free disk space, then start the same command again" if full else ""
+        print(f"sprompt {name}: {error}{advice}", file=sys.stderr)
         return 1
     finally:
         warnings.formatwarning = form
