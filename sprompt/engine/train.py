@@ -28,7 +28,7 @@ from sprompt.engine.optim import factor_at, make_optimiser, optimiser_tensors, s
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.engine.resume import check_same, restore, versions
-from sprompt.machine import has_bf16
+from sprompt.machine import busy, has_bf16
 from sprompt.nn.distributed import is_first
 from sprompt.ops.checks import NotFiniteError
 from sprompt.seeding import seed_all
@@ -192,6 +192,8 @@ class _Run:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        if self.main and self.device.type == "cpu" and torch.get_num_threads() > 1 and (line := busy()) is not None:
+            warnings.warn(line, RuntimeWarning, stacklevel=3)
         self.steps = min(whole, config.max_steps or sys.maxsize)
         self.identity = {**config.identity(), **identity, "steps of an epoch": self.epoch_steps}
         self.optimiser = make_optimiser(task.to(self.device).train(), config)
