@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 import shlex
 import subprocess
 import sys
@@ -104,11 +105,15 @@ def test_propose_that_goes_on_does_not_count_what_was_done(folder: Path, monkeyp
 
 
 def test_warnings_are_one_line(folder: Path) -> None:
-    """pytest catches warnings, so the command runs in a process of its own."""
+    """pytest catches warnings, so the command runs in a process of its own. With one thread it does not warn of a busy machine."""
     data = f"--data.images {folder}/images --data.annotations {folder}/instances.json"
     line = f"finetune {data} --out {folder}/f --train.epochs 2 --train.drops 1 2 5 {NETWORK} {SMALL}"
     done = subprocess.run(
-        [sys.executable, "-m", "sprompt.cli", *shlex.split(line)], capture_output=True, text=True, check=True
+        [sys.executable, "-m", "sprompt.cli", *shlex.split(line)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     warned = [text for text in done.stderr.splitlines() if "warn" in text.lower() or ".py" in text]
     assert len(warned) == 2 and warned[0].startswith("warning: warmup_steps: should be well below the 4 steps")
