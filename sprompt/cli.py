@@ -1,14 +1,17 @@
 """`sprompt COMMAND ...`: finds the command, reads its settings, runs it."""
 
+import errno
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 #: Each is a class of its name in sprompt/commands/<name>.py.
 COMMANDS = {
     "backbone": "train a backbone on pictures without labels (DenseCL), if you have no checkpoint",
-    "split": "share out labelled pictures: a part for training and a part for validation, with the same classes",
+    "check": "read pictures and labels before a training, and tell how long the training will take",
+    "split": "split labelled pictures into a part for training and a part for validation",
     "propose": "find saliency mask proposals in pictures without labels",
     "pretrain": "train a model on proposals, its queries prompted by them (Saliency Prompt)",
     "finetune": "train on labelled pictures, from a pre-trained model, a backbone or scratch",
@@ -41,19 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         env.main(rest)
         return 0
+    form, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         from sprompt.commands.parsing import parse
 
-        parse(name, rest).run()
+        return parse(name, rest).run() or 0
     except KeyboardInterrupt:
         print(f"\nsprompt {name}: interrupted", file=sys.stderr)
         return 130
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("SPROMPT_TRACEBACK", "0") not in ("", "0"):
             traceback.print_exc()
-        print(f"sprompt {name}: {error}", file=sys.stderr)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = "; free disk space, then start the same command again" if full else ""
+        print(f"sprompt {name}: {error}{advice}", file=sys.stderr)
         return 1
-    return 0
+    finally:
+        warnings.formatwarning = form
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """A warning as a line for users: without the place in the source."""
+    return f"warning: {message}\n"
 
 
 def overview() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def has_bf16() -> bool:
     where that is not known."""
     flags = _cpuinfo()[1]
     return not flags or not flags.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def busy() -> str | None:
+    """A line about a machine on which more programs want to compute than it has cores; None where that is not so, or not known."""
+    cores = os.cpu_count()
+    if cores is None or not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) <= cores:
+        return None
+    return (
+        f"the machine is busy: its load is {load:.1f} on {cores} cores; training with several threads can then take three times as long; "
+        "OMP_NUM_THREADS=1 in front of the command takes one thread"
+    )
 
 
 def cpu() -> tuple[str, str]:

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from sprompt.commands import run_folder
-from sprompt.data.folder import PictureFolder, Unbroken
+from sprompt.data.folder import Unbroken
 from sprompt.data.loader import Batches
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.train import train
@@ -27,8 +27,10 @@ class Backbone:
     """Folder of pictures, subfolders included."""
     out: Path = Path("runs/backbone")
     """Run folder."""
+    only: Path | None = None
+    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
     init: Path | None = None
-    """Weights to start from."""
+    """Weights to start from: a file, or a run folder that holds a backbone."""
     half: bool = False
     """Write the weights in float16, half the size."""
     cpu: bool = False
@@ -53,24 +55,25 @@ class Backbone:
     def run(self) -> None:
         import torch
 
-        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
+        pictures = run_folder.folder_of(self.images, self.only)
         run_folder.say(f"{len(pictures)} pictures in {self.images}")
         for problem in pictures.problems:
             run_folder.say(f"  {problem}")
         task = DenseCL(self.densecl)
-        if self.init is not None:
-            run_folder.say(load_backbone(task.backbone, run_folder.existing(self.init, "init", folder=False)))
+        init = None if self.init is None else run_folder.backbone_file(self.init, "init")
+        if init is not None:
+            run_folder.say(load_backbone(task.backbone, init, ("--densecl.depth", "--densecl.width")))
         with run_folder.begun(self.out, self) as record:
             result = train(
                 task, partial(Batches, Unbroken(pictures), self.views, collate_views), self.train, self.out, cpu=self.cpu,
                 record=record,
                 identity={
                     "pictures": run_folder.listing(pictures.file_names), "densecl": to_plain(self.densecl),
-                    "views": to_plain(self.views), "init": run_folder.digest(self.init),
+                    "views": to_plain(self.views), "init": run_folder.digest(init),
                 },
             )  # fmt: skip
             if is_first():
                 save_backbone(
-                    self.out / "backbone.safetensors", task.backbone, torch.float16 if self.half else torch.float32
+                    self.out / run_folder.BACKBONE, task.backbone, torch.float16 if self.half else torch.float32
                 )
-        run_folder.say(f"{self.out / 'backbone.safetensors'} after {result.step} steps")
+        run_folder.say(f"{self.out / run_folder.BACKBONE} after {result.step} steps")

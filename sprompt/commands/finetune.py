@@ -8,8 +8,10 @@ from sprompt.commands import run_folder
 from sprompt.commands.evaluate import report
 from sprompt.commands.labelled_data import LabelledData
 from sprompt.commands.prediction import Prediction
+from sprompt.data.checking import refuse_broken
 from sprompt.data.coco import CocoDataset
 from sprompt.data.transforms import Augment
+from sprompt.engine.checkpoint import Checkpoints
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.evaluators.coco import CocoConfig
 from sprompt.engine.evaluators.registry import EvaluatorConfig
@@ -19,6 +21,7 @@ from sprompt.methods.registry import METHODS, MethodConfig
 from sprompt.methods.supervised import SupervisedConfig
 from sprompt.models.knet import KNetConfig
 from sprompt.models.registry import MODELS, ModelConfig, build
+from sprompt.nn.distributed import launched
 from sprompt.nn.weights import load_backbone
 from sprompt.settings import to_plain
 
@@ -33,13 +36,14 @@ class Finetune:
     data: LabelledData = dataclasses.field(default_factory=LabelledData)
     """Pictures to train on."""
     val: LabelledData = dataclasses.field(default_factory=lambda: LabelledData(split="val"))
-    """Pictures to evaluate on at the end. Without --val.images nothing is evaluated."""
+    """Pictures to evaluate on at the end. Without --val.images nothing is evaluated. All of them are read once before the first step, so
+    that a broken picture or mask is found before the training."""
     out: Path = Path("runs/finetune")
     """Run folder."""
     checkpoint: Path | None = None
     """Trained model to start from: the run folder or the file of `sprompt pretrain` or `sprompt finetune`, or an official release."""
     backbone: Path | None = None
-    """Backbone to start from, where there is no --checkpoint."""
+    """Backbone to start from, where there is no --checkpoint: a file, or a run folder that holds one."""
     reset_classifier: bool = True
     """With --checkpoint: fresh classification layers. False keeps them where the classes are the same."""
     evaluate_every: int = 0
@@ -78,6 +82,8 @@ class Finetune:
         run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
         for problem in dataset.problems:
             run_folder.say(f"  {problem}")
+        if val is not None and not Checkpoints(self.out / "checkpoints", self.train.keep).steps():
+            self._check(val)
         model = self._model(dataset)
         run_folder.say_if_crowded(dataset, model.num_queries)
         task = METHODS.owner(self.method).on(model, self.method, dataset, self.train.seed)
@@ -99,13 +105,25 @@ class Finetune:
                 identity={
                     "labels": run_folder.digest(self.data.annotations), "pictures": dataset.image_ids,
                     "classes": dataset.classes, "model": to_plain(model.config), "method": to_plain(self.method),
-                    "init": run_folder.digest(model_file(self.checkpoint) if self.checkpoint else self.backbone),
+                    "init": run_folder.digest(self._start()),
                     "reset_classifier": self.reset_classifier, "augment": to_plain(self.augment),
                 },
             )  # fmt: skip
             run_folder.save(self.out, model, dataset.classes, self.augment)
             if val is not None:
                 self._metrics(model, val, quiet=False)
+
+    def _start(self) -> Path | None:
+        """The file of weights that training starts from."""
+        if self.checkpoint is not None:
+            return model_file(self.checkpoint)
+        return None if self.backbone is None else run_folder.backbone_file(self.backbone, "backbone")
+
+    def _check(self, val: CocoDataset) -> None:
+        """Refuses pictures and masks of --val that cannot be read. The processes of a launcher share the pictures."""
+        rank, world = launched()
+        seen = run_folder.read_all("check --val", val, indices=range(rank, len(val), world), digests=False)
+        refuse_broken(val, "val", seen)
 
     def _model(self, dataset: CocoDataset) -> Any:
         import torch
@@ -116,9 +134,7 @@ class Finetune:
         if self.checkpoint is None:
             model = build(dataclasses.replace(self.model, num_classes=count))
             if self.backbone is not None:
-                run_folder.say(
-                    load_backbone(model.backbone, run_folder.existing(self.backbone, "backbone", folder=False))
-                )
+                run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))
             return model
         if self.backbone is not None:
             raise ValueError("--backbone: must be left out where --checkpoint is given; the model has its own")

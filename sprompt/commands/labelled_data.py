@@ -20,6 +20,9 @@ class LabelledData:
     """What the files are."""
     split: str = "train"
     """Which part of cityscapes: train or val."""
+    only: Path | None = None
+    """For format coco: a list of the pictures to take, one file name a line, as it stands in the COCO file. `sprompt split` writes such
+    lists. Default: all pictures of the file. A fraction is a share of the list."""
     fraction: float = 1.0
     """Share of the pictures that is used, drawn by subset_seed."""
     subset_seed: int = 0
@@ -40,6 +43,8 @@ class LabelledData:
 
         if class_agnostic and self.format != "coco":
             raise ValueError(f"--class-agnostic: needs --{name}.format coco, got {self.format}")
+        if self.only is not None and self.format != "coco":
+            raise ValueError(f"--{name}.only: needs --{name}.format coco, got {self.format}")
         dataset = self._open(name, keep_empty, class_agnostic)
         if self.subset_list is not None:
             if self.fraction != 1.0:
@@ -64,4 +69,5 @@ class LabelledData:
             from sprompt.data.ctw1500 import read_ctw1500
 
             return read_ctw1500(images, labels, keep_empty=keep_empty)
-        return CocoDataset(images, labels, class_agnostic=class_agnostic, keep_empty=keep_empty)
+        only = None if self.only is None else run_folder.existing(self.only, f"{name}.only", folder=False)
+        return CocoDataset(images, labels, class_agnostic=class_agnostic, keep_empty=keep_empty, only=only)

@@ -16,6 +16,7 @@ from sprompt.settings import SettingsError, from_plain, read_yaml, to_plain
 
 PRESETS = Path(__file__).parents[1] / "presets"
 MODEL = "knet"  # where nobody names a model
+FOLDER = "folder"  # in a config.yaml: the working directory of the run
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:
@@ -31,6 +32,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     plain = {} if chosen.config is None else read_yaml(chosen.config)
     if plain.pop("command", name) != name:
         raise SettingsError(f"{chosen.config}: holds the settings of another command than {name}")
+    plain.pop(FOLDER, None)
     named = {
         option: kind.load(given).Config
         for option, kind in registries(kind).items()
@@ -38,7 +40,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     }
     model = _model_name(chosen, plain, name)
     if chosen.preset is not None:
-        base = from_plain(kind, preset(chosen.preset, model).get(name, {}), base, f"preset {chosen.preset}: {name}")
+        base = from_plain(kind, _section(kind, name, chosen.preset, model), base, f"preset {chosen.preset}: {name}")
     elif hasattr(base, "model") and model != base.model.registry.name(type(base.model)):
         base = dataclasses.replace(base, model=base.model.registry.get(model).Config())
     base = from_plain(kind, plain, base, str(chosen.config))
@@ -49,6 +51,17 @@ def parse(name: str, argv: Sequence[str]) -> Any:
         kind, args=rest, default=base, prog=f"sprompt {name}", description=_description(kind),
         config=(tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands),
     )  # fmt: skip
+
+
+def _section(kind: Any, name: str, chosen: str, model: str) -> dict[str, Any]:
+    """The settings of a command in a preset. A command with PRESET_OF takes its share of the settings of that other command, and knows
+    the name of the preset."""
+    of = getattr(kind, "PRESET_OF", name)
+    plain = preset(chosen, model).get(of, {})
+    if of == name:
+        return plain
+    known = {f.name for f in dataclasses.fields(kind)}
+    return {key: value for key, value in plain.items() if key in known} | {"preset": chosen}
 
 
 def _choices(kind: Any, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -139,19 +152,35 @@ def preset(name: str, model: str = MODEL) -> dict[str, Any]:
 
 
 def record(settings: Any) -> dict[str, Any]:
-    """The content of a run's config.yaml: the command and all its settings."""
-    return {"command": type(settings).__name__.lower(), **to_plain(settings)}
+    """The content of a run's config.yaml: the command, the working directory, and all settings as they were given."""
+    return {"command": type(settings).__name__.lower(), FOLDER: str(Path.cwd()), **to_plain(settings)}
 
 
 def read_record(path: Path) -> tuple[str, Any]:
-    """The command of a config.yaml, and its settings."""
+    """The command of a config.yaml, and its settings. A relative path that is not there from the working directory, but from that of the
+    run, becomes the latter."""
     plain = read_yaml(path)
     name = str(plain.pop("command", ""))
+    folder = Path(str(plain.pop(FOLDER, ".")))
     if not (Path(__file__).parent / f"{name}.py").is_file():
         raise SettingsError(f"{path}: command must be a command of sprompt, got {name!r}")
     try:
-        return name, from_plain(command(name), plain)
+        return name, _found(from_plain(command(name), plain), folder)
     except SettingsError as error:
         raise SettingsError(
             f"{path}: is not of this version of sprompt ({error}); train again, or use the version that wrote it"
         ) from None
+
+
+def _found(value: Any, folder: Path) -> Any:
+    """A setting, with paths that exist only from this folder."""
+    if isinstance(value, Path):
+        return folder / value if not value.exists() and (folder / value).exists() else value
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    changed = {
+        field.name: new
+        for field in dataclasses.fields(value)
+        if (new := _found(old := getattr(value, field.name), folder)) is not old
+    }
+    return dataclasses.replace(value, **changed) if changed else value

@@ -21,7 +21,8 @@ class Predict:
     """Finds the objects in a folder of pictures.
 
     Writes OUT/predictions.json (COCO results) and OUT/pictures.json (the file of each image_id, and the categories). With --draw True it
-    also writes every picture with its objects into OUT/drawn. Pictures that cannot be read are named and left out.
+    also writes every picture with its objects into OUT/drawn. Pictures that cannot be read are named and left out; pictures.json has the
+    reason as their "problem".
     """
 
     images: Path
@@ -30,6 +31,8 @@ class Predict:
     """Trained model: a run folder, or a file."""
     out: Path = Path("runs/predict")
     """Run folder."""
+    only: Path | None = None
+    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
     threshold: float = 0.0
     """Write objects with a higher score only."""
     draw: bool = False
@@ -50,23 +53,26 @@ class Predict:
 
         if not 0 <= self.threshold < 1:
             raise ValueError(f"--threshold: must lie between 0 and 1, got {self.threshold}")
-        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
+        pictures = run_folder.folder_of(self.images, self.only)
         trained = load(self.checkpoint, self.model, "cpu")
         run_folder.say(trained.about)
         for problem in pictures.problems:
             run_folder.say(f"  {problem}")
         image_ids, category_ids = self._ids(pictures, trained.names)
-        problems: list[str] = []
+        problems: dict[int, str] = {}
         with run_folder.begun(self.out, self) as text:
             count = predict_to_file(
                 trained.model, pictures, self.out / run_folder.PREDICTIONS, category_ids, cpu=self.cpu, problems=problems,
                 above=self.threshold, image_ids=image_ids, **self.test.sized(trained.size),
             )  # fmt: skip
-            for problem in problems:
-                print(f"  left out: {problem}")
+            for problem in problems.values():
+                run_folder.say(f"  left out: {problem}")
             if is_first():
                 listing = {
-                    "images": [{"id": i, "file_name": n} for i, n in zip(image_ids, pictures.file_names, strict=True)],
+                    "images": [
+                        {"id": own, "file_name": name} | ({"problem": problems[place]} if place in problems else {})
+                        for place, (own, name) in enumerate(zip(image_ids, pictures.file_names, strict=True))
+                    ],
                     "categories": [{"id": i, "name": n} for i, n in zip(category_ids, trained.names, strict=True)],
                 }
                 atomic_write(self.out / "pictures.json", json.dumps(listing) + "\n")

@@ -31,7 +31,8 @@ class Pretrain:
     proposals: Path
     """File written by `sprompt propose`."""
     backbone: Path
-    """The backbone that the proposals were made with. The method decides whether it stays frozen."""
+    """The backbone that the proposals were made with: a file, or a run folder that holds one. The method decides whether it stays
+    frozen."""
     out: Path = Path("runs/pretrain")
     """Run folder."""
     keep_empty: bool = False
@@ -67,7 +68,7 @@ class Pretrain:
         torch.manual_seed(self.train.seed)
         model = build(dataclasses.replace(self.model, num_classes=1))
         run_folder.say_if_crowded(dataset, model.num_queries)
-        run_folder.say(load_backbone(model.backbone, run_folder.existing(self.backbone, "backbone", folder=False)))
+        run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))
         made_with = dataset.info["proposals"] if dataset.has_seeds else {}
         if made_with.get("backbone", fingerprint(model.backbone)) != fingerprint(model.backbone):
             raise ValueError(

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 from sprompt.commands import run_folder
-from sprompt.data.folder import PictureFolder
 from sprompt.data.reading import read_json
 from sprompt.engine.progress import Progress
 from sprompt.methods.saliency_prompt import ProposalConfig, generate
@@ -25,9 +24,11 @@ class Propose:
     images: Path
     """Folder of pictures, subfolders included."""
     backbone: Path
-    """Self-supervised backbone: a file of DenseCL, MoCo-v2, SwAV or torchvision, or of `sprompt backbone`."""
+    """Self-supervised backbone: a file of DenseCL, MoCo-v2, SwAV or torchvision, or the run folder or file of `sprompt backbone`."""
     out: Path = Path("proposals.json")
     """The file to write (COCO format)."""
+    only: Path | None = None
+    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
     shard: str | None = None
     """Which share of the pictures this process takes, as index/count; default: all of them, or this process's of a launcher's."""
     vectors: bool = False
@@ -41,8 +42,8 @@ class Propose:
         import torch
 
         index, count = self._share()
-        pictures = PictureFolder(run_folder.existing(self.images, "images", folder=True))
-        backbone = open_backbone(run_folder.existing(self.backbone, "backbone", folder=False))
+        pictures = run_folder.folder_of(self.images, self.only)
+        backbone = open_backbone(run_folder.backbone_file(self.backbone, "backbone"))
         cuda = torch.cuda.is_available() and not self.cpu
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
         share = f", share {index} of {count}" if count > 1 else ""

@@ -14,6 +14,7 @@ from torch import nn
 from sprompt.atomic import atomic_write
 from sprompt.commands.parsing import record
 from sprompt.data.coco import CocoDataset
+from sprompt.data.folder import PictureFolder
 from sprompt.data.loader import Batches
 from sprompt.data.on_device import DeviceBatches, DevicePictures
 from sprompt.data.transforms import Augment, collate
@@ -25,6 +26,7 @@ from sprompt.settings import read_yaml, to_yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
+BACKBONE = "backbone.safetensors"
 PREDICTIONS = "predictions.json"
 _LOCK = ".lock"  # held by the run that writes into the folder
 
@@ -76,6 +78,15 @@ def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callabl
     return partial(DeviceBatches, DevicePictures(dataset, augment, device))
 
 
+def read_all(name: str, dataset: Any, **options: Any) -> list[Any]:
+    """`sprompt.data.checking.read_all`, with a bar of this name."""
+    from sprompt.data import checking
+    from sprompt.engine.progress import Progress
+
+    with Progress(name, len(options.get("indices", dataset)), show=is_first()) as bar:
+        return checking.read_all(dataset, progress=bar.reach, **options)
+
+
 def say_if_crowded(dataset: CocoDataset, queries: int) -> None:
     """Warns of pictures with more masks than the model can find, one a query."""
     counts = dataset.mask_counts
@@ -119,6 +130,23 @@ def existing(path: Path, option: str, *, folder: bool) -> Path:
     if path.is_dir() != folder:
         raise ValueError(f"--{option}: must be a {'folder' if folder else 'file'}, got {path}")
     return path
+
+
+def backbone_file(path: Path, option: str) -> Path:
+    """The file of a backbone: the path itself, or in a run folder of `backbone`, `pretrain` or `finetune` the file that holds one."""
+    if not path.is_dir():
+        return existing(path, option, folder=False)
+    for name in (BACKBONE, MODEL):
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"--{option}: {path} holds no {BACKBONE} and no {MODEL}; has its training finished?")
+
+
+def folder_of(images: Path, only: Path | None) -> PictureFolder:
+    """The pictures of --images, limited to the list --only."""
+    return PictureFolder(
+        existing(images, "images", folder=True), only=None if only is None else existing(only, "only", folder=False)
+    )
 
 
 def save(out: Path, model: nn.Module, classes: Sequence[str], augment: Augment, *, half: bool = False) -> None:

@@ -1,6 +1,7 @@
 """`sprompt view`: a gallery that opens in a browser."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class View:
         from sprompt.report.gallery import build
 
         for folder in self.runs:
-            run_folder.existing(folder, "runs", folder=True)
+            if not folder.is_dir():
+                raise ValueError(f"{folder}: there is no such run folder; check the path")
             if not any((folder / name).exists() for name in (run_folder.CONFIG, "log.jsonl", run_folder.METRICS)):
                 raise ValueError(
                     f"{folder}: is not a run folder; it has no {run_folder.CONFIG}, log.jsonl or {run_folder.METRICS}"
@@ -65,6 +67,7 @@ class View:
         if pretrained is not None:
             folder, settings = pretrained
             proposals = proposals or (settings.images, settings.proposals)
+            print("matching prompts and kernels", flush=True)
             prompts = self._prompts(folder, settings)
         if tested is not None:
             folder, settings = tested
@@ -76,12 +79,13 @@ class View:
             if predictions is None:
                 predictions, found = (settings.images, None, found[1]), None
         if last := tested or predicted:
+            print("computing the mean mask of each kernel", flush=True)
             activation = self._activation(*last)
         if not (self.runs or proposals or predictions):
             raise ValueError("view: needs a run folder, --proposals or --predictions; see --help")
         page = build(
             self.out, proposals=proposals, runs=self.runs, predictions=predictions, found=found, activation=activation,
-            prompts=prompts, title=self.title, limit=self.limit,
+            prompts=prompts, title=self.title, limit=self.limit, tell=partial(print, flush=True),
         )  # fmt: skip
         print(f"open {page} in a browser")
 

@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from sprompt.data.annotations import CocoFile, Picture, named, parse
-from sprompt.data.errors import DataError
+from sprompt.data.errors import DataError, SizeError
 from sprompt.data.listed import read_list
 from sprompt.data.pictures import read_picture, stored_size
 from sprompt.data.reading import read_json
 from sprompt.data.sample import Sample
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode
+from sprompt.masks import BitMasks
 
 
 class CocoDataset(Dataset[Sample]):
@@ -139,30 +141,54 @@ class CocoDataset(Dataset[Sample]):
 
     def __getitem__(self, index: int) -> Sample:
         picture = self._file.pictures[self.positions[index]]
-        path = self._folder / picture.file_name
-        image = read_picture(path)
-        if tuple(image.shape[1:]) != picture.size:
-            (h, w), (height, width) = image.shape[1:], picture.size
-            if stored_size(path) == picture.size:
-                raise DataError(
-                    f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w} after its EXIF orientation is "
-                    "applied; the labels were drawn on the unturned picture, so remove the orientation from the file "
-                    "(exiftool -Orientation= FILE), or turn the labels"
-                )
-            raise DataError(
-                f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w}; was it resized or turned?"
-            )
+        image = self.image(index)
         instances = self._instances(picture)
-        name = f"{self.source}: annotation "
-        masks = decode([a["segmentation"] for a in instances], picture.size, lambda i: f"{name}{instances[i]['id']}")
+        masks = self.masks(index, instances)
         labels = torch.tensor([self._class_of[a["category_id"]] for a in instances], dtype=torch.int64)
         seeds = None
         if self._seeds is not None:
             where = f"{self.source}: picture {picture.id}"
             seeds = self._seeds.points([a.get("seed") for a in instances], picture.size, where)
-        sample = Sample(image, masks, labels, picture.id, str(path), picture.size, seeds)
+        sample = Sample(image, masks, labels, picture.id, str(self.path(index)), picture.size, seeds)
         seen = masks.area() > 0
         return sample if bool(seen.all()) else sample.kept(seen)
+
+    def path(self, index: int) -> Path:
+        """The file of a picture."""
+        return self._folder / self._file.pictures[self.positions[index]].file_name
+
+    def image(self, index: int) -> Tensor:
+        """The pixels of a picture. Raises DataError if the file cannot be read, and SizeError if its size is not that of the record."""
+        path, size = self.path(index), self._file.pictures[self.positions[index]].size
+        image = read_picture(path)
+        if tuple(image.shape[1:]) != size:
+            (h, w), (height, width) = image.shape[1:], size
+            if stored_size(path) == size:
+                raise SizeError(
+                    f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w} after its EXIF orientation is "
+                    "applied; the labels were drawn on the unturned picture, so remove the orientation from the file "
+                    "(exiftool -Orientation= FILE), or turn the labels"
+                )
+            raise SizeError(
+                f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w}; was it resized or turned?"
+            )
+        return image
+
+    def annotations(self, index: int) -> list[tuple[dict[str, Any], int | None]]:
+        """Annotations of a picture as they stand in the file, each with its class; the class of a crowd, and of an annotation that is
+        known to be empty, is None. Annotations of categories that do not count are left out."""
+        picture = self._file.pictures[self.positions[index]]
+        return [
+            (a, None if a["id"] in self._file.no_instance else self._class_of[a["category_id"]])
+            for a in self._file.annotations[picture.id]
+            if a["category_id"] in self._class_of
+        ]
+
+    def masks(self, index: int, annotations: Sequence[dict[str, Any]]) -> BitMasks:
+        """The masks of some annotations of a picture. Raises DataError that names the first broken one."""
+        size = self._file.pictures[self.positions[index]].size
+        name = f"{self.source}: annotation "
+        return decode([a["segmentation"] for a in annotations], size, lambda i: f"{name}{annotations[i]['id']}")
 
     # -- parts
     def subset(self, indices: Iterable[int]) -> CocoDataset:

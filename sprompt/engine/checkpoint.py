@@ -55,20 +55,18 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, task: dict[str, Tensor], optimiser: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Writes a checkpoint. It appears under its name when all of it is on the disk; then older ones go."""
+        """Writes a checkpoint. It appears under its name when all of it is on the disk; then older ones go. Raises OSError if it cannot
+        be written, as on a full disk; older checkpoints then stay."""
         final = self.path(step)
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {}
-        for name, tensors in (("task", task), ("optimiser", optimiser)):
-            path = temporary / f"{name}.safetensors"
-            safetensors.torch.save_file(_storable(tensors), path)
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-            files[path.name] = _fingerprint(path)
-        record = {"format": FORMAT, "step": step, **state, "files": files}
-        atomic_write(temporary / "state.json", json.dumps(record, indent=1), sync=True)
+        try:
+            self._write(temporary, step, task, optimiser, state)
+        except (OSError, SafetensorError) as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise OSError(
+                f"{final}: this checkpoint cannot be written ({error}); free disk space, then start the same command again, which goes on "
+                "from the last checkpoint"
+            ) from error
         for newer in self.steps():
             if newer >= step:  # damaged, or the run would have gone on from it
                 shutil.rmtree(self.path(newer))
@@ -77,6 +75,21 @@ class Checkpoints:
         for old in self.steps()[self.keep :]:
             shutil.rmtree(self.path(old), ignore_errors=True)
         return final
+
+    def _write(
+        self, folder: Path, step: int, task: dict[str, Tensor], optimiser: dict[str, Tensor], state: dict[str, Any]
+    ) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        files = {}
+        for name, tensors in (("task", task), ("optimiser", optimiser)):
+            path = folder / f"{name}.safetensors"
+            safetensors.torch.save_file(_storable(tensors), path)
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            files[path.name] = _fingerprint(path)
+        record = {"format": FORMAT, "step": step, **state, "files": files}
+        atomic_write(folder / "state.json", json.dumps(record, indent=1), sync=True)
 
     def clean(self) -> None:
         """Removes what a killed process has left half written."""

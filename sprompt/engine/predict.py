@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,7 +43,7 @@ def predict(
     workers: int = 0,
     device: torch.device | str = "cpu",
     indices: Sequence[int] | None = None,
-    problems: list[str] | None = None,
+    problems: dict[int, str] | None = None,
     progress: bool = False,
 ) -> Iterator[Predicted]:
     """Results of the pictures of a dataset, in its order; no more than a batch is held at a time. Empty masks are left out.
@@ -54,7 +55,8 @@ def predict(
         keep_ratio: False stretches them to long × short pixels.
         threshold: probability above which a pixel is in a mask.
         indices: of the pictures, in order; None means all.
-        problems: pictures that cannot be read are left out, and what is wrong appended here, by name; None raises DataError.
+        problems: gets {place of a picture in the dataset: message} for pictures that cannot be read, which are left out; None raises
+            DataError.
     """
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
@@ -70,9 +72,9 @@ def predict(
         with Progress("predict", len(views), show=progress) as bar:
             for batches, broken in loader:
                 if broken and problems is None:
-                    raise DataError(broken[0])
+                    raise DataError(next(iter(broken.values())))
                 if problems is not None:
-                    problems += broken
+                    problems |= broken
                 found: dict[int, Predicted] = {}
                 for places, batch in batches:
                     predictions = _predicted(model, batch.to(device), threshold, max_per_image)
@@ -138,7 +140,7 @@ def predict_to_file(
     category_ids: Sequence[int],
     *,
     cpu: bool = False,
-    problems: list[str] | None = None,
+    problems: dict[int, str] | None = None,
     above: float = 0.0,
     image_ids: Sequence[int] | None = None,
     progress: bool = True,
@@ -151,7 +153,7 @@ def predict_to_file(
 
     Args:
         cpu: stay on the CPU where there is a GPU.
-        problems: as for `predict`; of the pictures of this process.
+        problems: as for `predict`; every process gets those of all processes.
         above: results with a higher score only.
         image_ids: of the results, by the ids that the dataset gives: image_ids[own id]. None: the dataset's own.
         settings: for `predict`.
@@ -168,6 +170,8 @@ def predict_to_file(
     count = write_results(parts[rank], _chosen(stream, above, image_ids), category_ids)
     if world > 1:
         state.wait_for_everyone()
+        if problems is not None:
+            problems.update(gather_object(list(problems.items())))
         if rank == 0:
             _join(path, parts)
         state.wait_for_everyone()
@@ -199,7 +203,7 @@ def _join(path: Path, parts: Sequence[Path]) -> None:
 
 
 class _Views(Dataset[Any]):
-    """Samples at the size of the model's input; for a picture that cannot be read, what is wrong with it."""
+    """Samples at the size of the model's input; for a picture that cannot be read, its place in the dataset and the message."""
 
     def __init__(self, dataset: Any, resize: Augment, indices: Sequence[int]) -> None:
         self.dataset, self.resize, self.indices = dataset, resize, indices
@@ -213,19 +217,20 @@ class _Views(Dataset[Any]):
         try:
             return self.resize(self.dataset[self.indices[place]], torch.Generator())
         except DataError as error:
-            return str(error)
+            return self.indices[place], str(error)
 
 
-def _collated(views: list[Any]) -> tuple[list[tuple[list[int], Batch]], list[str]]:
-    """Batches of what could be read, with their places, and what is wrong with the others.
+def _collated(views: list[Any]) -> tuple[list[tuple[list[int], Batch]], dict[int, str]]:
+    """Batches of the pictures that could be read, with their places among the views; and the messages about the others, by their places
+    in the dataset.
 
     A batch has one padded size: padding is pixels like any other to a model, so that the results of a picture would else depend
     on its neighbours.
     """
     groups: dict[Size, list[int]] = {}
     for place, view in enumerate(views):
-        if not isinstance(view, str):
+        if not isinstance(view, tuple):
             height, width = view.image.shape[1:]
             groups.setdefault((-(-height // DIVISOR), -(-width // DIVISOR)), []).append(place)
     batches = [(places, collate([views[place] for place in places], divisor=DIVISOR)) for places in groups.values()]
-    return batches, [view for view in views if isinstance(view, str)]
+    return batches, dict(view for view in views if isinstance(view, tuple))

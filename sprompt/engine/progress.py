@@ -13,12 +13,17 @@ SECONDS = 15.0  # between lines where there is no terminal
 
 
 class Progress:
-    """`with Progress("train", total) as progress: ...; progress.advance(note="loss 0.31")`. Writes to stderr; `show=False` nothing."""
+    """`with Progress("train", total) as progress: ...; progress.advance(note="loss 0.31")`. Writes to stderr; `show=False` nothing.
+
+    `done` is the work of earlier starts. It does not count for the speed and the time that is left. Neither does the first piece of work,
+    which often waits for processes to start or for kernels to compile.
+    """
 
     def __init__(self, name: str, total: int, *, done: int = 0, show: bool = True) -> None:
         self.name, self.total, self.done, self.note = name, total, done, ""
-        self.began, self.first = time.monotonic(), done
-        self.told = self.began
+        self.first = self.shown = done  # at the start, and in the last line
+        self.told = time.monotonic()
+        self.since: tuple[float, int] | None = None  # time, and work done, after the first piece
         console = Console(stderr=True)
         self.lines = show and not console.is_terminal
         self.bar: Bar | None = None
@@ -39,30 +44,37 @@ class Progress:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
-        elif self.lines and error is None and self.done > self.first:
+        elif self.lines and error is None and self.done > self.shown:
             self._line()
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
         self.done += count
         self.note = self.note if note is None else note
+        if self.since is None:
+            self.since = time.monotonic(), self.done
         if self.bar is not None:
             self.bar.update(self.task, completed=self.done, note=self.note)
         elif self.lines and time.monotonic() - self.told >= SECONDS:
             self._line()
 
     def reach(self, done: int, total: int) -> None:
-        """So much of so much is done: for work that finds out on its way how long it is, or how far it was."""
-        if self.total != total:
-            self.total, self.first = total, 0
-            if self.bar is not None:
-                self.bar.update(self.task, total=total)
+        """So much of so much is done: for work that finds out on its way how long it is. The first call may count work of earlier
+        starts."""
+        self.total = total
+        if self.bar is not None and self.since is None:
+            self.bar.reset(self.task, total=total, completed=done)
+        elif self.bar is not None:
+            self.bar.update(self.task, total=total)
         self.advance(done - self.done)
 
     def _line(self) -> None:
-        self.told = time.monotonic()
-        rate = (self.done - self.first) / max(self.told - self.began, 1e-9)
+        now = time.monotonic()
+        self.told, self.shown = now, self.done
+        began, before = self.since or (now, self.done)
+        rate = (self.done - before) / max(now - began, 1e-9)
+        speed = f", {rate:.0f}/s" if rate >= 100 else f", {rate:.2g}/s" if rate > 0 else ""
         left = f", {(self.total - self.done) / rate:.0f} s left" if rate > 0 and self.done < self.total else ""
         note = f", {self.note}" if self.note else ""
         Console(stderr=True, soft_wrap=True, highlight=False).print(
-            f"{self.name}: {self.done}/{self.total}, {rate:.2g}/s{left}{note}", markup=False
+            f"{self.name}: {self.done}/{self.total}{speed}{left}{note}", markup=False
         )

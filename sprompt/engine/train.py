@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import resource
 import signal
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -26,7 +28,7 @@ from sprompt.engine.optim import factor_at, make_optimiser, optimiser_tensors, s
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.engine.resume import check_same, restore, versions
-from sprompt.machine import has_bf16
+from sprompt.machine import busy, has_bf16
 from sprompt.nn.distributed import is_first
 from sprompt.ops.checks import NotFiniteError
 from sprompt.seeding import seed_all
@@ -90,10 +92,7 @@ def train(
     is not waited for, at the next line of the log; the weights never take in such a step. Interrupted (a SystemExit) after SIGINT or
     SIGTERM, with a checkpoint.
     """
-    processes(cpu)
-    accelerator = Accelerator(
-        cpu=cpu, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
-    )
+    accelerator = _accelerator(cpu)
     run = _Run(accelerator, task, batches, config, Path(out), identity or {}, resume)
     with ExitStack() as stack:
         signals = stack.enter_context(Signals())
@@ -102,6 +101,50 @@ def train(
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     return result
+
+
+class Trial(NamedTuple):
+    seconds: float  # of a step
+    measured: int  # steps that this is the mean of
+    steps: int  # of the whole training
+    bytes: (
+        int  # peak of the memory: of the GPU if it trains on one, else of this process, without the processes that read
+    )
+    device: torch.device
+
+
+def trial(
+    task: nn.Module, batches: Callable[..., Loader], config: TrainConfig, *, cpu: bool = False, steps: int = 3
+) -> Trial:
+    """How long each step of `train` takes with these arguments, and how much memory. Takes one step and then `steps` more, which are
+    measured; a shorter training is measured as far as it goes. Leaves no files. The weights of `task` change."""
+    accelerator = _accelerator(cpu)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        run = _Run(accelerator, task, batches, config, Path(folder), {}, resume=False)
+        run.start(stack, progress=False, record=None)
+        times = [time.monotonic()]
+        signals = Signals()
+        for _ in range(min(1 + steps, run.steps)):
+            run.advance(signals)
+            if run.device.type == "cuda":
+                torch.cuda.synchronize(run.device)
+            times.append(time.monotonic())
+        run.guard.check()
+    accelerator.free_memory()
+    first = 1 if len(times) > 2 else 0
+    measured = len(times) - 1 - first
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(run.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return Trial((times[-1] - times[first]) / measured, measured, run.steps, peak, run.device)
+
+
+def _accelerator(cpu: bool) -> Accelerator:
+    processes(cpu)
+    return Accelerator(
+        cpu=cpu, mixed_precision="no", kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    )
 
 
 class _Run:
@@ -134,6 +177,14 @@ class _Run:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        late = [drop for drop in config.drops if drop >= config.epochs] if config.schedule == "step" else []
+        if self.main and late:
+            warnings.warn(
+                f"drops: should lie before the end of the training after {config.epochs} epochs, got {', '.join(map(str, late))}: the "
+                "learning rate never drops there; give --train.drops that fit --train.epochs",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         if self.main and config.precision == "bf16" and self.device.type == "cpu" and not has_bf16():
             warnings.warn(
                 "precision: bf16 can take a hundred times as long as float32 on this CPU, which has no instructions for it; take "
@@ -141,6 +192,8 @@ class _Run:
                 RuntimeWarning,
                 stacklevel=3,
             )
+        if self.main and self.device.type == "cpu" and torch.get_num_threads() > 1 and (line := busy()) is not None:
+            warnings.warn(line, RuntimeWarning, stacklevel=3)
         self.steps = min(whole, config.max_steps or sys.maxsize)
         self.identity = {**config.identity(), **identity, "steps of an epoch": self.epoch_steps}
         self.optimiser = make_optimiser(task.to(self.device).train(), config)
@@ -148,6 +201,7 @@ class _Run:
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
         self.meter, self.guard = Meter(), Guard()
         self.step, self.seconds = 0, 0.0
+        self.stream: Iterator[Any] | None = None  # batches of the epoch that is going on
         self._restore(resume)
         self.resumed = self.step
         self.model = accelerator.prepare_model(task)  # gives every process the weights and buffers of the first
@@ -174,6 +228,9 @@ class _Run:
             self.checkpoints.clean()
             self.log = Log(self.out, self.step)
             stack.callback(self.log.close)
+        if self.main and progress and self.step:
+            done = "all steps are done" if self.step >= self.steps else f"goes on at step {self.step} of {self.steps}"
+            print(f"{self.out}: {done}", file=sys.stderr, flush=True)
         self.progress = stack.enter_context(
             Progress("train", self.steps, done=self.step, show=progress and self.main and self.step < self.steps)
         )
@@ -182,16 +239,10 @@ class _Run:
         self.last: dict[str, float] = {}
 
     def loop(self, signals: Signals, after_epoch: Callable[[int], Mapping[str, float]] | None) -> TrainResult:
-        stream: Iterator[Any] | None = None
         while self.step < self.steps:
-            epoch, place = divmod(self.step, self.epoch_steps)
-            if stream is None:
-                stream = self.loader.epoch(epoch, place * self.config.accumulate)
-            stop = self._take_step(stream, epoch, signals)
-            if self.step % self.epoch_steps == 0:
-                stream = None
-                if after_epoch is not None:
-                    self._finish_epoch(after_epoch)
+            stop = self.advance(signals)
+            if self.step % self.epoch_steps == 0 and after_epoch is not None:
+                self._finish_epoch(after_epoch)
             every = self.config.checkpoint_steps
             if stop or self.step >= self.steps or (every is not None and self.step % every == 0):
                 self.guard.check()
@@ -201,6 +252,16 @@ class _Run:
             if stop and self.step < self.steps:
                 self._interrupt(signals.number)
         return TrainResult(self.step, self.step // self.epoch_steps, self.last, self.resumed)
+
+    def advance(self, signals: Signals) -> bool:
+        """The next step, from the next batch; whether it shall be the last one for now."""
+        epoch, place = divmod(self.step, self.epoch_steps)
+        if self.stream is None:
+            self.stream = self.loader.epoch(epoch, place * self.config.accumulate)
+        stop = self._take_step(self.stream, epoch, signals)
+        if self.step % self.epoch_steps == 0:
+            self.stream = None
+        return stop
 
     # -- one step
     def _take_step(self, stream: Iterator[Any], epoch: int, signals: Signals) -> bool:

@@ -87,10 +87,13 @@ def read_metadata(path: Path | str) -> dict[str, str]:
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes safetensors."""
+    """Writes safetensors. Raises OSError if the file cannot be written, as on a full disk."""
     held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(held, temporary, metadata=dict(metadata or {}))
+        try:
+            save_file(held, temporary, metadata=dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written ({error}); free disk space and start again") from error
         temporary.chmod(0o644)  # safetensors writes files that only their owner can read
 
 

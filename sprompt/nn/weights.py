@@ -21,22 +21,28 @@ PREFIXES = ("", "backbone.", "module.backbone.", "module.encoder_q.", "module.")
 _OWN = re.compile(r"(conv1|bn1|layer\d+)\.")
 
 
-def load_backbone(resnet: ResNet, path: Path | str) -> str:
+OPTIONS = ("--model.depth", "--model.backbone-width")  # of the commands that load a backbone into a model
+
+
+def load_backbone(resnet: ResNet, path: Path | str, options: tuple[str, str] = OPTIONS) -> str:
     """Copies the backbone of a checkpoint into `resnet`. Returns a sentence that names the loaded and the unused tensors.
 
     Reads the files of torchvision, MoCo v2, DenseCL (whole or extracted), SwAV, K-Net and of this library, as .pth or
     safetensors. Raises ValueError if a tensor is missing, has another shape, is not finite, or belongs to a larger network;
-    then `resnet` is unchanged. No code from the file is ever executed.
+    then `resnet` is unchanged. No code from the file is ever executed. `options` are the command line's names of depth and width, for
+    messages.
     """
-    return _load(resnet, path, *_read(path))
+    return _load(resnet, path, *_read(path), options)
 
 
-def _load(resnet: ResNet, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> str:
+def _load(
+    resnet: ResNet, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any], options: tuple[str, str] = OPTIONS
+) -> str:  # fmt: skip
     prefix = _prefix(tensors, path)
     held = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     held = {name: tensor for name, tensor in held.items() if _OWN.match(name)}
     wanted = resnet.state_dict()
-    _check_fit(path, held, wanted, resnet)
+    _check_fit(path, held, wanted, resnet, options)
     for name, tensor in held.items():
         if not bool(torch.isfinite(tensor).all()):
             raise ValueError(
@@ -123,7 +129,9 @@ def _format(tensors: Mapping[str, Tensor], prefix: str, about: Mapping[str, Any]
     return f"a checkpoint with names behind {prefix!r}" if prefix else "a checkpoint with torchvision's names"
 
 
-def _check_fit(path: Path | str, held: Mapping[str, Tensor], wanted: Mapping[str, Tensor], resnet: ResNet) -> None:
+def _check_fit(
+    path: Path | str, held: Mapping[str, Tensor], wanted: Mapping[str, Tensor], resnet: ResNet, options: tuple[str, str]
+) -> None:
     """Raises ValueError unless the file has exactly the wanted tensors: an extra one means that the network is larger."""
     missing = [name for name in wanted if name not in held and not name.endswith("num_batches_tracked")]
     extra = [name for name in held if name not in wanted]
@@ -143,11 +151,17 @@ def _check_fit(path: Path | str, held: Mapping[str, Tensor], wanted: Mapping[str
     depth, width = _architecture(held)
     advice = "is it the right file?"
     if depth is not None and width is not None and (depth, width) != (resnet.depth, resnet.width):
-        advice = f"the file holds a ResNet-{depth} of width {width}: pass depth={depth}, width={width}"
-        if width == resnet.width:
-            advice = f"the file holds a ResNet-{depth}: pass depth={depth}"
-        elif depth == resnet.depth:
-            advice = f"the file holds a ResNet-{depth} of width {width}: pass width={width}"
+        other = [
+            (option, name, value)
+            for option, name, value, own in zip(
+                options, ("depth", "width"), (depth, width), (resnet.depth, resnet.width), strict=True
+            )
+            if value != own
+        ]
+        given = " ".join(f"{option} {value}" for option, _, value in other)
+        in_python = ", ".join(f"{name}={value}" for _, name, value in other)
+        what = f"a ResNet-{depth}" if width == resnet.width else f"a ResNet-{depth} of width {width}"
+        advice = f"the file holds {what}: {given} ({in_python} in Python)"
     raise ValueError(
         f"{path}: must hold the tensors of a ResNet-{resnet.depth} of width {resnet.width}, got {'; '.join(faults)}; {advice}"
     )

@@ -31,6 +31,7 @@ def build(
     prompts: Sequence[Matches] | None = None,
     title: str = "Gallery",
     limit: int = 24,
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Writes out/index.html and out/pictures/, and returns the page's path.
 
@@ -45,6 +46,7 @@ def build(
         activation: maps (N, h, w) of the kernels, or the .npz file of `save_activation`.
         prompts: the result of `prompt_matches`.
         limit: upper bound of the pictures of a section; they are spread evenly over the input.
+        tell: called with a line of text before each section is made.
 
     Raises DataError for an input that cannot be read, and ValueError if out/index.html is a page of another program. Single
     broken pictures and masks are left out; the page names them.
@@ -59,23 +61,40 @@ def build(
     read = read_runs(runs)
     logged = [run for run in read if run.log]
     album = Album(out)
-    asked: list[tuple[Section | None, Callable[[], Section | None] | None]] = [
-        (_MISSING["proposals"], proposals and (lambda: sections.proposals(album, *proposals, limit))),
-        (_MISSING["prompts"], (lambda: sections.prompts(album, prompts[:limit])) if prompts else None),
-        (_MISSING["predictions"], predictions and (lambda: sections.predictions(album, *predictions, limit))),
-        (None, predictions and (lambda: confusion.section(predictions[1], predictions[2]))),
-        (None, found and (lambda: sections.unlabelled(album, *found, limit, "found"))),
-        (_MISSING["curves"], (lambda: Section("curves", "Learning curves", curves(logged))) if logged else None),
-        (_MISSING["metrics"], (lambda: _metrics(read)) if any(run.metrics for run in read) else None),
+    asked: list[tuple[str, Section | None, Callable[[], Section | None] | None]] = [
+        ("proposals", _MISSING["proposals"], proposals and (lambda: sections.proposals(album, *proposals, limit))),
+        ("prompts", _MISSING["prompts"], (lambda: sections.prompts(album, prompts[:limit])) if prompts else None),
         (
+            "predictions",
+            _MISSING["predictions"],
+            predictions and (lambda: sections.predictions(album, *predictions, limit)),
+        ),
+        ("confusion", None, predictions and (lambda: confusion.section(predictions[1], predictions[2]))),
+        (
+            "predictions without labels",
+            None,
+            found and (lambda: sections.unlabelled(album, *found, limit, "found")),
+        ),
+        (
+            "learning curves",
+            _MISSING["curves"],
+            (lambda: Section("curves", "Learning curves", curves(logged))) if logged else None,
+        ),
+        ("metrics", _MISSING["metrics"], (lambda: _metrics(read)) if any(run.metrics for run in read) else None),
+        (
+            "kernels",
             _MISSING["kernels"],
             None
             if activation is None
             else lambda: kernel_activation.section(album, kernel_activation.read_activation(activation)),
         ),
-        (_MISSING["runs"], (lambda: _summary(read)) if read else None),
+        ("runs", _MISSING["runs"], (lambda: _summary(read)) if read else None),
     ]
-    every = [missing if make is None else make() for missing, make in asked]
+    every: list[Section | None] = []
+    for name, missing, make in asked:
+        if make is not None and tell is not None:
+            tell(f"section: {name}")
+        every.append(missing if make is None else make())
     made = [section for section in every if section is not None]
     names = [section.title.lower() for section in made if not section.missing]
     lead = f"{', '.join(names).capitalize()}." if names else "There is nothing to show yet."

@@ -21,7 +21,7 @@ class Run:
     log: list[dict[str, Any]]  # lines of log.jsonl by step
     metrics: dict[str, float]  # numbers of metrics.json; parts of nested objects are joined by a slash
     words: dict[str, str]  # texts of metrics.json, by name
-    config: dict[str, str]  # settings of config.yaml; names of nested ones are joined by a dot
+    config: dict[str, str]  # settings of config.yaml, without its folder; names of nested ones are joined by a dot
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -68,7 +68,7 @@ def _read(folder: Path, name: str) -> Run:
             import yaml
 
             settings = yaml.safe_load(read_bytes(folder / "config.yaml", _MAX_BYTES))
-            run.config = {key: _text(value) for key, value in _flat(settings, ".").items()}
+            run.config = {key: _text(value) for key, value in _flat(settings, ".").items() if key != "folder"}
         except (DataError, yaml.YAMLError) as error:
             run.problems.append(f"{name}/config.yaml: {error}")
     return run

@@ -117,10 +117,10 @@ def test_pictures_that_cannot_be_read(scenes: Path, tmp_path: Path) -> None:
         (folder / path.name).write_bytes(path.read_bytes())
     (folder / "000001.png").write_bytes(b"\x89PNG no more")
     (folder / "000003.png").write_bytes((folder / "000003.png").read_bytes()[:200])
-    dataset, problems = PictureFolder(folder), []
+    dataset, problems = PictureFolder(folder), {}
     found = list(predict(tiny(1), dataset, batch_size=2, problems=problems, **VIEW))
     assert [p.image_id for p in found] == [0, 2]
-    assert len(problems) == 2 and "000001.png" in problems[0] and "000003.png" in problems[1]
+    assert list(problems) == [1, 3] and "000001.png" in problems[1] and "000003.png" in problems[3]
     with pytest.raises(DataError, match=r"000001\.png"):
         predict_to_file(tiny(1), dataset, tmp_path / "results.json", [1], cpu=True, progress=False, **VIEW)
     assert [p.name for p in tmp_path.iterdir()] == ["images"]  # no half a file

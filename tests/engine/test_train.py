@@ -314,6 +314,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of(tmp_path: Path) -> None:
 def test_bfloat16_is_warned_of_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     info = tmp_path / "cpuinfo"
     monkeypatch.setattr("sprompt.machine.CPUINFO", info)
+    monkeypatch.setattr("os.getloadavg", lambda: (0.0, 0.0, 0.0))
     for line, slow in (
         ("flags : fma avx2 avx512f", True), ("flags : avx512f avx512_bf16", False), ("Features : asimd bf16", False),
         ("Features : asimd", True), ("processor : 0", False),

@@ -301,6 +301,28 @@ def test_filters_of_whole_pictures() -> None:
     assert image_level(masks[6:], scores[6:], ProposalConfig(keep_best=True)).tolist() == []
 
 
+def test_masks_along_the_border_are_removed() -> None:
+    """A picture of 60 x 100 pixels; the band of 0.05 is 3 pixels wide, since pixels 0, 1 and 2 have their centres below 3."""
+
+    def kept(*boxes: tuple[int, int, int, int], border: float = 0.05) -> list[bool]:
+        """Whether the union of rectangles x1, y1, x2, y2 stays."""
+        dense = torch.zeros(1, 60, 100, dtype=torch.bool)
+        for x1, y1, x2, y2 in boxes:
+            dense[0, y1:y2, x1:x2] = True
+        config = ProposalConfig(**{**OPEN, "border": border})
+        return bool(len(image_level(BitMasks.from_dense(dense), torch.ones(1), config)))
+
+    assert not kept((0, 10, 2, 50)) and kept((0, 10, 2, 50), border=0.0)  # a strip on the left
+    assert not kept((0, 0, 100, 3), (97, 0, 100, 60))  # an L at the top and on the right
+    assert not kept((0, 0, 100, 60), border=0.5)
+    assert kept((0, 30, 6, 40)) and not kept((0, 30, 5, 40))  # half of the pixels in the band; more than half
+    assert kept((30, 57, 40, 60), border=0.02) and not kept(
+        (30, 57, 40, 60)
+    )  # a third of the pixels in the band; all of them
+    assert kept((1, 10, 3, 50)) and kept((40, 1, 60, 3))  # near the border, but not at it
+    assert kept((0, 30, 20, 60))  # a corner of an object
+
+
 def test_a_map_that_is_flat_or_has_nan_gives_no_proposals() -> None:
     for x in (torch.ones(1, 3, 8, 8), torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), torch.nan)):
         (found,) = propose(Maps(x), batch_of((8, 8), (256, 256), (50, 60)), ProposalConfig(), vectors=True)
@@ -319,7 +341,7 @@ def test_one_zero_pixel_spoils_nothing() -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [("short", 0), ("long", 5), ("level", "C6"), ("seeds", (0, 3)), ("seeds", "grid"), ("similarity", "l2"), ("threshold", 0.0),
-     ("nms", "soft"), ("min_area", 0), ("max_masks", True), ("sigma", float("nan")), ("min_score", 1.5)],
+     ("nms", "soft"), ("min_area", 0), ("max_masks", True), ("sigma", float("nan")), ("min_score", 1.5), ("border", 0.6)],
 )  # fmt: skip
 def test_settings_that_cannot_be_are_refused(name: str, value: object) -> None:
     with pytest.raises(ValueError, match=f"ProposalConfig: {name} must .*, got"):
@@ -327,9 +349,12 @@ def test_settings_that_cannot_be_are_refused(name: str, value: object) -> None:
 
 
 def test_settings_survive_the_record() -> None:
-    config = ProposalConfig(short=96, seeds=(3, 5), level="C4", keep_best=True)
+    config = ProposalConfig(short=96, seeds=(3, 5), level="C4", border=0.1, keep_best=True)
     assert ProposalConfig.from_record({**config.record(), "seeds": [3, 5], "backbone": "x"}) == config
     assert config.record()["stride"] == 16
+    assert (
+        "border" not in ProposalConfig().record() and ProposalConfig.from_record(ProposalConfig().record()).border == 0
+    )
 
 
 def state() -> list[object]:

@@ -131,12 +131,24 @@ def test_half_precision_must_hold_the_values(tmp_path):
 @pytest.mark.parametrize(
     ("held", "asked", "message"),
     [
-        ((18, 4), (50, 4), r"the file holds a ResNet-18: pass depth=18"),
-        ((50, 4), (18, 4), r"the file holds a ResNet-50: pass depth=50"),
-        ((101, 2), (50, 2), r"255 too many \(layer3.6.conv1.weight, .*the file holds a ResNet-101: pass depth=101"),
-        ((50, 2), (101, 2), r"255 tensors missing \(layer3.6.conv1.weight.*: pass depth=50"),
-        ((18, 8), (18, 4), r"conv1.weight is \(8, 3, 7, 7\), must be \(4, 3, 7, 7\).*of width 8: pass width=8"),
-        ((34, 8), (18, 4), r"a ResNet-34 of width 8: pass depth=34, width=8"),
+        ((18, 4), (50, 4), r"the file holds a ResNet-18: --model\.depth 18 \(depth=18 in Python\)"),
+        ((50, 4), (18, 4), r"the file holds a ResNet-50: --model\.depth 50 \("),
+        (
+            (101, 2),
+            (50, 2),
+            r"255 too many \(layer3.6.conv1.weight, .*the file holds a ResNet-101: --model\.depth 101 ",
+        ),
+        ((50, 2), (101, 2), r"255 tensors missing \(layer3.6.conv1.weight.*: --model\.depth 50 "),
+        (
+            (18, 8),
+            (18, 4),
+            r"conv1.weight is \(8, 3, 7, 7\), must be \(4, 3, 7, 7\).*of width 8: --model\.backbone-width 8 \(width=8 in Python\)",
+        ),
+        (
+            (34, 8),
+            (18, 4),
+            r"a ResNet-34 of width 8: --model\.depth 34 --model\.backbone-width 8 \(depth=34, width=8 in Python\)",
+        ),
     ],
 )
 def test_another_network_is_refused_with_advice(held, asked, message, tmp_path):

@@ -47,13 +47,17 @@ class ProposalConfig:
     """With nms "matrix": strength of the gaussian decay, at least 0. Larger values lower the scores of overlapping masks
     more."""
     max_masks: int = 20
-    """Upper bound of the masks of a picture, at least 1. The filters centre, max_width and min_score come after it."""
+    """Upper bound of the masks of a picture, at least 1. The filters centre, max_width, border and min_score come after it."""
     centre: float = 0.2
     """The mean of the rows that a mask occupies must exceed this share of the picture's height, from the top; at least 0. This
     removes the sky."""
     max_width: float = 0.95
     """A mask's tight box must be narrower than this share of the picture's width; at least 0. The released code counts the
     columns that the mask occupies instead: the box also includes the gaps between them."""
+    border: float = 0.0
+    """Width, as a share of the picture's shorter side, of a band along its border; from 0 to 0.5. A mask that touches the border is
+    removed if more than half of its pixels lie in the band. This removes strips and frames that are no objects. 0 removes nothing;
+    neither the paper nor its code has this filter."""
     min_score: float = 0.7
     """Lower bound of a mask's score after suppression, from 0 to 1."""
     keep_best: bool = False
@@ -75,6 +79,7 @@ class ProposalConfig:
         check("threshold", _number(self.threshold) and 0 < self.threshold <= 1, "lie in (0, 1]")
         for name in ("iou_threshold", "min_score"):
             check(name, _number(getattr(self, name)) and 0 <= getattr(self, name) <= 1, "lie between 0 and 1")
+        check("border", _number(self.border) and 0 <= self.border <= 0.5, "lie between 0 and 0.5")
         for name in ("sigma", "centre", "max_width"):
             check(name, _number(getattr(self, name)) and getattr(self, name) >= 0, "be a number of at least 0")
 
@@ -83,8 +88,12 @@ class ProposalConfig:
         return STRIDES[self.level]
 
     def record(self) -> dict[str, Any]:
-        """The entry `info.proposals` of a proposal file."""
-        return {"version": 1, "stride": self.stride} | dataclasses.asdict(self)
+        """The entry `info.proposals` of a proposal file. `border` is in it only if it is above 0, so that files written before it was a
+        setting are resumed."""
+        values = dataclasses.asdict(self)
+        if not self.border:
+            del values["border"]
+        return {"version": 1, "stride": self.stride} | values
 
     @staticmethod
     def from_record(record: Mapping[str, Any]) -> ProposalConfig:

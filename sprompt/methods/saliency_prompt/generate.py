@@ -73,7 +73,8 @@ def generate(
         of: number of processes.
         backbone: images -> maps C2, C3, C4, C5. It is moved to `device`, and set to eval mode.
         vectors: whether to write the feature vectors of the seeds too, to OUT with the suffix .vectors.safetensors.
-        progress: called after each unit with the number of finished pictures and of all pictures of this process.
+        progress: called after each unit with the number of finished pictures and of all pictures of this process. If an earlier
+            call finished units, it is also called at the start.
 
     Raises DataError if OUT, or a unit in OUT.parts, was made from other pictures, another backbone or other settings.
     """
@@ -98,6 +99,8 @@ def generate(
     left = set(todo)
     skipped = [entry for u in mine if u not in left for entry in read_json(_part(folder, u))["skipped"]]
     worked = 0
+    if progress is not None and done and todo:
+        progress(done, total)
     for u, (batches, broken) in _ahead(todo, lambda u: _load(pictures, units[u], config, batch)):
         _finish(folder, u, batches, broken, pictures, backbone, config, torch.device(device), vectors)
         skipped += broken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -117,7 +118,8 @@ def _continued(soft: Tensor, valid: Tensor) -> Tensor:
 
 
 def image_level(masks: BitMasks, scores: Tensor, config: ProposalConfig) -> Tensor:
-    """Indices (int64) of the masks that pass the filters: not empty, below the top, narrower than the picture, of a high score.
+    """Indices (int64) of the masks that pass the filters: not empty, below the top, narrower than the picture, not along its border, of a
+    high score.
 
     The width of a mask is the width of its tight box. The released code counts the columns that the mask occupies instead.
     """
@@ -126,11 +128,24 @@ def image_level(masks: BitMasks, scores: Tensor, config: ProposalConfig) -> Tens
     found = masks.area() > 0
     good = found & (boxes[:, 2] - boxes[:, 0] < config.max_width * width) & (scores >= config.min_score)
     for place in good.nonzero().flatten().tolist():  # one by one: only one dense mask is in memory
-        rows = masks[place].to_dense().any(1).nonzero().flatten()
+        dense = masks[place].to_dense()
+        rows = dense.any(1).nonzero().flatten()
         good[place] = rows.double().mean() > config.centre * height
+        if config.border > 0:
+            good[place] &= ~_along_border(dense, config.border)
     if config.keep_best and not good.any():
         return found.nonzero().flatten()[:1]  # masks are sorted by decreasing score
     return good.nonzero().flatten()
+
+
+def _along_border(dense: Tensor, border: float) -> Tensor:
+    """Whether a mask (H, W) touches the border of the picture and has more than half of its pixels in the band along it. A pixel is in
+    the band if its centre is nearer to the border than `border` times the shorter side."""
+    height, width = dense.shape
+    depth = max(0, math.ceil(border * min(height, width) - 0.5))  # rows, and columns, of the band
+    inside = dense[depth : max(depth, height - depth), depth : max(depth, width - depth)].sum()
+    touches = dense[0].any() | dense[-1].any() | dense[:, 0].any() | dense[:, -1].any()
+    return touches & (2 * inside < dense.sum())
 
 
 def seed_vectors(features: Tensor, valid: Tensor, seeds: Tensor, config: ProposalConfig) -> Tensor:

@@ -39,7 +39,7 @@ def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
     Args:
         features: (B, C, H, W) float.
         masks: BitMasks (B, N) of size (H, W), or dense (B, N, H, W). Floats are logits: a pixel is set where > 0 (strictly; NaN
-            is not set). Bool and integers are set where not 0. For probabilities pass `p > 0.5`.
+            is not set). Bool and integers are set where not 0. For probabilities pass `p > 0.5`; mask_mean takes them as they are.
 
     Returns: (B, N, C) in the dtype of the features. Sums are in float32 and rounded once. A float16 sum beyond 65504 is
     infinite, so pool large masks in bfloat16 or float32. An empty mask gives 0. A feature that is not finite makes the sums

@@ -53,7 +53,8 @@ def mask_mean(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
 
     Args:
         features: (B, C, H, W) float, any strides.
-        masks: BitMasks (B, L) of H×W pixels, or dense (B, L, H, W), packed by `pack_masks`.
+        masks: BitMasks (B, L) of H×W pixels, or dense (B, L, H, W). Floats are probabilities: a pixel is set where > 0.5 (strictly;
+            NaN is not set). Bool and integers are set where not 0. For logits pass `x > 0`; mask_pool takes logits as they are.
 
     Returns: (B, L, C) in the dtype of features. Sums are in float32. The cost grows with the number of set cells. Cells
     outside a mask have no influence, even if they are NaN.

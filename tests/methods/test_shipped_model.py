@@ -1,4 +1,4 @@
-"""The small backbone of the package finds objects in scenes that it was not trained on."""
+"""The backbone of the small model in the package finds objects in scenes that it was not trained on."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from sprompt.nn.resnet import ResNet
 from sprompt.nn.weights import open_backbone
 from sprompt.ops import saliency_masks
 
-PATH = Path(sprompt.__file__).parent / "weights" / "scenes-resnet18.safetensors"
+PATH = Path(sprompt.__file__).parent / "weights" / "scenes-knet.safetensors"
 
 
 def best_overlaps(backbone: ResNet, count: int = 6) -> torch.Tensor:
@@ -40,6 +40,6 @@ def test_finds_objects():
     torch.manual_seed(0)
     untrained = ResNet(18, width=32).eval()
     trained, blind = best_overlaps(backbone), best_overlaps(untrained)
-    # The committed weights have 0.40 and 0.13; the bounds are looser, for weights made on another machine.
+    # The committed weights have 0.4 and 0.13; the bounds are looser, for weights made on another machine.
     assert trained.mean() > 0.3
     assert trained.mean() > 2 * blind.mean()
