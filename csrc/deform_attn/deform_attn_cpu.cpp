@@ -199,7 +199,15 @@ static void compute(const Gradients& all, const Part& part, bool to_values, bool
     const T* map = all.values.as<const T>() + b * all.values.stride[0] + level.first * all.values.stride[1] +
                    h * all.values.stride[2] + part.channel;
     const int64_t cells = level.height * level.width, n = level.number;
-    if (to_values) __builtin_memset(sums, 0, static_cast<size_t>(4 * cells * width));
+    constexpr bool in_place = sizeof(T) == sizeof(float);
+    int64_t sums_stride = width;
+    T* gradient = to_values ? all.to_values.as<T>() + ((b * S + level.first) * H + h) * D + part.channel : nullptr;
+    if (in_place) {
+        sums = reinterpret_cast<float*>(gradient);
+        sums_stride = H * D;
+    }
+    for (int64_t cell = 0; cell < cells && to_values; ++cell)
+        __builtin_memset(sums + cell * sums_stride, 0, static_cast<size_t>(4 * width));
     const int64_t end = part.query + part.queries;
     for (int64_t q = part.query; q < end && n > 0; q += block) {
         const int64_t count = smaller(end - q, block);
@@ -212,7 +220,7 @@ static void compute(const Gradients& all, const Part& part, bool to_values, bool
         by_vectors(width, [&](auto vectors) {
             for (int64_t i = 0; i < count; ++i)
                 add_gradients<T, vectors.count>(map, all.values.stride[1], level, located, i, grads + i * width, width,
-                                                to_values ? sums : nullptr, width, to_others ? by + 3 * n * i : nullptr);
+                                                to_values ? sums : nullptr, sums_stride, to_others ? by + 3 * n * i : nullptr);
         });
         for (int64_t i = 0; i < count && to_others; ++i) {
             const int64_t place = ((b * Q + q + i) * H + h) * (all.points.size[3] / 2) + level.place;
@@ -225,9 +233,8 @@ static void compute(const Gradients& all, const Part& part, bool to_values, bool
             if (all.to_weights.given()) write_floats(row + 2 * n, n, all.to_weights, place);
         }
     }
-    for (int64_t cell = 0; cell < cells && to_values; ++cell)
-        row_from_float(sums + cell * width, width,
-                       all.to_values.as<T>() + ((b * S + level.first + cell) * H + h) * D + part.channel);
+    for (int64_t cell = 0; cell < cells && to_values && !in_place; ++cell)
+        row_from_float(sums + cell * width, width, gradient + cell * H * D);
 }
 
 // A job is a level of a head of an image: it owns this part of the gradient of values, so the order of the sums is the order of
