@@ -1,5 +1,8 @@
 """The kernel library: one folder per op (sprompt/ops/<op>/). This module exports all of them."""
 
+# deform_attn
+from sprompt.ops.deform_attn import deform_attn
+
 # linear_assignment
 from sprompt.ops.linear_assignment import linear_assignment
 
@@ -34,6 +37,9 @@ from sprompt.ops.rle import rle_decode, rle_encode
 from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
+    # deform_attn
+    "deform_attn",
+    #
     # linear_assignment
     "linear_assignment",
     #

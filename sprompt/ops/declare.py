@@ -124,7 +124,8 @@ class Op:
                     return self._dispatch(args)
                 if x.requires_grad:
                     recording = True
-            elif kind not in _SCALARS:  # a subclass, a symbol, or a list (autograd.Function ignores tensors in lists)
+            elif kind not in _SCALARS and not (kind is list and _INTEGERS.issuperset(map(type, x))):
+                # a subclass, a symbol, or a list of tensors (autograd.Function ignores tensors in lists)
                 return self._dispatch(args)
         if torch.autograd.profiler._is_profiler_enabled:
             with torch._C._profiler._RecordFunctionFast(f"sprompt::{self.name}"):
@@ -236,6 +237,7 @@ def _autograd_function(op: Op) -> Any:
 
 _keys = torch._C._dispatch_keys
 _SCALARS = frozenset((int, float, bool, str, type(None)))
+_INTEGERS = frozenset((int,))
 
 
 def _known(device: torch.device) -> set[int]:

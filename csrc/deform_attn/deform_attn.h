@@ -1,0 +1,25 @@
+// The core of multi-scale deformable attention: weighted sums of bilinear samples of a pyramid. B images, S cells, H heads of D
+// channels, Q queries, V levels, P points of a query and head. T is f32, bf16 or f16, the same type for all arguments marked T.
+//
+//   values  (B, S, H, D) T, last stride 1, the cells of all levels one after the other
+//   points  (B, Q, H, 2P) T or f32, last stride 1: x, y of every point, from 0 to 1 over the map of its level
+//   weights (B, Q, H, P) T or f32, last stride 1
+//   levels  (V, 3) i64, contiguous: h, w and the number of points of every level. h and w are below 2^31. S and P are their
+//   sums
+#pragma once
+
+#include "common/views.h"
+
+namespace sprompt {
+
+// out (B, Q, H * D) T, contiguous: the sum over the points of weight times sample, in float.
+SPROMPT_KERNEL(deform_attn, const View& values, const View& points, const View& weights, const View& levels, const View& out,
+               int threads)
+
+// The gradients of values, points and weights, contiguous and in the dtypes of their tensors <- grad (B, Q, H * D) T, last
+// stride 1. A gradient that is not given is not computed. Infinity in grad counts as NaN. The sums of to_values are in float,
+// by increasing query, then point.
+SPROMPT_KERNEL(deform_attn_backward, const View& grad, const View& values, const View& points, const View& weights,
+               const View& levels, const View& to_values, const View& to_points, const View& to_weights, int threads)
+
+}  // namespace sprompt

@@ -1,0 +1,289 @@
+#include "deform_attn/deform_attn.h"
+
+#include "common/scratch.h"
+#include "common/threads.h"
+#include "deform_attn/samples.h"
+
+namespace sprompt {
+namespace SPROMPT_ISA {
+
+static int64_t most_points(const View& levels) {
+    int64_t most = 0;
+    for (int64_t v = 0; v < levels.size[0]; ++v) {
+        const int64_t number = levels.as<const int64_t>()[3 * v + 2];
+        most = number > most ? number : most;
+    }
+    return most;
+}
+
+// ---- forward
+
+// sums (D) += the samples of one query on one level. N: see by_vectors.
+template <class T, int N>
+SPROMPT_INLINE void add_samples(const T* map, int64_t stride, const Level& level, const Located& located, int64_t query,
+                                int64_t D, float* sums) {
+    constexpr int K = N > 0 ? N : 1;
+    vf top[K], bottom[K];
+    if constexpr (N > 0) {
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) {
+            top[k] = load(sums + k * W);
+            bottom[k] = vf{};
+        }
+    }
+    for (int64_t t = 0; t < level.number; ++t) {
+        const Point point(located, query * level.number + t);
+        if (N > 0 && point.inside(level)) {
+            const T *p = map + point.cell(level, 0) * stride, *r = p + level.width * stride;
+            const vf a = broadcast(point.weight * point.share(0)), b = broadcast(point.weight * point.share(1));
+            const vf c = broadcast(point.weight * point.share(2)), d = broadcast(point.weight * point.share(3));
+#pragma GCC unroll 8
+            for (int k = 0; k < K; ++k) {
+                top[k] = fma(a, load_as_float(p + k * W), top[k]);
+                bottom[k] = fma(c, load_as_float(r + k * W), bottom[k]);
+                top[k] = fma(b, load_as_float(p + stride + k * W), top[k]);
+                bottom[k] = fma(d, load_as_float(r + stride + k * W), bottom[k]);
+            }
+            continue;
+        }
+        for (int corner = 0; corner < 4; ++corner) {
+            if (!point.holds(level, corner)) continue;
+            const T* p = map + point.cell(level, corner) * stride;
+            const float weight = point.weight * point.share(corner);
+            if constexpr (N > 0) {
+#pragma GCC unroll 8
+                for (int k = 0; k < K; ++k) top[k] = fma(broadcast(weight), load_as_float(p + k * W), top[k]);
+            } else {
+                int64_t c = 0;
+                for (; c + W <= D; c += W) store(sums + c, fma(broadcast(weight), load_as_float(p + c), load(sums + c)));
+                for (; c < D; ++c) sums[c] += weight * to_float(p[c]);
+            }
+        }
+    }
+    if constexpr (N > 0) {
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) store(sums + k * W, top[k] + bottom[k]);
+    }
+}
+
+template <class T>
+static void forward(const View& values, const View& points, const View& weights, const View& levels, const View& out,
+                    int threads) {
+    const int64_t B = values.size[0], H = values.size[2], D = values.size[3], Q = points.size[1], V = levels.size[0];
+    const int64_t blocks = (Q + block - 1) / block, most = most_points(levels), floats = located_floats(most) + block * D;
+    Scratch memory;
+    float* scratch = memory.take<float>(threads, floats);
+    parallel_for(B * H * blocks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
+        const Located located = located_at(scratch + worker * floats, most);
+        float* sums = scratch + worker * floats + located_floats(most);
+        for (int64_t job = begin; job < end; ++job) {
+            const int64_t b = job / blocks / H, h = job / blocks % H, q = job % blocks * block, count = smaller(Q - q, block);
+            __builtin_memset(sums, 0, static_cast<size_t>(4 * count * D));
+            for (int64_t v = 0; v < V; ++v) {
+                const Level level = level_of(levels, v);
+                locate(points, weights, level, b, h, q, count, located);
+                const T* map =
+                    values.as<const T>() + b * values.stride[0] + level.first * values.stride[1] + h * values.stride[2];
+                by_vectors(D, [&](auto vectors) {
+                    for (int64_t i = 0; i < count; ++i)
+                        add_samples<T, vectors.count>(map, values.stride[1], level, located, i, D, sums + i * D);
+                });
+            }
+            for (int64_t i = 0; i < count; ++i) row_from_float(sums + i * D, D, out.as<T>() + ((b * Q + q + i) * H + h) * D);
+        }
+    });
+}
+
+void deform_attn(const View& values, const View& points, const View& weights, const View& levels, const View& out,
+                 int threads) {
+    SPROMPT_FLOAT_TYPES(values.dtype, T, forward<T>(values, points, weights, levels, out, threads))
+}
+
+// ---- backward
+
+// The gradients of one query on one level. grad (width), in float. `sums` is the gradient of the map, rows sums_stride apart;
+// it is not computed if null. `by` takes the gradients of x, y and weight of every point; it is not computed if null.
+template <class T, int N>
+SPROMPT_INLINE void add_gradients(const T* map, int64_t stride, const Level& level, const Located& located, int64_t query,
+                                  const float* grad, int64_t width, float* sums, int64_t sums_stride, float* by) {
+    constexpr int K = N > 0 ? N : 1;
+    vf g[K];
+    if constexpr (N > 0) {
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k) g[k] = load(grad + k * W);
+    }
+    for (int64_t t = 0; t < level.number; ++t) {
+        const Point point(located, query * level.number + t);
+        float product[4] = {};  // of grad and the values of the corners
+        if (N > 0 && point.inside(level)) {
+            const int64_t cell = point.cell(level, 0);
+            if (sums != nullptr) {
+                float *p = sums + cell * sums_stride, *r = p + level.width * sums_stride;
+                const vf a = broadcast(point.weight * point.share(0)), b = broadcast(point.weight * point.share(1));
+                const vf c = broadcast(point.weight * point.share(2)), d = broadcast(point.weight * point.share(3));
+#pragma GCC unroll 8
+                for (int k = 0; k < K; ++k) {
+                    store(p + k * W, fma(a, g[k], load(p + k * W)));
+                    store(p + sums_stride + k * W, fma(b, g[k], load(p + sums_stride + k * W)));
+                    store(r + k * W, fma(c, g[k], load(r + k * W)));
+                    store(r + sums_stride + k * W, fma(d, g[k], load(r + sums_stride + k * W)));
+                }
+            }
+            if (by != nullptr) {
+                const T *p = map + cell * stride, *r = p + level.width * stride;
+                vf of[4] = {};
+#pragma GCC unroll 8
+                for (int k = 0; k < K; ++k) {
+                    of[0] = fma(g[k], load_as_float(p + k * W), of[0]);
+                    of[1] = fma(g[k], load_as_float(p + stride + k * W), of[1]);
+                    of[2] = fma(g[k], load_as_float(r + k * W), of[2]);
+                    of[3] = fma(g[k], load_as_float(r + stride + k * W), of[3]);
+                }
+                const v4f four = sum_four(of);
+                __builtin_memcpy(product, &four, sizeof product);
+            }
+        } else {
+            for (int corner = 0; corner < 4; ++corner) {
+                if (!point.holds(level, corner)) continue;
+                const int64_t cell = point.cell(level, corner);
+                const float weight = point.weight * point.share(corner);
+                float* p = sums != nullptr ? sums + cell * sums_stride : nullptr;
+                const T* r = map + cell * stride;
+                vf of = {};
+                int64_t c = 0;
+                for (; c + W <= width; c += W) {
+                    const vf x = load(grad + c);
+                    if (sums != nullptr) store(p + c, fma(broadcast(weight), x, load(p + c)));
+                    if (by != nullptr) of = fma(x, load_as_float(r + c), of);
+                }
+                product[corner] = by != nullptr ? sum(of) : 0.0f;
+                for (; c < width; ++c) {
+                    if (sums != nullptr) p[c] += weight * grad[c];
+                    if (by != nullptr) product[corner] += grad[c] * to_float(r[c]);
+                }
+            }
+        }
+        if (by != nullptr) {
+            const float above = product[1] - product[0], below = product[3] - product[2];
+            const float left = product[2] - product[0], right = product[3] - product[1];
+            const bool samples = point.x > -2 && point.y > -2;
+            const float weight = samples ? point.weight : 0.0f;
+            by[3 * t] = weight * static_cast<float>(level.width) * (above * (1 - point.below) + below * point.below);
+            by[3 * t + 1] = weight * static_cast<float>(level.height) * (left * (1 - point.right) + right * point.right);
+            by[3 * t + 2] = product[0] * point.share(0) + product[1] * point.share(1) + product[2] * point.share(2) +
+                            product[3] * point.share(3);
+        }
+    }
+}
+
+// The part of a backward that one job computes: channels [channel, channel + width) of queries [query, query + queries).
+struct Part {
+    int64_t b, h, v, channel, width, query, queries;
+};
+
+struct Gradients {
+    const View &grad, &values, &points, &weights, &levels, &to_values, &to_points, &to_weights;
+    int64_t most;  // points of a query on one level
+
+    // Floats of scratch memory for a job, without the sums of to_values.
+    int64_t floats(int64_t width) const { return located_floats(most) + block * (width + 3 * most) + 3 * most; }
+};
+
+template <class T>
+static void compute(const Gradients& all, const Part& part, bool to_values, bool to_others, float* scratch, float* sums) {
+    const int64_t b = part.b, h = part.h, H = all.values.size[2], D = all.values.size[3], S = all.values.size[1],
+                  Q = all.points.size[1], width = part.width;
+    const Level level = level_of(all.levels, part.v);
+    const Located located = located_at(scratch, all.most);
+    float *grads = scratch + located_floats(all.most), *by = grads + block * width, *row = by + 3 * block * all.most;
+    const T* map = all.values.as<const T>() + b * all.values.stride[0] + level.first * all.values.stride[1] +
+                   h * all.values.stride[2] + part.channel;
+    const int64_t cells = level.height * level.width, n = level.number;
+    constexpr bool in_place = sizeof(T) == sizeof(float);
+    int64_t sums_stride = width;
+    T* gradient = to_values ? all.to_values.as<T>() + ((b * S + level.first) * H + h) * D + part.channel : nullptr;
+    if (in_place) {
+        sums = reinterpret_cast<float*>(gradient);
+        sums_stride = H * D;
+    }
+    for (int64_t cell = 0; cell < cells && to_values; ++cell)
+        __builtin_memset(sums + cell * sums_stride, 0, static_cast<size_t>(4 * width));
+    const int64_t end = part.query + part.queries;
+    for (int64_t q = part.query; q < end && n > 0; q += block) {
+        const int64_t count = smaller(end - q, block);
+        locate(all.points, all.weights, level, b, h, q, count, located);
+        for (int64_t i = 0; i < count; ++i) {
+            const T* in = all.grad.as<const T>() + b * all.grad.stride[0] + (q + i) * all.grad.stride[1] + h * D + part.channel;
+            row_to_float(in, width, grads + i * width);
+        }
+        for (int64_t i = 0; i < count * width; ++i) grads[i] += grads[i] - grads[i];  // infinity becomes NaN
+        by_vectors(width, [&](auto vectors) {
+            for (int64_t i = 0; i < count; ++i)
+                add_gradients<T, vectors.count>(map, all.values.stride[1], level, located, i, grads + i * width, width,
+                                                to_values ? sums : nullptr, sums_stride, to_others ? by + 3 * n * i : nullptr);
+        });
+        for (int64_t i = 0; i < count && to_others; ++i) {
+            const int64_t place = ((b * Q + q + i) * H + h) * (all.points.size[3] / 2) + level.place;
+            for (int64_t t = 0; t < n; ++t) {
+                row[2 * t] = by[3 * (n * i + t)];
+                row[2 * t + 1] = by[3 * (n * i + t) + 1];
+                row[2 * n + t] = by[3 * (n * i + t) + 2];
+            }
+            if (all.to_points.given()) write_floats(row, 2 * n, all.to_points, 2 * place);
+            if (all.to_weights.given()) write_floats(row + 2 * n, n, all.to_weights, place);
+        }
+    }
+    for (int64_t cell = 0; cell < cells && to_values && !in_place; ++cell)
+        row_from_float(sums + cell * width, width, gradient + cell * H * D);
+}
+
+// A job is a level of a head of an image: it owns this part of the gradient of values, so the order of the sums is the order of
+// the queries. If the threads are more than half of the jobs, the gradients of points and weights are computed by blocks of
+// queries, and those of values by parts of the channels. The bits are the same.
+template <class T>
+static void backward(const Gradients& all, int threads) {
+    const int64_t B = all.values.size[0], H = all.values.size[2], D = all.values.size[3], Q = all.points.size[1],
+                  V = all.levels.size[0];
+    const bool values = all.to_values.given(), others = all.to_points.given() || all.to_weights.given();
+    const int64_t maps = B * H * V;
+    const bool together = maps >= 2 * threads;
+    int64_t parts = 1, most_cells = 0;
+    while (!together && maps * parts < 2 * threads && D % (2 * parts * W) == 0) parts *= 2;
+    const int64_t width = D / parts, chunk = 4 * block;
+    for (int64_t v = 0; v < V; ++v) {
+        const Level level = level_of(all.levels, v);
+        most_cells = level.height * level.width > most_cells ? level.height * level.width : most_cells;
+    }
+    Scratch memory;
+    const int64_t workers = smaller(threads, maps * parts > 0 ? maps * parts : 1);
+    float* scratch = memory.take<float>(threads, all.floats(D));
+    float* sums = memory.take<float>(values ? workers : 0, most_cells, width);
+    if (values)
+        parallel_for(maps * parts, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end, int worker) {
+            for (int64_t job = begin; job < end; ++job) {
+                const int64_t map = job / parts;
+                const Part part{map / V / H, map / V % H, map % V, job % parts * width, width, 0, Q};
+                compute<T>(all, part, true, together && others, scratch + worker * all.floats(D),
+                           sums + worker * most_cells * width);
+            }
+        });
+    if (others && !(values && together)) {
+        const int64_t chunks = (Q + chunk - 1) / chunk;
+        parallel_for(maps * chunks, 1, threads, [&](int64_t begin, int64_t end, int worker) {
+            for (int64_t job = begin; job < end; ++job) {
+                const int64_t map = job / chunks, q = job % chunks * chunk;
+                const Part part{map / V / H, map / V % H, map % V, 0, D, q, smaller(Q - q, chunk)};
+                compute<T>(all, part, false, true, scratch + worker * all.floats(D), nullptr);
+            }
+        });
+    }
+}
+
+void deform_attn_backward(const View& grad, const View& values, const View& points, const View& weights, const View& levels,
+                          const View& to_values, const View& to_points, const View& to_weights, int threads) {
+    const Gradients all{grad, values, points, weights, levels, to_values, to_points, to_weights, most_points(levels)};
+    SPROMPT_FLOAT_TYPES(values.dtype, T, backward<T>(all, threads))
+}
+
+}  // namespace SPROMPT_ISA
+}  // namespace sprompt
