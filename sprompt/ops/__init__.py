@@ -21,6 +21,9 @@ from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 # match_cost
 from sprompt.ops.match_cost import match_cost
 
+# points
+from sprompt.ops.points import point_cost, point_loss, sample_points
+
 # prompt_match
 from sprompt.ops.prompt_match import PromptMatch, prompt_match
 
@@ -64,6 +67,11 @@ __all__ = [
     #
     # match_cost
     "match_cost",
+    #
+    # points
+    "point_cost",
+    "point_loss",
+    "sample_points",
     #
     # prompt_match
     "PromptMatch",
