@@ -35,6 +35,11 @@ def mask_bits(features: Tensor, kernels: Tensor) -> Tensor:
     return new(features, *kernels.shape[:2], words_for(features.shape[2] * features.shape[3]), dtype=torch.int32)
 
 
+@mask_bits.native
+def _(a: Args, words: Tensor) -> None:
+    native._C.mask_bits(_flat(a.features), a.kernels, words, native.threads())
+
+
 @op("triton")
 def mask_pool(features: Tensor, words: Tensor) -> Tensor:
     return new(features, features.shape[0], words.shape[1], features.shape[1])
