@@ -66,9 +66,9 @@ static void block_product(const void* kernels, const void* packed, int64_t N, in
                 product_of_group(rows, static_cast<const float*>(kernels) + first * C,
                                  static_cast<const float*>(packed) + s * padded * NR, C, tile);
             for (int64_t r = 0; r < rows; ++r) {
-                const uint32_t bits =
-                    logits == nullptr ? sign_bits<T>(tile + r * NR, rest)
-                                      : write_logits(tile + r * NR, rest, logits + (first + r) * logits_stride + s * NR);
+                const uint32_t bits = logits == nullptr
+                                          ? sign_bits<T>(tile + r * NR, rest)
+                                          : write_logits(tile + r * NR, rest, logits + (first + r) * logits_stride + s * NR);
                 if (words == nullptr) continue;
                 uint32_t* word = words + (first + r) * n + (p + s * NR) / 32;
                 const int64_t shift = s * NR % 32;

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sprompt import native
 from sprompt.ops.declare import Args, new, op
 
 
@@ -15,6 +16,12 @@ def mask_attention(
     """The result, and the logarithm of the softmax's sum (B, H, N): log Σ exp(score), 0 for a row that attends no key."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32
     return new(query, *query.shape), new(query, *query.shape[:3], dtype=wide)
+
+
+@mask_attention.native
+def _(a: Args, out: Tensor, logsum: Tensor) -> None:
+    inputs = (None if x is None else native.rows(x) for x in a[:4])
+    native._C.mask_attention(*inputs, a.scale, a.empty_all, out, logsum, native.threads())
 
 
 @mask_attention.saves
@@ -31,6 +38,13 @@ def mask_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients of query, key and value."""
     return new(query, *query.shape), new(key, *key.shape), new(value, *value.shape)
+
+
+@mask_attention_backward.native
+def _(a: Args, *grads: Tensor) -> None:
+    inputs = (None if x is None else native.rows(x) for x in a[:6])
+    logsum = a.logsum.contiguous()
+    native._C.mask_attention_backward(*inputs, logsum, a.scale, a.empty_all, *grads, native.threads())
 
 
 @mask_attention.backward
