@@ -14,6 +14,9 @@ namespace sprompt {
 SPROMPT_KERNEL(mask_update, const View& features, const View& kernels, const View& logits, const View& words,
                const View& pooled, int threads)
 
+// words (B, N, n) u32, contiguous: set where kernels (B, N, C) T times features (B, C, P) T, rounded to T, is >= 0.
+SPROMPT_KERNEL(mask_bits, const View& features, const View& kernels, const View& words, int threads)
+
 // grad_features (B, C, P) T = kernels^T grad_logits + words^T grad_pooled, and grad_kernels (B, N, C) T, contiguous,
 // = grad_logits features^T. grad_logits (B, N, P) T; grad_pooled (B, N, C) T; kernels (B, N, C) T; words (B, N, n) u32.
 // These arguments may be missing: grad_logits (then also kernels) or grad_pooled (then also words); grad_features; grad_kernels

@@ -34,7 +34,20 @@ SPROMPT_INLINE uint32_t write_logits(const float* sums, int64_t t, T* out) {
     return bits;
 }
 
-// Writes logits (N, t) of the block, rows logits_stride apart, and words (N, n) at pixel p unless `words` is null.
+// The bits of the first t <= NR sums of one row that are at least 0 after rounding to T.
+template <class T>
+SPROMPT_INLINE uint32_t sign_bits(const float* sums, int64_t t) {
+    uint32_t bits = 0;
+    for (int i = 0; i < NR; i += W) {
+        T row[W];
+        store_float(row, load(sums + i));
+        bits |= bits_at_least(load_as_float(row), vf{}) << i;
+    }
+    return bits & static_cast<uint32_t>(low_bits(t));
+}
+
+// Writes logits (N, t) of the block, rows logits_stride apart, and words (N, n) at pixel p unless `words` is null. If `logits`
+// is null, it writes only words, of logits >= 0.
 template <class T>
 static void block_product(const void* kernels, const void* packed, int64_t N, int64_t C, int64_t padded, int64_t t, T* logits,
                           int64_t logits_stride, uint32_t* words, int64_t n, int64_t p, Prefetch<T> next) {
@@ -53,7 +66,9 @@ static void block_product(const void* kernels, const void* packed, int64_t N, in
                 product_of_group(rows, static_cast<const float*>(kernels) + first * C,
                                  static_cast<const float*>(packed) + s * padded * NR, C, tile);
             for (int64_t r = 0; r < rows; ++r) {
-                const uint32_t bits = write_logits(tile + r * NR, rest, logits + (first + r) * logits_stride + s * NR);
+                const uint32_t bits = logits == nullptr
+                                          ? sign_bits<T>(tile + r * NR, rest)
+                                          : write_logits(tile + r * NR, rest, logits + (first + r) * logits_stride + s * NR);
                 if (words == nullptr) continue;
                 uint32_t* word = words + (first + r) * n + (p + s * NR) / 32;
                 const int64_t shift = s * NR % 32;
@@ -103,8 +118,8 @@ template <class T>
 static void update(const View& features, const View& kernels, const View& logits, const View& words, const View& pooled,
                    int threads) {
     const int64_t B = features.size[0], C = features.size[1], P = features.size[2], n = words_for(P);
-    const bool convolve = logits.given(), pool = pooled.given();
-    const int64_t N = convolve ? logits.size[1] : words.size[1], padded = round_up(C, NR);
+    const bool convolve = kernels.given(), pool = pooled.given();
+    const int64_t N = convolve ? kernels.size[1] : words.size[1], padded = round_up(C, NR);
     const Cut cut(B, P);
     if (N == 0) return;
     const int64_t scratch_floats = round_up(block * padded + row_count * panel + block / 2 * padded + N + N * block / 4, 16);
@@ -133,7 +148,8 @@ static void update(const View& features, const View& kernels, const View& logits
             const int64_t image = job / cut.chunks, first = job % cut.chunks * cut.chunk, last = smaller(first + cut.chunk, P);
             const T* in = features.as<const T>() + image * features.stride[0];
             float* sums = partial + job * N * padded;
-            uint32_t* bits = words.as<uint32_t>() + image * words.stride[0];
+            T* out = logits.given() ? logits.as<T>() + image * logits.stride[0] : nullptr;
+            uint32_t* bits = words.given() ? words.as<uint32_t>() + image * words.stride[0] : nullptr;
             if (pool) clear(sums, N * padded);
             for (int64_t p = first; p < last; p += block) {
                 const int64_t t = smaller(last - p, block);
@@ -148,8 +164,7 @@ static void update(const View& features, const View& kernels, const View& logits
                         operand = pairs;
                     }
                     block_product(static_cast<const void*>(packed + image * N * C), operand, N, C, padded, t,
-                                  logits.as<T>() + image * logits.stride[0] + p, logits.stride[1], pool ? bits : nullptr, n, p,
-                                  next);
+                                  out == nullptr ? nullptr : out + p, logits.stride[1], bits, n, p, next);
                     next.rows = 0;
                     if (!pool || !list_block(bits, words.stride[1], n, p, N, lists, counts, with_sums)) continue;
                 }
@@ -163,6 +178,10 @@ static void update(const View& features, const View& kernels, const View& logits
 void mask_update(const View& features, const View& kernels, const View& logits, const View& words, const View& pooled,
                  int threads) {
     SPROMPT_FLOAT_TYPES(features.dtype, T, update<T>(features, kernels, logits, words, pooled, threads))
+}
+
+void mask_bits(const View& features, const View& kernels, const View& words, int threads) {
+    SPROMPT_FLOAT_TYPES(features.dtype, T, update<T>(features, kernels, View{}, words, View{}, threads))
 }
 
 // ---- Gradients.

@@ -6,8 +6,11 @@ from sprompt.ops.deform_attn import deform_attn
 # linear_assignment
 from sprompt.ops.linear_assignment import linear_assignment
 
+# mask_attention
+from sprompt.ops.mask_attention import mask_attention
+
 # mask_conv
-from sprompt.ops.mask_conv import mask_conv, mask_pool, mask_update
+from sprompt.ops.mask_conv import mask_bits, mask_conv, mask_pool, mask_update
 
 # mask_loss
 from sprompt.ops.mask_loss import mask_loss
@@ -46,7 +49,11 @@ __all__ = [
     # linear_assignment
     "linear_assignment",
     #
+    # mask_attention
+    "mask_attention",
+    #
     # mask_conv
+    "mask_bits",
     "mask_conv",
     "mask_pool",
     "mask_update",

@@ -67,6 +67,19 @@ def same_device(op: str, **tensors: Tensor | None) -> None:
             bad_value(op, name, f"be on the device of {first} ({given[first]})", device, "move one of them with .to()")
 
 
+def as_matmul(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in one dtype, by the rule of torch.matmul: the autocast dtype inside of autocast, else the widest dtype.
+    float64 stays."""
+    first = tensors[0]
+    dtype, device = first.dtype, first.device.type
+    for other in tensors:
+        if other.dtype != dtype:
+            dtype = torch.promote_types(dtype, other.dtype)
+    if torch.is_autocast_enabled(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return tuple(x if x.dtype == dtype else x.to(dtype) for x in tensors)
+
+
 def choice(op: str, arg: str, value: object, choices: Sequence[object]) -> None:
     if value not in choices:
         bad_value(op, arg, "be one of " + ", ".join(repr(c) for c in choices), repr(value))

@@ -1,4 +1,4 @@
-"""mask_conv, mask_pool, mask_update: tables by hand, exactness, and cases that the contract tests do not reach."""
+"""mask_conv, mask_bits, mask_pool, mask_update: tables by hand, exactness, and cases that the contract tests do not reach."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 import sprompt
 from sprompt import BitMasks
-from sprompt.ops import mask_conv, mask_pool, mask_update, pack_masks, triton_launch
+from sprompt.ops import mask_bits, mask_conv, mask_pool, mask_update, pack_masks, triton_launch
 from sprompt.testing.spec import blobs, random
 
 NAN, INF = float("nan"), float("inf")
@@ -50,6 +50,23 @@ def test_table() -> None:
     assert features.grad is not None and kernels.grad is not None
     assert features.grad.tolist() == [[[[101.0, 80.0, 1102.0]], [[201.0, 200.0, 2202.0]]]]
     assert kernels.grad.tolist() == [[[-5.0, 14.0], [20.0, 0.0]]]
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("sizes", [(2, 7, 5, 5, 7), (1, 40, 96, 9, 33), (1, 15, 3, 1, 64)], ids=str)
+def test_bits_are_the_sign_of_the_returned_logits(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    """To the bit, also where rounding decides: many float16 logits are -0 here."""
+    B, N, C, H, W = sizes
+    features, kernels = torch.randn(B, C, H, W, generator=random(0)), torch.randn(B, N, C, generator=random(1))
+    features, kernels = (features * 1e-4).to(dtype), (kernels * 1e-4).to(dtype)
+    logits, bits = mask_conv(features, kernels), mask_bits(features, kernels)
+    assert torch.equal(bits.to_dense(), logits >= 0)
+    assert dtype != torch.float16 or bool((logits.signbit() & (logits == 0)).any())
+
+
+def test_bits_of_zero_and_nan() -> None:
+    features = torch.tensor([[[[0.0, -0.0, 1e-45, -1e-45, NAN, INF, -INF]]]])
+    assert mask_bits(features, torch.ones(1, 1, 1)).to_dense().int().tolist() == [[[[1, 1, 1, 0, 0, 1, 0]]]]
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -239,7 +256,7 @@ def test_masks_shared_by_all_images() -> None:
 
 def test_docstrings() -> None:
     finder = doctest.DocTestFinder()
-    for function in (mask_conv, mask_pool, mask_update):
+    for function in (mask_conv, mask_bits, mask_pool, mask_update):
         for test in finder.find(function, globs={"torch": torch, function.__name__: function}):
             assert doctest.DocTestRunner().run(test).failed == 0 and test.examples
 

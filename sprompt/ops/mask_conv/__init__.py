@@ -1,8 +1,7 @@
-"""Dynamic 1×1 convolution, hard mask pooling, and both in one read of the features."""
+"""Dynamic 1×1 convolution, its sign as bits, hard mask pooling, and convolution and pooling in one read of the features."""
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sprompt.masks import BitMasks
@@ -29,6 +28,28 @@ def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
     [[[[1.0, 2.0]], [[-2.0, -2.0]]]]
     """
     return op.mask_conv(*_features_and_kernels("mask_conv", features, kernels))
+
+
+def mask_bits(features: Tensor, kernels: Tensor) -> BitMasks:
+    """The sign of the dynamic 1×1 convolution as bits: the masks that masked attention reads.
+
+    bit(b, n, p) = [mask_conv(features, kernels)[b, n, p] ≥ 0], without its logits in memory.
+
+    Args:
+        features: (B, C, H, W) float. If the pixels are not contiguous, they are copied once.
+        kernels: (B, N, C) float, any strides.
+
+    Returns: BitMasks (B, N) of size (H, W). The comparison is not strict: a logit of 0 or −0 is set, so C = 0 sets every pixel.
+    σ(logit) < ½ is a bit of 0. A logit of NaN is not set. The comparison sees the logit as mask_conv returns it, rounded to the
+    wider dtype of features and kernels: a tiny negative float16 logit that rounds to −0 is set.
+    Not differentiable. Deterministic. Autocast casts both to its dtype, as for torch.matmul.
+
+    >>> features = torch.tensor([[[[1.0, 2.0]], [[3.0, 2.0]]]])
+    >>> mask_bits(features, torch.tensor([[[1.0, -1.0]]])).to_dense().int().tolist()
+    [[[[0, 1]]]]
+    """
+    features, kernels = _features_and_kernels("mask_bits", features, kernels)
+    return BitMasks(op.mask_bits(features, kernels), (features.shape[2], features.shape[3]))
 
 
 def mask_pool(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
@@ -106,12 +127,4 @@ def _features_and_kernels(name: str, features: Any, kernels: Any) -> tuple[Tenso
             name, "kernels", f"have shape (B, N, C) with B = {batch} and C = {channels}", tuple(kernels.shape), advice
         )
     checks.same_device(name, features=features, kernels=kernels)
-    dtype = features.dtype
-    if dtype != kernels.dtype:
-        dtype = torch.promote_types(dtype, kernels.dtype)
-    elif not torch.is_autocast_enabled(features.device.type):
-        return features, kernels
-    device = features.device.type
-    if torch.is_autocast_enabled(device) and dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-    return features.to(dtype), kernels.to(dtype)
+    return checks.as_matmul(features, kernels)  # type: ignore[return-value]  # as many as were given

@@ -1,4 +1,4 @@
-"""The declarations of mask_conv, mask_pool and mask_update."""
+"""The declarations of mask_conv, mask_bits, mask_pool and mask_update."""
 
 from typing import Any
 
@@ -28,6 +28,16 @@ def mask_conv(features: Tensor, kernels: Tensor) -> Tensor:
 
 mask_conv.native(lambda a, logits: _forward(a.features, a.kernels, logits, None, None))
 mask_conv.saves(lambda ctx, a, logits: ctx.save_for_backward(*a))
+
+
+@op()
+def mask_bits(features: Tensor, kernels: Tensor) -> Tensor:
+    return new(features, *kernels.shape[:2], words_for(features.shape[2] * features.shape[3]), dtype=torch.int32)
+
+
+@mask_bits.native
+def _(a: Args, words: Tensor) -> None:
+    native._C.mask_bits(_flat(a.features), a.kernels, words, native.threads())
 
 
 @op("triton")

@@ -1,4 +1,4 @@
-"""mask_conv, mask_pool and mask_update in plain PyTorch. features (B, C, H, W), kernels (B, N, C), words int32 (B, N, n)."""
+"""mask_conv, mask_bits, mask_pool and mask_update in plain PyTorch. features (B, C, H, W), kernels (B, N, C), words int32 (B, N, n)."""
 
 import torch
 from torch import Tensor
@@ -16,6 +16,10 @@ def _wide(x: Tensor) -> Tensor:
 def mask_conv(a: Args) -> Tensor:
     logits = torch.bmm(_wide(a.kernels), _wide(a.features).flatten(2))
     return logits.to(a.features.dtype).unflatten(2, a.features.shape[2:])
+
+
+def mask_bits(a: Args) -> Tensor:
+    return pack(mask_conv(a) >= 0, 0.0)
 
 
 def _pooled(features: Tensor, words: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""mask_conv, mask_pool, mask_update."""
+"""mask_conv, mask_bits, mask_pool, mask_update."""
 
 import functools
 from collections.abc import Callable
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sprompt.masks import BitMasks
-from sprompt.ops import mask_conv, mask_pool, mask_update, pack_masks
+from sprompt.ops import mask_bits, mask_conv, mask_pool, mask_update, pack_masks
 from sprompt.testing.spec import Bench, ErrorCase, OpSpec, Prepared, Sample, blobs, random, refusals
 
 #: B, N, C, H, W. Numbers of pixels below, equal to and above multiples of 64; channels and kernels that do not fill a register.
@@ -44,6 +44,13 @@ def _normal(sizes: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(B, C, H, W, generator=g), torch.randn(B, N, C, generator=g)
 
 
+def _with_zeros(sizes: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
+    """Small whole numbers, so that logits are exact. Many are 0."""
+    B, N, C, H, W = sizes
+    g = random(seed)
+    return torch.randint(-1, 2, (B, C, H, W), generator=g).float(), torch.randint(-1, 2, (B, N, C), generator=g).float()
+
+
 Draw = Callable[[tuple[int, ...], int], tuple[Tensor, Tensor]]
 
 
@@ -58,6 +65,15 @@ def _product_samples(draw: Draw) -> Callable[[torch.device, torch.dtype, int], l
         return [Sample(name, tuple(t.to(device, dtype) for t in pair)) for name, pair in made.items()]
 
     return samples
+
+
+def _bits_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
+    features, kernels = _with_zeros((2, 3, 4, 5, 14), seed)
+    features[0, :, 1, 3] = float("nan")
+    features[0, :, 2, 2], kernels[0] = float("inf"), kernels[0].abs() + 1
+    features[1, :, 3], kernels[1, 1] = -0.0, float("nan")
+    special = Sample("NaN, infinities and -0", (features.to(device, dtype), kernels.to(device, dtype)))
+    return [*_product_samples(_with_zeros)(device, dtype, seed), special]
 
 
 def _pool_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample]:
@@ -96,6 +112,10 @@ def _conv_oracle(features: Tensor, kernels: Tensor) -> Tensor:
     for n in range(N):
         out[:, n] = (features * kernels[:, n, :, None, None]).sum(1)
     return out
+
+
+def _bits_oracle(features: Tensor, kernels: Tensor) -> BitMasks:
+    return BitMasks.from_dense(_conv_oracle(features, kernels) >= 0)
 
 
 def _pool_oracle(features: Tensor, masks: BitMasks | Tensor) -> Tensor:
@@ -141,6 +161,9 @@ SPECS = [
     OpSpec(
         mask_conv, _product_samples(_normal), ("mask_conv", "mask_conv_backward"), gradients=("features", "kernels"),
         oracle=_conv_oracle, bound=_bound, autocast="cast", errors=_product_errors(mask_conv),
+    ),
+    OpSpec(
+        mask_bits, _bits_samples, ("mask_bits",), oracle=_bits_oracle, autocast="cast", errors=_product_errors(mask_bits),
     ),
     OpSpec(
         mask_pool, _pool_samples, ("mask_pool", "mask_pool_backward"), gradients=("features",), oracle=_pool_oracle, bound=_bound,
@@ -211,6 +234,11 @@ def _eager_conv(features: Tensor, kernels: Tensor) -> Tensor:
     return torch.einsum("bnc,bchw->bnhw", kernels, features)
 
 
+def _eager_bits(features: Tensor, kernels: Tensor) -> BitMasks:
+    """The released code keeps the bits as bools. They are packed here, because the outputs are compared."""
+    return pack_masks(_eager_conv(features, kernels) >= 0)
+
+
 def _eager_pool(features: Tensor, masks: Tensor) -> Tensor:
     held = (masks.sigmoid() > 0.5).to(features.dtype)
     return torch.einsum("bnhw,bchw->bnc", held, features)
@@ -252,8 +280,16 @@ BENCHES = [
         mask_conv, _shape, _five_percent, _eager_conv, dtypes=_both, gradients=("features", "kernels"),
         flops=2.0 * B * N * C * P, bytes=4.0 * _floats, goals={"forward": 1},
     ),
+    Bench(
+        mask_bits, f"{_shape}, 5 % set", _five_percent, _eager_bits, vectorised=False, dtypes=_both, flops=2.0 * B * N * C * P,
+        bytes=4.0 * B * (P * C + N * C) + B * N * P / 8, goals={"forward": 1},
+    ),
     Bench(mask_pool, f"{_shape}, logits, 5 % set", _logits(0.05), _eager_pool, gradients=("features",), **_pooled),
     Bench(mask_pool, f"{_shape}, logits, blobs", _blobs, _eager_pool, gradients=("features",), **_pooled),
+    Bench(
+        mask_bits, f"{_shape}, 5 % set", _five_percent, _eager_bits, vectorised=False, dtypes=_both, flops=2.0 * B * N * C * P,
+        bytes=4.0 * B * (P * C + N * C) + B * N * P / 8, goals={"forward": 1},
+    ),
     Bench(mask_pool, f"{_shape}, logits, 50 % set", _logits(0.5), _eager_pool, gradients=("features",), **_pooled),
     Bench(mask_pool, f"{_shape}, bits, 5 % set", _bits_of(_logits(0.05)), _eager_pool_of_bits, vectorised=False, **_pooled),
     Bench(mask_pool, f"{_shape}, bits, 50 % set", _bits_of(_logits(0.5)), _eager_pool_of_bits, vectorised=False, **_pooled),
