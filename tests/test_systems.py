@@ -1,0 +1,66 @@
+"""Every model of the library through the commands, at the smallest size."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from sprompt import cli
+from sprompt.data.synthetic import write_scenes
+from sprompt.nn.resnet import ResNet
+from sprompt.nn.weights import save_backbone
+
+#: The smallest network of each model. tests/test_cli.py has K-Net's.
+NETWORKS = {
+    "mask2former": "--model.depth 18 --model.backbone-width 8 --model.channels 16 --model.queries 8 --model.heads 2 "
+    "--model.encoder-layers 1 --model.encoder-feedforward 32 --model.decoder-layers 3 --model.decoder-feedforward 32 --model.points 64"
+}
+SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True --train.warmup-steps 0"
+TEST = "--test.short 64 --test.long 64 --test.workers 0 --test.batch-size 4"
+LABELS = "--data.images {0}/scenes/images --data.annotations {0}/scenes/instances.json"
+
+
+def sprompt(folder: Path, line: str) -> None:
+    assert cli.main(shlex.split(line.format(folder))) == 0, line
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_the_chain(model: str, tmp_path: Path) -> None:
+    write_scenes(tmp_path / "scenes", 6, seed=0, size=(64, 64))
+    torch.manual_seed(0)
+    save_backbone(tmp_path / "backbone.safetensors", ResNet(18, width=8))
+    network = f"--model {model} {NETWORKS[model]}"
+    sprompt(
+        tmp_path,
+        "propose --images {0}/scenes/images --backbone {0}/backbone.safetensors --out {0}/proposals.json --cpu True "
+        "--proposals.level C3 --proposals.short 128 --proposals.long 128 --proposals.min-score 0.3",
+    )
+    sprompt(
+        tmp_path,
+        f"pretrain {network} --images {{0}}/scenes/images --proposals {{0}}/proposals.json --backbone {{0}}/backbone.safetensors "
+        f"--out {{0}}/pre --train.epochs 1 {SMALL}",
+    )
+    log = [json.loads(line) for line in (tmp_path / "pre/log.jsonl").read_text().splitlines()]
+    assert all(0 < line["kernel"] < 20 for line in log if "kernel" in line) and "monitor/prompts_used" in log[0]
+    labels = f"{LABELS} {LABELS.replace('data.', 'val.')}"
+    finetune = f"finetune {labels} --checkpoint {{0}}/pre --out {{0}}/fine --train.epochs 2 {SMALL} {TEST}"
+    sprompt(tmp_path, finetune)
+    assert f"name: {model}" in (tmp_path / "fine/config.yaml").read_text()
+    trained = (tmp_path / "fine/model.safetensors").read_bytes()
+    sprompt(tmp_path, "finetune --config {0}/fine/config.yaml")  # goes on, and has nothing to do
+    assert (tmp_path / "fine/model.safetensors").read_bytes() == trained
+    sprompt(tmp_path, f"evaluate --checkpoint {{0}}/fine {LABELS} --out {{0}}/eval --cpu True {TEST}")
+    evaluated, tested = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("eval", "fine"))
+    assert evaluated == tested
+    sprompt(
+        tmp_path,
+        f"predict --checkpoint {{0}}/fine --images {{0}}/scenes/images --out {{0}}/predicted --cpu True {TEST}",
+    )
+    sprompt(tmp_path, "view {0}/pre {0}/fine --out {0}/view --limit 2 --cpu True")
+    page = (tmp_path / "view/index.html").read_text()
+    for section in ("proposals", "prompts", "predictions", "kernels"):
+        assert f'id="{section}"' in page
