@@ -179,6 +179,8 @@ def load(
         )
     else:
         config = MODELS.get(model).Config() if isinstance(model, str) else model
+        if (sizes := getattr(MODELS.owner(config), "released_config", None)) is not None:
+            config = sizes(file, config)  # a file beside the weights may tell the sizes
         network = build(config)
         if not hasattr(network, "import_checkpoint"):
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sprompt
 from sprompt.masks import BitMasks
 from sprompt.models.mask2former import Mask2Former, Mask2FormerConfig
 from sprompt.models.mask2former.checkpoint import export_checkpoint, import_checkpoint, to_transformers
@@ -198,3 +201,91 @@ def test_the_sizes_of_the_release() -> None:
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 44.0
     groups = model.parameter_groups()
     assert {group.decay for group in groups} == {0, 1.0} and groups[1].rate == 0.1
+
+
+def test_a_folder_of_transformers_is_loaded_by_its_name(tmp_path: Path) -> None:
+    other = theirs()
+    other.save_pretrained(tmp_path)
+    trained = sprompt.load(tmp_path, model="mask2former", device="cpu")
+    assert trained.model.config == replace(Mask2FormerConfig(), **{**TINY.__dict__})
+    wanted = other.state_dict()
+    assert all(torch.equal(t, wanted[to_transformers(n)]) for n, t in trained.model.state_dict().items())
+    found = trained.predict(torch.rand(3, 50, 70), short=64, long=96)
+    assert found.masks.size == (50, 70) and len(found) <= 100
+    about = json.loads((tmp_path / "config.json").read_text())
+    about["backbone_config"]["model_type"] = "swin"
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="the backbone must be a ResNet, got 'swin'"):
+        sprompt.load(tmp_path, model="mask2former")
+
+
+def test_a_file_of_the_release(tmp_path: Path) -> None:
+    """Names written out by hand, from those of the release's modules."""
+    torch.manual_seed(0)
+    model = Mask2Former(TINY)
+    own, released = model.state_dict(), {"criterion.empty_weight": torch.ones(4)}
+
+    def take(name: str, *sources: str) -> None:
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            if f"{sources[0]}.{part}" in own:
+                released[f"{name}.{part}"] = torch.cat([own[f"{s}.{part}"] for s in sources])
+
+    take("backbone.stem.conv1", "backbone.conv1")
+    take("backbone.stem.conv1.norm", "backbone.bn1")
+    for stage in range(4):
+        for block in range(2):
+            ours, theirs_ = f"backbone.layer{stage + 1}.{block}", f"backbone.res{stage + 2}.{block}"
+            for k in (1, 2):
+                take(f"{theirs_}.conv{k}", f"{ours}.conv{k}")
+                take(f"{theirs_}.conv{k}.norm", f"{ours}.bn{k}")
+            take(f"{theirs_}.shortcut", f"{ours}.downsample.0")
+            take(f"{theirs_}.shortcut.norm", f"{ours}.downsample.1")
+    pixels, predictor = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
+    for k in range(3):
+        take(f"{pixels}.input_proj.{k}.0", f"pixel_decoder.input_projections.{k}.0")
+        take(f"{pixels}.input_proj.{k}.1", f"pixel_decoder.input_projections.{k}.1")
+        take(f"{predictor}.mask_embed.layers.{k}", f"transformer_module.decoder.mask_predictor.mask_embedder.{k}.0")
+    released[f"{pixels}.transformer.level_embed"] = own["pixel_decoder.level_embed"]
+    for k in range(TINY.encoder_layers):
+        ours, theirs_ = f"pixel_decoder.encoder.layers.{k}", f"{pixels}.transformer.encoder.layers.{k}"
+        for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj"):
+            take(f"{theirs_}.self_attn.{part}", f"{ours}.self_attn.{part}")
+        for name, source in (
+            ("norm1", "self_attn_layer_norm"),
+            ("norm2", "final_layer_norm"),
+            ("linear1", "fc1"),
+            ("linear2", "fc2"),
+        ):
+            take(f"{theirs_}.{name}", f"{ours}.{source}")
+    take(f"{pixels}.mask_features", "pixel_decoder.mask_projection")
+    for part in ("adapter_1", "layer_1"):
+        take(f"{pixels}.{part}", f"pixel_decoder.{part}.0")
+        take(f"{pixels}.{part}.norm", f"pixel_decoder.{part}.1")
+    for name, source in (
+        ("query_feat", "queries_features"), ("query_embed", "queries_embedder"), ("level_embed", "level_embed"),
+        ("decoder_norm", "decoder.layernorm"),
+    ):  # fmt: skip
+        take(f"{predictor}.{name}", f"transformer_module.{source}")
+    take(f"{predictor}.class_embed", "class_predictor")
+    for k in range(TINY.decoder_layers):
+        ours = f"transformer_module.decoder.layers.{k}"
+        to_self, to_map = (
+            f"{predictor}.transformer_self_attention_layers.{k}",
+            f"{predictor}.transformer_cross_attention_layers.{k}",
+        )
+        for part in ("weight", "bias"):
+            thirds = [own[f"{ours}.self_attn.{p}_proj.{part}"] for p in "qkv"]
+            released[f"{to_self}.self_attn.in_proj_{part}"] = torch.cat(thirds)
+            released[f"{to_map}.multihead_attn.in_proj_{part}"] = own[f"{ours}.cross_attn.in_proj_{part}"]
+        take(f"{to_self}.self_attn.out_proj", f"{ours}.self_attn.out_proj")
+        take(f"{to_map}.multihead_attn.out_proj", f"{ours}.cross_attn.out_proj")
+        take(f"{to_self}.norm", f"{ours}.self_attn_layer_norm")
+        take(f"{to_map}.norm", f"{ours}.cross_attn_layer_norm")
+        feed = f"{predictor}.transformer_ffn_layers.{k}"
+        for name, source in (("linear1", "fc1"), ("linear2", "fc2"), ("norm", "final_layer_norm")):
+            take(f"{feed}.{name}", f"{ours}.{source}")
+    torch.save({"model": released}, tmp_path / "release.pth")
+    torch.manual_seed(1)
+    fresh = Mask2Former(TINY)
+    assert "the release of Mask2Former" in import_checkpoint(fresh, tmp_path / "release.pth")
+    assert all(torch.equal(t, own[n]) for n, t in fresh.state_dict().items())

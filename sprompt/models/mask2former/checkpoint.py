@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sprompt.models.fit import check_fit
+from sprompt.models.mask2former.config import Mask2FormerConfig
+from sprompt.nn.resnet import DEPTHS, Bottleneck
 from sprompt.nn.tensor_files import read_tensors, write_tensors
 
 #: Our parts, and where transformers has them.
@@ -127,6 +132,37 @@ def export_checkpoint(model: nn.Module, path: Path | str) -> None:
     write_tensors(path, tensors | {"criterion.empty_weight": weight}, {"format": "pt"})
 
 
+def released_config(path: Path, config: Mask2FormerConfig) -> Mask2FormerConfig:
+    """The sizes of a file of transformers, by the config.json beside it; `config` where there is none. Loss weights stay as in `config`."""
+    about = path.parent / "config.json"
+    if not about.is_file():
+        return config
+    held = _read_json(about)
+    if not isinstance(held, dict) or held.get("model_type") != "mask2former":
+        raise ValueError(
+            f"{about}: model_type must be mask2former, got {held.get('model_type') if isinstance(held, dict) else held!r}"
+        )
+    backbone = held.get("backbone_config") or {}
+    if backbone.get("model_type") != "resnet":
+        raise ValueError(
+            f"{about}: the backbone must be a ResNet, got {backbone.get('model_type')!r}; other backbones are not served"
+        )
+    counts, bottleneck = tuple(backbone.get("depths", ())), backbone.get("layer_type", "bottleneck") == "bottleneck"
+    depth = next(
+        (d for d, (block, own) in DEPTHS.items() if own == counts and (block is Bottleneck) == bottleneck), None
+    )
+    if depth is None:
+        raise ValueError(f"{about}: the ResNet must be of depth {', '.join(map(str, DEPTHS))}, got stages of {counts}")
+    labels = held.get("id2label")
+    return replace(
+        config, depth=depth, backbone_width=backbone.get("embedding_size", 64), channels=held.get("hidden_dim", 256),
+        queries=held.get("num_queries", 100), heads=held.get("num_attention_heads", 8),
+        encoder_layers=held.get("encoder_layers", 6), encoder_feedforward=held.get("encoder_feedforward_dim", 1024),
+        decoder_layers=held.get("decoder_layers", 10) - 1, decoder_feedforward=held.get("dim_feedforward", 2048),
+        points=held.get("train_num_points", 12544), num_classes=len(labels) if isinstance(labels, dict) else config.num_classes,
+    )  # fmt: skip
+
+
 def to_transformers(name: str) -> str:
     """transformers' name of one of our tensors."""
     for part, theirs in _PARTS.items():
@@ -134,6 +170,16 @@ def to_transformers(name: str) -> str:
             rest = name.removeprefix(part)
             return theirs + (_renamed(rest, _RESNET, -1) if part == "backbone." else rest)
     return name
+
+
+def _read_json(path: Path) -> Any:
+    """The content of a small JSON file."""
+    if path.stat().st_size > 1 << 24:
+        raise ValueError(f"{path}: must have at most 16 MiB, got {path.stat().st_size} bytes; is it the right file?")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: must be JSON, got {error}") from None
 
 
 def _from_release(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

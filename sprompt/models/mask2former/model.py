@@ -91,6 +91,13 @@ class Mask2Former(nn.Module):
             ParameterGroup(list(self.backbone.parameters()), rate=0.1),
         ]
 
+    @staticmethod
+    def released_config(path: Path, config: Mask2FormerConfig) -> Mask2FormerConfig:
+        """The sizes of a file of transformers; see `sprompt.models.mask2former.checkpoint`."""
+        from sprompt.models.mask2former.checkpoint import released_config
+
+        return released_config(path, config)
+
     def import_checkpoint(self, path: Path) -> str:
         """Takes the weights of a file of transformers or of the official release; see `sprompt.models.mask2former.checkpoint`."""
         from sprompt.models.mask2former.checkpoint import import_checkpoint
