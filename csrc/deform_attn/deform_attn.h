@@ -8,7 +8,7 @@
 //   sums
 #pragma once
 
-#include "common/views.h"
+#include "common/cuda.h"
 
 namespace sprompt {
 
@@ -21,5 +21,17 @@ SPROMPT_KERNEL(deform_attn, const View& values, const View& points, const View& 
 // by increasing query, then point.
 SPROMPT_KERNEL(deform_attn_backward, const View& grad, const View& values, const View& points, const View& weights,
                const View& levels, const View& to_values, const View& to_points, const View& to_weights, int threads)
+
+// CUDA: the same. values has rows of D elements and strides that are multiples of 16 bytes if 16 bytes divide a row, and then
+// its memory begins at a multiple of 16 bytes. levels is in the host's memory and has at most 64 rows.
+SPROMPT_CUDA_KERNEL(deform_attn, const View& values, const View& points, const View& weights, const View& levels,
+                    const View& out)
+
+// CUDA: the same; grad is laid out like values. sums (B, S, H, D) i64 and limits (B, H, 2) i32 are contiguous scratch memory
+// that holds zeros; they are needed for to_values only. The sums of to_values are in fixed point: their unit is at most 2^-36
+// of the largest product of a gradient and a weight of the head, and a product that is not finite gives NaN.
+SPROMPT_CUDA_KERNEL(deform_attn_backward, const View& grad, const View& values, const View& points, const View& weights,
+                    const View& levels, const View& to_values, const View& to_points, const View& to_weights, const View& sums,
+                    const View& limits)
 
 }  // namespace sprompt

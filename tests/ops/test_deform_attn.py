@@ -107,7 +107,8 @@ def test_an_encoder_at_full_size() -> None:
     values, _, points, weights = (t[:, :, :1] if isinstance(t, Tensor) else t for t in sample.args)
     out = deform_attn(values, MAPS, points, weights)
     expected = _eager(values.double(), MAPS, points.double(), weights.double())
-    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+    # A coordinate below 168 has a rounding error of 8e-6 cells.
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=3e-5 * float(expected.abs().max()))
 
 
 def test_numbers_per_level_equal_padding_with_weights_of_0() -> None:

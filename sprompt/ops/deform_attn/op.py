@@ -10,13 +10,13 @@ from sprompt import native
 from sprompt.ops.declare import Args, new, op
 
 
-@op()
+@op("cuda")
 def deform_attn(values: Tensor, points: Tensor, weights: Tensor, levels: list[int]) -> Tensor:
     return new(values, values.shape[0], points.shape[1], values.shape[2] * values.shape[3])
 
 
 @functools.lru_cache(64)
-def _table(levels: tuple[int, ...]) -> Tensor:
+def table(levels: tuple[int, ...]) -> Tensor:
     """The levels as the kernels read them, (V, 3)."""
     return torch.tensor(levels, dtype=torch.int64, device="cpu").reshape(-1, 3)
 
@@ -28,7 +28,7 @@ def flat(x: Tensor) -> Tensor:
 
 @deform_attn.native
 def _(a: Args, out: Tensor) -> None:
-    levels = _table(tuple(a.levels))
+    levels = table(tuple(a.levels))
     native._C.deform_attn(native.rows(a.values), flat(a.points), flat(a.weights), levels, out, native.threads())
 
 
@@ -38,7 +38,7 @@ def _(ctx: Any, a: Args, out: Tensor) -> None:
     ctx.levels = a.levels
 
 
-@op()
+@op("cuda")
 def deform_attn_backward(
     grad: Tensor, values: Tensor, points: Tensor, weights: Tensor, levels: list[int],
     to_values: bool, to_points: bool, to_weights: bool,
@@ -60,6 +60,6 @@ deform_attn.backward(
 def _(a: Args, *gradients: Tensor) -> None:
     needed = (a.to_values, a.to_points, a.to_weights)
     native._C.deform_attn_backward(
-        native.rows(a.grad), native.rows(a.values), flat(a.points), flat(a.weights), _table(tuple(a.levels)),
+        native.rows(a.grad), native.rows(a.values), flat(a.points), flat(a.weights), table(tuple(a.levels)),
         *(gradient if needs else None for gradient, needs in zip(gradients, needed, strict=True)), native.threads(),
     )  # fmt: skip
