@@ -41,7 +41,7 @@ static void attend_list(const float* query, const float* keys, const float* valu
         vf part[4][2] = {};
         for (int64_t k = 0; k < count; k += 4)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {  // behind `count`, weights are at most 1.3e-38 and keys attended
+            for (int i = 0; i < 4; ++i) {  // behind `count` the weights are 0
                 const vf p = broadcast(scores[k + i]);
                 const float* value = values + list[k + i] * padded + d;
                 part[i][0] = fma(p, load(value), part[i][0]);
