@@ -22,7 +22,7 @@ namespace SPROMPT_ISA {
 constexpr int64_t block = 512;                  // keys
 constexpr int64_t list_step = 16;               // lists are filled up to a multiple of it
 constexpr float none = -__builtin_huge_valf();  // no score
-constexpr float least_exponent = -87.3f;        // exp_small takes no less
+constexpr float least_exponent = -69.0f;
 
 // A query is dense in a block if it attends more than this part of its keys. Measured: ratios of both ways are equal there.
 constexpr int64_t dense_part = 2, dense_of = 5;
@@ -30,14 +30,20 @@ constexpr int64_t dense_part = 2, dense_of = 5;
 struct Cut {
     int64_t B, H, N, S, D, padded, blocks, chunk, chunks, groups;  // blocks: in all; chunk: in blocks; groups: of heads
 
-    SPROMPT_INLINE Cut(const View& query, const View& key)
-        : B(query.size[0]), H(query.size[1]), N(query.size[2]), S(key.size[2]), D(query.size[3]), padded(round_up(D, NR)) {
+    // The chunks depend on the shape only. Heads are independent of each other, so the groups may depend on the threads.
+    SPROMPT_INLINE Cut(const View& query, const View& key, int threads)
+        : B(query.size[0]),
+          H(query.size[1]),
+          N(query.size[2]),
+          S(key.size[2]),
+          D(query.size[3]),
+          padded(round_up(D > 0 ? D : 1, NR)) {
         blocks = (S + block - 1) / block;
-        const int64_t images = B > 0 ? B : 1, wanted = images < 32 ? 32 / images : 1;
+        const int64_t images = B > 0 ? B : 1, wanted = images < 8 ? 8 / images : 1;
         chunk = blocks > wanted ? (blocks + wanted - 1) / wanted : 1;
         chunks = (blocks + chunk - 1) / chunk;
-        const int64_t tasks = images * chunks;
-        groups = tasks >= 16 || tasks == 0 ? 1 : smaller((16 + tasks - 1) / tasks, H > 0 ? H : 1);
+        const int64_t tasks = images * chunks, busy = 2 * threads;
+        groups = tasks >= busy || tasks == 0 ? 1 : smaller((busy + tasks - 1) / tasks, H > 0 ? H : 1);
     }
     SPROMPT_INLINE int64_t tasks() const { return B * chunks * groups; }
     SPROMPT_INLINE int64_t rows() const { return B * H * N; }
@@ -80,6 +86,33 @@ static void pack_rows(const View& x, int64_t b, int64_t h, int64_t first, int64_
     }
 }
 
+// Fetches the keys and values of the next block or head into the L2 cache while the kernel works on the present ones.
+template <class T>
+struct Ahead {
+    const View &key, &value;
+    int64_t b, h, first, rows, share, row = 0;
+
+    // The rows after those of block j and head h. They are fetched by `calls` calls.
+    SPROMPT_INLINE Ahead(const Cut& cut, const Task& task, int64_t j, int64_t h_, int64_t calls, const View& key_,
+                         const View& value_)
+        : key(key_), value(value_), b(task.b), h(h_ + 1), first(j * block) {
+        if (h == task.heads) {
+            h = task.head;
+            first = j + 1 < task.last ? first + block : cut.S;
+        }
+        rows = smaller(cut.S - first, block);
+        share = calls > 0 ? rows / calls + 1 : 0;
+    }
+    SPROMPT_INLINE void some(int64_t calls) {
+        const int64_t end = smaller(row + calls * share, rows), bytes = key.size[3] * static_cast<int64_t>(sizeof(T));
+        for (; row < end; ++row)
+            for (int i = 0; i < 2; ++i) {
+                const char* line = reinterpret_cast<const char*>(row_of<const T>(i == 0 ? key : value, b, h, first + row));
+                for (int64_t byte = 0; byte < bytes; byte += 64) __builtin_prefetch(line + byte, 0, 2);
+            }
+    }
+};
+
 SPROMPT_INLINE void clear(float* x, int64_t n) { __builtin_memset(x, 0, n * 4); }
 
 // rows [count, next multiple of NR) <- 0, and turned [slice][padded][NR]: the transposed rows in slices of NR keys.
@@ -107,7 +140,7 @@ struct Attended {
           dense(sparse + N),
           sparse_count(0),
           dense_count(0) {}
-    SPROMPT_INLINE bool none_at_all() const { return sparse_count == 0 && dense_count == 0; }
+    SPROMPT_INLINE int64_t queries() const { return sparse_count + dense_count; }
 };
 
 struct Masks {
@@ -184,31 +217,56 @@ SPROMPT_INLINE vf choose(uint32_t lanes, vf yes, vf no) {
 #endif
 }
 
-// e^(x - top), for scores x <= top.
-SPROMPT_INLINE vf weight(vf x, vf top) { return exp_small(max_or_second(broadcast(least_exponent), x - top)); }
+// e^(x - top), for scores x <= top. It is 0 where it is below 1e-30, because products with smaller weights would be denormal
+// numbers, which take a CPU a hundred times as long.
+SPROMPT_INLINE vf weight(vf x, vf top) {
+    const vf exponent = x - top, least = broadcast(least_exponent);
+    const vf e = exp_small(max_or_second(least, exponent));
+    return bits_to_float(bits_to_int(e) & ~(exponent < least));
+}
 
+// f of all lanes: halves first.
+template <class F>
+SPROMPT_INLINE float across(vf v, const F& f) {
+#if defined(__AVX2__)
+#if defined(__AVX512F__)
+    const __m512 x = (__m512)v;
+    const __m256 eight = f(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+#else
+    const __m256 eight = (__m256)v;
+#endif
+    v4f four = (v4f)f(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+#else
+    v4f four = v;
+#endif
+    four = (v4f)f(four, v4f{four[2], four[3], four[2], four[3]});
+    return f(four, v4f{four[1], four[1], four[1], four[1]})[0];
+}
+SPROMPT_INLINE float sum_of(vf v) {
+    return across(v, [](auto a, auto b) { return a + b; });
+}
 // The largest lane. NaN may be passed over.
 SPROMPT_INLINE float largest(vf v) {
-    float lane[W];
-    store(lane, v);
-    for (int half = W / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) lane[i] = lane[i] < lane[i + half] ? lane[i + half] : lane[i];
-    return lane[0];
+    return across(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
 // scores [0, count), filled up to a multiple of 8: the products of a row with the listed rows.
 SPROMPT_INLINE void products_of_list(const float* row, const float* rows, int64_t padded, const uint16_t* list, int64_t count,
                                      float* scores) {
-    for (int64_t k = 0; k < count; k += 8) {
-        const float* other[8];
-        vf dot[8] = {};
+    constexpr int step = 8;
+    for (int64_t k = 0; k < count; k += step) {
+        vf dot[step];
 #pragma GCC unroll 8
-        for (int i = 0; i < 8; ++i) other[i] = rows + list[k + i] * padded;
-        for (int64_t d = 0; d < padded; d += NR) {
-            const vf a = load(row + d), b = load(row + d + W);
-#pragma GCC unroll 8
-            for (int i = 0; i < 8; ++i) dot[i] = fma(b, load(other[i] + d + W), fma(a, load(other[i] + d), dot[i]));
+        for (int i = 0; i < step; ++i) {
+            const float* other = rows + list[k + i] * padded;
+            dot[i] = fma(load(row + W), load(other + W), load(row) * load(other));
         }
+        for (int64_t d = NR; d < padded; d += NR)
+#pragma GCC unroll 8
+            for (int i = 0; i < step; ++i) {
+                const float* other = rows + list[k + i] * padded + d;
+                dot[i] = fma(load(row + d + W), load(other + W), fma(load(row + d), load(other), dot[i]));
+            }
         const v8f sums = sum_eight(dot);
         __builtin_memcpy(scores + k, &sums, sizeof sums);
     }

@@ -120,7 +120,7 @@ template <class T>
 static void backward(const View& grad, const View& query, const View& key, const View& value, const View& words,
                      const View& out, const View& logsum, float scale, bool empty_all, const View& grad_query,
                      const View& grad_key, const View& grad_value, int threads) {
-    const Cut cut(query, key);
+    const Cut cut(query, key, threads);
     const int64_t N = cut.N, padded = cut.padded;
     Masks masks(words, empty_all);
     Scratch memory;
@@ -175,11 +175,13 @@ static void backward(const View& grad, const View& query, const View& key, const
                     };
                     clear(side.to_keys, length * padded);
                     clear(side.to_values, length * padded);
-                    if (!attended.none_at_all()) {
+                    if (attended.queries() > 0) {
                         pack_rows<T>(key, task.b, h, first, length, padded, 1.0f, keys);
                         pack_rows<T>(value, task.b, h, first, length, padded, 1.0f, values);
                     }
+                    Ahead<T> ahead(cut, task, j, h, attended.queries(), key, value);
                     for (int64_t r = 0; r < attended.sparse_count; ++r) {
+                        ahead.some(1);
                         const int64_t q = attended.sparse[r];
                         differentiate_list(row_at(q), side, padded, attended.lists + q * block, attended.counts[q],
                                            panel.scores, panel.products);
@@ -188,11 +190,14 @@ static void backward(const View& grad, const View& query, const View& key, const
                         turn_rows(keys, length, padded, panel.turned_keys);
                         turn_rows(values, length, padded, panel.turned_values);
                     }
-                    for (int64_t r = 0; r < attended.dense_count; r += panel_rows)
-                        differentiate_block(panel, side, smaller(attended.dense_count - r, panel_rows), length, cut.D, padded,
-                                            attended.dense + r, of_queries, of_grads, row_at, [&](int64_t q, int64_t k) {
+                    for (int64_t r = 0; r < attended.dense_count; r += panel_rows) {
+                        const int64_t count = smaller(attended.dense_count - r, panel_rows);
+                        ahead.some(count);
+                        differentiate_block(panel, side, count, length, cut.D, padded, attended.dense + r, of_queries, of_grads,
+                                            row_at, [&](int64_t q, int64_t k) {
                                                 return masks.lanes(task.b, q, first, length, k, masks.whole(task.b, q));
                                             });
+                    }
                     write_rows<T>(side.to_keys, padded, grad_key, task.b, h, first, length);
                     write_rows<T>(side.to_values, padded, grad_value, task.b, h, first, length);
                 }

@@ -36,12 +36,12 @@ static void attend_list(const float* query, const float* keys, const float* valu
         total += p;
         store(scores + k, p);
     }
-    *state.total += sum(total);
+    *state.total += sum_of(total);
     for (int64_t d = 0; d < padded; d += NR) {
         vf part[4][2] = {};
         for (int64_t k = 0; k < count; k += 4)
 #pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {  // behind `count`, weights are at most 1.3e-38 and keys attended
+            for (int i = 0; i < 4; ++i) {  // behind `count` the weights are 0
                 const vf p = broadcast(scores[k + i]);
                 const float* value = values + list[k + i] * padded + d;
                 part[i][0] = fma(p, load(value), part[i][0]);
@@ -72,7 +72,7 @@ static void attend_block(const float* columns, int64_t count, const float* turne
             total += p;
             store(row + k, p);
         }
-        *state.total += sum(total);
+        *state.total += sum_of(total);
     }
     for (int64_t d = 0; d < padded; d += NR) {
         float tile[MR * NR];
@@ -113,7 +113,7 @@ static void join(const Cut& cut, int64_t row, const float* tops, const float* to
 template <class T>
 static void forward(const View& query, const View& key, const View& value, const View& words, float scale, bool empty_all,
                     const View& out, const View& logsum, int threads) {
-    const Cut cut(query, key);
+    const Cut cut(query, key, threads);
     const int64_t N = cut.N, padded = cut.padded;
     Masks masks(words, empty_all);
     Scratch memory;
@@ -146,7 +146,7 @@ static void forward(const View& query, const View& key, const View& value, const
             for (int64_t j = task.first; j < task.last; ++j) {
                 const int64_t first = j * block, length = smaller(cut.S - first, block);
                 masks.list(task.b, N, first, length, attended);
-                if (attended.none_at_all()) continue;
+                if (attended.queries() == 0) continue;
                 for (int64_t h = task.head; h < task.heads; ++h) {
                     const float* rows = queries + (task.b * cut.H + h) * N * padded;
                     const int64_t at = cut.partial(task.b, task.c, h);
@@ -155,7 +155,9 @@ static void forward(const View& query, const View& key, const View& value, const
                     };
                     pack_rows<T>(key, task.b, h, first, length, padded, 1.0f, keys);
                     pack_rows<T>(value, task.b, h, first, length, padded, 1.0f, values);
+                    Ahead<T> ahead(cut, task, j, h, attended.queries(), key, value);
                     for (int64_t r = 0; r < attended.sparse_count; ++r) {
+                        ahead.some(1);
                         const int64_t q = attended.sparse[r];
                         attend_list(rows + q * padded, keys, values, padded, attended.lists + q * block, attended.counts[q],
                                     scores, state_of(q));
@@ -166,6 +168,7 @@ static void forward(const View& query, const View& key, const View& value, const
                     for (int64_t g = 0; g < groups.count; ++g) {
                         const int32_t* of = attended.dense + groups.begin(g);
                         const int64_t count = groups.begin(g + 1) - groups.begin(g);
+                        ahead.some(count);
                         bool all[MR];
                         for (int64_t r = 0; r < count; ++r) all[r] = masks.whole(task.b, of[r]);
                         pack_columns(rows, padded, of, count, cut.D, columns);
