@@ -73,7 +73,7 @@ def test_findings_and_the_status(folder: Path, capsys: pytest.CaptureFixture[str
     assert "val/images/000001.png: is not a picture" in said
     assert "! pictures of val with the content of a picture of data, so that the AP will be too high: 1" in said
     assert "than the model has queries, 2," in said and "is not measured" in said and "s a step" not in said
-    assert said.rstrip().endswith("findings that would stop or spoil training, marked !: 3")
+    assert said.rstrip().endswith("findings that would stop or spoil training (marked with !): 3")
 
 
 def test_a_file_that_is_refused_does_not_hide_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
