@@ -24,10 +24,10 @@ class Study:
     from Saliency Prompt pre-training with its parts taken out one by one. Each variant is pre-trained and fine-tuned with
     several seeds.
 
-    A cell is the fine-tuning of one variant on one fraction of the labels with one seed. After every cell the study writes
-    OUT/results.json, OUT/tables.md and OUT/index.html again. At the end it writes pictures of curves, predictions and kernels.
-    If you start the same command again after a kill, it goes on where it stopped. Without --images it draws synthetic scenes.
-    `--preset study-cpu` takes hours on two cores. `--preset study-gpu` is for one GPU and your own pictures.
+    A cell is one combination of variant, fraction and seed. After every cell the study writes OUT/results.json, OUT/tables.md
+    and OUT/index.html again. At the end it writes pictures of curves, predictions and kernels. If you start the same command
+    again after a kill, it goes on where it stopped. Without --images it draws synthetic scenes. `--preset study-cpu` takes
+    hours on two cores. `--preset study-gpu` is for one GPU and your own pictures.
     """
 
     out: Path = Path("study")

@@ -167,8 +167,8 @@ def test_boxes_come_from_masks_where_there_are_none() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 5}, "record 1: image_id must be one of the ground truth's, got 5"),
-        ({"category_id": 4}, "record 1: category_id must be one of the ground truth's, got 4"),
+        ({"image_id": 5}, "record 1: image_id must be an id of the ground truth, got 5"),
+        ({"category_id": 4}, "record 1: category_id must be an id of the ground truth, got 4"),
         ({"segmentation": {"size": [3, 3], "counts": "9"}}, r"record 1: the mask must have the size \[160, 160\]"),
         ({"segmentation": None}, "record 1 must be a COCO result, got KeyError: 'segmentation'"),
         ({"score": None}, "record 1 must be a COCO result, got TypeError"),

@@ -211,7 +211,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     run(tmp_path, max_steps=3, identity={"model": {"depth": 50}, "pictures": 20})
     message = (
         r"goes on with the settings that it began with, got other betas \(was \[0.9, 0.999\], now \[0.9, 0.99\]\); "
-        r"model.depth \(was 50, now 18\); seed \(was 0, now 1\); give those, or choose another folder"
+        r"model.depth \(was 50, now 18\); seed \(was 0, now 1\); give the old values, or choose another folder"
     )
     with pytest.raises(ValueError, match=message):
         run(tmp_path, betas=(0.9, 0.99), seed=1, identity={"model": {"depth": 18}, "pictures": 20})
@@ -245,7 +245,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: 
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000006", "step-00000009"]
     path = folder / "step-00000009" / file
     path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(RuntimeWarning, match=r"step-00000009: is damaged \(.*; trying the one before"):
+    with pytest.warns(RuntimeWarning, match=r"step-00000009: is damaged \(.*; trying the older one"):
         resumed = run(tmp_path / "run", keep=1)
     assert same(resumed, straight) and losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert [p.name for p in folder.iterdir()] == ["step-00000020"]
