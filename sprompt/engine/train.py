@@ -297,8 +297,8 @@ class _Run:
         if log_now:
             self._write_line(rate)
         self.progress.advance(note=f"epoch {epoch + 1}" + (f", loss {self.last['loss']:.4g}" if self.last else ""))
-        # All processes must stop at the same step. On a GPU they read `asked` only at a line of the log, where they wait for the
-        # device anyway.
+        # All processes must stop at the same step. On a GPU they read `asked` only at a line of the log, where they wait for
+        # the device anyway.
         return bool(signals.number) if self.world == 1 else (on_cpu or log_now) and bool(asked > 0)
 
     def _backward(self, batch: Any, step: int, count: int) -> dict[str, Tensor]:

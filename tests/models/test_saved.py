@@ -68,7 +68,7 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_classes_must_fit_the_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="classes must have 3 names, one an output of the model, got 2"):
+    with pytest.raises(ValueError, match="classes must have 3 names, one for each output of the model, got 2"):
         save_model(tmp_path / "m.safetensors", tiny(), CLASSES[:2])
     with pytest.raises(TypeError, match="must have a config derived from ModelConfig, got Linear"):
         save_model(tmp_path / "m.safetensors", torch.nn.Linear(1, 1), CLASSES)
@@ -101,7 +101,7 @@ def test_wrong_descriptions(tmp_path: Path) -> None:
     for about, message in (
         ("{", "must say in JSON"),
         ("[" * 100_000, "must say in JSON"),
-        ([1], "got tensors that do not say what they belong to"),
+        ([1], "got tensors without a description of their model"),
         (described(tmp_path, format=2), "format must be 1, got 2"),
         (described(tmp_path, model="rnn"), "must be one of knet, got 'rnn'"),
         (described(tmp_path, classes=["a"]), "must name as many classes as the model has, 3, got 1"),

@@ -19,8 +19,8 @@ from sprompt.masks import BitMasks
 Kind = Literal["segm", "bbox"]
 Engine = Literal["pycocotools", "faster"]
 
-#: Metrics for 100 results a picture. APs is for objects below 32² pixels, APm for objects from 32² to 96² pixels, APl for larger
-#: objects.
+#: Metrics for 100 results a picture. APs is for objects below 32² pixels, APm for objects from 32² to 96² pixels, APl for
+#: larger objects.
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 SHOWN = NUMBERS[:6]  # columns of a table that fits a terminal; the recall of all results is a further column
 
