@@ -1,4 +1,4 @@
-"""Tables of learning rates by hand, groups, and the configuration's errors."""
+"""Learning rates equal tables written by hand. Parameter groups, and the configuration's errors."""
 
 from dataclasses import replace
 
@@ -76,7 +76,7 @@ def test_state_goes_there_and_back_and_a_wrong_step_is_skipped(name: str) -> Non
     def step(task: Task, optimiser: torch.optim.Optimizer, found: float = 0.0) -> None:
         for parameter in task.parameters():
             parameter.grad = torch.full_like(parameter, torch.nan if found else 0.5)
-        optimiser.found_inf = torch.tensor(found)  # type: ignore[attr-defined]
+        optimiser.found_inf = torch.tensor(found)  # type: ignore[attr-defined]  # fused optimisers read it
         optimiser.step()
 
     c = config(optimiser=name)
