@@ -195,6 +195,7 @@ def _show(parts: dict[str, dict[str, tuple[int, int]]]) -> None:
     """Prints the numbers of pictures and objects of each class, the class with the most objects first."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     table.add_column("class")
@@ -206,5 +207,5 @@ def _show(parts: dict[str, dict[str, tuple[int, int]]]) -> None:
     for name in head + tail:
         if tail and name is tail[0]:
             table.add_row(f"… {len(order) - len(head) - len(tail)} more", *[""] * 2 * len(parts))
-        table.add_row(name, *[str(part.get(name, (0, 0))[i]) for i in (0, 1) for part in parts.values()])
+        table.add_row(Text(name), *[str(part.get(name, (0, 0))[i]) for i in (0, 1) for part in parts.values()])
     Console().print(table)

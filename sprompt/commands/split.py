@@ -40,6 +40,7 @@ def show(train: Part, val: Part) -> None:
     """Prints the numbers of pictures and objects of each class in each part."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sprompt.data.annotations import named
 
@@ -48,7 +49,7 @@ def show(train: Part, val: Part) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name in train.pictures:
         numbers = [part.pictures[name] for part in (train, val)] + [part.objects[name] for part in (train, val)]
-        table.add_row(name, *map(str, numbers))
+        table.add_row(Text(name), *map(str, numbers))
     table.add_section()
     totals = [train.images, val.images, sum(train.objects.values()), sum(val.objects.values())]
     table.add_row("all", *map(str, totals))
