@@ -34,8 +34,8 @@ class Predict:
     only: Path | None = None
     """Text file that lists the pictures to use, one file name a line; `sprompt split` writes such lists. Default: all
     pictures."""
-    threshold: float = 0.0
-    """Write only objects with a score above this threshold, which is at least 0 and below 1."""
+    threshold: float | None = None
+    """Write only objects with a score above this threshold, which is at least 0 and below 1. Default: all objects."""
     draw: bool = False
     """Draw the objects on the pictures, into OUT/drawn. Without --threshold only objects with a score above 0.3 are drawn."""
     ids: Path | None = None
@@ -52,7 +52,8 @@ class Predict:
         from sprompt.engine.predict import predict_to_file
         from sprompt.engine.trained import load
 
-        if not 0 <= self.threshold < 1:
+        above = self.threshold or 0.0
+        if not 0 <= above < 1:
             raise ValueError(f"--threshold: must be at least 0 and below 1, got {self.threshold}")
         pictures = run_folder.folder_of(self.images, self.only)
         trained = load(self.checkpoint, self.model, "cpu")
@@ -64,7 +65,7 @@ class Predict:
         with run_folder.begun(self.out, self) as text:
             count = predict_to_file(
                 trained.model, pictures, self.out / run_folder.PREDICTIONS, category_ids, cpu=self.cpu, problems=problems,
-                above=self.threshold, image_ids=image_ids, **self.test.sized(trained.size),
+                above=above, image_ids=image_ids, **self.test.sized(trained.size),
             )  # fmt: skip
             for problem in problems.values():
                 run_folder.say(f"  left out: {problem}")
@@ -81,7 +82,7 @@ class Predict:
                     self._draw(pictures, trained.names, image_ids, category_ids)
             run_folder.write_config(self.out, text)
         run_folder.say(
-            f"{count} objects with scores above {self.threshold:g}, in {len(pictures) - len(problems)} pictures, are in "
+            f"{count} objects with scores above {above:g}, in {len(pictures) - len(problems)} pictures, are in "
             f"{self.out / run_folder.PREDICTIONS}"
         )
 
@@ -108,7 +109,7 @@ class Predict:
         from sprompt.engine.progress import Progress
         from sprompt.engine.trained import from_results
 
-        least = self.threshold or 0.3
+        least = 0.3 if self.threshold is None else self.threshold
         found: dict[int, list[Any]] = {}
         for record in read_json(self.out / run_folder.PREDICTIONS):
             if record["score"] > least:

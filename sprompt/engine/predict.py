@@ -161,7 +161,7 @@ def predict_to_file(
         image_ids: image_ids[i] is the id in the results for the picture with id i in the dataset. None: the ids of the dataset.
         settings: arguments of `predict`.
 
-    Returns: the number of records of this process.
+    Returns: the number of records; in all processes but the first, that of their own share.
     """
     state = processes(cpu)
     rank, world = state.process_index, state.num_processes
@@ -176,7 +176,7 @@ def predict_to_file(
         if problems is not None:
             problems.update(gather_object(list(problems.items())))
         if rank == 0:
-            _join(path, parts)
+            count = _join(path, parts)
         state.wait_for_everyone()
     return count
 
@@ -188,9 +188,9 @@ def _chosen(stream: Iterator[Predicted], above: float, image_ids: Sequence[int] 
         yield Predicted(own if image_ids is None else image_ids[own], name, found)
 
 
-def _join(path: Path, parts: Sequence[Path]) -> None:
-    """Joins files of `write_results`, line by line."""
-    first = True
+def _join(path: Path, parts: Sequence[Path]) -> int:
+    """Joins files of `write_results`, line by line. Returns the number of records."""
+    count = 0
     with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
         file.write("[")
         for part in parts:
@@ -198,11 +198,12 @@ def _join(path: Path, parts: Sequence[Path]) -> None:
                 for line in lines:
                     record = line.strip().rstrip(",")
                     if record not in ("[", "]"):
-                        file.write(("\n" if first else ",\n") + record)
-                        first = False
+                        file.write((",\n" if count else "\n") + record)
+                        count += 1
         file.write("\n]\n")
     for part in parts:
         part.unlink()
+    return count
 
 
 class _Views(Dataset[Any]):
