@@ -7,13 +7,13 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-#: Each is a class of its name in sprompt/commands/<name>.py.
+#: {name: description}. Each command except env is a class of its name in sprompt/commands/<name>.py.
 COMMANDS = {
     "backbone": "train a backbone on pictures without labels (DenseCL), if you have no checkpoint",
-    "check": "read pictures and labels before a training, and tell how long the training will take",
+    "check": "check pictures and labels before a training, and measure how long the training will take",
     "split": "split labelled pictures into a part for training and a part for validation",
     "propose": "find saliency mask proposals in pictures without labels",
-    "pretrain": "train a model on proposals, its queries prompted by them (Saliency Prompt)",
+    "pretrain": "train a model on proposals, which prompt its queries (Saliency Prompt)",
     "finetune": "train on labelled pictures, from a pre-trained model, a backbone or scratch",
     "evaluate": "COCO metrics of a model, or of a results file, on labelled pictures",
     "predict": "masks of a folder of pictures, as COCO results",
@@ -25,7 +25,8 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; its exit status. Errors of a user are one line, SPROMPT_TRACEBACK=1 shows where they arose."""
+    """Runs a command and returns its exit status. A user's error is printed as one line; SPROMPT_TRACEBACK=1 adds the
+    traceback."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(overview())
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    """A warning as a line for users: without the place in the source."""
+    """A warning as one line for users, without its place in the source."""
     return f"warning: {message}\n"
 
 

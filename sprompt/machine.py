@@ -1,4 +1,4 @@
-"""The machine that this process runs on: its processor, and whether it has bfloat16."""
+"""The machine that this process runs on: its processor, its instructions for bfloat16, and its load."""
 
 from __future__ import annotations
 
@@ -21,31 +21,32 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 by itself. Where it does not, torch takes up to a hundred times as long as in float32. True
-    where that is not known."""
+    """Whether this CPU has instructions that multiply bfloat16. Without them torch can take a hundred times as long as in
+    float32. True if the instructions of the CPU are not known."""
     flags = _cpuinfo()[1]
     return not flags or not flags.isdisjoint(("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def busy() -> str | None:
-    """A line about a machine on which more programs want to compute than it has cores; None where that is not so, or not known."""
+    """A line of warning if more threads want to run on this machine than it has cores. None otherwise, or if the load is not
+    known."""
     cores = os.cpu_count()
     if cores is None or not hasattr(os, "getloadavg") or (load := os.getloadavg()[0]) <= cores:
         return None
     return (
         f"the machine is busy: its load is {load:.1f} on {cores} cores; training with several threads can then take three times as long; "
-        "OMP_NUM_THREADS=1 in front of the command takes one thread"
+        "write OMP_NUM_THREADS=1 in front of the command to take one thread"
     )
 
 
 def cpu() -> tuple[str, str]:
-    """Name and instruction sets."""
+    """Name and instruction sets of the processor."""
     name, flags = _cpuinfo()
     return name, " ".join(f for f in FEATURES if f in flags) or " ".join(sorted(flags)) or "unknown"
 
 
 def _cpuinfo() -> tuple[str, frozenset[str]]:
-    """Name and all flags; without CPUINFO what Python knows, and no flags."""
+    """Name and all flags of the processor. Without the file CPUINFO, the name that Python knows and no flags."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:

@@ -1,7 +1,7 @@
 """Models, methods and evaluators by name: `--model knet` on the command line, `name: knet` in a file.
 
-A registry lists classes by name and imports each when it is asked for. Every class has an attribute `Config`: a frozen dataclass of
-settings, derived from the registry's `Named` base. So the type of a configuration tells which class it belongs to.
+A registry lists classes by name and imports a class when it is asked for. Every class has an attribute `Config`: a frozen
+dataclass of settings, derived from the registry's `Named` base. So the type of a configuration tells to which class it belongs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 
 
 class Named:
-    """Base of configurations that are chosen by name. A derived base names its registry: `class ModelConfig(Named)`."""
+    """Base of configurations that are chosen by name. Every registry has a base derived from it, such as `class
+    ModelConfig(Named)`, which sets `registry`."""
 
     registry: ClassVar[Registry]
 

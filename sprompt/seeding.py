@@ -1,4 +1,5 @@
-"""Random numbers that depend on a few whole numbers only, such as (seed, epoch, picture): the same in every process and after a restart."""
+"""Random numbers that depend only on a few whole numbers, such as (seed, epoch, picture). They are the same in every process
+and after a restart."""
 
 from __future__ import annotations
 
@@ -13,12 +14,12 @@ def _mixed(numbers: tuple[int, ...], kind: type[np.unsignedinteger]) -> int:
 
 
 def generator(*numbers: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """A generator that these numbers determine: a seed, then an epoch, a step, an index."""
+    """A generator that depends only on these numbers, such as a seed, an epoch, a step and an index."""
     return torch.Generator(device).manual_seed(_mixed(numbers, np.uint64) >> 1)
 
 
 def seed_all(*numbers: int) -> None:
-    """Seeds the global generators of torch, numpy and random."""
+    """Seeds the global generators of torch, numpy and random with these numbers."""
     mixed = _mixed(numbers, np.uint32)
     torch.manual_seed(mixed)
     np.random.seed(mixed)

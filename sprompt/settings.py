@@ -1,4 +1,4 @@
-"""Settings as plain YAML: a command's dataclasses to text and back, with errors that name the key.
+"""Conversion of settings between dataclasses and plain YAML. Error messages name the key.
 
 >>> @dataclasses.dataclass
 ... class Colour:
@@ -25,7 +25,7 @@ from sprompt.registry import Named
 __all__ = ["Hidden", "SettingsError", "check_choices", "from_plain", "read_yaml", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
-LARGEST_FILE = 1 << 20  # bytes of YAML
+LARGEST_FILE = 1 << 20  # upper bound of the size of a YAML file, bytes
 
 
 class SettingsError(ValueError):
@@ -33,8 +33,8 @@ class SettingsError(ValueError):
 
 
 def to_plain(value: Any) -> Any:
-    """Dataclasses as dicts, tuples as lists, paths as strings: values that YAML and JSON can hold. A `Named` configuration comes with its
-    name."""
+    """Converts dataclasses to dicts, tuples to lists and paths to strings, which YAML and JSON can hold. The dict of a `Named`
+    configuration also holds its name."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         name = {"name": value.registry.name(type(value))} if isinstance(value, Named) else {}
         return name | {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
@@ -67,10 +67,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def from_plain(kind: type[T], plain: Any, base: T | None = None, where: str = "") -> T:
-    """A dataclass of this kind from a mapping; what the mapping leaves out is as in `base`, or the field's default."""
+    """A dataclass of this kind from a mapping. Fields that the mapping leaves out have the value of `base`, or without
+    `base` their default."""
     if not isinstance(plain, dict):
         raise SettingsError(f"{where or kind.__name__}: must be a mapping, got {plain!r}")
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]  # T is always a dataclass
     hints = typing.get_type_hints(kind)
     values = {} if base is None else {name: getattr(base, name) for name in fields}
     for key, value in plain.items():
@@ -95,8 +96,8 @@ def from_plain(kind: type[T], plain: Any, base: T | None = None, where: str = ""
 
 
 def check_choices(kind: type[Any], values: Mapping[str, Any], where: str = "") -> None:
-    """Raises SettingsError for a value that its field's Literal does not list. Dataclasses call it from `__post_init__` too, with
-    `vars(self)`, so that this is the one place that checks a choice."""
+    """Raises SettingsError if the Literal type of a field does not list the field's value. Dataclasses call this function from
+    `__post_init__` too, with `vars(self)`, so that no other code needs to check choices."""
     for name, hint in typing.get_type_hints(kind).items():
         value = values.get(name)
         if get_origin(hint) is Literal and name in values and value not in get_args(hint):
@@ -111,11 +112,11 @@ def _converted(kind: Any, value: Any, base: Any, place: str) -> Any:
     if isinstance(kind, type) and issubclass(kind, Named):
         return _named(kind, value, base, place)
     if dataclasses.is_dataclass(kind):
-        return from_plain(kind, value, base, place)  # type: ignore[arg-type]
+        return from_plain(kind, value, base, place)  # type: ignore[arg-type]  # mypy cannot see that kind is a class
     if origin in (Union, types.UnionType):
         return _first_fit(get_args(kind), value, base, place)
     if origin is Literal:
-        return value  # check_choices follows
+        return value  # from_plain calls check_choices afterwards
     if origin in (tuple, list):
         return _sequence(origin, get_args(kind), value, place)
     if origin is dict or kind is dict or kind is Any:
@@ -137,14 +138,14 @@ def _converted(kind: Any, value: Any, base: Any, place: str) -> Any:
 
 
 def _named(kind: type[Named], value: Any, base: Any, place: str) -> Any:
-    """A configuration by its name: `{name: knet, kernels: 50}`, or `knet` alone. Without a name it is of the base's class."""
+    """A configuration by its name: `{name: knet, kernels: 50}`, or only `knet`. Without a name it has the class of `base`."""
     plain = {"name": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
     if not isinstance(plain, dict):
         raise SettingsError(f"{place}: must be a mapping with a name, got {value!r}")
     name = plain.pop("name", None)
     if name is None and base is None:
         raise SettingsError(
-            f"{place}: lacks name; the first line of it is one of `name: {', '.join(kind.registry.names())}`"
+            f"{place}: must have a name, got none; add a line `name: NAME` with one of {', '.join(kind.registry.names())}"
         )
     try:
         chosen = type(base) if name is None else kind.registry.get(str(name)).Config
@@ -154,7 +155,7 @@ def _named(kind: type[Named], value: Any, base: Any, place: str) -> Any:
 
 
 def _number(value: Any, place: str) -> float:
-    """YAML 1.1 reads 1e-4 as text."""
+    """A number from text. YAML 1.1 reads 1e-4 as text."""
     try:
         if not isinstance(value, str):
             raise ValueError
@@ -170,7 +171,7 @@ def _first_fit(kinds: tuple[Any, ...], value: Any, base: Any, place: str) -> Any
         f"{place}: configurations are chosen by name; derive them from Named"
     )
     errors = []
-    for kind in sorted(kinds, key=lambda k: k is float):  # a whole number stays one where both fit
+    for kind in sorted(kinds, key=lambda k: k is float):  # int before float, so that a whole number stays an int
         if kind is type(None) or (get_origin(kind) is Literal and value not in get_args(kind)):
             continue
         try:

@@ -1,4 +1,4 @@
-"""Choice of the backend: forced, automatic, traced."""
+"""The choice of the backend: forced, automatic, and while tracing."""
 
 import os
 import subprocess
@@ -89,7 +89,7 @@ def test_every_op_has_a_reference_and_a_native_kernel() -> None:
 
 
 def test_gpu_backends_are_tried_in_the_order_of_the_declaration() -> None:
-    """Two ops that are declared with both, one the other way round."""
+    """Two ops that are declared with Triton and CUDA backends, in opposite orders."""
     (
         backends.add("order_a", "reference", print),
         backends.add("order_a", "triton", print),

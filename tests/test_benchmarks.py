@@ -1,4 +1,4 @@
-"""The benchmark's processes: on a GPU every op has one of its own, and one that ends badly costs its own row only."""
+"""The benchmark's processes. On a GPU every op has its own process. A process that crashes loses only its own row."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_values_of_a_process_come_back() -> None:
 
 
 def busy(size: int) -> Iterator[float]:
-    """Works on two threads, as the rows do."""
+    """An op that computes on two threads, as the rows of the benchmark do."""
     torch.set_num_threads(2)
     yield float((torch.ones(size, size) @ torch.ones(size, size)).sum())
     yield float(mask_area(torch.ones(64, size, size)).sum())
@@ -41,7 +41,7 @@ def test_a_process_may_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_specs_run_nothing_when_they_are_imported() -> None:
-    """An op that runs then starts threads, which a fork does not have."""
+    """An op that runs at import would start threads, and a forked process would lack these threads."""
     code = (
         "import sprompt\nwith sprompt.trace_backends() as ran:\n    import sprompt.testing.specs\nassert not ran, ran"
     )
@@ -60,7 +60,7 @@ def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_row_that_ends_its_process_costs_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two ops of three and one rows: the second row of the first kills its process."""
+    """Two ops, with three rows and one row. The second row of the first op kills its process."""
     cuda = [number for number, bench in enumerate(run.BENCHES) if bench.device == "cuda"]
     first = run.BENCHES[cuda[0]].function.__name__
     other = next(n for n in cuda if run.BENCHES[n].function.__name__ != first)

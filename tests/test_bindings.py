@@ -1,6 +1,6 @@
-"""How Python reaches the kernels: bindings follow from the declarations in csrc/<op>/<op>.h, and arguments arrive whole.
+"""The bindings of the kernels follow from the declarations in csrc/<op>/<op>.h, and every argument arrives unchanged.
 
-`probe` is an op of these tests only, built by the project's CMakeLists.txt and bindings in a tree of its own."""
+`probe` is an op of these tests only. The project's CMakeLists.txt and bindings build it in a source tree of its own."""
 
 import re
 import shutil
@@ -17,8 +17,8 @@ from sprompt import native
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(native._C is None, reason="the kernels are not built")
 
-WIDTH = 15  # numbers that probe writes of each view
-# Writes what it is given to `out`: count; dtype, rank, 6 sizes and 6 strides, first i32 element of every view.
+WIDTH = 15  # numbers that probe writes for each view
+# `probe` writes its arguments to `out`: count; for every view dtype, rank, 6 sizes, 6 strides and the first i32 element.
 HEADER = """
 #pragma once
 #include "common/views.h"
@@ -86,7 +86,7 @@ def run(*command: str) -> str:
 
 @pytest.fixture(scope="module")
 def probe(tree: Path) -> Any:
-    """The module of that tree. It has the name _C, so it does not replace sprompt._C."""
+    """The compiled module of the tree `probe`. Its name is _C, so it does not replace sprompt._C."""
     import importlib.util
 
     (file,) = (tree / "build").glob("_C*")
@@ -115,7 +115,7 @@ def test_every_declaration_is_bound() -> None:
 
 
 def test_an_op_is_added_by_its_own_folder(tree: Path, probe: Any) -> None:
-    """Neither CMakeLists.txt nor bindings.cpp is touched, and the build that is there takes the op up by itself."""
+    """An existing build finds a new op by itself. Neither CMakeLists.txt nor bindings.cpp is changed."""
     assert "later" not in run(sys.executable, "-c", LOAD, str(tree / "build"))
     (tree / "csrc/later").mkdir()
     declaration = HEADER.replace("probe_scalars", "later_scalars").replace("probe", "later")
@@ -208,7 +208,8 @@ def test_what_does_not_fit_is_refused(probe: Any) -> None:
 
 @pytest.mark.parametrize("images", (2**40, 2**51))
 def test_too_little_memory_is_a_memory_error(images: int) -> None:
-    """Of what a kernel takes itself: more than there can be, and more bytes than int64 counts. The next call works."""
+    """A kernel asks for more scratch memory than a machine can have, or for more bytes than int64 can count. The next call
+    works."""
     features, kernels, logits = (torch.ones(1, *size) for size in ((4, 1), (512, 4), (512, 1)))
     with pytest.raises(MemoryError):
         native._C.mask_update(*(x.expand(images, -1, -1) for x in (features, kernels, logits)), None, None, 1)
@@ -217,7 +218,7 @@ def test_too_little_memory_is_a_memory_error(images: int) -> None:
 
 
 def test_memory_that_a_kernel_takes_is_filled_for_tests() -> None:
-    """And kept between calls: the sums over 3 masks of an earlier call do not show in a later one."""
+    """Scratch memory is also kept between calls. The sums over 3 masks of an earlier call do not show in a later call."""
     features, kernels = torch.ones(2, 4, 9), torch.ones(2, 3, 4)
     results = []
     for poison in (False, True, False):

@@ -1,4 +1,4 @@
-"""The build and the package: instruction sets never mix, pure Python works, every refusal is one sentence."""
+"""The build and the package: instruction sets never mix, the package works without kernels, and every error is one sentence."""
 
 import os
 import platform
@@ -19,7 +19,7 @@ needs_build = pytest.mark.skipif(native._C is None, reason="the kernels are not 
 
 
 def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A process that sees none of our switches but those given."""
+    """Runs a process that sees only the given switches (SPROMPT_...), not those of the environment."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("SPROMPT_")}
     return subprocess.run(
         command, cwd=cwd, env={**clean, "PYTHONPATH": str(cwd), **environment}, capture_output=True, text=True
@@ -28,7 +28,8 @@ def run(*command: str, cwd: Path = ROOT, **environment: str) -> subprocess.Compl
 
 @pytest.fixture(scope="module")
 def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
-    """Kernel objects by level: those of the build in place if they are as new as the sources, else compiled here."""
+    """{level: kernel objects}. They come from the build in place if they are as new as the sources. Otherwise they are
+    compiled here."""
     sources = [ROOT / "CMakeLists.txt", *ROOT.glob("csrc/**/*.cpp"), *ROOT.glob("csrc/**/*.h")]
     newest = max(path.stat().st_mtime for path in sources)
     for build in ROOT.glob("build/temp*"):
@@ -46,7 +47,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Path]]:
 
 
 def kernel_objects(build: Path) -> dict[str, list[Path]]:
-    """By level; empty unless every kernel file is there at every level."""
+    """{level: kernel objects}; empty unless every level has an object of every kernel file."""
     kernels = [path.relative_to(ROOT) for path in sorted(ROOT.glob("csrc/*/*_cpu.cpp"))]
     found = {level: [build / f"CMakeFiles/kernels_{level}.dir/{kernel}.o" for kernel in kernels] for level in LEVELS}
     return found if all(path.exists() for paths in found.values() for path in paths) else {}
@@ -56,12 +57,12 @@ def kernel_objects(build: Path) -> dict[str, list[Path]]:
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm (binutils) is not installed")
 @pytest.mark.parametrize("level", LEVELS)
 def test_kernel_objects_share_no_code(objects: dict[str, list[Path]], level: str) -> None:
-    """The rule of csrc/common/isa.h. Weak (W, V) or unique (u) symbols are what a linker merges between levels; any other
-    global symbol must lie in the namespace of the level."""
+    """The rule of csrc/common/isa.h. A linker merges weak (W, V) and unique (u) symbols of different levels, so there must
+    be none. Any other global symbol must lie in the namespace of the level."""
     for path in objects[level]:
         symbols = subprocess.run(("nm", "-C", "--defined-only", str(path)), capture_output=True, text=True, check=True)
         for line in symbols.stdout.splitlines():
-            kind, name = re.fullmatch(r"[0-9a-f]* ?(\S) (.*)", line.strip()).groups()  # type: ignore[union-attr]
+            kind, name = re.fullmatch(r"[0-9a-f]* ?(\S) (.*)", line.strip()).groups()  # type: ignore[union-attr]  # always matches
             assert kind not in "WVuvw", f"{path.name} ({level}) emits shared code: {name}; include nothing that does"
             if kind.isupper():
                 assert name.startswith(f"sprompt::{level}::"), f"{path.name} ({level}) defines {name} outside its level"
@@ -69,7 +70,7 @@ def test_kernel_objects_share_no_code(objects: dict[str, list[Path]], level: str
 
 @needs_build
 def test_the_rule_is_seen_to_be_broken(tmp_path: Path) -> None:
-    """The check above finds what it is for."""
+    """The check above finds shared code."""
     if shutil.which("c++") is None or shutil.which("nm") is None:
         pytest.skip("no c++ or no nm")
     source = tmp_path / "broken.cpp"
@@ -172,8 +173,8 @@ def clone(tmp_path: Path) -> Path:
 
 
 def isolated_build(tree: Path, tools: Path, python: str = sys.executable, **environment: str) -> str:
-    """setup.py with cmake and ninja in a folder that is gone afterwards, as in pip's isolated builds. CMake configures; of the
-    build, ninja reads its file and prints the targets. Returns what CMake's cache holds then."""
+    """Runs setup.py with cmake and ninja in a folder that is removed afterwards, as in pip's isolated builds. CMake
+    configures. Ninja does not build; it only reads its file and prints the targets. Returns the content of CMake's cache."""
     pytest.importorskip("setuptools")
     cmake, ninja = shutil.which("cmake"), shutil.which("ninja")
     if cmake is None or ninja is None or not any(map(shutil.which, ("c++", "g++", "clang++"))):
@@ -202,7 +203,8 @@ def isolated_build(tree: Path, tools: Path, python: str = sys.executable, **envi
 
 
 def test_the_same_clone_is_built_again(clone: Path, tmp_path: Path) -> None:
-    """By other tools, in another place, by another interpreter, with another compiler. Objects are kept where they are right."""
+    """The second build has other tools, another place, another interpreter or another compiler. Objects that are still right
+    are kept."""
     isolated_build(clone, tmp_path / "first")
     (folder,) = clone.glob("build/temp*/CMakeFiles")
     (folder / "object.o").touch()
@@ -238,7 +240,7 @@ def test_modules_that_are_gone_are_not_installed(clone: Path) -> None:
 
 
 def test_sdist_holds_the_sources(clone: Path, tmp_path: Path) -> None:
-    """All of them, outside of git, and CMake is content with what is in it."""
+    """The sdist holds all sources, without git too, and CMake can configure it."""
     done = run(sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path), cwd=clone)
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")

@@ -1,4 +1,4 @@
-"""Which ops' slow tests run again after a change (tools/changed.py)."""
+"""The choice of the ops whose slow tests run again after a change (tools/changed.py)."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_header_concerns_what_includes_it(tree: Path) -> None:
 
 @pytest.fixture
 def git(tree: Path) -> Callable[..., str]:
-    """git in the tree, which is its first commit."""
+    """A git repository in the tree; its first commit holds the tree."""
     if shutil.which("git") is None:
         pytest.skip("git is not installed")
 
@@ -141,7 +141,7 @@ def test_ops_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 
 def test_every_op_of_this_tree_has_its_files() -> None:
-    """The rule by which a file belongs to an op fits the names in use, and every folder of kernels is an op's."""
+    """The rule that assigns a file to an op fits all file names, and every folder of kernels belongs to an op."""
     for op in changed.ops():
         for file in (f"sprompt/ops/{op}/op.py", f"sprompt/testing/specs/{op}.py", f"tests/ops/test_{op}.py"):
             assert (ROOT / file).is_file()

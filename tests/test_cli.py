@@ -1,4 +1,4 @@
-"""The command line as a user meets it: the whole chain at the smallest size, --help, presets, and what goes wrong."""
+"""The command line as users see it: the whole chain at the smallest size, --help, presets, and errors."""
 
 import json
 import shlex
@@ -29,7 +29,7 @@ def sprompt(line: str) -> int:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Scenes and a backbone; `chain` adds what the commands make of them."""
+    """A folder with scenes and a backbone. `chain` adds the files that the commands make from them."""
     import torch
 
     folder = tmp_path_factory.mktemp("chain")
@@ -267,7 +267,7 @@ def test_a_second_run_in_the_folder_of_a_running_one_is_refused(
     assert "another run writes into" in capsys.readouterr().err
     assert not (tmp_path / "busy/config.yaml").exists()
     with run_folder.begun(tmp_path / "busy", parsing.parse("finetune", shlex.split(data))):
-        pass  # the lock went with the run
+        pass  # the run before has released the lock
 
 
 def test_the_size_of_pictures_comes_from_the_model(chain: Path, tmp_path: Path) -> None:
@@ -301,7 +301,7 @@ def test_presets_are_settings(preset: str) -> None:
 
 
 def test_the_paper_preset_is_the_default_and_the_paper() -> None:
-    """The values of the paper's recipe, and that a user without a preset gets them."""
+    """The preset has the values of the paper's recipe, and a user without a preset gets the same values."""
     given = shlex.split("pretrain --preset paper --images a --proposals b --backbone c")
     paper = parsing.parse(given[0], given[1:])
     assert paper == Pretrain(Path("a"), Path("b"), Path("c"))

@@ -97,7 +97,7 @@ def held(sample: Sample) -> list[Tensor]:
 
 
 def step(spec: OpSpec, sample: Sample) -> Any:
-    """Outputs, and gradients for output gradients of 1 (their values must not come from the host while capturing)."""
+    """Outputs, and gradients for output gradients of 1. Their values must not come from the host while a graph is captured."""
     bound = sample.bound(spec.function)
     leaves = [bound[name].detach().requires_grad_() for name in spec.gradients if isinstance(bound.get(name), Tensor)]
     leaves = [leaf for leaf in leaves if leaf.is_floating_point()]
@@ -111,7 +111,7 @@ def step(spec: OpSpec, sample: Sample) -> Any:
 
 @by_spec
 def test_current_stream(spec: OpSpec) -> None:
-    """Inputs that another stream writes late are seen: the kernels run on that stream."""
+    """The kernels run on the current stream, so they see inputs that this stream writes late."""
     sample = samples(spec, 5)[0]
     expected = call(spec, sample)
     stream = torch.cuda.Stream()
@@ -150,7 +150,8 @@ def test_ten_runs_give_the_same_bits(spec: OpSpec) -> None:
 
 @by_spec
 def test_the_same_as_on_the_cpu(spec: OpSpec) -> None:
-    """Integers and bits exactly; floats within the spec's bound; what follows from rounded floats by the spec's own comparison."""
+    """Compares integers and bits exactly, and floats within the spec's bound. Outputs that follow from rounded floats have
+    the spec's own comparison."""
     for sample in samples(spec, 8):
         with told(spec, sample):
             host = sample.map(Tensor.cpu)

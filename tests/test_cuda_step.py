@@ -1,4 +1,5 @@
-"""A step of training on a GPU waits for nothing, and can be captured in a CUDA graph. `make gpu` runs this; elsewhere it is skipped."""
+"""A step of training never waits for the GPU, and can be captured in a CUDA graph. `make gpu` runs these tests; elsewhere
+they are skipped."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ SIZE, PAD_TO, MAX_MASKS = (90, 120), (96, 128), 6
 
 
 def batch(seed: int, device: str = "cuda") -> Batch:
-    """Two pictures in a batch of fixed shapes, one with fewer masks than the other; seeds of scale 0 and stride 32."""
+    """A batch of fixed shapes with two pictures, which have different numbers of masks. Seeds have scale 0 and stride 32."""
     samples = []
     for index, count in enumerate((5, 3 - seed)):
         image = torch.randint(0, 256, (3, *SIZE), dtype=torch.uint8, generator=random(10 * seed + index))
@@ -43,7 +44,7 @@ def model(device: str = "cuda") -> KNet:
 
 
 def step(task: nn.Module, data: Batch) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, ...]]:
-    """The loss, its terms, and the gradients of all that is trained."""
+    """The loss, its terms, and the gradients of all trained parameters."""
     total, terms = task(data, 0)
     return total.detach(), terms, torch.autograd.grad(total, [p for p in task.parameters() if p.requires_grad])
 
@@ -68,7 +69,7 @@ def test_a_step_waits_for_nothing() -> None:
 
 @pytest.mark.parametrize("site", ["kernel", "proposal", "late"])
 def test_a_step_of_pretraining_waits_for_nothing(site: str) -> None:
-    for package in ("safetensors", "PIL"):  # of its proposal files; a bare GPU machine may lack them
+    for package in ("safetensors", "PIL"):  # for the method's proposal files; a GPU machine may lack these packages
         pytest.importorskip(package)
     from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
     from sprompt.methods.saliency_prompt.pretrain import Pretraining
@@ -81,7 +82,7 @@ def test_a_step_of_pretraining_waits_for_nothing(site: str) -> None:
 
 
 def test_a_step_replays_from_a_cuda_graph() -> None:
-    """Captured with one batch and replayed with another, it gives what a direct step gives."""
+    """A step that is captured with one batch and replayed with another batch gives the numbers of a direct step."""
     task = Supervised(model())
     other = batch(1)
     expected = step(task, other)

@@ -1,4 +1,4 @@
-"""What the documentation says is so: doctests, the README's examples, generated tables, commands and links."""
+"""The documentation is true: doctests, the README's examples, generated tables, commands and links."""
 
 import contextlib
 import dataclasses
@@ -120,7 +120,7 @@ def test_tables_are_written_between_their_marks(tmp_path: Path) -> None:
 
 
 def test_no_switch_is_missing() -> None:
-    """Every SPROMPT_ name that a source reads from the environment is in the table, and none that nothing reads."""
+    """The table holds exactly the SPROMPT_ names that sources read from the environment."""
     read = set()
     reads = re.compile(
         r"""(?:environ(?:\.get\(|\[)|getenv\(|switch\()\s*["'](SPROMPT_[A-Z_0-9]+)["']|\$[{(]?(SPROMPT_[A-Z_0-9]+)"""
@@ -221,7 +221,7 @@ def test_every_command_and_option_in_the_docs_exists() -> None:
     own_model = "--model.queries"  # of docs/adding_a_model.md
     everything = {own_model}.union(*known.values())
     for page in PAGES:
-        if page.name == "CHANGELOG.md":  # it names options of before
+        if page.name == "CHANGELOG.md":  # it names options of earlier versions
             continue
         for command, *words in commands_of(page):
             assert command in cli.COMMANDS, f"{page.name}: there is no command {command}"
@@ -248,7 +248,7 @@ def test_index_of_the_docs_has_every_page() -> None:
 
 
 def files_of(page: str) -> dict[str, str]:
-    """What a page shows in full: the file's path in bold, and its text."""
+    """{path: text} of the files that a page shows in full. The path is in bold, and a code block with the text follows."""
     return dict(
         re.findall(r"^\*\*`(\S+)`\*\*\n\n```\w+\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     )
@@ -261,7 +261,8 @@ def write_files_of(page: str, folder: Path) -> None:
 
 
 def test_op_of_the_page_works(tmp_path: Path) -> None:
-    """In a copy of the package, without compiled kernels: its own tests, and what its spec promises of the reference."""
+    """Runs the op's own tests, and the tests of its spec for the reference, in a copy of the package without compiled
+    kernels."""
     ignored = shutil.ignore_patterns("*.so", "__pycache__", "weights")
     shutil.copytree(ROOT / "sprompt", tmp_path / "sprompt", ignore=ignored)
     write_files_of("docs/adding_an_op.md", tmp_path)

@@ -1,4 +1,4 @@
-"""Every script of examples/ runs, without a warning of ours, in a process of its own."""
+"""Every script of examples/ runs in its own process, without a warning of this library."""
 
 import os
 import subprocess

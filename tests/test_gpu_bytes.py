@@ -1,4 +1,5 @@
-"""The Cost of every Triton launch against the bytes that Triton's interpreter sees loaded and stored (TRITON_INTERPRET=1)."""
+"""The Cost of every Triton launch equals the bytes that are loaded and stored under Triton's interpreter
+(TRITON_INTERPRET=1)."""
 
 from __future__ import annotations
 
@@ -19,13 +20,13 @@ from sprompt.testing.specs import SPECS
 if not triton_launch.interpreted():
     pytest.skip("runs under Triton's interpreter (TRITON_INTERPRET=1)", allow_module_level=True)
 
-#: Ops whose loads depend on the data (empty tiles and boxes are skipped): their Cost is what they load at most.
+#: Ops whose loads depend on the data, because they skip empty tiles and boxes. Their Cost is an upper bound.
 DATA_DEPENDENT = {"mask_pool", "mask_pool_backward", "mask_update", "mask_update_backward", "mask_mean", "mask_mean_backward",
     "region_mean", "region_mean_backward", "prompt_match", "prompt_match_backward", "match_cost", "resize_masks",
     "saliency_bits", "saliency_soft"}  # fmt: skip
 
 
-#: Ops that store words twice if the data ask for it: maps that turn out too small are emptied.
+#: Ops that store some words twice, depending on the data: they empty maps that turn out too small.
 WRITTEN_TWICE = {"saliency_bits"}
 
 
@@ -84,7 +85,7 @@ def test_cost_is_what_is_loaded_and_stored(spec: OpSpec, seen: Seen) -> None:
 
 
 def captured(spec: OpSpec, sample: Sample) -> list[tuple[Any, tuple[Any, ...]]]:
-    """The sprompt ops of a forward and backward, on whatever backend runs by default, with their arguments."""
+    """The sprompt ops of a forward and backward pass with their arguments, on the default backend."""
     with CapturedOps() as forward:
         call(spec, sample)
     calls = list(forward.calls)

@@ -1,4 +1,5 @@
-"""The GPU kernels without a GPU: what they compile to for every architecture, and what they move at the paper's sizes."""
+"""The GPU kernels, tested without a GPU: their compiled code for every architecture, and the bytes that they move at the
+paper's sizes."""
 
 import re
 from pathlib import Path
@@ -21,9 +22,9 @@ ROWS = [
     for bench in compiled.rows()
     for dtype in bench.dtypes
 ]
-#: floor/ours, as far as bytes and operations decide.
+#: Lower bound of floor/ours, as computed from bytes and operations only.
 GOAL = 0.6
-#: Ops below it, and why.
+#: Ops below GOAL, with the reason.
 BELOW = {
     "mask_update sm_100": "Triton does not yet lower the fused kernel there: the features are read twice",
     "saliency_bits": "half types: maps of 25x42 are copied once to aligned rows, and the Gram matrix is written and read",
@@ -31,13 +32,14 @@ BELOW = {
     "saliency_maps": "the same copy; products are written and read again by the second pass",
 }
 TENSOR_CORES = {80: ("mma",), 90: ("wgmma",), 100: ("tcgen05", "mma")}
-#: Bytes a block may have; sm_86 and sm_89 take what sm_80 does, and have 99 KB.
+#: Bytes of shared memory that a block may have. The bound of sm_80 is that of sm_86 and sm_89, which run the same kernels.
 SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
 @pytest.mark.parametrize(("bench", "dtype"), ROWS)
 def test_triton_kernels(bench: Bench, dtype: torch.dtype) -> None:
-    """No spills, products of half types on tensor cores (wgmma on sm_90), bytes and operations near the floor."""
+    """The kernels do not spill and multiply half types on tensor cores (wgmma on sm_90). Bytes and operations are near the
+    lower bound."""
     sample = bench.make(torch.device("cpu"), dtype, 0)
     for arch in compiled.ARCHITECTURES:
         for run in compiled.runs_of(bench, sample, arch):
@@ -53,7 +55,7 @@ def test_triton_kernels(bench: Bench, dtype: torch.dtype) -> None:
 
 
 def test_every_triton_kernel_is_in_the_table() -> None:
-    """No kernel is without a row: docs/gpu_kernels.md is made from the rows."""
+    """Every kernel has a row. docs/gpu_kernels.md is made from the rows."""
     table = (compiled.ROOT / "docs" / "gpu_kernels.md").read_text()
     for path in sorted((compiled.ROOT / "sprompt" / "ops").glob("*/*.py")):
         for kernel in set(re.findall(r"\blaunch\(\s*_(\w+)", path.read_text())):

@@ -1,4 +1,4 @@
-"""A model of the user's own, the one of docs/adding_a_model.md, through every command: by its name on the command line."""
+"""A user's own model, taken from docs/adding_a_model.md, works in every command when it is named on the command line."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sprompt(folder: Path, line: str) -> tuple[int, str]:
-    """Runs a command in the folder, in a process of its own; its status and what it printed."""
+    """Runs a command in the folder, in its own process. Returns its exit status and its output."""
     done = subprocess.run(
         [sys.executable, "-m", "sprompt.cli", *shlex.split(line)], cwd=folder, capture_output=True, text=True
     )

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "sprompt"
-#: Modules beside the layers, and what each of them may import of the package. Each layer may use the modules that it is named with.
+#: {module beside the layers: parts of the package that it may import}. A layer may import the modules that are listed for it.
 BASE = {"native": set(), "backends": {"native"}, "atomic": set(), "registry": set(), "seeding": set()}
 BASE |= {"masks": {"ops", "backends"}, "cuda": {"native"}, "machine": {"native"}, "settings": {"registry"}}
 SHARED = {"native", "backends", "masks", "cuda"}
-#: What each layer may import of the package. A layer includes what the layers below it may use.
+#: {layer: parts of the package that it may import}. A layer may import all that the layers below it may import.
 LAYERS: dict[str, set[str]] = {"ops": {*SHARED}}
 LAYERS["nn"] = LAYERS["ops"] | {"ops", "atomic"}
 LAYERS["models"] = LAYERS["nn"] | {"nn", "registry", "settings"}
@@ -28,13 +28,13 @@ FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).p
 
 
 def layer(path: Path) -> str:
-    """The layer of a file, or its own name beside the layers."""
+    """The layer of a file, or the name of the module if it is beside the layers."""
     first = path.relative_to(ROOT).parts[0]
     return first.removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
-    """Parts of the package that a file imports, anywhere in it."""
+    """Parts of the package that a file imports, at any place in the file."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom):

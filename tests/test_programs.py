@@ -1,4 +1,4 @@
-"""The rival of the benchmark of whole programs computes what the library computes, and the command runs."""
+"""In the benchmark of whole programs, the competitor computes the same as the library, and the command runs."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ SIZE = (96, 128)
 def losses(
     counts: list[int], num_classes: int, **config: float
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Of the library and of the released formulation, in float32, for images with this many targets."""
+    """The numbers of the library and of the released formulation, in float32, for images with `counts` targets."""
     torch.manual_seed(1)
     small = {"channels": 32, "heads": 4, "feedforward": 64, "kernels": 7}
-    model = KNet(KNetConfig(depth=18, backbone_width=8, num_classes=num_classes, **small, **config))  # type: ignore[arg-type]
+    model = KNet(KNetConfig(depth=18, backbone_width=8, num_classes=num_classes, **small, **config))  # type: ignore[arg-type]  # of any type
     g = random(2)
     maps = [torch.randn(len(counts), 32, SIZE[0] // s, SIZE[1] // s, generator=g) for s in (4, 8, 16, 32)]
     most = max(counts)

@@ -1,4 +1,4 @@
-"""Settings survive YAML, and a wrong key or value is named."""
+"""Settings are the same after writing and reading YAML, and errors name the wrong key or value."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The vector functions of csrc/common/vmath.h, measured against float64 through the ops that use them: one value a mask."""
+"""The vector functions of csrc/common/vmath.h, compared with float64 through the ops that use them, with one value a mask."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from sprompt.ops import mask_loss, match_cost
 
 pytestmark = pytest.mark.skipif(native._C is None, reason=native.why_not())
 
-#: To -60: lanes behind the end of a row hold probabilities of 1e-38, which a sum of less would show.
+#: The values go down to -60. Lanes behind the end of a row hold probabilities of 1e-38, and a smaller sum would show them.
 VALUES = torch.cat((torch.linspace(-60, 80, 40001), torch.linspace(-2, 2, 20001), torch.logspace(-30, 1.9, 4001)))
 
 

@@ -1,1 +1,1 @@
-"""The commands of `sprompt`, one file each: a dataclass of its settings, whose `run` does the work."""
+"""The commands of `sprompt`, one file each. A command is a dataclass of its settings; its method `run` does the work."""

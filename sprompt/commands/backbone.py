@@ -1,4 +1,4 @@
-"""`sprompt backbone`: pictures without labels to a self-supervised backbone (DenseCL)."""
+"""`sprompt backbone`: trains a self-supervised backbone (DenseCL) on pictures without labels."""
 
 import dataclasses
 from functools import partial
@@ -17,10 +17,11 @@ from sprompt.settings import to_plain
 
 @dataclasses.dataclass
 class Backbone:
-    """Trains a ResNet on pictures without labels, by DenseCL, for those who have pictures but no checkpoint.
+    """Trains a ResNet on pictures without labels, by DenseCL. Use it if you have pictures but no checkpoint.
 
-    Writes OUT/backbone.safetensors, which `propose`, `pretrain` and `finetune` take. Started again it goes on where it was.
-    A picture that cannot be read is named, and another takes its place.
+    Writes OUT/backbone.safetensors, which `propose`, `pretrain` and `finetune` take. If you start the same command again, it
+    goes on from its last checkpoint. If a picture cannot be read, the command prints its name and trains on another picture
+    instead.
     """
 
     images: Path
@@ -28,17 +29,18 @@ class Backbone:
     out: Path = Path("runs/backbone")
     """Run folder."""
     only: Path | None = None
-    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
+    """Text file that lists the pictures to use, one file name a line; `sprompt split` writes such lists. Default: all
+    pictures."""
     init: Path | None = None
     """Weights to start from: a file, or a run folder that holds a backbone."""
     half: bool = False
-    """Write the weights in float16, half the size."""
+    """Write the weights in float16. The file then has half the size."""
     cpu: bool = False
     """Do not use a GPU."""
     densecl: DenseCLConfig = dataclasses.field(default_factory=DenseCLConfig)
     """The network and the method."""
     views: TwoViews = dataclasses.field(default_factory=TwoViews)
-    """How pictures are changed."""
+    """Random changes of the pictures."""
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(
             epochs=200,

@@ -22,11 +22,13 @@ _ROWS = 30  # classes in the table
 
 @dataclasses.dataclass
 class Check:
-    """Reads every picture and every mask before a training, and reports what would stop or spoil it; writes nothing.
+    """Reads every picture and every mask before a training. Reports each problem that would stop or spoil the training. Writes
+    no file.
 
-    Give labelled pictures as to `sprompt finetune` (--data..., --val...), or a folder of pictures without labels (--images). With
-    --preset it also takes a few steps of the training that `sprompt finetune` would do with the same options, and tells how long all
-    steps take on this machine, and how much memory. The exit status is 1 if something would stop or spoil training, else 0.
+    Give labelled pictures with the options of `sprompt finetune` (--data..., --val...), or a folder of pictures without labels
+    with --images. With --preset the command also takes a few steps of the training that `sprompt finetune` does with the same
+    options. It then prints how long all steps take on this machine, and the peak memory. The exit status is 1 if a problem
+    would stop or spoil the training, else 0.
     """
 
     data: LabelledData = dataclasses.field(default_factory=LabelledData)
@@ -34,17 +36,17 @@ class Check:
     val: LabelledData = dataclasses.field(default_factory=lambda: LabelledData(split="val"))
     """Pictures to evaluate on."""
     images: Path | None = None
-    """Instead of --data: a folder of pictures without labels, subfolders included."""
+    """Folder of pictures without labels to check instead of --data, subfolders included."""
     cpu: bool = False
-    """Do not use a GPU for the steps."""
+    """Do not use a GPU for the measured steps."""
     keep_pictures: bool = False
-    """As in `sprompt finetune`: read and resize every picture once and keep all of them on the device."""
+    """Read and resize every picture once and keep all pictures on the device, as in `sprompt finetune`."""
     model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
     """The network."""
     augment: Augment = dataclasses.field(
         default_factory=lambda: Augment(800, 1333, rotate_probability=0.5, rotate_degrees=9.0)
     )
-    """Changes of the pictures."""
+    """Random changes of the pictures in training."""
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(
             epochs=48, drops=(36, 44), warmup_steps=100, backbone_lr_factor=0.25, clip=4.0
@@ -52,16 +54,14 @@ class Check:
     )
     """Length and optimisation."""
     preset: Annotated[str | None, Hidden] = None
-    """The preset that was named. Its settings of `finetune` are the defaults."""
+    """Name of the preset. Its settings of `finetune` are the defaults."""
 
     PRESET_OF: ClassVar[str] = "finetune"
 
     def run(self) -> int:
-        """Prints the report; the exit status."""
+        """Prints the report. Returns the exit status."""
         if self.images is not None and (self.data.given() or self.val.given()):
-            raise ValueError(
-                "--images: must be left out where --data or --val is given; check them one after the other"
-            )
+            raise ValueError("--images: must be left out if --data or --val is given; check them one after the other")
         if self.images is not None:
             bad = self._unlabelled(self.images)
         elif self.data.given():
@@ -69,7 +69,7 @@ class Check:
         else:
             raise ValueError("check: needs --data.images and --data.annotations, or --images; see --help")
         print(
-            f"findings that would stop or spoil training, marked !: {bad}"
+            f"findings that would stop or spoil training (marked with !): {bad}"
             if bad
             else "nothing would stop or spoil training"
         )
@@ -126,7 +126,7 @@ class Check:
         return bad
 
     def _model(self, dataset: CocoDataset, seen: Sequence[Any]) -> None:
-        """What the model means for these pictures: whether it has enough queries, and how long it trains."""
+        """Prints whether the model has enough queries for these pictures, and how long its training takes."""
         import torch
 
         from sprompt.data.checking import crowded
@@ -138,9 +138,12 @@ class Check:
             print(line)
         usable = [index for index, one in enumerate(seen) if one.areas]
         if self.preset is None:
-            print("--preset NAME also measures how long training takes here")
+            print("give --preset NAME to measure also how long training takes on this machine")
         elif not usable or any(one.faults for one in seen):
-            print("how long training takes is not measured before the pictures and masks of data can be read")
+            print(
+                "the time of training is not measured; --data must have objects, and all its pictures and masks must be "
+                "readable"
+            )
         else:
             self._measure(dataset.subset(usable), config)
 
@@ -166,7 +169,7 @@ class Check:
 
 
 def duration(seconds: float) -> str:
-    """In hours, minutes or seconds.
+    """A time as text, in hours, minutes or seconds.
 
     >>> duration(40), duration(600), duration(9000)
     ('40 seconds', '10 minutes', '2.5 hours')
@@ -178,7 +181,7 @@ def duration(seconds: float) -> str:
 
 
 def _told(findings: Sequence[Any]) -> int:
-    """Prints findings; the number of those that would stop or spoil training."""
+    """Prints findings. Returns the number of findings that would stop or spoil training."""
     for text, names, spoils in findings:
         print(f"  {'! ' if spoils else ''}{text}")
         for name in names[:_NAMES]:
@@ -189,9 +192,10 @@ def _told(findings: Sequence[Any]) -> int:
 
 
 def _show(parts: dict[str, dict[str, tuple[int, int]]]) -> None:
-    """Pictures and objects of each class, the class with the most objects first."""
+    """Prints the numbers of pictures and objects of each class, the class with the most objects first."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table()
     table.add_column("class")
@@ -203,5 +207,5 @@ def _show(parts: dict[str, dict[str, tuple[int, int]]]) -> None:
     for name in head + tail:
         if tail and name is tail[0]:
             table.add_row(f"… {len(order) - len(head) - len(tail)} more", *[""] * 2 * len(parts))
-        table.add_row(name, *[str(part.get(name, (0, 0))[i]) for i in (0, 1) for part in parts.values()])
+        table.add_row(Text(name), *[str(part.get(name, (0, 0))[i]) for i in (0, 1) for part in parts.values()])
     Console().print(table)

@@ -13,8 +13,8 @@ from sprompt.commands.parsing import parse
 from sprompt.data.reading import read_json
 
 WEIGHTS = Path(__file__).parents[1] / "weights" / "scenes-knet.safetensors"
-LIKENESS = 0.8  # of the scenes that WEIGHTS were trained on
-#: run -> its start in the table, and the option that gives it
+LIKENESS = 0.8  # likeness of the scenes that WEIGHTS were trained on
+#: Name of the run -> (name of its start in the table, option that selects this start).
 STARTS = {
     "scratch": ("from scratch", ""),
     "backbone": ("from the backbone (DenseCL)", f"--backbone {WEIGHTS}"),
@@ -24,21 +24,24 @@ STARTS = {
 
 @dataclasses.dataclass
 class Demo:
-    """Shows in a few minutes on two CPU cores what pre-training is worth when labels are few. Prints each command as you would type it.
+    """Shows how much pre-training helps when labels are few. It takes a few minutes on two CPU cores and prints each command
+    that it runs.
 
-    First the chain on synthetic scenes: proposals, and a short pre-training on them. Then the same fine-tuning on few labels from three
-    starts: from scratch, from a backbone, and from a K-Net that comes with the package. Saliency Prompt pre-trained this K-Net on
-    1 200 scenes, for longer than the demo can (sprompt/weights/README.md). A table, learning curves and a gallery compare them.
+    First it makes proposals for synthetic scenes and does a short pre-training on them. Then it runs the same fine-tuning on
+    few labels from three starts: from scratch, from a backbone, and from a K-Net that comes with the package. This K-Net was
+    pre-trained by Saliency Prompt on 1 200 scenes, for longer than a demo may take (sprompt/weights/README.md). A table,
+    learning curves and a gallery compare the three runs.
     """
 
     out: Path = Path("demo")
-    """Folder for everything that the demo makes. Run again, it goes on where it was."""
+    """Folder for all files of the demo. If you run the demo again, it goes on where it stopped."""
     unlabelled: int = 60
-    """Scenes for the short pre-training."""
+    """Number of scenes without labels, for the short pre-training."""
     labelled: int = 60
-    """Scenes with labels, for fine-tuning: 5 % of the number that the K-Net of the package saw without labels."""
+    """Number of scenes with labels, for fine-tuning. The default is 5 % of the scenes that the K-Net of the package was
+    pre-trained on."""
     validation: int = 100
-    """Scenes that results are measured on."""
+    """Number of scenes to measure the results on."""
     seed: int = 0
     """Seed of the scenes and of training."""
 

@@ -21,7 +21,8 @@ from sprompt.nn.distributed import is_first
 class Evaluate:
     """Measures a model on labelled pictures: AP and AR of its masks and their boxes, by pycocotools.
 
-    Writes OUT/predictions.json (COCO results) and OUT/metrics.json. With --results a file of COCO results is measured instead.
+    Writes OUT/predictions.json (COCO results) and OUT/metrics.json. With --results it measures a file of COCO results instead
+    of a model.
     """
 
     data: LabelledData = dataclasses.field(default_factory=lambda: LabelledData(split="val"))
@@ -29,17 +30,17 @@ class Evaluate:
     checkpoint: Path | None = None
     """Trained model: a run folder, or a file."""
     results: Path | None = None
-    """COCO results to measure, instead of a model."""
+    """File of COCO results to measure instead of a model."""
     out: Path = Path("runs/evaluate")
     """Run folder."""
     class_agnostic: bool = False
-    """Pool the categories: any object matches any label. Needed for a model of `pretrain`."""
+    """Pool the categories: an object matches a label of any class. A model of `pretrain` needs it."""
     cpu: bool = False
     """Do not use a GPU."""
     model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
-    """The network of a --checkpoint that does not name it, such as an official release. Files of sprompt name theirs."""
+    """The network in --checkpoint. Give it only if the file does not name its network, such as an official release."""
     test: Prediction = dataclasses.field(default_factory=Prediction)
-    """Prediction of the pictures."""
+    """Settings of the prediction."""
     evaluator: EvaluatorConfig = dataclasses.field(default_factory=CocoConfig)
     """Comparison of predictions with labels."""
 
@@ -69,7 +70,7 @@ class Evaluate:
         if number == 1 != len(wanted):
             advice = "--class-agnostic True pools the classes of the data"
         else:
-            advice = "the order counts: it is that of the category ids"
+            advice = "the order counts: classes are sorted by category id"
         raise ValueError(f"--checkpoint: must have the classes of the data, {wanted}, got {own}; {advice}")
 
     def _results(self, dataset: CocoDataset) -> None:
@@ -88,7 +89,7 @@ def report(
     model: nn.Module, dataset: CocoDataset, out: Path, test: dict[str, Any], *, evaluator: EvaluatorConfig, cpu: bool = False,
     quiet: bool = False, class_agnostic: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates a model into the run folder, and shows the numbers."""
+    """Evaluates a model and writes the results into the run folder. Prints the metrics unless `quiet`."""
     from sprompt.engine.evaluate import evaluate
 
     metrics = evaluate(
@@ -100,7 +101,7 @@ def report(
 
 
 def show(out: Path, metrics: dict[str, Any], evaluator: EvaluatorConfig) -> None:
-    """Prints the evaluator's table, and the AP of each class where these are few."""
+    """Prints the evaluator's table, and the AP of each class if there are 2 to 20 classes."""
     from rich.console import Console
 
     if not is_first():

@@ -1,4 +1,4 @@
-"""`sprompt finetune`: labelled pictures to a model."""
+"""`sprompt finetune`: trains a model on labelled pictures."""
 
 import dataclasses
 from pathlib import Path
@@ -30,37 +30,40 @@ from sprompt.settings import to_plain
 class Finetune:
     """Trains on labelled pictures: from a trained model (--checkpoint), from a backbone only (--backbone), or from scratch.
 
-    Writes OUT/model.safetensors and, if --val is given, OUT/metrics.json. Started again it goes on where it was.
+    Writes OUT/model.safetensors and, if --val is given, OUT/metrics.json. If you start the same command again, it goes on from
+    its last checkpoint.
     """
 
     data: LabelledData = dataclasses.field(default_factory=LabelledData)
     """Pictures to train on."""
     val: LabelledData = dataclasses.field(default_factory=lambda: LabelledData(split="val"))
-    """Pictures to evaluate on at the end. Without --val.images nothing is evaluated. All of them are read once before the first step, so
-    that a broken picture or mask is found before the training."""
+    """Pictures to evaluate on at the end. Without --val.images nothing is evaluated. Before the first step the command reads
+    all these pictures and masks once, and refuses broken ones."""
     out: Path = Path("runs/finetune")
     """Run folder."""
     checkpoint: Path | None = None
     """Trained model to start from: the run folder or the file of `sprompt pretrain` or `sprompt finetune`, or an official release."""
     backbone: Path | None = None
-    """Backbone to start from, where there is no --checkpoint: a file, or a run folder that holds one."""
+    """Backbone to start from if there is no --checkpoint: a file, or a run folder with a backbone."""
     reset_classifier: bool = True
-    """With --checkpoint: fresh classification layers. False keeps them where the classes are the same."""
+    """With --checkpoint: start with fresh classification layers. False keeps the layers; the data must then have the model's
+    classes."""
     evaluate_every: int = 0
-    """Epochs between evaluations on --val; 0 evaluates at the end only."""
+    """Epochs between two evaluations on --val. 0 evaluates only at the end."""
     cpu: bool = False
     """Do not use a GPU."""
     keep_pictures: bool = False
-    """Read and resize every picture once and keep all of them on the device, about 6 bytes a pixel of the resized picture. For some
-    thousand small pictures that are only mirrored at random."""
+    """Read and resize every picture once and keep all pictures on the device. This takes about 6 bytes a pixel of the
+    resized picture, so it is for at most some thousand small pictures. The only random change of the pictures may be
+    mirroring."""
     model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
-    """The network, where there is no --checkpoint."""
+    """The network, if there is no --checkpoint."""
     method: MethodConfig = dataclasses.field(default_factory=SupervisedConfig)
     """The training method."""
     augment: Augment = dataclasses.field(
         default_factory=lambda: Augment(800, 1333, rotate_probability=0.5, rotate_degrees=9.0)
     )
-    """Changes of the pictures."""
+    """Random changes of the pictures."""
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(
             epochs=48, drops=(36, 44), warmup_steps=100, backbone_lr_factor=0.25, clip=4.0
@@ -68,9 +71,9 @@ class Finetune:
     )
     """Length and optimisation."""
     test: Prediction = dataclasses.field(default_factory=Prediction)
-    """Prediction of --val."""
+    """Settings of the prediction on --val."""
     evaluator: EvaluatorConfig = dataclasses.field(default_factory=CocoConfig)
-    """Comparison of predictions with --val."""
+    """Comparison of predictions with the labels of --val."""
 
     def run(self) -> None:
         dataset = self.data.open("data", keep_empty=False)
@@ -114,13 +117,14 @@ class Finetune:
                 self._metrics(model, val, quiet=False)
 
     def _start(self) -> Path | None:
-        """The file of weights that training starts from."""
+        """The file of the initial weights; None if training starts from scratch."""
         if self.checkpoint is not None:
             return model_file(self.checkpoint)
         return None if self.backbone is None else run_folder.backbone_file(self.backbone, "backbone")
 
     def _check(self, val: CocoDataset) -> None:
-        """Refuses pictures and masks of --val that cannot be read. The processes of a launcher share the pictures."""
+        """Raises DataError if a picture or mask of --val cannot be read. Each process of a launcher reads a share of the
+        pictures."""
         rank, world = launched()
         seen = run_folder.read_all("check --val", val, indices=range(rank, len(val), world), digests=False)
         refuse_broken(val, "val", seen)
@@ -137,7 +141,7 @@ class Finetune:
                 run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))
             return model
         if self.backbone is not None:
-            raise ValueError("--backbone: must be left out where --checkpoint is given; the model has its own")
+            raise ValueError("--backbone: must be left out if --checkpoint is given; the checkpoint holds a backbone")
         trained = load(self.checkpoint, dataclasses.replace(self.model, num_classes=count), "cpu")
         model, classes = trained.model, trained.classes
         run_folder.say(trained.about)
@@ -147,15 +151,15 @@ class Finetune:
             model.reset_classifier(count)
         elif classes is not None and classes != dataset.classes and not (count == 1 and classes == ["object"]):
             raise ValueError(
-                f"--reset-classifier: must be True for other classes than the model's, {classes}, got {dataset.classes}"
+                f"--reset-classifier: must be True unless the data have the model's classes, {classes}, got {dataset.classes}"
             )
         return model
 
     def _check_network(self, own: ModelConfig) -> None:
-        """Refuses a network or sizes that the model of --checkpoint does not have."""
+        """Raises ValueError if --model asks for another network or other sizes than the model of --checkpoint has."""
         if type(own) is not type(self.model):
             there, asked = (MODELS.name(type(config)) for config in (own, self.model))
-            raise ValueError(f"--model: is {asked}, but --checkpoint holds {there}; leave it out")
+            raise ValueError(f"--model: is {asked}, but --checkpoint holds {there}; leave out --model")
         default = type(self.model)()
         for name, asked in to_plain(self.model).items():
             if name in ("name", "num_classes", "frozen_stages") or asked in (
@@ -165,7 +169,7 @@ class Finetune:
                 continue
             option = f"--model.{name.replace('_', '-')}"
             raise ValueError(
-                f"{option}: is {asked}, but the model of --checkpoint has {getattr(own, name)}; leave it out"
+                f"{option}: is {asked}, but the model of --checkpoint has {getattr(own, name)}; leave the option out"
             )
 
     def _metrics(self, model: Any, val: CocoDataset, quiet: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Labelled pictures as a user names them on the command line."""
+"""Options that name labelled pictures on the command line."""
 
 import dataclasses
 from pathlib import Path
@@ -13,32 +13,39 @@ class LabelledData:
     """Labelled pictures: COCO-style (a folder and a JSON file), Cityscapes, or CTW1500."""
 
     images: Path | None = None
-    """Folder of the pictures; for cityscapes the folder that it was unpacked into."""
+    """Folder of the pictures. For cityscapes: the folder into which the data set was unpacked."""
     annotations: Path | None = None
-    """COCO-style JSON file with the instances; for ctw1500 the folder of the label files."""
+    """COCO-style JSON file with the instances. For ctw1500: the folder of the label files."""
     format: Literal["coco", "cityscapes", "ctw1500"] = "coco"
-    """What the files are."""
+    """Format of the labels."""
     split: str = "train"
-    """Which part of cityscapes: train or val."""
+    """For format cityscapes: the part to use, train or val."""
     only: Path | None = None
-    """For format coco: a list of the pictures to take, one file name a line, as it stands in the COCO file. `sprompt split` writes such
-    lists. Default: all pictures of the file. A fraction is a share of the list."""
+    """For format coco: text file that lists the pictures to use. Each line holds a file name of the COCO file. `sprompt
+    split` writes such lists. Default: all pictures of the file. fraction then is a share of the list."""
     fraction: float = 1.0
-    """Share of the pictures that is used, drawn by subset_seed."""
+    """Share of the pictures to use, above 0 and at most 1. They are drawn at random."""
     subset_seed: int = 0
-    """Chooses the pictures of a fraction."""
+    """Seed of the random choice of the pictures for fraction."""
     subset_list: Path | None = None
-    """Instead of a fraction: a JSON file {percent: {run: [positions in the images array]}} such as COCO_supervision.txt."""
+    """JSON file with lists of the pictures to use, instead of fraction: {percent: {run: [positions in the images array]}},
+    such as COCO_supervision.txt."""
     subset_percent: str = "10.0"
-    """Percentage to take from subset_list."""
+    """Key of the percentage in subset_list."""
     subset_run: str = "1"
-    """Run to take from subset_list."""
+    """Key of the run in subset_list."""
 
     def given(self) -> bool:
         return self.images is not None
 
     def open(self, name: str, *, keep_empty: bool, class_agnostic: bool = False) -> CocoDataset:
-        """The data set; `name` is the option that errors speak of. keep_empty keeps pictures without annotations."""
+        """Opens the data set.
+
+        Args:
+            name: the option that error messages name.
+            keep_empty: keep pictures without annotations.
+            class_agnostic: pool the categories. Needs format coco.
+        """
         from sprompt.data import subsets
 
         if class_agnostic and self.format != "coco":
@@ -48,7 +55,7 @@ class LabelledData:
         dataset = self._open(name, keep_empty, class_agnostic)
         if self.subset_list is not None:
             if self.fraction != 1.0:
-                raise ValueError(f"--{name}.fraction: must be left out where --{name}.subset-list is given")
+                raise ValueError(f"--{name}.fraction: must be left out if --{name}.subset-list is given")
             return subsets.from_list(dataset, self.subset_list, self.subset_percent, self.subset_run)
         return dataset if self.fraction == 1.0 else subsets.by_fraction(dataset, self.fraction, self.subset_seed)
 

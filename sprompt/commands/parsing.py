@@ -15,14 +15,15 @@ from sprompt.registry import Named
 from sprompt.settings import SettingsError, from_plain, read_yaml, to_plain
 
 PRESETS = Path(__file__).parents[1] / "presets"
-MODEL = "knet"  # where nobody names a model
-FOLDER = "folder"  # in a config.yaml: the working directory of the run
+MODEL = "knet"  # the default model
+FOLDER = "folder"  # key of config.yaml: the working directory of the run
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:
     """The command's settings: its defaults, changed by --preset, then by --config, then by the other options.
 
-    --model, --method and --evaluator choose a configuration by name. Without --model, that of --checkpoint is taken, if its file tells.
+    --model, --method and --evaluator choose a configuration by name. Without --model, the file of --checkpoint chooses the
+    model, if the file names one.
     """
     import tyro
 
@@ -31,7 +32,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     base = required_missing(kind)
     plain = {} if chosen.config is None else read_yaml(chosen.config)
     if plain.pop("command", name) != name:
-        raise SettingsError(f"{chosen.config}: holds the settings of another command than {name}")
+        raise SettingsError(f"{chosen.config}: must hold settings of the command {name}, got those of another command")
     plain.pop(FOLDER, None)
     named = {
         option: kind.load(given).Config
@@ -54,8 +55,8 @@ def parse(name: str, argv: Sequence[str]) -> Any:
 
 
 def _section(kind: Any, name: str, chosen: str, model: str) -> dict[str, Any]:
-    """The settings of a command in a preset. A command with PRESET_OF takes its share of the settings of that other command, and knows
-    the name of the preset."""
+    """The settings of a command in a preset. A command with PRESET_OF takes them from the command named there, without the
+    settings that it lacks itself. It also gets the name of the preset."""
     of = getattr(kind, "PRESET_OF", name)
     plain = preset(chosen, model).get(of, {})
     if of == name:
@@ -65,7 +66,7 @@ def _section(kind: Any, name: str, chosen: str, model: str) -> dict[str, Any]:
 
 
 def _choices(kind: Any, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The options that decide which other options there are, and the rest of the command line."""
+    """Parses the options that decide which other options exist. Returns them and the rest of the command line."""
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     before.add_argument("--preset")
     before.add_argument("--config", type=Path)
@@ -79,7 +80,7 @@ def _choices(kind: Any, argv: Sequence[str]) -> tuple[argparse.Namespace, list[s
 
 
 def registries(kind: Any) -> dict[str, Any]:
-    """The settings of a command that are chosen by name, with the registries of the names."""
+    """{setting: registry of its names}, for each setting of a command that is chosen by name."""
     hints = typing.get_type_hints(kind)
     return {
         f.name: hints[f.name].registry
@@ -89,7 +90,8 @@ def registries(kind: Any) -> dict[str, Any]:
 
 
 def _model_name(chosen: argparse.Namespace, plain: dict[str, Any], name: str) -> str:
-    """The name of the model: as typed, as in the file of --config, as in that of --checkpoint, or the default."""
+    """The name of the model. The first source that has a name decides: --model, the file of --config, the file of
+    --checkpoint, the default."""
     from sprompt.models.saved import saved_name
 
     written = plain.get("model")
@@ -105,10 +107,13 @@ def _description(kind: Any) -> str:
     for option, registry in registries(kind).items():
         names = ", ".join(registry.names())
         own = ", or package.module:Class for your own" if option == "model" else ""
-        lines.append(f"--{option} NAME chooses the {option}, and so its settings below: {names}{own}.")
+        lines.append(
+            f"--{option} NAME chooses the {option}: {names}{own}. The list below has the settings of the chosen {option}."
+        )
     lines.append(
-        f"--preset NAME starts from {', '.join(preset_names())}, or from a file with the settings of several commands. "
-        "--config FILE.yaml starts from settings of this command, such as the config.yaml of an earlier run. Other options come on top."
+        f"--preset NAME takes defaults from a preset: {', '.join(preset_names())}, or a YAML file with the settings of several "
+        "commands. --config FILE.yaml takes defaults from a file for this command, such as the config.yaml of an earlier run, and "
+        "overrides --preset. All other options override both."
     )
     return "\n".join(lines)
 
@@ -119,7 +124,7 @@ def command(name: str) -> Any:
 
 
 def required_missing(kind: Any) -> Any:
-    """An instance in which settings without a default are marked as missing, so that tyro asks for them."""
+    """An instance of the command. Settings without a default are marked as missing, so that tyro requires them."""
     import tyro
 
     missing = {
@@ -136,7 +141,7 @@ def preset_names(model: str = "*") -> list[str]:
 
 
 def preset(name: str, model: str = MODEL) -> dict[str, Any]:
-    """The settings of every command in a preset for a model, or in a file like one.
+    """The settings of every command, from a preset for a model or from a YAML file of the same form.
 
     A preset has two parts: presets/NAME.yaml for commands that have no model, and presets/MODEL/NAME.yaml.
     """
@@ -146,7 +151,7 @@ def preset(name: str, model: str = MODEL) -> dict[str, Any]:
         raise SettingsError(f"--preset: must be one of {', '.join(preset_names())}, or a file NAME.yaml, got {name}")
     if name not in preset_names(model):
         known = ", ".join(preset_names(model)) or "no preset"
-        raise SettingsError(f"--preset: {model} has {known}, got {name}; a file NAME.yaml does as well")
+        raise SettingsError(f"--preset: {model} has {known}, got {name}; give one of these, or a file NAME.yaml")
     shared = PRESETS / f"{name}.yaml"
     return (read_yaml(shared) if shared.is_file() else {}) | read_yaml(PRESETS / model / f"{name}.yaml")
 
@@ -157,8 +162,8 @@ def record(settings: Any) -> dict[str, Any]:
 
 
 def read_record(path: Path) -> tuple[str, Any]:
-    """The command of a config.yaml, and its settings. A relative path that is not there from the working directory, but from that of the
-    run, becomes the latter."""
+    """The command of a config.yaml, and its settings. A relative path that does not exist in the working directory is looked
+    up in the working directory of the run."""
     plain = read_yaml(path)
     name = str(plain.pop("command", ""))
     folder = Path(str(plain.pop(FOLDER, ".")))
@@ -173,7 +178,7 @@ def read_record(path: Path) -> tuple[str, Any]:
 
 
 def _found(value: Any, folder: Path) -> Any:
-    """A setting, with paths that exist only from this folder."""
+    """The setting. A path that exists only below `folder` gets `folder` in front."""
     if isinstance(value, Path):
         return folder / value if not value.exists() and (folder / value).exists() else value
     if not dataclasses.is_dataclass(value) or isinstance(value, type):

@@ -20,9 +20,9 @@ from sprompt.nn.distributed import is_first
 class Predict:
     """Finds the objects in a folder of pictures.
 
-    Writes OUT/predictions.json (COCO results) and OUT/pictures.json (the file of each image_id, and the categories). With --draw True it
-    also writes every picture with its objects into OUT/drawn. Pictures that cannot be read are named and left out; pictures.json has the
-    reason as their "problem".
+    Writes OUT/predictions.json (COCO results) and OUT/pictures.json (the file of each image_id, and the categories). With
+    --draw True it also writes every picture with its objects into OUT/drawn. It leaves out each picture that cannot be read and
+    prints its name. pictures.json gives the reason as "problem".
     """
 
     images: Path
@@ -32,27 +32,29 @@ class Predict:
     out: Path = Path("runs/predict")
     """Run folder."""
     only: Path | None = None
-    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
-    threshold: float = 0.0
-    """Write objects with a higher score only."""
+    """Text file that lists the pictures to use, one file name a line; `sprompt split` writes such lists. Default: all
+    pictures."""
+    threshold: float | None = None
+    """Write only objects with a score above this threshold, which is at least 0 and below 1. Default: all objects."""
     draw: bool = False
-    """Draw the objects on the pictures, into OUT/drawn; without --threshold those with a score above 0.3."""
+    """Draw the objects on the pictures, into OUT/drawn. Without --threshold only objects with a score above 0.3 are drawn."""
     ids: Path | None = None
-    """COCO file whose image ids and category ids the results get, found by file name and class name. Default: ids count from 0, and
-    categories from 1."""
+    """COCO file to take image ids and category ids from, by file name and class name. Default: image ids count from 0,
+    category ids from 1."""
     cpu: bool = False
     """Do not use a GPU."""
     model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
-    """The network of a --checkpoint that does not name it, such as an official release. Files of sprompt name theirs."""
+    """The network in --checkpoint. Give it only if the file does not name its network, such as an official release."""
     test: Prediction = dataclasses.field(default_factory=Prediction)
-    """Prediction of the pictures."""
+    """Settings of the prediction."""
 
     def run(self) -> None:
         from sprompt.engine.predict import predict_to_file
         from sprompt.engine.trained import load
 
-        if not 0 <= self.threshold < 1:
-            raise ValueError(f"--threshold: must lie between 0 and 1, got {self.threshold}")
+        above = self.threshold or 0.0
+        if not 0 <= above < 1:
+            raise ValueError(f"--threshold: must be at least 0 and below 1, got {self.threshold}")
         pictures = run_folder.folder_of(self.images, self.only)
         trained = load(self.checkpoint, self.model, "cpu")
         run_folder.say(trained.about)
@@ -63,7 +65,7 @@ class Predict:
         with run_folder.begun(self.out, self) as text:
             count = predict_to_file(
                 trained.model, pictures, self.out / run_folder.PREDICTIONS, category_ids, cpu=self.cpu, problems=problems,
-                above=self.threshold, image_ids=image_ids, **self.test.sized(trained.size),
+                above=above, image_ids=image_ids, **self.test.sized(trained.size),
             )  # fmt: skip
             for problem in problems.values():
                 run_folder.say(f"  left out: {problem}")
@@ -80,8 +82,8 @@ class Predict:
                     self._draw(pictures, trained.names, image_ids, category_ids)
             run_folder.write_config(self.out, text)
         run_folder.say(
-            f"{count} objects in {len(pictures) - len(problems)} pictures are in {self.out / run_folder.PREDICTIONS}, with scores "
-            f"above {self.threshold:g}"
+            f"{count} objects with scores above {above:g}, in {len(pictures) - len(problems)} pictures, are in "
+            f"{self.out / run_folder.PREDICTIONS}"
         )
 
     def _ids(self, pictures: PictureFolder, names: list[str]) -> tuple[list[int], list[int]]:
@@ -107,7 +109,7 @@ class Predict:
         from sprompt.engine.progress import Progress
         from sprompt.engine.trained import from_results
 
-        least = self.threshold or 0.3
+        least = 0.3 if self.threshold is None else self.threshold
         found: dict[int, list[Any]] = {}
         for record in read_json(self.out / run_folder.PREDICTIONS):
             if record["score"] > least:
@@ -120,9 +122,9 @@ class Predict:
                 try:
                     drawn = from_results(pictures.path / name, found.get(image_id, []), names, category_ids).draw()
                 except DataError:
-                    continue  # named above
+                    continue  # the prediction has reported this picture
                 file = folder / Path(name).with_suffix(".jpg")
-                if file in written:  # another picture of this name, of another format
+                if file in written:  # by a picture of the same name with another extension
                     file = folder / f"{name}.jpg"
                 written.add(file)
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""`sprompt pretrain`: proposals to a pre-trained model, by Saliency Prompt."""
+"""`sprompt pretrain`: pre-trains a model on proposals, by Saliency Prompt."""
 
 import dataclasses
 from pathlib import Path
@@ -22,8 +22,8 @@ class Pretrain:
     """Trains a model on mask proposals as class-agnostic labels. The proposals prompt its queries, and kernel supervision draws the queries
     to the seeds of their proposals.
 
-    Writes OUT/model.safetensors, which `finetune` takes. Started again it goes on where it was. `--method supervised
-    --model.frozen-stages 4` trains on the proposals as pseudo-labels alone.
+    Writes OUT/model.safetensors, which `finetune` takes. If you start the same command again, it goes on from its last
+    checkpoint. `--method supervised --model.frozen-stages 4` uses the proposals as pseudo-labels only, without prompts.
     """
 
     images: Path
@@ -31,25 +31,26 @@ class Pretrain:
     proposals: Path
     """File written by `sprompt propose`."""
     backbone: Path
-    """The backbone that the proposals were made with: a file, or a run folder that holds one. The method decides whether it stays
-    frozen."""
+    """The backbone that the proposals were made with: a file, or a run folder with a backbone. The method decides whether
+    the backbone stays frozen."""
     out: Path = Path("runs/pretrain")
     """Run folder."""
     keep_empty: bool = False
-    """Train on pictures without proposals too, as background."""
+    """Train also on pictures without proposals. All their pixels are background."""
     half: bool = False
-    """Write the weights in float16, half the size."""
+    """Write the weights in float16. The file then has half the size."""
     cpu: bool = False
     """Do not use a GPU."""
     keep_pictures: bool = False
-    """Read and resize every picture once and keep all of them on the device, about 6 bytes a pixel of the resized picture. For some
-    thousand small pictures that are only mirrored at random."""
+    """Read and resize every picture once and keep all pictures on the device. This takes about 6 bytes a pixel of the
+    resized picture, so it is for at most some thousand small pictures. The only random change of the pictures may be
+    mirroring."""
     model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
     """The network."""
     method: MethodConfig = dataclasses.field(default_factory=SaliencyPromptConfig)
     """The training method."""
     augment: Augment = dataclasses.field(default_factory=lambda: Augment(800, 1333))
-    """Changes of the pictures."""
+    """Random changes of the pictures."""
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     """Length and optimisation."""
 
@@ -72,8 +73,8 @@ class Pretrain:
         made_with = dataset.info["proposals"] if dataset.has_seeds else {}
         if made_with.get("backbone", fingerprint(model.backbone)) != fingerprint(model.backbone):
             raise ValueError(
-                f"--backbone: must be the one that {self.proposals} was made with, got another; kernels would be drawn to "
-                "features that mean something else"
+                f"--backbone: must be the backbone that {self.proposals} was made with, got another; give that backbone, or "
+                "make the proposals again with this one"
             )
         task = METHODS.owner(self.method).on(model, self.method, dataset, self.train.seed)
         settings = dataclasses.replace(self, model=model.config)

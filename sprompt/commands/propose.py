@@ -1,4 +1,4 @@
-"""`sprompt propose`: pictures without labels to a file of saliency mask proposals."""
+"""`sprompt propose`: finds saliency mask proposals in pictures without labels and writes them to a file."""
 
 import dataclasses
 import os
@@ -14,11 +14,11 @@ from sprompt.nn.weights import open_backbone
 
 @dataclasses.dataclass
 class Propose:
-    """Finds saliency mask proposals in a folder of pictures: the masks that pre-training takes for labels.
+    """Finds saliency mask proposals in a folder of pictures. Pre-training uses these masks as labels.
 
-    Killed and started again it goes on where it was. Work is split over processes by --shard 0/4 to 3/4, or by
-    `accelerate launch -m sprompt.cli propose ...`; the file is the same however it is split. Pictures that cannot be read are
-    reported by name and recorded in the file.
+    If you start the same command again after a kill, it goes on where it stopped. To split the work over four processes, start
+    them with --shard 0/4 to --shard 3/4, or use `accelerate launch -m sprompt.cli propose ...`. The file does not depend on the
+    number of processes. Pictures that cannot be read are reported by name and recorded in the file.
     """
 
     images: Path
@@ -28,15 +28,17 @@ class Propose:
     out: Path = Path("proposals.json")
     """The file to write (COCO format)."""
     only: Path | None = None
-    """A list of the pictures to take, one file name a line, as `sprompt split` writes it. Default: all pictures of the folder."""
+    """Text file that lists the pictures to use, one file name a line; `sprompt split` writes such lists. Default: all
+    pictures."""
     shard: str | None = None
-    """Which share of the pictures this process takes, as index/count; default: all of them, or this process's of a launcher's."""
+    """Share of the pictures for this process, as index/count with index from 0 to count - 1. Default: all pictures, or under
+    a launcher this process's share."""
     vectors: bool = False
-    """Write the seeds' feature vectors beside it (OUT.vectors.safetensors, float16)."""
+    """Write also the feature vectors of the seeds, to OUT with the suffix .vectors.safetensors (float16)."""
     cpu: bool = False
     """Do not use a GPU."""
     proposals: ProposalConfig = dataclasses.field(default_factory=ProposalConfig)
-    """How masks are found and which are kept."""
+    """Search and selection of the masks."""
 
     def run(self) -> None:
         import torch
@@ -58,7 +60,7 @@ class Propose:
         for broken in done.skipped:
             print(f"  left out: {broken['reason']}")
         if done.out is None:
-            print(f"share {index} of {count} is done; {self.out} appears when the others are")
+            print(f"share {index} of {count} is done; {self.out} appears when the other shares are done")
         else:
             found = len(read_json(done.out)["annotations"])
             print(f"{found} masks in {len(pictures)} pictures: the proposals are in {done.out}")

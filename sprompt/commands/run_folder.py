@@ -1,4 +1,4 @@
-"""Run folders: the files that a command leaves behind, and where the next command finds them."""
+"""Run folders: the files that a command writes, and their names, by which the next command finds them."""
 
 import contextlib
 import fcntl
@@ -32,7 +32,7 @@ _LOCK = ".lock"  # held by the run that writes into the folder
 
 
 def prepared(out: Path, settings: Any) -> str:
-    """Makes the run folder; gives the text of its config.yaml. Refuses the folder of another command."""
+    """Makes the run folder. Returns the text of its config.yaml. Raises ValueError for the folder of another command."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out: must be a folder, got the file {out}")
     text = record(settings)
@@ -40,7 +40,7 @@ def prepared(out: Path, settings: Any) -> str:
         there = read_yaml(out / CONFIG).get("command", text["command"])
         if there != text["command"]:
             raise ValueError(
-                f"--out: {out} is the folder of a run of {there}; choose another, its files would be replaced"
+                f"--out: {out} is the folder of a run of {there}, whose files would be replaced; choose another folder"
             )
     out.mkdir(parents=True, exist_ok=True)
     return to_yaml(text)
@@ -48,7 +48,8 @@ def prepared(out: Path, settings: Any) -> str:
 
 @contextlib.contextmanager
 def begun(out: Path, settings: Any) -> Iterator[str]:
-    """The same, and keeps other runs out of the folder until the end of the block. Refuses a folder that another run writes into."""
+    """Prepares the run folder and locks it against other runs until the end of the block. Gives the text of config.yaml, as
+    `prepared` does. Raises ValueError if another run holds the lock."""
     text = prepared(out, settings)
     if not is_first():
         yield text
@@ -64,13 +65,14 @@ def begun(out: Path, settings: Any) -> Iterator[str]:
 
 
 def write_config(out: Path, text: str) -> None:
-    """Writes config.yaml, in the first process."""
+    """Writes config.yaml, in the first process only."""
     if is_first():
         atomic_write(out / CONFIG, text)
 
 
 def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callable[..., Any]:
-    """The loader for `train`. `keep`: pictures are read once and stay on the device; else each epoch reads them again."""
+    """The loader for `train`. With `keep`, pictures are read once and stay on the device. Otherwise each epoch reads them
+    again."""
     if not keep:
         return partial(Batches, dataset, augment, collate)
     device = processes(cpu).device
@@ -79,7 +81,7 @@ def batches(dataset: Any, augment: Augment, *, keep: bool, cpu: bool) -> Callabl
 
 
 def read_all(name: str, dataset: Any, **options: Any) -> list[Any]:
-    """`sprompt.data.checking.read_all`, with a bar of this name."""
+    """`sprompt.data.checking.read_all`, with a progress bar of this name."""
     from sprompt.data import checking
     from sprompt.engine.progress import Progress
 
@@ -88,12 +90,12 @@ def read_all(name: str, dataset: Any, **options: Any) -> list[Any]:
 
 
 def say_if_crowded(dataset: CocoDataset, queries: int) -> None:
-    """Warns of pictures with more masks than the model can find, one a query."""
+    """Prints a warning if pictures have more masks than the model has queries. Each query finds at most one mask."""
     counts = dataset.mask_counts
     if crowded := sum(count > queries for count in counts):
         say(
-            f"  {crowded} pictures have more masks, up to {max(counts)}, than the model has queries, {queries}, and each query finds at "
-            "most one mask; the first training sets their number (K-Net: --model.kernels)"
+            f"  {crowded} pictures have more masks, up to {max(counts)}, than the model has queries, {queries}; each query finds "
+            "at most one mask; the first training sets the number of queries (K-Net: --model.kernels)"
         )
 
 
@@ -104,7 +106,8 @@ def listing(names: Sequence[str]) -> str:
 
 
 def digest(path: Path | None) -> str | None:
-    """A digest of a file's content, or of the names and sizes in a folder. A resumed run knows its inputs by it."""
+    """A digest of a file's content, or of the names and sizes of the files in a folder. A resumed run compares it, to be
+    sure that its inputs are the same."""
     if path is None:
         return None
     if path.is_dir():
@@ -116,7 +119,7 @@ def digest(path: Path | None) -> str | None:
 
 
 def _hashed(file: BinaryIO) -> str:
-    """The same digest under Python 3.10."""
+    """The same digest under Python 3.10, which lacks `hashlib.file_digest`."""
     own = hashlib.sha256()
     while block := file.read(1 << 20):
         own.update(block)
@@ -133,7 +136,8 @@ def existing(path: Path, option: str, *, folder: bool) -> Path:
 
 
 def backbone_file(path: Path, option: str) -> Path:
-    """The file of a backbone: the path itself, or in a run folder of `backbone`, `pretrain` or `finetune` the file that holds one."""
+    """The file of a backbone: the path itself, or the file with a backbone in a run folder of `backbone`, `pretrain` or
+    `finetune`."""
     if not path.is_dir():
         return existing(path, option, folder=False)
     for name in (BACKBONE, MODEL):
@@ -150,7 +154,7 @@ def folder_of(images: Path, only: Path | None) -> PictureFolder:
 
 
 def save(out: Path, model: nn.Module, classes: Sequence[str], augment: Augment, *, half: bool = False) -> None:
-    """Writes the trained model with the size of the pictures that it knows, in the first process."""
+    """Writes the trained model and the size of its training pictures, in the first process only."""
     if is_first():
         save_model(out / MODEL, model, classes, {"short": augment.shorts[1], "long": augment.long}, half=half)
     say(f"the model is in {out / MODEL}")

@@ -1,4 +1,4 @@
-"""`sprompt split`: a COCO file to one for training and one for validation."""
+"""`sprompt split`: splits a COCO file into a file for training and a file for validation."""
 
 import dataclasses
 from pathlib import Path
@@ -11,9 +11,9 @@ from sprompt.data.split import Part
 class Split:
     """Splits labelled pictures into a part for training and a part for validation that hold the same classes.
 
-    Writes OUT/train.json and OUT/val.json (COCO files), and OUT/train.txt and OUT/val.txt (lists of their pictures, one file name a
-    line). Pictures stay where they are. Rare classes are put into both parts where they have two pictures or more. Files of an earlier
-    split in OUT are replaced, other files never.
+    Writes OUT/train.json and OUT/val.json (COCO files), and OUT/train.txt and OUT/val.txt (lists of their pictures, one file
+    name a line). Pictures stay where they are. A rare class gets into both parts if it has at least two pictures and the search
+    finds a way. Files of an earlier split in OUT are replaced. Other files are never replaced.
     """
 
     annotations: Path
@@ -21,11 +21,12 @@ class Split:
     out: Path = Path("split")
     """Folder for the parts."""
     val_share: float = 0.2
-    """Share of the pictures for validation."""
+    """Share of the pictures for validation, between 0 and 1."""
     seed: int = 0
-    """Chooses the pictures."""
+    """Seed of the random choice of the pictures."""
     together: str | None = None
-    """A key of the pictures' records in the file, such as video: pictures with the same value never go to different parts."""
+    """A key of the pictures' records in the file, such as video. Pictures with the same value of this key go to the same
+    part."""
 
     def run(self) -> None:
         from sprompt.data.split import split
@@ -36,9 +37,10 @@ class Split:
 
 
 def show(train: Part, val: Part) -> None:
-    """Pictures and objects by class and part."""
+    """Prints the numbers of pictures and objects of each class in each part."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from sprompt.data.annotations import named
 
@@ -47,7 +49,7 @@ def show(train: Part, val: Part) -> None:
         table.add_column(column, justify="right" if column else "left")
     for name in train.pictures:
         numbers = [part.pictures[name] for part in (train, val)] + [part.objects[name] for part in (train, val)]
-        table.add_row(name, *map(str, numbers))
+        table.add_row(Text(name), *map(str, numbers))
     table.add_section()
     totals = [train.images, val.images, sum(train.objects.values()), sum(val.objects.values())]
     table.add_row("all", *map(str, totals))

@@ -1,4 +1,4 @@
-"""`sprompt study`: many small pre-trainings and fine-tunings, and what they show."""
+"""`sprompt study`: runs many small pre-trainings and fine-tunings and compares their results."""
 
 import dataclasses
 import hashlib
@@ -15,57 +15,61 @@ from sprompt.study.plan import Cell, Inputs, chains
 from sprompt.study.run import Runner
 from sprompt.study.variants import QUESTIONS, VARIANTS
 
-_SIDES = 12  # test pictures on the page
+_SIDES = 12  # number of test pictures on the page
 
 
 @dataclasses.dataclass
 class Study:
-    """Compares ways to start fine-tuning on few labels: from scratch, from a backbone, from proposals as pseudo-labels, and from
-    Saliency Prompt pre-training with its parts taken out one by one. Each is pre-trained and fine-tuned with several seeds.
+    """Compares ways to start fine-tuning on few labels: from scratch, from a backbone, from proposals as pseudo-labels, and
+    from Saliency Prompt pre-training with its parts taken out one by one. Each variant is pre-trained and fine-tuned with
+    several seeds.
 
-    Writes OUT/results.json, OUT/tables.md and OUT/index.html, anew after every cell, and pictures of curves, predictions and
-    kernels at the end. Killed and started again it goes on where it was. Without --images it draws synthetic scenes. `sprompt study
-    --preset study-cpu` takes hours, not days, on two cores; study-gpu is for one card and pictures of your own.
+    A cell is one combination of variant, fraction and seed. After every cell the study writes OUT/results.json, OUT/tables.md
+    and OUT/index.html again. At the end it writes pictures of curves, predictions and kernels. If you start the same command
+    again after a kill, it goes on where it stopped. Without --images it draws synthetic scenes. `--preset study-cpu` takes
+    hours on two cores. `--preset study-gpu` is for one GPU and your own pictures.
     """
 
     out: Path = Path("study")
-    """Folder for everything it makes."""
+    """Folder for all files of the study."""
     settings: str = "study-cpu"
-    """Preset of the backbone, propose, pretrain, finetune and evaluate commands that it runs."""
+    """Preset for the commands that the study runs: backbone, propose, pretrain, finetune and evaluate."""
     images: Path | None = None
-    """Folder of labelled pictures; synthetic scenes are drawn if it is not given."""
+    """Folder of labelled pictures. Default: the study draws synthetic scenes."""
     annotations: Path | None = None
-    """Their COCO file."""
+    """COCO file of --images."""
     val_images: Path | None = None
-    """Folder of the pictures to test on; by default a share of the labelled ones is kept for it."""
+    """Folder of the pictures to test on. Default: a share of the labelled pictures is kept for the test."""
     val_annotations: Path | None = None
-    """Their COCO file."""
+    """COCO file of --val-images."""
     val_share: float = 0.3
-    """The share, drawn by image id."""
+    """Share of the labelled pictures that is kept for the test if there is no --val-images. It is drawn by image id."""
     within: str | None = None
-    """Draw it within each value of this key of the file's images."""
+    """Key of the image records in the COCO file. The test share is drawn separately for each value of this key."""
     unlabelled: Path | None = None
-    """Folder of pictures for pre-training; by default those labelled that are not kept for the test, without their labels."""
+    """Folder of pictures for pre-training. Default: the labelled pictures that are not kept for the test, without their
+    labels."""
     backbone: Path | None = None
-    """Self-supervised backbone; by default one is trained on the pictures for pre-training."""
+    """Self-supervised backbone. Default: the study trains a backbone on the pictures for pre-training."""
     scenes: tuple[int, int, int] = (1200, 1200, 150)
-    """Synthetic scenes: without labels, with labels, to test on."""
+    """Three numbers of synthetic scenes: without labels, with labels, for the test."""
     scene_size: int = 160
-    """Their height and width, pixels."""
+    """Height and width of the synthetic scenes, pixels."""
     likeness: float = 0.0
-    """Chance that an object in them has the colour and texture of its class; else only its shape tells the class."""
+    """Probability, 0 to 1, that an object in a synthetic scene has the colour and texture of its class. Otherwise only its
+    shape tells the class."""
     variants: tuple[str, ...] = ()
-    """Which ways to compare; by default all that the data allow. See sprompt/study/variants.py."""
+    """Names of the variants to compare; see sprompt/study/variants.py. Default: all variants that the data allow."""
     fractions: tuple[float, ...] = (0.05,)
     """Shares of the labelled pictures to fine-tune on."""
     seeds: tuple[int, ...] = (0, 1, 2)
-    """One pre-training and fine-tuning of each variant for every seed, which also draws the labelled pictures."""
+    """Each variant is pre-trained and fine-tuned once for every seed. The seed also draws the labelled pictures."""
     longer: int = 1
-    """Times that pre-training is as long as the settings say."""
+    """Factor on the length of pre-training in the settings, at least 1."""
     evaluate_every: int = 4
-    """Epochs of fine-tuning between tests, for the learning curves."""
+    """Epochs of fine-tuning between two tests, for the learning curves."""
     jobs: int = 1
-    """Commands that run at once; they share the cores, or the GPU."""
+    """Number of commands that run at once. They share the cores or the GPU."""
 
     def run(self) -> None:
         from sprompt.study.figures import draw_curves, draw_maps, draw_predictions
@@ -113,7 +117,9 @@ class Study:
             draw_maps(maps, self.out / "kernels.png")
         run_folder.say(f"open {self.out / 'index.html'} in a browser; the tables are in {self.out / 'tables.md'}")
         if failed:
-            raise RuntimeError(f"{len(failed)} of {len(cells)} cells failed; the same command again goes on with them")
+            raise RuntimeError(
+                f"{len(failed)} of {len(cells)} cells failed; start the same command again to repeat them"
+            )
 
     def _check(self) -> None:
         for option in ("fractions", "seeds"):
@@ -134,7 +140,8 @@ class Study:
             raise ValueError("--val-annotations: must be given with --val-images, and only with it")
 
     def _say_if_slow(self) -> None:
-        """Settings that are meant for a GPU, on a machine without. The commands' own warnings go to their output.txt."""
+        """Prints a warning if the settings are meant for a GPU and the machine has none. The warnings of the commands go to
+        their output.txt, where a user does not see them."""
         import torch
 
         from sprompt.machine import has_bf16
@@ -142,8 +149,8 @@ class Study:
         tuned = parse("finetune", ["--preset", self.settings])
         if tuned.train.precision == "bf16" and (tuned.cpu or not torch.cuda.is_available()) and not has_bf16():
             run_folder.say(
-                f"{self.settings}: computes in bf16, for which this CPU has no instructions; that can take a hundred times as long as "
-                "float32, so take a GPU, or --settings study-cpu"
+                f"{self.settings}: computes in bf16, but this CPU has no instructions for bf16; that can take a hundred times as "
+                "long as float32; use a GPU, or --settings study-cpu"
             )
 
     def _pictures(self) -> prepare.Pictures:
@@ -164,7 +171,7 @@ class Study:
         )
 
     def _variants(self, known: bool) -> list[str]:
-        """Those asked for, or all; those that need true masks only where these are known."""
+        """The variants asked for, or all variants. Variants that need true masks are left out if the masks are not known."""
         hidden = [] if known else [name for name in VARIANTS if VARIANTS[name].proposals == "truth"]
         asked = [name for name in self.variants if name in hidden]
         if asked:
@@ -172,7 +179,7 @@ class Study:
         return [name for name in VARIANTS if name not in hidden and (not self.variants or name in self.variants)]
 
     def _about(self, pictures: prepare.Pictures, given: Inputs, names: list[str]) -> dict[str, Any]:
-        """What the page says of the whole study."""
+        """Facts about the whole study, for the page."""
         import torch
 
         from sprompt import __version__
@@ -204,7 +211,7 @@ class Study:
         write_page(self.out, results, maps, sides)
 
     def _maps(self, cells: list[Cell], pictures: prepare.Pictures) -> dict[str, Any]:
-        """Where the kernels of each variant look, by its first fine-tuned model."""
+        """Mean masks of the kernels of each variant's first fine-tuned model."""
         from sprompt.data.folder import PictureFolder
         from sprompt.engine.trained import MODEL, load
         from sprompt.report.activation import activation_maps
@@ -220,7 +227,8 @@ class Study:
         return maps
 
     def _sides(self, cells: list[Cell], pictures: prepare.Pictures) -> Any:
-        """Test pictures with what the first fine-tuned model of each start finds; of all variants where none is a start."""
+        """Test pictures with the predictions of the first fine-tuned model of each start. If the study has no start among
+        its variants, all variants are shown."""
         from sprompt.study.predictions import side_by_side
 
         files: dict[str, Path] = {}
@@ -233,7 +241,8 @@ class Study:
 
 
 def lengthened(settings: str, times: int) -> list[str]:
-    """Options that make pre-training `times` as long as the preset says; its learning rate drops as much later."""
+    """Options that multiply the epochs of pre-training in the preset by `times`, and the epochs of its learning rate drops
+    as well."""
     if times == 1:
         return []
     own = parse("pretrain", ["--preset", settings, "--images", "-", "--proposals", "-", "--backbone", "-"]).train
@@ -242,7 +251,7 @@ def lengthened(settings: str, times: int) -> list[str]:
 
 
 def _settings(study: Study) -> dict[str, Any]:
-    """As they are shown: of files and folders their names, wherever they lie."""
+    """The settings for the page. Only the last part of a path is shown."""
     plain = to_plain(study)
     paths = {f.name: v.name for f in dataclasses.fields(study) if isinstance(v := getattr(study, f.name), Path)}
     return {**plain, **paths}

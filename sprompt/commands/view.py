@@ -1,4 +1,4 @@
-"""`sprompt view`: a gallery that opens in a browser."""
+"""`sprompt view`: writes a gallery that opens in a browser."""
 
 import dataclasses
 from functools import partial
@@ -17,11 +17,11 @@ from sprompt.settings import read_yaml
 
 @dataclasses.dataclass
 class View:
-    """Writes a page of pictures about runs: proposals, prompts and the kernels that take them, predictions beside labels, learning
-    curves, metrics, and where in the picture each kernel looks.
+    """Writes a page of pictures about runs. It shows proposals, prompts and the kernels that take them, predictions beside
+    labels, learning curves, metrics, and the mean mask of each kernel.
 
-    Run folders say in their config.yaml what they were made from; the options name or replace it. The page needs no server and no
-    network: open OUT/index.html.
+    The config.yaml of a run folder names the inputs of the run. --images, --proposals, --predictions and --labels replace these
+    inputs, or name files if there is no run folder. The page needs no server and no network: open OUT/index.html.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = ()
@@ -32,19 +32,19 @@ class View:
     images: Path | None = None
     """Folder of the pictures of --proposals or --predictions."""
     proposals: Path | None = None
-    """Proposal file."""
+    """Proposal file of `sprompt propose`."""
     predictions: Path | None = None
-    """COCO results."""
+    """File of COCO results."""
     labels: Path | None = None
     """COCO file with the labels of the pictures of --predictions."""
     title: str = "sprompt"
     """Heading of the page."""
     limit: int = 24
-    """Pictures of a section, at most."""
+    """Largest number of pictures in a section."""
     cpu: bool = False
     """Do not use a GPU."""
     model: ModelConfig = dataclasses.field(default_factory=KNetConfig)
-    """The network of a trained model that does not name it, such as an official release. Files of sprompt name theirs."""
+    """The network of the runs' models. Give it only if a file does not name its network, such as an official release."""
 
     def run(self) -> None:
         from sprompt.report.gallery import build
@@ -90,7 +90,7 @@ class View:
         print(f"open {page} in a browser")
 
     def _last(self, *commands: str, having: str = "config.yaml") -> tuple[Path, Any] | None:
-        """The last run of one of these commands that has such a file, and its settings."""
+        """The last run folder of one of these commands that has the file `having`, and its settings; None if there is none."""
         for folder in reversed(self.runs):
             file = folder / "config.yaml"
             if not file.is_file() or not (folder / having).is_file():
@@ -100,7 +100,8 @@ class View:
         return None
 
     def _prompts(self, folder: Path, settings: Any) -> Any:
-        """Which kernel took which prompt, by the pre-trained model; None where it never was prompted, or is not done."""
+        """The kernel that took each prompt in the pre-trained model. None if the model was never prompted, or if the model,
+        its pictures or its proposals are missing."""
         from sprompt.data.coco import CocoDataset
         from sprompt.report.prompts import prompt_matches
 
@@ -115,7 +116,8 @@ class View:
         )
 
     def _activation(self, folder: Path, settings: Any) -> Any:
-        """Mean masks of the kernels over the pictures that the run was tested on; None where the model is not at hand."""
+        """Mean masks of the kernels over the pictures that the run was tested on. None if the model or the pictures are
+        missing."""
         from sprompt.data.folder import PictureFolder
         from sprompt.report.activation import activation_maps
 
@@ -139,7 +141,7 @@ class View:
 
 
 def _labelled(settings: Any) -> tuple[Path, Path | None]:
-    """Pictures and labels that a run was tested on."""
+    """The folder of the pictures that a run was tested on, and their labels; None for missing labels."""
     if hasattr(settings, "val"):
         return settings.val.images, settings.val.annotations
     if hasattr(settings, "data"):

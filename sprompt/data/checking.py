@@ -1,4 +1,4 @@
-"""Reads every picture and every mask of a dataset, and says what would stop or spoil a training."""
+"""Reads every picture and every mask of a dataset, and reports problems that would stop or spoil a training."""
 
 from __future__ import annotations
 
@@ -21,9 +21,12 @@ from sprompt.data.pictures import picture_size, read_picture
 from sprompt.data.transforms import Augment, resized_size
 from sprompt.masks import Size
 
-SMALL, MEDIUM = 32**2, 96**2  # pixels: COCO calls smaller masks small, and smaller masks medium
+SMALL, MEDIUM = (
+    32**2,
+    96**2,
+)  # COCO's bounds: small masks have fewer than SMALL pixels, large masks have more than MEDIUM
 _WORKERS = 8  # upper bound of the processes that read
-_EACH = 16  # pictures that a process must have to read, to be worth its start
+_EACH = 16  # pictures for which starting another process pays off
 
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
@@ -31,17 +34,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Seen:
-    """What a picture and its masks were found to be."""
+    """The result of reading a picture and its masks."""
 
     name: str  # the file
     size: Size | None = None  # (h, w) of the picture; None if it cannot be read
     digest: str = ""  # of the content of the file; "" if it was not asked for, or the file cannot be read
-    unreadable: str | None = None  # messages of DataError
-    misfit: str | None = None  # the picture has another size than its record
-    broken: list[str] = field(default_factory=list)  # one message an annotation that cannot be decoded
-    empty: list[int] = field(default_factory=list)  # ids of annotations without a pixel that their file hides
+    unreadable: str | None = None  # message if the picture cannot be read
+    misfit: str | None = None  # message if the picture has another size than its record
+    broken: list[str] = field(default_factory=list)  # a message for each annotation that cannot be decoded
+    empty: list[int] = field(default_factory=list)  # ids of annotations with an empty mask that their file hides
     labels: list[int] = field(default_factory=list)  # class of each mask with a pixel
-    areas: list[int] = field(default_factory=list)  # its pixels
+    areas: list[int] = field(default_factory=list)  # number of pixels of each of these masks
 
     @property
     def faults(self) -> list[str]:
@@ -59,13 +62,14 @@ def read_all(
     dataset: CocoDataset | PictureFolder, indices: Sequence[int] | None = None, *, digests: bool = True,
     workers: int | None = None, progress: Progress | None = None,
 ) -> list[Seen]:  # fmt: skip
-    """Decodes every picture of a dataset, and every mask, crowds included. Faults do not end it.
+    """Decodes every picture of a dataset, and every mask, crowds included. It records faults and goes on.
 
     Args:
         indices: the pictures to read, in order; None reads all.
         digests: whether to compute the digests of the files.
-        workers: number of processes that read. 0 reads in this process. None takes one a core, up to 8, and fewer for few pictures.
-        progress: called after each picture with the number of pictures that are read and of all pictures.
+        workers: number of processes that read. 0 reads in this process. None takes one process a core, at most 8, and at most
+            one for every 16 pictures.
+        progress: called after each picture with two numbers: pictures read so far, and all pictures.
     """
     chosen = range(len(dataset)) if indices is None else indices
     if workers is None:
@@ -141,7 +145,7 @@ def _labelled(dataset: CocoDataset, index: int, digests: bool) -> Seen:
 def _areas(
     dataset: CocoDataset, index: int, annotations: Sequence[dict[str, Any]]
 ) -> tuple[list[int | None], list[str]]:
-    """Pixels of each mask, None for a broken mask; and the messages about the broken masks."""
+    """The number of pixels of each mask (None for a broken mask), and the messages about the broken masks."""
     try:
         return list(dataset.masks(index, annotations).area().tolist()), []
     except DataError:
@@ -184,7 +188,7 @@ def of_labels(dataset: CocoDataset, seen: Sequence[Seen]) -> list[Finding]:
     empty = [own for one in seen for own in one.empty]
     if empty:
         text = (
-            f"masks without a pixel in their picture, which are left out: {len(empty)} (annotation ids {named(empty)})"
+            f"masks without a pixel in their picture (they are left out): {len(empty)} (annotation ids {named(empty)})"
         )
         every.append(Finding(text, [], False))
     bare = [one.name for one in seen if not one.areas and not one.broken]
@@ -226,7 +230,7 @@ def by_class(dataset: CocoDataset, seen: Sequence[Seen]) -> dict[str, tuple[int,
 
 
 def sizes(seen: Sequence[Seen], augment: Augment) -> str:
-    """Lines about the objects: number in a picture, size, and the smallest object at the size of the pictures in training."""
+    """Lines about the objects: number in a picture, sizes, and the smallest object after the resizing for training."""
     counts = [len(one.areas) for one in seen if one.areas]
     areas = [area for one in seen for area in one.areas]
     if not areas:
@@ -252,8 +256,8 @@ def crowded(seen: Sequence[Seen], queries: int) -> str | None:
     if not more:
         return None
     return (
-        f"pictures with more objects than the model has queries, {queries}, each of which finds at most one object: {len(more)} "
-        f"({named(more)})"
+        f"pictures with more objects than the model has queries, {queries}, where a query finds at most one object: "
+        f"{len(more)} ({named(more)})"
     )
 
 
@@ -276,5 +280,5 @@ def _twice(seen: Sequence[Seen]) -> list[Finding]:
 
 
 def _some(text: str, names: Collection[str], spoils: bool) -> list[Finding]:
-    """A finding with its number; none if there is nothing to name."""
+    """A list with one finding that counts and names things; an empty list if there are no names."""
     return [Finding(f"{text}: {len(names)}", list(names), spoils)] if names else []

@@ -1,4 +1,4 @@
-"""Pictures that a program hands over: paths, PIL images, arrays and tensors."""
+"""Pictures that a program passes in: paths, PIL images, arrays and tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ Given = str | Path | Image.Image | np.ndarray | Tensor
 
 
 class GivenPictures(Dataset[Sample]):
-    """Pictures as samples without masks; an image_id is a place in the sequence. Files are read when they are asked for."""
+    """Pictures as samples without masks. The image_id of a picture is its place in the sequence. A file is read when its
+    sample is asked for."""
 
     def __init__(self, pictures: Sequence[Given]) -> None:
         self.pictures = pictures
@@ -41,8 +42,8 @@ class GivenPictures(Dataset[Sample]):
 def as_rgb(picture: Any, name: str) -> Tensor:
     """uint8 (3, H, W) of a path, a PIL image, an array (H, W), (H, W, 3 or 4), or a tensor (1 or 3, H, W).
 
-    Floats lie between 0 and 1. A fourth channel, transparency, is dropped. PIL images are turned as their EXIF orientation says, like
-    files. Raises DataError, with the picture's name, for everything else.
+    Floats must lie between 0 and 1. A fourth channel (transparency) is dropped. PIL images and files are turned as their EXIF
+    orientation says. Any other value raises DataError with the picture's name.
     """
     if isinstance(picture, (str, Path)):
         return read_picture(picture)

@@ -9,18 +9,18 @@ from sprompt.data.annotations import leaves, named
 from sprompt.data.errors import DataError
 from sprompt.data.reading import read_bytes
 
-MAX_LIST = 1 << 28  # bytes of a list
+MAX_LIST = 1 << 28  # upper bound of the size of a list, bytes
 
 
 def read_list(path: Path | str, known: Collection[str], where: str) -> set[str]:
     """The file names in a list, each relative to the folder of the pictures.
 
-    A line holds one name. Blank lines and lines that begin with # are skipped, and white space around a name is not part of it.
-    Write ./#1.png for a picture #1.png. A name may stand there twice.
+    A line holds one name. Blank lines and lines that begin with # are skipped. White space around a name is not part of it.
+    Write ./#1.png for a picture #1.png. A name may appear more than once.
 
     Args:
         known: the names that a list may hold, with / between folders.
-        where: what messages call the place of these names.
+        where: the place of these names, for messages.
 
     Raises DataError with file name and line for names that are not known or leave the folder, and for a list without a name.
     """
@@ -43,7 +43,8 @@ def read_list(path: Path | str, known: Collection[str], where: str) -> set[str]:
             unknown.append(f"{name!r:.80} (line {number})")
     if unknown:
         raise DataError(
-            f"{path}: names must be of pictures in {where}, got {len(unknown)} others: {named(unknown)}; correct or remove them"
+            f"{path}: names must be of pictures in {where}, got {len(unknown)} others: {named(unknown)}; correct or "
+            "remove these lines"
         )
     if not found:
         raise DataError(f"{path}: must name a picture of {where}, got none; write one file name a line")
@@ -63,5 +64,5 @@ def list_of(names: Iterable[str]) -> str:
 
 
 def _plain(name: str) -> str:
-    """Without `.` and doubled slashes."""
+    """The name without `.` parts and doubled slashes."""
     return str(PurePosixPath(name))

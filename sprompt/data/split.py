@@ -1,4 +1,4 @@
-"""A COCO file in two parts, training and validation, that hold the same classes."""
+"""Splits a COCO file into two parts, training and validation, that hold the same classes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from sprompt.data.reading import MAX_JSON, read_bytes, read_json
 from sprompt.seeding import generator
 
 PARTS = ("train", "val")
-_MARK = "sprompt split"  # by which a file is known as one that may be replaced
+_MARK = "sprompt split"  # marks a file of an earlier split, which may be replaced
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part: its COCO file, the list of its pictures, and by class how many pictures and objects it holds."""
+    """One part: its COCO file, the list of its pictures, its number of pictures, and the numbers of pictures and objects of
+    each class."""
 
     file: Path
     names: Path
@@ -37,24 +38,25 @@ class Part:
 def split(
     annotations: Path | str, out: Path | str, *, val_share: float = 0.2, seed: int = 0, together: str | None = None
 ) -> tuple[Part, Part]:
-    """Shares out the pictures of a COCO file: OUT/train.json and OUT/val.json, and the lists OUT/train.txt and OUT/val.txt of their
-    file names for `only=` of PictureFolder and CocoDataset. Pictures stay where they are.
+    """Splits the pictures of a COCO file into OUT/train.json and OUT/val.json. The lists OUT/train.txt and OUT/val.txt hold
+    their file names, for `only=` of PictureFolder and CocoDataset. Pictures stay where they are.
 
-    About `val_share` of the pictures, and of the pictures of every class, go to val, and each part gets at least one picture. A class
-    with two pictures or more is in both parts wherever greedy search finds a way. A class with one picture goes to the larger part.
-    Crowds and empty masks are no objects. The result depends on the seed and the ids, not on the order of the file.
+    About `val_share` of the pictures, and of the pictures of every class, go to val, and each part gets at least one picture. A
+    class with two pictures or more is in both parts wherever greedy search finds a way. A class with one picture goes to the
+    larger part. Crowds and empty masks do not count as objects. The result depends on the seed and the ids, not on the order of
+    the file.
 
-    The files hold pictures and annotations by ascending id. Everything else of the source file is in both, and `info.split` records
-    the split.
+    Both files hold pictures and annotations by ascending id. They also hold all other entries of the source file, and
+    `info.split` records the split.
 
     Args:
         together: a key of the pictures' records, such as "video". Pictures with the same value then go to the same part.
 
-    Raises DataError where an output file is there already, was not written by this function and has other content. Each file is
-    written whole or not at all; call again after a kill.
+    Raises DataError if an output file exists with other content and was not written by this function. Each file is written
+    whole or not at all. After a kill, call the function again.
     """
     if not 0 < val_share < 1:
-        raise ValueError(f"split: val_share must lie between 0 and 1, got {val_share}; 0.2 are 20 %")
+        raise ValueError(f"split: val_share must lie between 0 and 1, got {val_share}; 0.2 means 20 %")
     source, out = Path(annotations), Path(out)
     data = read_json(source)
     file = parse(data, str(source))
@@ -81,22 +83,22 @@ def split(
 
 
 def groups_of(images: Sequence[dict[str, Any]], key: str | None, source: Path) -> list[list[int]]:
-    """Ids of the pictures of each value of the key, ascending, in an order that depends on the values only; one group without a
-    key."""
+    """Groups of picture ids: one group for each value of the key, with ascending ids. The order of the groups depends only
+    on the values. Without a key there is one group."""
     groups: dict[str, list[int]] = defaultdict(list)
     for record in sorted(images, key=lambda r: r["id"]):
         value = record.get(key) if key is not None else ""
         if value is None:
             raise DataError(
                 f"{source}: picture {record['id']} ({record['file_name']}) must have a value of {key!r}, got none; "
-                "complete the file, or split without"
+                "complete the file, or split without this key"
             )
         groups[json.dumps(value, sort_keys=True)].append(record["id"])
     return [ids for _, ids in sorted(groups.items())]
 
 
 def part_of(data: dict[str, Any], ids: Collection[int], *, inside: bool) -> dict[str, Any]:
-    """The content of a COCO file with the pictures of these ids, or with the others."""
+    """The content of a COCO file, limited to the pictures with these ids (`inside`) or to all other pictures."""
     images = sorted((r for r in data["images"] if (r["id"] in ids) == inside), key=lambda r: r["id"])
     there = {r["id"] for r in images}
     annotations = sorted((a for a in data.get("annotations", []) if a["image_id"] in there), key=lambda a: a["id"])
@@ -107,10 +109,9 @@ def part_of(data: dict[str, Any], ids: Collection[int], *, inside: bool) -> dict
 def _drawn(file: CocoFile, units: Sequence[Sequence[int]], share: Fraction, seed: int) -> set[int]:
     """Ids of the pictures of val."""
     class_of = {own: place for place, (own, _) in enumerate(file.categories)}
-    everything = len(
-        class_of
-    )  # a class of its own, of which every picture is: so the shares of all pictures come out right
-    holds = []  # of each unit: how many of its pictures show each class
+    # An extra class that every picture shows. It makes the share of all pictures come out right too.
+    everything = len(class_of)
+    holds = []  # for each unit, {class: number of its pictures that show the class}
     for ids in units:
         seen: Counter[int] = Counter({everything: len(ids)})
         for own in ids:
@@ -122,8 +123,9 @@ def _drawn(file: CocoFile, units: Sequence[Sequence[int]], share: Fraction, seed
 
 
 class _Stratified:
-    """Iterative stratification (Sechidis et al., 2011): units of the class that has the fewest left go, one after the other, to the
-    part that lacks more of it. The last unit of a class goes to a part that has none of it yet."""
+    """Iterative stratification (Sechidis et al., 2011). It takes the class with the fewest units left. Each of these units
+    goes to the part that lacks more pictures of the class. The last unit of a class goes to a part that has no unit of the
+    class yet."""
 
     def __init__(self, holds: Sequence[dict[int, int]], classes: int, share: Fraction, order: Sequence[int]) -> None:
         self.holds = holds
@@ -131,10 +133,10 @@ class _Stratified:
         for unit in order:
             for own in holds[unit]:
                 self.holders[own].append(unit)
-        self.left = [len(units) for units in self.holders]  # units of each class without a part
-        self.parts = [-1] * len(holds)  # of each unit: 0 train, 1 val
-        self.units = [[0] * classes, [0] * classes]  # units of each class in each part
-        # pictures of each class that each part lacks, times the share's denominator: whole numbers tie exactly
+        self.left = [len(units) for units in self.holders]  # number of units of each class that have no part yet
+        self.parts = [-1] * len(holds)  # part of each unit: 0 train, 1 val, -1 none yet
+        self.units = [[0] * classes, [0] * classes]  # number of units of each class in each part
+        # Number of pictures of each class that each part lacks, times the share's denominator: whole numbers, so ties are exact.
         totals = [sum(holds[unit][own] for unit in units) for own, units in enumerate(self.holders)]
         self.scale = share.denominator
         self.lacks = [[(self.scale - share.numerator) * t for t in totals], [share.numerator * t for t in totals]]
@@ -168,7 +170,8 @@ class _Stratified:
             self.lacks[part][own] -= sign * self.scale * pictures
 
     def _repair(self) -> None:
-        """Moves a unit of each class that a part still lacks, if no other class is lost by it."""
+        """For each class that a part lacks, moves a unit of the class to this part, unless the other part would then lose a
+        class."""
         for own in sorted(range(len(self.holders)), key=lambda own: (len(self.holders[own]), own)):
             for part in (0, 1):
                 if len(self.holders[own]) < 2 or self.units[part][own]:
@@ -189,7 +192,7 @@ def _objects(file: CocoFile, picture: int) -> list[dict[str, Any]]:
 
 
 def _counted(file: CocoFile, ids: Collection[int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Of each class, by ascending id of its category: pictures and objects."""
+    """Two dicts by class name, in the order of the category ids: number of pictures, and number of objects."""
     pictures: Counter[int] = Counter()
     objects: Counter[int] = Counter()
     for own in ids:
@@ -208,7 +211,9 @@ def _write(texts: dict[Path, bytes], source: Path) -> None:
         if path.resolve() == source.resolve():
             raise DataError(f"{path}: is the file to be split; give another folder for its parts")
         if not path.is_file() or (path.read_bytes() != text and not _ours(path)):
-            raise DataError(f"{path}: is there already and was not made by a split; remove it, or give another folder")
+            raise DataError(
+                f"{path}: is there already and was not made by a split; remove the file, or give another folder"
+            )
     for path, text in texts.items():
         if not (path.exists() and path.read_bytes() == text):
             atomic_write(path, text, sync=True)

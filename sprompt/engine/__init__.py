@@ -1,4 +1,4 @@
-"""Training loop, evaluation, prediction, checkpoints: they know tasks and models, and no particular one."""
+"""Training loop, evaluation, prediction and checkpoints. They work with every task and every model."""
 
 from sprompt.engine.checkpoint import CheckpointError as CheckpointError
 from sprompt.engine.config import TrainConfig as TrainConfig

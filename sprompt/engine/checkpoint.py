@@ -1,8 +1,8 @@
-"""Checkpoints: folders that are whole or absent, and read only when they are whole.
+"""Checkpoints. A checkpoint is a folder that gets its name only when it is complete. A damaged checkpoint is never loaded.
 
 checkpoints/step-00000500/task.safetensors         the task's state_dict
                           optimiser.safetensors    the optimiser's state, by parameter
-                          state.json               step, configuration, versions, size and checksum of the two
+                          state.json               step, configuration, versions, size and checksum of the other two files
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from sprompt.atomic import atomic_write, sync_folder
 from sprompt.data.reading import read_json
 
 FORMAT = 1
-MAX_STATE = 64 << 20  # bytes of state.json
+MAX_STATE = 64 << 20  # upper bound of the size of state.json, bytes
 _NAME = re.compile(r"step-(\d{8,})")
 
 
 class CheckpointError(RuntimeError):
-    """There are checkpoints, and none can be used."""
+    """All checkpoints of a run are damaged."""
 
 
 class Saved(NamedTuple):
@@ -41,7 +41,7 @@ class Saved(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of a run, of which the newest `keep` are kept."""
+    """The checkpoints of a run. Only the newest `keep` checkpoints are kept."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
@@ -55,8 +55,9 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int, task: dict[str, Tensor], optimiser: dict[str, Tensor], state: dict[str, Any]) -> Path:
-        """Writes a checkpoint. It appears under its name when all of it is on the disk; then older ones go. Raises OSError if it cannot
-        be written, as on a full disk; older checkpoints then stay."""
+        """Writes a checkpoint. It gets its name when all its data are on the disk. Then the oldest checkpoints are removed.
+        Raises OSError if the checkpoint cannot be written, for example because the disk is full. The older checkpoints then
+        stay."""
         final = self.path(step)
         temporary = self.folder / f".{final.name}.{os.getpid()}.tmp"
         try:
@@ -64,11 +65,11 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             shutil.rmtree(temporary, ignore_errors=True)
             raise OSError(
-                f"{final}: this checkpoint cannot be written ({error}); free disk space, then start the same command again, which goes on "
-                "from the last checkpoint"
+                f"{final}: this checkpoint cannot be written ({error}); free disk space, then start the same command again; it "
+                "goes on from the last checkpoint"
             ) from error
         for newer in self.steps():
-            if newer >= step:  # damaged, or the run would have gone on from it
+            if newer >= step:  # it must be damaged; otherwise the run would have gone on from it
                 shutil.rmtree(self.path(newer))
         os.rename(temporary, final)
         sync_folder(self.folder)
@@ -92,12 +93,13 @@ class Checkpoints:
         atomic_write(folder / "state.json", json.dumps(record, indent=1), sync=True)
 
     def clean(self) -> None:
-        """Removes what a killed process has left half written."""
+        """Removes incomplete checkpoints of a killed process."""
         for path in self.folder.glob(".step-*.tmp"):
             shutil.rmtree(path, ignore_errors=True)
 
     def latest(self) -> Saved | None:
-        """The newest checkpoint that is whole; None if there is none at all. One that is damaged is warned of, with the reason."""
+        """The newest checkpoint that is whole; None if there are no checkpoints. Warns about each damaged checkpoint, with
+        the reason. Raises CheckpointError if all checkpoints are damaged."""
         steps = self.steps()
         for step in steps:
             path = self.path(step)
@@ -105,7 +107,7 @@ class Checkpoints:
                 return self._read(path, step)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 reason = f"{type(error).__name__}: {error}" if isinstance(error, (KeyError, TypeError)) else error
-                warnings.warn(f"{path}: is damaged ({reason}); trying the one before", RuntimeWarning, stacklevel=2)
+                warnings.warn(f"{path}: is damaged ({reason}); trying the older one", RuntimeWarning, stacklevel=2)
         if steps:
             raise CheckpointError(
                 f"{self.folder}: must hold a checkpoint that is whole, got {len(steps)} damaged; move the folder away to start anew"
@@ -117,18 +119,18 @@ class Checkpoints:
         if state["format"] != FORMAT:
             raise ValueError(f"format must be {FORMAT}, got {state['format']!r}")
         if state["step"] != step:
-            raise ValueError(f"its step must be that of its name, got {state['step']!r}")
+            raise ValueError(f"step must be the number in the folder's name, got {state['step']!r}")
         tensors = []
         for name in ("task", "optimiser"):
             file = path / f"{name}.safetensors"
             if _fingerprint(file) != state["files"][file.name]:
-                raise ValueError(f"size or checksum of {file.name} must be as recorded, got others")
+                raise ValueError(f"size and checksum of {file.name} must be those in state.json, got others")
             tensors.append(safetensors.torch.load_file(file))
         return Saved(path, step, tensors[0], tensors[1], state)
 
 
 def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU, no two of which share memory."""
+    """Contiguous tensors on the CPU. No two of them share memory."""
     stored: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():

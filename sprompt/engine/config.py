@@ -1,4 +1,4 @@
-"""How a model is trained, whatever the method."""
+"""Settings of training, for every method."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from typing import Any, Literal
 
 from sprompt.settings import check_choices
 
-#: Fields that change neither the numbers nor the order of the steps, so that a run may be resumed with other values.
+#: Fields that change neither the results nor the order of the steps. A run may be resumed with other values of these fields.
 FREE = ("epochs", "max_steps", "workers", "checkpoint_seconds", "checkpoint_steps", "keep", "log_steps")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Optimisation, length, and what a run leaves behind. The defaults are those of the pre-training recipe."""
+    """Optimisation, length, checkpoints and log of a training. The defaults are those of the pre-training recipe."""
 
     epochs: int = 12
-    """Passes over the pictures."""
+    """Number of passes over the pictures."""
     max_steps: int | None = None
-    """Stop after so many steps in all, for a trial; the learning rate keeps the course of the whole run."""
+    """Stop after this number of steps in all, for a trial. The learning rate follows the schedule of the whole run."""
     batch_size: int = 96
-    """Pictures that one optimiser step sees, over all processes and micro-batches."""
+    """Number of pictures of one optimiser step, over all processes and micro-batches. It must be a multiple of accumulate."""
     accumulate: int = 1
-    """Micro-batches of a step: as many times less memory. Each is normalised by its own number of targets, then they are averaged."""
+    """Number of micro-batches of a step. More micro-batches take less memory. The loss of a micro-batch is normalised by its
+    own number of targets; then the losses are averaged."""
     optimiser: Literal["adamw", "sgd"] = "adamw"
     """adamw, or sgd with momentum 0.9."""
     learning_rate: float = 1e-4
@@ -30,35 +31,35 @@ class TrainConfig:
     backbone_lr_factor: float = 1.0
     """Factor on the learning rate of the backbone's parameters."""
     weight_decay: float = 0.05
-    """Weight decay, of all trained parameters."""
+    """Weight decay of all trained parameters."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's two averages of the gradient."""
+    """Decay rates of AdamW's averages of the gradient and of its square."""
     clip: float | None = 1.0
-    """Longest gradient, as the norm over all parameters; none: as long as it is."""
+    """Upper bound of the gradient's norm over all parameters, above 0. A longer gradient is scaled down. none: no bound."""
     schedule: Literal["step", "cosine"] = "step"
-    """step: drops after given epochs; cosine: half a cosine down to 0 at the last step."""
+    """step: the learning rate drops after given epochs. cosine: it follows half a cosine down to 0 at the last step."""
     warmup_steps: int = 1000
-    """Steps in which the learning rate rises linearly to its full value."""
+    """Number of steps in which the learning rate rises linearly to its full value."""
     warmup_factor: float = 0.001
-    """Where that rise begins, as a part of the full value."""
+    """Factor on the learning rate at the start of the warm-up."""
     drops: tuple[int, ...] = (8, 11)
     """Epochs after which the learning rate drops, for schedule step."""
     drop_factor: float = 0.1
-    """What a drop multiplies it by."""
+    """Factor on the learning rate at each drop."""
     precision: Literal["no", "bf16"] = "no"
-    """bf16 computes the forward pass in bfloat16 where that is safe (autocast); the parameters stay in float32."""
+    """bf16 computes the forward pass in bfloat16 where autocast allows it. The parameters stay in float32."""
     seed: int = 0
-    """Of everything random: order, augmentation, dropout."""
+    """Seed of all random numbers: order of the pictures, augmentation, dropout."""
     workers: int = 2
-    """Processes that prepare pictures, for each process that trains."""
+    """Number of processes that prepare pictures, for each process that trains. 0 prepares them in the training process."""
     checkpoint_seconds: float = 600.0
-    """Seconds between checkpoints."""
+    """Seconds between two checkpoints."""
     checkpoint_steps: int | None = None
-    """Steps between checkpoints, as well."""
+    """Number of steps after which there is another checkpoint, in addition to checkpoint_seconds."""
     keep: int = 2
-    """Checkpoints kept: the newest, and those that it falls back to when the newest is damaged."""
+    """Number of checkpoints to keep. If the newest is damaged, a run goes on from an older one."""
     log_steps: int = 50
-    """Steps that a line of the log is the mean of."""
+    """Number of steps between two lines of the log. A line holds the means over these steps."""
 
     def __post_init__(self) -> None:
         for name, least in (
@@ -71,20 +72,20 @@ class TrainConfig:
                 raise ValueError(f"{name}: must be at least {least}, got {value}")
         check_choices(type(self), vars(self))
         if self.clip is not None and not self.clip > 0:
-            raise ValueError(f"clip: must be above 0, got {self.clip}; none clips nothing")
+            raise ValueError(f"clip: must be above 0, got {self.clip}; none turns clipping off")
         if self.batch_size % self.accumulate:
             raise ValueError(
                 f"batch_size: must be a multiple of accumulate, got {self.batch_size} and {self.accumulate}; "
-                f"{self.accumulate * max(1, self.batch_size // self.accumulate)} is one"
+                f"take {self.accumulate * max(1, self.batch_size // self.accumulate)}"
             )
 
     def check_world(self, world: int) -> None:
-        """Raises ValueError unless every process gets equally many pictures of each micro-batch."""
+        """Raises ValueError unless every process gets the same number of pictures of each micro-batch."""
         micro = self.batch_size // self.accumulate
         if micro % world:
             raise ValueError(
                 f"batch_size: a micro-batch of {micro} pictures must divide among {world} processes, got a rest of "
-                f"{micro % world}; a batch_size of {self.accumulate * world * max(1, micro // world)} does"
+                f"{micro % world}; take a batch_size of {self.accumulate * world * max(1, micro // world)}"
             )
 
     def identity(self) -> dict[str, Any]:

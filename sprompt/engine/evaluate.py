@@ -1,4 +1,4 @@
-"""A model on labelled pictures: predictions, and their comparison with the labels."""
+"""Evaluation of a model on labelled pictures: its predictions, and their comparison with the labels."""
 
 from __future__ import annotations
 
@@ -29,16 +29,17 @@ def evaluate(
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Predicts a labelled dataset into out/predictions.json and compares; writes out/metrics.json.
+    """Writes predictions of a labelled dataset to out/predictions.json, compares them with the labels, and writes
+    out/metrics.json.
 
     Args:
         dataset: a CocoDataset with `keep_empty`, so that pictures without objects count too.
-        evaluator: how predictions are compared; None: COCO's protocol.
+        evaluator: settings of the comparison; None: COCO's protocol.
         class_agnostic: pool the categories.
-        settings: for `sprompt.engine.predict.predict`.
+        settings: arguments of `sprompt.engine.predict.predict`.
 
-    Returns: the metrics, to every process. A picture that cannot be read raises DataError, because numbers without it could not be
-    compared.
+    Returns: the metrics, in every process. A picture that cannot be read raises DataError, because metrics without it are not
+    comparable with other metrics.
     """
     path = out / "predictions.json"
     predict_to_file(model, dataset, path, dataset.category_ids, cpu=cpu, progress=progress, **settings)

@@ -1,4 +1,4 @@
-"""Steps that must not be taken, and when to stop: losses that are not finite, and signals."""
+"""Guards of the training loop: against losses and gradients that are not finite, and for signals that ask it to stop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(SystemExit):
-    """The run was asked to stop, by SIGINT or SIGTERM, and has left a checkpoint. Exits with the usual status of the signal."""
+    """The run got SIGINT or SIGTERM and stopped with a checkpoint. The exit status is 128 plus the number of the signal."""
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(128 + number)
@@ -31,24 +31,24 @@ class Interrupted(SystemExit):
 
 class _Step(NamedTuple):
     step: int
-    wrong: Tensor  # (), of all processes
-    local_wrong: Tensor  # (), the loss of this process
+    wrong: Tensor  # () bool: the mean loss or the gradient is not finite; the same in all processes
+    local_wrong: Tensor  # () bool: the loss of this process is not finite
     names: list[str]  # the pictures of this process
 
 
 class Guard:
     """Finds losses and gradients that are not finite, without waiting for the device at every step.
 
-    `add` gives what the optimiser's `found_inf` takes: 1 where the update must not happen, so that no such step ever reaches the
-    weights. `check` waits, and raises TrainingError with the pictures of the first such step since the last check. All processes
-    call both at the same steps.
+    `add` returns the value for the optimiser's `found_inf`: 1 if the update must not happen. So a step that is not finite never
+    changes the weights. `check` waits for the device. It raises TrainingError with the pictures of the first such step since
+    the last check. All processes call both methods at the same steps.
     """
 
     def __init__(self) -> None:
         self.steps: list[_Step] = []
 
     def add(self, step: int, loss: Tensor, local_loss: Tensor, norm: Tensor, names: list[str]) -> Tensor:
-        """`loss` is the mean over processes, `norm` that of the gradient, which all processes share."""
+        """`loss` is the mean over processes. `norm` is the norm of the gradient, which is the same in all processes."""
         wrong = ~(loss.isfinite() & norm.isfinite())
         self.steps.append(_Step(step, wrong, ~local_loss.isfinite(), names))
         return wrong.float()
@@ -65,20 +65,21 @@ class Guard:
         else:
             what, names = "the gradient", [name for _, names in reports for name in names]
         raise TrainingError(
-            f"step {first.step}: {what} must be finite, got NaN or infinity, on {listed(names)}; that step was not "
-            "taken; look at these pictures and their masks, or lower the learning rate, and go on from the last checkpoint"
+            f"step {first.step}: {what} must be finite, got NaN or infinity, on {listed(names)}; the weights do not "
+            "contain that step; look at these pictures and their masks, or lower the learning rate, and go on from the last "
+            "checkpoint"
         )
 
 
 def listed(names: list[str], most: int = 16) -> str:
-    """The pictures' names, of very many the first."""
+    """The names of the pictures. After `most` names it gives only the number of the others."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
 class Signals:
-    """While it is entered, SIGINT and SIGTERM are noted in `number`, so that a step can be finished. A second SIGINT, a second
-    or more after the first, is not waited for."""
+    """Inside the `with` block, SIGINT and SIGTERM only set `number`, so that the loop can finish its step. A further SIGINT,
+    more than a second after the first signal, raises KeyboardInterrupt at once."""
 
     def __init__(self) -> None:
         self.number = 0

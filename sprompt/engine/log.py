@@ -1,4 +1,4 @@
-"""What a run says of itself: log.jsonl, TensorBoard's files, and the means that go into them."""
+"""The log of a run: log.jsonl, TensorBoard's files, and the means that they hold."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from sprompt.atomic import atomic_write
 
 
 class Meter:
-    """Means over the steps since the last line, kept on the device, so that nothing waits for it."""
+    """Means over the steps since the last line of the log. The sums stay on the device, so that no step waits for it."""
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
-        """Scalars, float32, of one step."""
+        """Adds the scalars of one step, float32."""
         for name, value in values.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def take(self) -> dict[str, float]:
-        """The means, and starts anew. Waits for the device once."""
+        """Returns the means and starts anew. Waits for the device once."""
         means = {name: total / self.counts[name] for name, total in self.state()["sums"].items()}
         self.sums, self.counts = {}, {}
         return means
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint, as JSON holds it: float32 survives as it is."""
+        """The state for a checkpoint, as JSON values. They hold float32 exactly."""
         values = torch.stack(list(self.sums.values())).tolist() if self.sums else []
         return {"sums": dict(zip(self.sums, values, strict=True)), "counts": dict(self.counts)}
 
@@ -45,10 +45,10 @@ class Meter:
 
 
 class Log:
-    """log.jsonl, one line a logged step, and TensorBoard's files beside it.
+    """log.jsonl with one line a logged step, and TensorBoard's files beside it.
 
-    It is opened at the step that the run goes on from: lines of later steps, of a process that was killed, are cut off, and
-    TensorBoard is told to forget them.
+    The log is opened at the step from which the run goes on. Lines of later steps come from a process that was killed. They are
+    removed, from TensorBoard's files too.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -63,7 +63,8 @@ class Log:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """A line with "step"; its numbers go to TensorBoard as well. JSON has no NaN and no infinity: null stands for them."""
+        """Writes a line, which must hold "step". Its numbers go to TensorBoard as well. JSON has no NaN and no infinity;
+        null replaces them."""
         line = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in line.items()}
         self.file.write(json.dumps(line, allow_nan=False) + "\n")
         self.file.flush()
@@ -72,7 +73,8 @@ class Log:
                 self.board.add_scalar(name, value, line["step"])
 
     def sync(self) -> None:
-        """Waits until the lines are on the disk. A checkpoint of a step is written after this, so none of its lines is lost."""
+        """Waits until the lines are on the disk. A checkpoint is written after this call, so no line before the checkpoint
+        is lost."""
         self.file.flush()
         os.fsync(self.file.fileno())
         self.board.flush()
@@ -83,7 +85,7 @@ class Log:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.jsonl; of a missing file none. A last line that was broken off is left out."""
+    """The lines of a log.jsonl. A missing file has no lines. An incomplete last line is left out."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines

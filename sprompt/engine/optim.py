@@ -1,4 +1,4 @@
-"""Optimisers and the course of the learning rate."""
+"""Optimisers and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ MOMENTUM = 0.9
 def make_optimiser(task: nn.Module, config: TrainConfig) -> optim.Optimizer:
     """The optimiser of the trained parameters, with a group for each pair of a learning rate and a weight decay.
 
-    The task may have `parameter_groups()`, which returns `ParameterGroup`s with factors on both; see `sprompt.models.protocol`. The
-    backbone's learning rate has the configuration's factor as well. The optimiser is fused: it skips an update, on the device, if its
-    tensor `found_inf` holds 1.
+    The task may have `parameter_groups()`, which returns `ParameterGroup`s with factors on both; see `sprompt.models.protocol`.
+    `backbone_lr_factor` also multiplies the learning rate of the backbone. The optimiser is fused: it skips an update, on the
+    device, if its tensor `found_inf` holds 1.
     """
     own: dict[nn.Parameter, tuple[float, float]] = {}
     for parameters, rate, decay in getattr(task, "parameter_groups", tuple)():
@@ -46,7 +46,7 @@ def in_backbone(name: str) -> bool:
 
 
 def factor_at(config: TrainConfig, step: int, epoch_steps: int) -> float:
-    """What the learning rate is multiplied by in a step (from 0), of epochs of `epoch_steps` steps."""
+    """The factor on the learning rate in a step. Steps count from 0; an epoch has `epoch_steps` steps."""
     if config.schedule == "cosine":
         factor = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / (config.epochs * epoch_steps)))
     else:
@@ -63,7 +63,7 @@ def set_rate(optimiser: optim.Optimizer, rate: float) -> None:
 
 
 def optimiser_tensors(optimiser: optim.Optimizer, task: nn.Module) -> dict[str, Tensor]:
-    """The optimiser's state by parameter: "<parameter>/<key>" -> tensor."""
+    """The optimiser's state, as {"<parameter>/<key>": tensor}."""
     return {
         f"{name}/{key}": value
         for name, parameter in task.named_parameters()
@@ -72,7 +72,7 @@ def optimiser_tensors(optimiser: optim.Optimizer, task: nn.Module) -> dict[str, 
 
 
 def load_optimiser(optimiser: optim.Optimizer, task: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimiser_tensors`. A trained parameter without state is as before its first step."""
+    """The inverse of `optimiser_tensors`. A trained parameter without tensors has no state, as before its first step."""
     parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     optimiser.state.clear()
     for place, value in tensors.items():

@@ -21,12 +21,12 @@ from sprompt.engine.progress import Progress
 from sprompt.masks import Size
 from sprompt.models.protocol import Prediction, QueryModel
 
-DIVISOR = 32  # sides of what a model sees are multiples of it
+DIVISOR = 32  # the sides of a model's input are multiples of it
 
 
 class Predicted(NamedTuple):
     image_id: int
-    name: str  # the file
+    name: str  # of the file
     prediction: Prediction
 
 
@@ -46,17 +46,19 @@ def predict(
     problems: dict[int, str] | None = None,
     progress: bool = False,
 ) -> Iterator[Predicted]:
-    """Results of the pictures of a dataset, in its order; no more than a batch is held at a time. Empty masks are left out.
+    """Yields the results of the pictures of a dataset, in order. Only one batch is in memory at a time. Empty masks are left
+    out.
 
     Args:
-        model: a QueryModel; moved to `device`, and put into evaluation mode for as long as this goes on.
-        dataset: gives Samples; their masks are not looked at.
-        short, long: pictures are resized so that the shorter side has `short` pixels, but the longer at most `long`.
-        keep_ratio: False stretches them to long × short pixels.
+        model: a QueryModel. It is moved to `device`, and is in evaluation mode until the iteration ends.
+        dataset: gives Samples; their masks are ignored.
+        short, long: pictures are resized so that the shorter side has `short` pixels, unless the longer side would then have
+            more than `long` pixels; in this case the longer side gets `long` pixels.
+        keep_ratio: False stretches the pictures to long × short pixels.
         threshold: probability above which a pixel is in a mask.
-        indices: of the pictures, in order; None means all.
-        problems: gets {place of a picture in the dataset: message} for pictures that cannot be read, which are left out; None raises
-            DataError.
+        indices: indices of the pictures, in order; None takes all pictures.
+        problems: gets {place of a picture in the dataset: message} for each picture that cannot be read. Such pictures are left
+            out. With None such a picture raises DataError.
     """
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
@@ -100,19 +102,19 @@ def _predicted(model: nn.Module, batch: Batch, threshold: float, max_per_image: 
 
 
 def _without_empty(prediction: Prediction) -> Prediction:
-    """An empty mask finds nothing, and counts as a false positive."""
+    """Removes empty masks, because they would count as false positives."""
     kept = prediction.masks.area() > 0
     masks, scores, labels = prediction
     return prediction if bool(kept.all()) else Prediction(masks[kept], scores[kept], labels[kept])
 
 
 def write_results(path: Path, results: Iterable[Predicted], category_ids: Sequence[int]) -> int:
-    """Writes COCO results, a record a line, while they come in; the file appears when all of them are in it.
+    """Writes COCO results as they arrive, one record a line. The file appears when it is complete.
 
     A record has image_id, category_id, score, segmentation (RLE) and bbox (x, y, width, height).
 
     Args:
-        category_ids: of the classes.
+        category_ids: category id of each class.
 
     Returns: the number of records.
     """
@@ -146,19 +148,20 @@ def predict_to_file(
     progress: bool = True,
     **settings: Any,
 ) -> int:
-    """Predicts a dataset into a file of COCO results, by all processes of a launcher.
+    """Predicts a dataset with all processes of a launcher and writes a file of COCO results.
 
-    Each does a contiguous share and writes it beside `path`; the first joins the shares, in the order of the pictures, so that the
-    file does not depend on their number. The processes must see one file system.
+    Each process predicts a contiguous share of the pictures and writes its results beside `path`. The first process joins these
+    files in the order of the pictures, so that the result does not depend on the number of processes. All processes must see
+    the same file system.
 
     Args:
-        cpu: stay on the CPU where there is a GPU.
-        problems: as for `predict`; every process gets those of all processes.
-        above: results with a higher score only.
-        image_ids: of the results, by the ids that the dataset gives: image_ids[own id]. None: the dataset's own.
-        settings: for `predict`.
+        cpu: stay on the CPU even if there is a GPU.
+        problems: as for `predict`; every process gets the problems of all processes.
+        above: only results with a score above this are written.
+        image_ids: image_ids[i] is the id in the results for the picture with id i in the dataset. None: the ids of the dataset.
+        settings: arguments of `predict`.
 
-    Returns: the number of records of this process.
+    Returns: the number of records; in all processes but the first, that of their own share.
     """
     state = processes(cpu)
     rank, world = state.process_index, state.num_processes
@@ -173,7 +176,7 @@ def predict_to_file(
         if problems is not None:
             problems.update(gather_object(list(problems.items())))
         if rank == 0:
-            _join(path, parts)
+            count = _join(path, parts)
         state.wait_for_everyone()
     return count
 
@@ -185,9 +188,9 @@ def _chosen(stream: Iterator[Predicted], above: float, image_ids: Sequence[int] 
         yield Predicted(own if image_ids is None else image_ids[own], name, found)
 
 
-def _join(path: Path, parts: Sequence[Path]) -> None:
-    """Joins files of `write_results`, line by line."""
-    first = True
+def _join(path: Path, parts: Sequence[Path]) -> int:
+    """Joins files of `write_results`, line by line. Returns the number of records."""
+    count = 0
     with replacing(path) as temporary, open(temporary, "x", encoding="utf-8") as file:
         file.write("[")
         for part in parts:
@@ -195,15 +198,16 @@ def _join(path: Path, parts: Sequence[Path]) -> None:
                 for line in lines:
                     record = line.strip().rstrip(",")
                     if record not in ("[", "]"):
-                        file.write(("\n" if first else ",\n") + record)
-                        first = False
+                        file.write((",\n" if count else "\n") + record)
+                        count += 1
         file.write("\n]\n")
     for part in parts:
         part.unlink()
+    return count
 
 
 class _Views(Dataset[Any]):
-    """Samples at the size of the model's input; for a picture that cannot be read, its place in the dataset and the message."""
+    """Samples at the size of the model's input. For a picture that cannot be read: (its place in the dataset, the message)."""
 
     def __init__(self, dataset: Any, resize: Augment, indices: Sequence[int]) -> None:
         self.dataset, self.resize, self.indices = dataset, resize, indices
@@ -221,11 +225,11 @@ class _Views(Dataset[Any]):
 
 
 def _collated(views: list[Any]) -> tuple[list[tuple[list[int], Batch]], dict[int, str]]:
-    """Batches of the pictures that could be read, with their places among the views; and the messages about the others, by their places
-    in the dataset.
+    """Batches of the pictures that could be read, and {place in the dataset: message} for the other pictures. Each batch comes
+    with the places of its pictures among the views.
 
-    A batch has one padded size: padding is pixels like any other to a model, so that the results of a picture would else depend
-    on its neighbours.
+    All pictures of a batch have the same padded size. A model treats padding as pixels, so with different sizes the results of
+    a picture would depend on the other pictures of its batch.
     """
     groups: dict[Size, list[int]] = {}
     for place, view in enumerate(views):

@@ -11,8 +11,8 @@ _registered = False
 
 
 def processes(cpu: bool) -> PartialState:
-    """Meets the other processes, once, and sees to it that they part when this one ends: threads of a process group that is left
-    to the end of the interpreter can abort it."""
+    """Joins the process group of the launcher, and leaves it when this process ends. Later calls return the same state. A
+    process group that still exists when the interpreter shuts down has threads that can abort the process."""
     global _registered
     state = PartialState(cpu=cpu)
     if state.num_processes > 1 and not _registered:

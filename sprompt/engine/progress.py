@@ -1,4 +1,4 @@
-"""How far a long piece of work has come: a bar in a terminal, a line now and then elsewhere."""
+"""Progress of long work: a bar in a terminal, or else a line from time to time."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ SECONDS = 15.0  # between lines where there is no terminal
 
 
 class Progress:
-    """`with Progress("train", total) as progress: ...; progress.advance(note="loss 0.31")`. Writes to stderr; `show=False` nothing.
+    """`with Progress("train", total) as progress: ...; progress.advance(note="loss 0.31")`. Writes to stderr, unless `show` is
+    False.
 
-    `done` is the work of earlier starts. It does not count for the speed and the time that is left. Neither does the first piece of work,
-    which often waits for processes to start or for kernels to compile.
+    `done` is the work of earlier starts. It does not count for the speed and the remaining time. The first piece of work does
+    not count either, because it often waits for processes to start or for kernels to compile.
     """
 
     def __init__(self, name: str, total: int, *, done: int = 0, show: bool = True) -> None:
         self.name, self.total, self.done, self.note = name, total, done, ""
-        self.first = self.shown = done  # at the start, and in the last line
+        self.first = self.shown = done  # work done at the start, and at the last line
         self.told = time.monotonic()
         self.since: tuple[float, int] | None = None  # time, and work done, after the first piece
         console = Console(stderr=True)
@@ -58,8 +59,8 @@ class Progress:
             self._line()
 
     def reach(self, done: int, total: int) -> None:
-        """So much of so much is done: for work that finds out on its way how long it is. The first call may count work of earlier
-        starts."""
+        """Tells that `done` of `total` is done. It is for work that does not know its length at the start. The first call
+        may count work of earlier starts."""
         self.total = total
         if self.bar is not None and self.since is None:
             self.bar.reset(self.task, total=total, completed=done)

@@ -1,4 +1,4 @@
-"""Going on with a run: what must be the same, and how every process gets the state."""
+"""Resuming a run: the check that its settings are the same, and the transfer of the state to every process."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from sprompt.engine.optim import load_optimiser, optimiser_tensors
 
 
 def versions() -> dict[str, str]:
-    """What a checkpoint was made with; for reading, not compared."""
+    """Versions of the software that writes a checkpoint. They are only for information and never compared."""
     return {"python": platform.python_version(), "torch": torch.__version__, "accelerate": accelerate.__version__}
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Raises ValueError, with the names of what differs, where a run would not go on as it began."""
+    """Raises ValueError if the settings of a run are not those that it began with. The message names the differing settings."""
     old, new = _flat(before), _flat(now)
     differing = [
         f"{name} (was {old.get(name, 'absent')}, now {new.get(name, 'absent')})"
@@ -34,16 +34,17 @@ def check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> 
     if differing:
         raise ValueError(
             f"{out}: a run goes on with the settings that it began with, got other {'; '.join(differing)}; "
-            "give those, or choose another folder"
+            "give the old values, or choose another folder"
         )
 
 
 def restore(
     accelerator: Accelerator, task: nn.Module, optimiser: optim.Optimizer, saved: Saved | None
 ) -> dict[str, Any] | None:
-    """Loads what the first process has read, which alone needs to see the folder; returns the state to all.
+    """Loads the checkpoint that the first process has read. Returns the state in every process. Only the first process needs to
+    see the folder.
 
-    The weights and buffers of the other processes come from the first when the task is prepared; here come the optimiser's.
+    The other processes get the tensors of the optimiser here. They get weights and buffers when accelerate prepares the task.
     """
     state: dict[str, Any] | None = None
     if saved is not None:
@@ -63,7 +64,7 @@ def restore(
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Dotted names and JSON texts, so that a tuple equals the list that JSON makes of it."""
+    """{dotted name: JSON text}. In JSON a tuple equals a list, as it must after a checkpoint was read."""
     flat: dict[str, str] = {}
     for name, value in values.items():
         if isinstance(value, Mapping) and value:

@@ -35,7 +35,7 @@ from sprompt.seeding import seed_all
 
 
 class Loader(Protocol):
-    """What `sprompt.data.loader.Batches` offers: micro-batches that depend on (seed, epoch, place) only."""
+    """The interface of `sprompt.data.loader.Batches`. Its micro-batches depend only on (seed, epoch, place)."""
 
     @property
     def steps(self) -> int: ...  # micro-batches of an epoch, a multiple of `whole`
@@ -44,10 +44,10 @@ class Loader(Protocol):
 
 
 class TrainResult(NamedTuple):
-    step: int  # optimiser steps taken in all
-    epochs: int  # epochs finished
-    last: dict[str, float]  # the means of the last line of the log that this call wrote; empty if none
-    resumed: int  # the step that it went on from
+    step: int  # number of optimiser steps in all
+    epochs: int  # number of complete epochs
+    last: dict[str, float]  # the means in the last line of the log of this call; empty if it wrote no line
+    resumed: int  # the step from which the run went on
 
 
 def train(
@@ -63,34 +63,37 @@ def train(
     after_epoch: Callable[[int], Mapping[str, float]] | None = None,
     progress: bool = True,
 ) -> TrainResult:
-    """Trains `task` in place, from the newest checkpoint of `out` or from the beginning, on one process or on those of
-    accelerate's launcher.
+    """Trains `task` in place, from the newest checkpoint of `out` or from the beginning. It runs in one process, or in all
+    processes of accelerate's launcher.
 
     Args:
-        task: (batch, step) -> (loss, logs): the loss is a scalar with gradient; logs are detached scalars, of the same names in
-            all processes. `step` counts micro-batches, so that what is drawn from it differs among those of one step. What is in
-            its state_dict is what a checkpoint holds; parameters without requires_grad stay as they are.
-        batches: called with batch_size (of a micro-batch, over all processes), whole (micro-batches of a step), seed, rank, world and
-            workers; gives this process's
-            part of them. `functools.partial(Batches, dataset, prepare, collate)` is one.
-        out: gets log.jsonl, tensorboard/ and checkpoints/.
-        cpu: train on the CPU where there is a GPU.
+        task: (batch, step) -> (loss, logs). The loss is a scalar with gradient. The logs are detached scalars with the same
+            names in all processes. `step` counts micro-batches, so that random numbers drawn from it differ between the
+            micro-batches of one step. A checkpoint holds the task's state_dict. Parameters without requires_grad do not change.
+        batches: called with batch_size (of a micro-batch, over all processes), whole (micro-batches of a step), seed, rank,
+            world and workers. Returns this process's part of the batches. An example is `functools.partial(Batches, dataset,
+            prepare, collate)`.
+        out: folder for log.jsonl, tensorboard/ and checkpoints/.
+        cpu: train on the CPU even if there is a GPU.
         resume: False refuses a folder that has checkpoints.
-        identity: what, besides the configuration, must be the same for a run to be resumed, as JSON: the model's configuration,
-            the data's path and size.
-        record: what out/config.yaml shall hold; written once the run is known to be the folder's.
-        after_epoch: called by every process with the number of epochs done; the numbers that it returns (e.g. an evaluation's) are
-            logged. The task is in training mode before and after.
-        progress: show a bar, or lines where there is no terminal.
+        identity: JSON values that must be the same for a run to be resumed, in addition to the configuration: the model's
+            configuration, the data's path and size.
+        record: content of out/config.yaml. It is written after the check that the folder belongs to this run.
+        after_epoch: called by every process with the number of complete epochs. The numbers that it returns, such as metrics,
+            are logged. The task is in training mode before and after the call.
+        progress: show a bar in a terminal, or else lines.
 
-    A run that was killed at any point and is started again gives, on a CPU, the same losses and weights bit for bit as one that
-    was not, with one or two processes (more may sum in another order). Every step seeds the global generators of torch, numpy and
-    random by (seed, step, rank), so this holds for what draws from them as well.
+    On a CPU with one or two processes, a run that was killed at any point and started again gives the same losses and weights,
+    bit for bit, as a run without interruption. (More processes may sum in another order.) Every step seeds the global
+    generators of torch, numpy and random by (seed, step, rank), so the same holds for a task that draws from them.
 
-    Raises ValueError for what cannot be trained, before the first step; CheckpointError if there are only damaged checkpoints;
-    TrainingError for a loss or gradient that is not finite, with the pictures' names: on a CPU in that very step, on a GPU, which
-    is not waited for, at the next line of the log; the weights never take in such a step. Interrupted (a SystemExit) after SIGINT or
-    SIGTERM, with a checkpoint.
+    Raises:
+        ValueError: the training is not possible. Raised before the first step.
+        CheckpointError: all checkpoints are damaged.
+        TrainingError: a loss or gradient is not finite; the message has the pictures' names. On a CPU it is raised in that
+            step. On a GPU it is raised at the next line of the log, because the loop does not wait for the GPU. The weights
+            never take in such a step.
+        Interrupted: a SystemExit after SIGINT or SIGTERM. There is a checkpoint of the last step.
     """
     accelerator = _accelerator(cpu)
     run = _Run(accelerator, task, batches, config, Path(out), identity or {}, resume)
@@ -104,20 +107,18 @@ def train(
 
 
 class Trial(NamedTuple):
-    seconds: float  # of a step
-    measured: int  # steps that this is the mean of
-    steps: int  # of the whole training
-    bytes: (
-        int  # peak of the memory: of the GPU if it trains on one, else of this process, without the processes that read
-    )
+    seconds: float  # mean time of a step
+    measured: int  # number of measured steps
+    steps: int  # number of steps of the whole training
+    bytes: int  # peak memory of the GPU; on a CPU of this process, without the processes that read
     device: torch.device
 
 
 def trial(
     task: nn.Module, batches: Callable[..., Loader], config: TrainConfig, *, cpu: bool = False, steps: int = 3
 ) -> Trial:
-    """How long each step of `train` takes with these arguments, and how much memory. Takes one step and then `steps` more, which are
-    measured; a shorter training is measured as far as it goes. Leaves no files. The weights of `task` change."""
+    """Measures the time and the memory of a step of `train` with these arguments. It takes one step, then measures `steps`
+    more steps. A shorter training is measured to its end. The function leaves no files. The weights of `task` change."""
     accelerator = _accelerator(cpu)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         run = _Run(accelerator, task, batches, config, Path(folder), {}, resume=False)
@@ -148,7 +149,7 @@ def _accelerator(cpu: bool) -> Accelerator:
 
 
 class _Run:
-    """A call of `train`: the state of the loop, and its parts in the order in which they are called."""
+    """A call of `train`: the state of the loop, and its methods in the order of their calls."""
 
     def __init__(
         self, accelerator: Accelerator, task: nn.Module, batches: Callable[..., Loader], config: TrainConfig, out: Path,
@@ -173,7 +174,7 @@ class _Run:
         if self.main and config.warmup_steps >= whole:
             warnings.warn(
                 f"warmup_steps: should be well below the {whole} steps of the run, got {config.warmup_steps}: the learning rate "
-                f"never comes to its full value; try warmup_steps {whole // 10}, and a smaller batch_size or more epochs",
+                f"never reaches its full value; try warmup_steps {whole // 10}, and a smaller batch_size or more epochs",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -187,8 +188,8 @@ class _Run:
             )
         if self.main and config.precision == "bf16" and self.device.type == "cpu" and not has_bf16():
             warnings.warn(
-                "precision: bf16 can take a hundred times as long as float32 on this CPU, which has no instructions for it; take "
-                "precision no, or a GPU",
+                "precision: bf16 can take a hundred times as long as float32 on this CPU, which has no instructions for bf16; "
+                "take precision no, or a GPU",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -201,7 +202,7 @@ class _Run:
         self.checkpoints = Checkpoints(out / "checkpoints", config.keep)
         self.meter, self.guard = Meter(), Guard()
         self.step, self.seconds = 0, 0.0
-        self.stream: Iterator[Any] | None = None  # batches of the epoch that is going on
+        self.stream: Iterator[Any] | None = None  # batches of the current epoch
         self._restore(resume)
         self.resumed = self.step
         self.model = accelerator.prepare_model(task)  # gives every process the weights and buffers of the first
@@ -211,7 +212,7 @@ class _Run:
         if saved is not None:
             if not resume:
                 raise ValueError(
-                    f"{self.out}: must have no checkpoints, got {saved.path.name}; resume it, or choose another folder"
+                    f"{self.out}: must have no checkpoints, got {saved.path.name}; resume the run, or choose another folder"
                 )
             check_same(saved.state["identity"], self.identity, self.out)
         state = restore(self.accelerator, self.task, self.optimiser, saved)
@@ -220,7 +221,7 @@ class _Run:
             self.meter.load(state["meter"], self.device)
 
     def start(self, stack: ExitStack, progress: bool, record: str | None) -> None:
-        """Writes config.yaml, opens the log and the progress bar, all of the first process only."""
+        """Writes config.yaml and opens the log and the progress bar, in the first process only."""
         self.log: Log | None = None
         if self.main:
             if record is not None:
@@ -235,7 +236,7 @@ class _Run:
             Progress("train", self.steps, done=self.step, show=progress and self.main and self.step < self.steps)
         )
         self.began = self.saved_at = self.logged_at = time.monotonic()
-        self.pictures = 0  # since the last line
+        self.pictures = 0  # number of pictures since the last line of the log
         self.last: dict[str, float] = {}
 
     def loop(self, signals: Signals, after_epoch: Callable[[int], Mapping[str, float]] | None) -> TrainResult:
@@ -254,7 +255,7 @@ class _Run:
         return TrainResult(self.step, self.step // self.epoch_steps, self.last, self.resumed)
 
     def advance(self, signals: Signals) -> bool:
-        """The next step, from the next batch; whether it shall be the last one for now."""
+        """Takes the next step. Returns whether the run must stop after it."""
         epoch, place = divmod(self.step, self.epoch_steps)
         if self.stream is None:
             self.stream = self.loader.epoch(epoch, place * self.config.accumulate)
@@ -265,7 +266,7 @@ class _Run:
 
     # -- one step
     def _take_step(self, stream: Iterator[Any], epoch: int, signals: Signals) -> bool:
-        """A step of the optimiser; whether it shall be the last one for now."""
+        """Takes a step of the optimiser on the next micro-batches of `stream`. Returns whether the run must stop after it."""
         config, on_cpu = self.config, self.device.type == "cpu"
         seed_all(config.seed, self.step, self.rank)
         rate = config.learning_rate * factor_at(config, self.step, self.epoch_steps)
@@ -284,7 +285,9 @@ class _Run:
                 sums[name] = sums[name] + value / count if name in sums else value / count
         norm = nn.utils.clip_grad_norm_(self.parameters, config.clip or math.inf)
         means, asked = self._over_processes(sums, float(signals.number > 0))
-        self.optimiser.found_inf = self.guard.add(self.step + 1, means["loss"], sums["loss"], norm, names)  # type: ignore[attr-defined]
+        self.optimiser.found_inf = self.guard.add(  # type: ignore[attr-defined]  # fused optimisers read this attribute
+            self.step + 1, means["loss"], sums["loss"], norm, names
+        )
         if on_cpu:
             self.guard.check()
         self.optimiser.step()
@@ -294,11 +297,12 @@ class _Run:
         if log_now:
             self._write_line(rate)
         self.progress.advance(note=f"epoch {epoch + 1}" + (f", loss {self.last['loss']:.4g}" if self.last else ""))
-        # All processes must stop at the same step. On a GPU they ask each other only when they wait for it anyway.
+        # All processes must stop at the same step. On a GPU they read `asked` only at a line of the log, where they wait for
+        # the device anyway.
         return bool(signals.number) if self.world == 1 else (on_cpu or log_now) and bool(asked > 0)
 
     def _backward(self, batch: Any, step: int, count: int) -> dict[str, Tensor]:
-        """Adds the gradient of a micro-batch, of `count`. Returns the loss and the task's scalars, float32."""
+        """Adds the gradient of one of `count` micro-batches. Returns the loss and the task's scalars, float32."""
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 loss, logs = self.model(batch, step)
@@ -312,7 +316,8 @@ class _Run:
         return {name: torch.as_tensor(v, device=self.device).detach().float() for name, v in values.items()}
 
     def _over_processes(self, values: dict[str, Tensor], asked: float) -> tuple[dict[str, Tensor], Tensor]:
-        """The means of the scalars over all processes, and of how many were asked to stop; in one exchange, in order of name."""
+        """The means over all processes, of the scalars and of `asked`, in one exchange. The values are exchanged in the
+        order of their names, which is the same in all processes."""
         if self.world == 1:
             return values, torch.tensor(asked)
         names = sorted(values)
@@ -341,8 +346,8 @@ class _Run:
             self.log.write({"step": self.step, "epoch": self.step // self.epoch_steps, **values})
 
     def _due(self) -> bool:
-        """Whether it is time for a checkpoint that the first process writes without asking the others: only where no step waits
-        for its check."""
+        """Whether it is time for a checkpoint. The first process writes it without the others, so only if no step waits for
+        its check, which all processes take part in."""
         late = time.monotonic() - self.saved_at >= self.config.checkpoint_seconds
         return late and self.main and not self.guard.steps
 
@@ -366,7 +371,7 @@ class _Run:
         return self.seconds + time.monotonic() - self.began
 
     def _interrupt(self, number: int) -> None:
-        self.accelerator.wait_for_everyone()  # the launcher ends all processes when the first has ended
+        self.accelerator.wait_for_everyone()  # the launcher ends all processes as soon as one of them has ended
         message = f"stopped at step {self.step} of {self.steps}; start the same command again to go on from {self.out}"
         if self.main:
             print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A trained model: its file, its classes, and what it finds in pictures."""
+"""A trained model: its file, its classes, and its predictions for pictures."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sprompt.models.registry import MODELS, ModelConfig, build
 from sprompt.models.saved import is_saved_model, load_model
 
 MODEL = "model.safetensors"  # in a run folder
-_SIZE = (800, 1333)  # short and long side that releases were trained with
+_SIZE = (800, 1333)  # short and long side of the training pictures of official releases
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Found:
         return [self.classes[label] for label in self.labels.tolist()]
 
     def above(self, score: float) -> Found:
-        """The objects with a higher score."""
+        """The objects with a score above `score`."""
         kept = self.scores > score
         return Found(self.masks[kept], self.scores[kept], self.labels[kept], self.classes, self.name, self.picture)
 
@@ -65,7 +65,7 @@ class Found:
         return self.masks.rle()
 
     def to_coco(self, image_id: int, category_ids: Sequence[int] | None = None) -> list[dict[str, Any]]:
-        """COCO results. `category_ids`: the id of each class; None counts from 1."""
+        """COCO results. `category_ids` are the ids of the classes; None counts from 1."""
         ids = range(1, len(self.classes) + 1) if category_ids is None else category_ids
         rows = zip(self.rle(), self.masks.boxes().tolist(), self.scores.tolist(), self.labels.tolist(), strict=True)
         return [
@@ -77,7 +77,8 @@ class Found:
         ]  # fmt: skip
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """As torchvision's models return them: boxes (K, 4) x1 y1 x2 y2, labels, scores, masks (K, 1, H, W) float."""
+        """The objects as torchvision's models return them: boxes (K, 4) x1 y1 x2 y2, labels, scores, masks (K, 1, H, W)
+        float."""
         dense = self.masks.to_dense(torch.float32)[:, None]
         return {"boxes": self.masks.boxes().float(), "labels": self.labels, "scores": self.scores, "masks": dense}
 
@@ -93,7 +94,7 @@ class Found:
 def from_results(
     picture: Path, records: Sequence[dict[str, Any]], classes: list[str], category_ids: Sequence[int]
 ) -> Found:
-    """The objects of a picture from COCO results of it."""
+    """The objects of a picture, from its COCO results."""
     from sprompt.data.pictures import picture_size
 
     ordered = sorted(records, key=lambda record: -record["score"])
@@ -108,13 +109,13 @@ class Trained:
     """A trained model with the names of its classes; see `sprompt.load`."""
 
     model: nn.Module
-    classes: list[str] | None  # None: the file does not tell, like those of official releases
-    size: tuple[int, int]  # short and long side of the pictures that it was trained on
+    classes: list[str] | None  # None if the file does not name them, as official releases do not
+    size: tuple[int, int]  # short and long side of the training pictures
     about: str  # a sentence about the file
 
     @property
     def names(self) -> list[str]:
-        """Names of the classes; their numbers where the file does not tell."""
+        """Names of the classes. If the file does not name them, the names are their numbers."""
         return self.classes or [str(number) for number in range(self.model.num_classes)]  # type: ignore[arg-type]  # a QueryModel
 
     @overload
@@ -135,12 +136,13 @@ class Trained:
 
         Args:
             pictures: paths, PIL images, arrays (H, W, 3), or tensors (3, H, W), of any sizes.
-            short, long: pictures are resized so that the shorter side has `short` pixels, but the longer at most `long`. Default: the
-                size of the pictures that the model was trained on.
-            score: objects with a higher score only.
+            short, long: pictures are resized so that the shorter side has `short` pixels, unless the longer side would then
+                have more than `long` pixels; in this case the longer side gets `long` pixels. Default: the size of the training
+                pictures.
+            score: only objects with a score above this are returned.
             threshold: probability above which a pixel is in a mask.
-            max_per_image: results of a picture, the best ones.
-            batch_size: pictures of equal padded size that are computed together.
+            max_per_image: largest number of results of a picture; the best are kept.
+            batch_size: number of pictures that are read together. Those of equal padded size are computed together.
         """
         dataset = GivenPictures(pictures)
         device = next(self.model.parameters()).device
@@ -164,8 +166,9 @@ def load(
 
     Args:
         checkpoint: the run folder or the file.
-        model: for a file that does not say which network it holds, such as an official release: the model's name, or its configuration.
-        device: where it computes; default: the GPU, if there is one.
+        model: the model's name or its configuration. It is used only for a file that does not name its network, such as an
+            official release.
+        device: the device of the model. Default: the GPU, if there is one.
 
     >>> model = sprompt.load("runs/finetune")         # doctest: +SKIP
     >>> found = model.predict(["a.jpg", "b.jpg"])     # doctest: +SKIP
@@ -184,7 +187,8 @@ def load(
         network = build(config)
         if not hasattr(network, "import_checkpoint"):
             raise ValueError(
-                f"{file}: does not say which model it holds, and {MODELS.name(type(config))} has no released form"
+                f"{file}: does not name its model, and {MODELS.name(type(config))} cannot read official releases; give a file "
+                "of sprompt"
             )
         said = network.import_checkpoint(file)
         trained = Trained(network.eval(), None, _SIZE, said)

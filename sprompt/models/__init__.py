@@ -1,1 +1,1 @@
-"""Networks. Each lives in a folder of its own; `protocol` is what methods ask of them."""
+"""Networks, each in a folder of its own. `protocol` is the interface that methods use."""

@@ -2,9 +2,9 @@
 
 model = Model(Model.Config(...))
 features = model.encode(images)
-outputs = model.decode(features, prompter)      # the prompter sees the queries at each of the model's sites, and may add to them
+outputs = model.decode(features, prompter)      # at each of the model's sites, the prompter may change the queries
 losses = model.losses(outputs, masks, labels, counts)
-losses.terms, losses.matched                    # weighted terms; the query that each target was matched to, stage by stage
+losses.terms, losses.matched                    # weighted terms; for each stage, the query of each target
 """
 
 from __future__ import annotations
@@ -29,20 +29,18 @@ class Prompter(Protocol):
     """Changes queries. A model calls it at each of its `sites`, in their order, and goes on with the queries that it returns."""
 
     def __call__(self, site: str, queries: Tensor, features: Tensor | None = None, /) -> Tensor:
-        """queries (B, N, C) -> (B, N, C). `features` (B, C, h, w): the map whose products with the queries are masks at this site, if
-        the model has such a map. The prompter does not change the map."""
+        """queries (B, N, C) -> (B, N, C). `features` (B, C, h, w) is the map that gives masks at this site when it is
+        multiplied with the queries, if the model has such a map. The prompter does not change the map."""
 
 
 class QueryGroup(NamedTuple):
-    """Extra queries that a training method sends through the decoder beside the model's own. The own queries never attend to them, so
-    that a model predicts the same with and without groups."""
+    """Extra queries that a training method sends through the decoder beside the model's own queries. The own queries never
+    attend to extra queries, so a model predicts the same with and without groups."""
 
     content: Tensor  # (B, M, C)
     position: Tensor | None  # (B, M, C), or None for a model without positional queries
-    sees: Tensor  # bool (M, N + all groups): the queries that each of these attends to; the model's N own come first
-    masks: BitMasks | None = (
-        None  # (B, M): cross-attention of every layer is held to these pixels; None: as for own queries
-    )
+    sees: Tensor  # bool (M, N + all groups): the queries that each extra query attends to; the model's N own queries come first
+    masks: BitMasks | None = None  # (B, M): the pixels of cross-attention in every layer; None: as for own queries
 
 
 class Targets(NamedTuple):
@@ -55,7 +53,7 @@ class Targets(NamedTuple):
 
 
 class Matched(NamedTuple):
-    """One decoder stage: its output queries, and the query that each target was matched to."""
+    """One decoder stage: its output queries, and the query that was matched to each target."""
 
     kernels: Tensor  # (B, N, C), with gradient
     rows: Tensor  # (B, G) int64, -1 for a target without a query
@@ -75,7 +73,7 @@ class Prediction(NamedTuple):
 
 
 class ParameterGroup(NamedTuple):
-    """Parameters that the optimiser treats in their own way."""
+    """Parameters with their own factors on learning rate and weight decay."""
 
     parameters: list[nn.Parameter]
     rate: float = 1.0  # factor on the learning rate
@@ -84,14 +82,12 @@ class ParameterGroup(NamedTuple):
 
 @runtime_checkable
 class QueryModel(Protocol):
-    Config: ClassVar[
-        type[ModelConfig]
-    ]  # a frozen dataclass derived from ModelConfig; its instance is all that the constructor takes
+    Config: ClassVar[type[ModelConfig]]  # a frozen dataclass; the constructor takes an instance of it and nothing else
     config: ModelConfig
     sites: Sequence[str]  # where queries can be prompted, in the order of the forward pass, e.g. ("kernel", "proposal")
     channels: int  # width of the queries and of `Features.maps`
     num_classes: int
-    num_queries: int  # masks that an image can have
+    num_queries: int  # largest number of masks in an image
     backbone: nn.Module  # the first part of `encode`; `backbone.channels` are the widths of `Features.backbone`
 
     def encode(self, images: Tensor) -> Features:
@@ -107,23 +103,25 @@ class QueryModel(Protocol):
         self, outputs: Any, input_size: Size, sizes: Sequence[Size], original_sizes: Sequence[Size], *,
         threshold: float = 0.5, max_per_image: int = 100,
     ) -> list[Prediction]:  # fmt: skip
-        """Results at the pictures' own sizes, from images that had `sizes` and were padded to input_size."""
+        """Results at the pictures' own sizes. `sizes` are the sizes of the images before they were padded to `input_size`."""
 
     def mask_logits(self, outputs: Any) -> Tensor:
         """(B, N, h, w): the last mask of each query, before the sigmoid."""
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Fresh classification layers for this number of classes; updates `config`. Make the optimiser after it."""
+        """Makes fresh classification layers for this number of classes and updates `config`. Make the optimiser after this
+        call."""
 
     def freeze_backbone(self, stages: int) -> None:
-        """Freezes this many stages (ModelConfig.frozen_stages) and lets the others train; updates `config`. Make the optimiser after it."""
+        """Freezes this many stages (ModelConfig.frozen_stages), makes the others trainable and updates `config`. Make the
+        optimiser after this call."""
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """Parameters with factors of their own. All other parameters have factors of 1."""
 
 
 def checked_model(model: nn.Module) -> nn.Module:
-    """The model, if it is an nn.Module with all members of `QueryModel`. Raises TypeError otherwise."""
+    """Returns the model if it is an nn.Module with all members of `QueryModel`. Raises TypeError otherwise."""
     members = [
         *QueryModel.__annotations__,
         *(n for n, v in vars(QueryModel).items() if callable(v) and not n.startswith("_")),

@@ -1,4 +1,4 @@
-"""The models by name, and what their configurations have in common."""
+"""The models by name, and the base of their configurations."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MODELS = Registry(
 
 @dataclass(frozen=True)
 class ModelConfig(Named):
-    """Settings of a model: all that its constructor takes."""
+    """Settings of a model, the only argument of its constructor."""
 
     registry = MODELS
 
     num_classes: Annotated[int, Hidden] = 80
     """Number of classes. Commands set it to that of the data."""
     frozen_stages: int = 1
-    """How much of the backbone is frozen: -1 nothing, 0 the stem, 1 the stem and the first stage, ... 4 everything."""
+    """Frozen part of the backbone: -1 nothing, 0 the stem, 1 the stem and the first stage, and so on; 4 everything."""
 
 
 def build(config: ModelConfig) -> Any:

@@ -1,4 +1,5 @@
-"""Saved models: safetensors files that name their model, its configuration and its classes, so that the file alone brings it back."""
+"""Saved models: safetensors files that also hold the name of the model, its configuration and its classes. `load_model`
+needs no other file."""
 
 from __future__ import annotations
 
@@ -26,11 +27,11 @@ def save_model(
     *,
     half: bool = False,
 ) -> None:
-    """Writes a model with the names of its classes, whole or not at all.
+    """Writes a model with the names of its classes. The file is written whole or not at all.
 
     Args:
         extra: any values that JSON can hold; `load_model` returns them.
-        half: write float32 tensors as float16, half the size. `load_model` gives float32 again.
+        half: write float32 tensors as float16, which halves the file. `load_model` gives float32 again.
     """
     config: Any = getattr(model, "config", None)
     if not isinstance(config, ModelConfig):
@@ -38,8 +39,8 @@ def save_model(
     name = MODELS.name(type(config))
     if len(classes) != config.num_classes:
         raise ValueError(
-            f"save_model: classes must have {config.num_classes} names, one an output of the model, got {len(classes)}; "
-            "reset_classifier makes the model fit other classes"
+            f"save_model: classes must have {config.num_classes} names, one for each output of the model, got {len(classes)}; "
+            "reset_classifier gives the model another number of classes"
         )
     about = {
         "format": _FORMAT,
@@ -55,15 +56,16 @@ def save_model(
 
 
 def read_info(path: Path | str) -> dict[str, Any]:
-    """What a model's file says: {"format", "model", "config", "classes", "extra"}, checked; the tensors are not read."""
+    """The checked description in a model's file: {"format", "model", "config", "classes", "extra"}. The tensors are not
+    read."""
     try:
         about = json.loads(read_metadata(path).get("sprompt", "null"))
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: must say in JSON which model it holds, got {error}; write it again") from None
     if not isinstance(about, dict) or "model" not in about:
         raise ValueError(
-            f"{path}: must be a model saved by this library, got tensors that do not say what they belong to; official K-Net "
-            "files are imported, backbones are loaded into a model"
+            f"{path}: must be a model saved by this library, got tensors without a description of their model; import an "
+            "official K-Net file, or load a backbone into a model"
         )
     if about.get("format") != _FORMAT:
         raise ValueError(
@@ -82,9 +84,9 @@ def read_info(path: Path | str) -> dict[str, Any]:
 
 
 def load_model(path: Path | str) -> tuple[Any, dict[str, Any]]:
-    """The model of a file, on the CPU and in eval mode, and what `read_info` says.
+    """The model of a file, on the CPU and in eval mode, and its description from `read_info`.
 
-    Nothing in the file is ever executed or imported: a model outside of this library must be known to `MODELS` before.
+    Nothing in the file is ever executed or imported. `MODELS` must already know a model from outside of this library.
     """
     info = read_info(path)
     tensors, _ = read_tensors(path)
@@ -121,12 +123,12 @@ def is_saved_model(path: Path) -> bool:
     try:
         about = json.loads(read_metadata(path).get("sprompt", "null"))
     except (json.JSONDecodeError, RecursionError):
-        return True  # read_info says what is wrong with it
+        return True  # read_info then raises an error that names the fault
     return isinstance(about, dict) and "model" in about
 
 
 def saved_name(path: Path) -> str | None:
-    """The name of the model in a run folder or a file of `save_model`; None for everything else. Nothing is checked."""
+    """The name of the model in a run folder or in a file of `save_model`. None for any other path. The name is not checked."""
     file = path / "model.safetensors" if path.is_dir() else path
     if not (file.is_file() and file.suffix == ".safetensors"):
         return None

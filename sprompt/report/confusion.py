@@ -1,4 +1,4 @@
-"""Which class is taken for which: a table of true and predicted classes."""
+"""The confusion of classes: a table of true and predicted classes."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from sprompt.report.compare import IOU, compare
 from sprompt.report.page import Html, Section, join, tag
 from sprompt.report.records import Instance, Records, masks_of, read_records
 
-SCORE = 0.3  # least score of a prediction that counts
-MOST = 30  # classes of a table
-_PAIRS = 3  # confusions named in words
-_STRONGEST = 55  # per cent of colour in a cell that holds all of its row: text on it stays legible
+SCORE = 0.3  # lower bound of the score of a prediction that counts
+MOST = 30  # largest number of classes in a table
+_PAIRS = 3  # number of confusions in the sentence above the table
+_STRONGEST = 55  # per cent of colour in a cell that holds all of its row; text on this colour is still legible
 
-#: Of (true, predicted) category ids. (id, None) is a label that no prediction found, (None, id) a prediction where no label is.
+#: Counts of (true, predicted) category ids. (id, None): a label without a prediction. (None, id): a prediction without a label.
 Counts = Counter[tuple["int | None", "int | None"]]
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows are the true classes, then "nothing there"; columns the predicted classes, then "missed". If classes are left out, "others"
-    holds them before the last row and column."""
+    """Rows are the true classes, then "nothing there". Columns are the predicted classes, then "missed". If classes are left
+    out, a row and a column "others" counts them, before the last row and column."""
 
     rows: list[str]
     columns: list[str]
     cells: list[list[int]]
-    left_out: int  # classes with labels or predictions that are in "others"
+    left_out: int  # number of classes in "others"
 
 
 def count(truth: Records, found: Records) -> Counts:
@@ -65,7 +65,7 @@ def count(truth: Records, found: Records) -> Counts:
 
 
 def tabulate(counts: Counts, names: Mapping[int, str], most: int = MOST) -> Table:
-    """The counts of the `most` classes with the most labels, by decreasing number of labels, then by id."""
+    """The table of the `most` classes with the most labels, sorted by decreasing number of labels, then by id."""
     labels: Counter[int] = Counter()
     for (true, predicted), number in counts.items():
         labels.update({true: number} if true is not None else {})
@@ -83,7 +83,7 @@ def tabulate(counts: Counts, names: Mapping[int, str], most: int = MOST) -> Tabl
 
 
 def worst(counts: Counts) -> list[tuple[int, int, int, int]]:
-    """The most frequent confusions: true id, predicted id, how often, and labels of the true class in all."""
+    """The most frequent confusions: true id, predicted id, number of times, and number of all labels of the true class."""
     labels: Counter[int] = Counter()
     for (true, _), number in counts.items():
         labels.update({true: number} if true is not None else {})
@@ -96,7 +96,8 @@ def worst(counts: Counts) -> list[tuple[int, int, int, int]]:
 
 
 def section(labels: Path | None, file: Path) -> Section | None:
-    """The table of all pictures of a COCO file and COCO results; None without labels, or with a single class."""
+    """The section of the page for all pictures of a COCO file and COCO results. None without labels, with a single class, or
+    if no label or prediction counts."""
     if labels is None:
         return None
     truth = read_records(labels)
@@ -137,7 +138,7 @@ def _html(table: Table) -> Html:
         total = max(sum(cells), 1)
         written = []
         for j, number in enumerate(cells):
-            right = i == j and i < len(cells) - 1 - bool(table.left_out)  # others may be confused among themselves
+            right = i == j and i < len(cells) - 1 - bool(table.left_out)  # in "others" the two classes may differ
             style = f"--s:{_STRONGEST * number / total:.0f}%" if number else None
             what = f"{name}, {table.columns[j]}: {number:,}"
             written.append(

@@ -63,6 +63,25 @@ def test_a_preset_gives_the_settings_of_fine_tuning(folder: Path) -> None:
     assert plain.preset is None and (plain.train, plain.augment) == (finetune.train, finetune.augment)
 
 
+def test_names_of_classes_are_not_markup(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("data", "val"):
+        file = folder / part / "instances.json"
+        record = json.loads(file.read_text())
+        record["categories"][0]["name"] = "[/b]disc"
+        file.write_text(json.dumps(record))
+    assert sprompt(f"check {named(folder, 'data', 'val')}") == 0
+    assert sprompt(f"split --annotations {folder}/data/instances.json --out {folder}/split") == 0
+    assert capsys.readouterr().out.count("│ [/b]disc ") == 2
+
+
+def test_many_classes_are_a_short_table(capsys: pytest.CaptureFixture[str]) -> None:
+    from sprompt.commands.check import _show
+
+    _show({"data": {f"class {i}": (i, 2 * i) for i in range(40)}})
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert len(rows) == 30 and "… 11 more" in rows[15] and rows[0].startswith("│ class 39") and "class 0 " in rows[29]
+
+
 def test_findings_and_the_status(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken = break_a_mask(folder, "data")
     (folder / "val/images/000001.png").write_bytes(b"cut off")
@@ -73,7 +92,7 @@ def test_findings_and_the_status(folder: Path, capsys: pytest.CaptureFixture[str
     assert "val/images/000001.png: is not a picture" in said
     assert "! pictures of val with the content of a picture of data, so that the AP will be too high: 1" in said
     assert "than the model has queries, 2," in said and "is not measured" in said and "s a step" not in said
-    assert said.rstrip().endswith("findings that would stop or spoil training, marked !: 3")
+    assert said.rstrip().endswith("findings that would stop or spoil training (marked with !): 3")
 
 
 def test_a_file_that_is_refused_does_not_hide_the_other(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

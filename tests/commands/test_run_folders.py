@@ -101,7 +101,7 @@ def test_pictures_that_cannot_be_read_are_marked(folder: Path, capsys: pytest.Ca
     images = json.loads((folder / "p/pictures.json").read_text())["images"]
     assert len(images) == 6 and ["problem" in image for image in images] == [i == 2 for i in range(6)]
     assert "000002.png: is not a picture" in images[2]["problem"]
-    assert "objects in 5 pictures are in" in capsys.readouterr().out
+    assert ", in 5 pictures, are in " in capsys.readouterr().out
 
 
 def test_view_from_another_folder(

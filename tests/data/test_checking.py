@@ -79,7 +79,7 @@ def test_every_fault_is_found_and_named(tmp_path: Path) -> None:
         "masks that cannot be decoded: 1": True,
         "groups of pictures with the same content: 1": False,
         f"{tmp_path}/labels.json: 1 annotation of crowds is left out (annotation id 90)": False,
-        "masks without a pixel in their picture, which are left out: 1 (annotation ids 12)": False,
+        "masks without a pixel in their picture (they are left out): 1 (annotation ids 12)": False,
         "pictures without an object: 2": False,
         "classes without an object: 1": False,
     }
@@ -114,7 +114,7 @@ def test_sizes_and_queries(tmp_path: Path) -> None:
     assert "median 1, at most 2" in text and "6 small (below 1024 pixels), 0 medium, 0 large" in text
     assert "(short side 10, long side at most 1000): 4 pixels, in" in text and "images/1.png" in text
     assert checking.crowded(seen, 2) is None
-    assert "1, each of which finds at most one object: 1 (" in str(checking.crowded(seen, 1))
+    assert "1, where a query finds at most one object: 1 (" in str(checking.crowded(seen, 1))
 
 
 def test_pictures_without_labels(tmp_path: Path) -> None:

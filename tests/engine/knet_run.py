@@ -1,4 +1,5 @@
-"""`python knet_run.py SCENES OUT`: trains a tiny K-Net for a few steps in OUT and evaluates it there, alone or with others."""
+"""`python knet_run.py SCENES OUT`: trains a tiny K-Net for a few steps and evaluates it, in one process or several. Writes
+into OUT."""
 
 import sys
 from functools import partial

@@ -1,4 +1,5 @@
-"""Two real processes of accelerate's launcher against one: losses, weights, a killed worker, and shares of results."""
+"""Two real processes of accelerate's launcher give the numbers of one process: losses, weights, a killed worker, shares of
+results."""
 
 import json
 import os
@@ -34,8 +35,8 @@ def start(command: list[str], **environment: str) -> subprocess.Popen[str]:
 
 
 def launch(script: str, *arguments: str) -> subprocess.Popen[str]:
-    """The script in two processes. `--multi_gpu` is the launcher's word for several processes; with its `--cpu` it needs MPI, and
-    starts a single one without. The script asks for the CPU itself."""
+    """Starts the script in two processes. The launcher's option for several processes is `--multi_gpu`. With its `--cpu` it
+    needs MPI, and without MPI it starts one process only. Therefore the script itself asks for the CPU."""
     command = [
         sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no",
         "--dynamo_backend", "no", "--multi_gpu", "--main_process_port", free_port(), str(HERE / script), *arguments,
@@ -44,7 +45,8 @@ def launch(script: str, *arguments: str) -> subprocess.Popen[str]:
 
 
 def pair(script: str, *arguments: str) -> list[subprocess.Popen[str]]:
-    """The two processes as the launcher starts them, without it: it takes as long to start as one of them."""
+    """Starts two processes with the environment that the launcher gives them, but without the launcher, because its start
+    takes as long as that of a process."""
     world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     command = [sys.executable, str(HERE / script), *arguments]
     return [start(command, RANK=rank, LOCAL_RANK=rank, **world) for rank in ("0", "1")]
@@ -61,7 +63,8 @@ def numbers(out: Path, name: str = "loss") -> list[float]:
 
 
 def test_two_processes_are_one_and_a_killed_worker_is_no_loss(tmp_path: Path) -> None:
-    """Started, one worker killed, started again: the numbers of a single process that was not disturbed."""
+    """A run is started, one worker is killed, and the run is started again. It gives the numbers of one process without a
+    kill."""
     settings: dict[str, Any] = {"epochs": 8, "accumulate": 2, "checkpoint_steps": 1}
     single = Task()
     train(single, Loader, config(**settings), tmp_path / "one", cpu=True, progress=False)
@@ -86,7 +89,7 @@ def test_two_processes_are_one_and_a_killed_worker_is_no_loss(tmp_path: Path) ->
 
 
 def test_a_tiny_model_in_two_processes(tmp_path: Path) -> None:
-    """Six scenes with different numbers of objects: losses, and results in the order of the pictures."""
+    """Six scenes with different numbers of objects. Losses are equal, and results are in the order of the pictures."""
     write_scenes(tmp_path / "scenes", 6, seed=1, size=(72, 96))
     metrics = run(tmp_path / "scenes", tmp_path / "one")
     finish(*pair("knet_run.py", str(tmp_path / "scenes"), str(tmp_path / "two")))
@@ -103,7 +106,7 @@ def test_a_tiny_model_in_two_processes(tmp_path: Path) -> None:
 
 def test_a_picture_of_the_other_process_is_named(tmp_path: Path) -> None:
     order = torch.randperm(20, generator=torch.Generator().manual_seed(0)).tolist()
-    broken = order[3]  # of the first batch of 4, in the second process's part
+    broken = order[3]  # a picture of the first batch of 4, in the second process's part
     processes = pair("toy.py", str(tmp_path), json.dumps({"broken": broken}))
     errors = [process.communicate(timeout=300)[1] for process in processes]
     assert all(process.returncode != 0 for process in processes)

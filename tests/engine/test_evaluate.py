@@ -1,4 +1,4 @@
-"""Metrics against pycocotools used directly, against faster-coco-eval, and against cases small enough for a pencil."""
+"""Metrics equal those of pycocotools and faster-coco-eval, and values computed by hand for small cases."""
 
 import contextlib
 import io
@@ -29,7 +29,7 @@ def disc(generator: np.random.Generator) -> np.ndarray:
 
 
 def random_case(seed: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Objects of all sizes, crowds among them, and results that hit, miss, come twice or have the wrong class."""
+    """Objects of all sizes, some of them crowds. Results that hit, miss, come twice or have the wrong class."""
     g = np.random.default_rng(seed)
     images = [{"id": 10 + i, "file_name": f"{i}.png", "height": SIDE, "width": SIDE} for i in range(8)]
     categories = [{"id": c, "name": f"class {c}"} for c in (3, 7, 9)]
@@ -92,7 +92,8 @@ def test_random_results_have_the_numbers_of_pycocotools(engine: Any, kind: Any, 
 
 
 def box_case() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Two objects of 40×40. One result is exact; a better scored one covers half of the other, IoU 0.5; one hits nothing."""
+    """Two objects of 40×40. One result is exact. A result with a higher score covers half of the other object (IoU 0.5). One
+    result hits nothing."""
     truth = {
         "images": [{"id": 1, "file_name": "a.png", "height": SIDE, "width": SIDE}],
         "categories": [{"id": 1, "name": "object"}],
@@ -124,8 +125,9 @@ def box_case() -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("kind", ["segm", "bbox"])
 def test_by_hand(kind: Any) -> None:
-    """At IoU 0.5 both are found, first and second: AP 1. Above it the second result is the first hit, precision 1/2, and recall
-    ends at 1/2: of 101 recall levels the 51 up to it have precision 1/2. The mean over ten IoUs is (1 + 9 · 51/202) / 10."""
+    """At IoU 0.5 the first two results find both objects: AP is 1. At higher IoUs the second result is the first hit, with
+    precision 1/2, and the recall ends at 1/2. Then 51 of the 101 recall levels have precision 1/2. The mean over ten IoUs is
+    (1 + 9 · 51/202) / 10."""
     truth, results = box_case()
     metrics = coco_metrics(truth, results, kind=kind)
     assert metrics["AP50"] == pytest.approx(1)
@@ -167,8 +169,8 @@ def test_boxes_come_from_masks_where_there_are_none() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_id": 5}, "record 1: image_id must be one of the ground truth's, got 5"),
-        ({"category_id": 4}, "record 1: category_id must be one of the ground truth's, got 4"),
+        ({"image_id": 5}, "record 1: image_id must be an id of the ground truth, got 5"),
+        ({"category_id": 4}, "record 1: category_id must be an id of the ground truth, got 4"),
         ({"segmentation": {"size": [3, 3], "counts": "9"}}, r"record 1: the mask must have the size \[160, 160\]"),
         ({"segmentation": None}, "record 1 must be a COCO result, got KeyError: 'segmentation'"),
         ({"score": None}, "record 1 must be a COCO result, got TypeError"),
@@ -189,7 +191,8 @@ def test_table() -> None:
 
 
 def test_masks_that_are_not_are_refused_not_believed() -> None:
-    """Run lengths beyond the picture: the judge's own decoder would take them, and any time and memory they ask for."""
+    """Run lengths beyond the picture are refused. The decoder of pycocotools would accept them, with any time and memory
+    they need."""
     truth = {
         "images": [{"id": 7, "file_name": "a", "height": 10, "width": 10}],
         "categories": [{"id": 1, "name": "a"}],

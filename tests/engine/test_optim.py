@@ -1,4 +1,4 @@
-"""Tables of learning rates by hand, groups, and the configuration's errors."""
+"""Learning rates equal tables written by hand. Parameter groups, and the configuration's errors."""
 
 from dataclasses import replace
 
@@ -76,7 +76,7 @@ def test_state_goes_there_and_back_and_a_wrong_step_is_skipped(name: str) -> Non
     def step(task: Task, optimiser: torch.optim.Optimizer, found: float = 0.0) -> None:
         for parameter in task.parameters():
             parameter.grad = torch.full_like(parameter, torch.nan if found else 0.5)
-        optimiser.found_inf = torch.tensor(found)  # type: ignore[attr-defined]
+        optimiser.found_inf = torch.tensor(found)  # type: ignore[attr-defined]  # fused optimisers read it
         optimiser.step()
 
     c = config(optimiser=name)
@@ -107,7 +107,7 @@ def test_foreign_state_is_refused() -> None:
         ({"epochs": 0}, "epochs: must be at least 1, got 0"),
         ({"learning_rate": float("nan")}, "learning_rate: must be at least 0, got nan"),
         ({"clip": 0.0}, "clip: must be above 0"),
-        ({"batch_size": 10, "accumulate": 4}, "must be a multiple of accumulate, got 10 and 4; 8 is one"),
+        ({"batch_size": 10, "accumulate": 4}, "must be a multiple of accumulate, got 10 and 4; take 8"),
         ({"schedule": "linear"}, "schedule must be one of 'step', 'cosine', got 'linear'"),
     ],
 )
@@ -119,6 +119,6 @@ def test_settings_that_cannot_be(change: dict[str, object], message: str) -> Non
 def test_processes_must_share_equally() -> None:
     TrainConfig(batch_size=12, accumulate=2).check_world(3)
     with pytest.raises(
-        ValueError, match="6 pictures must divide among 4 processes, got a rest of 2; a batch_size of 8 does"
+        ValueError, match="6 pictures must divide among 4 processes, got a rest of 2; take a batch_size of 8"
     ):
         TrainConfig(batch_size=12, accumulate=2).check_world(4)

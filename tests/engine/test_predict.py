@@ -1,4 +1,4 @@
-"""From pictures to results: order, sizes, what cannot be read, and how much is held."""
+"""From pictures to results: order, sizes, pictures that cannot be read, and peak memory."""
 
 import json
 import tracemalloc
@@ -32,7 +32,8 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Oracle(nn.Module):
-    """Finds exactly the objects of a dataset, picture by picture in its order; its scores fall with the place."""
+    """A model that finds exactly the objects of a dataset, picture by picture in the dataset's order. Its scores fall with
+    the place."""
 
     def __init__(self, dataset: CocoDataset) -> None:
         super().__init__()
@@ -96,7 +97,7 @@ def test_batches_and_workers_change_nothing(scenes: Path) -> None:
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
-    """Of several sizes, each is padded to its own; results come in the order of the pictures."""
+    """A picture is padded to its own size only, in a batch of several sizes too. Results come in the order of the pictures."""
     for name, size in (("a", (64, 96)), ("b", (96, 64)), ("c", (64, 90))):
         write_scenes(tmp_path / name, 2, seed=1, size=size)
         for i in range(2):
@@ -123,7 +124,7 @@ def test_pictures_that_cannot_be_read(scenes: Path, tmp_path: Path) -> None:
     assert list(problems) == [1, 3] and "000001.png" in problems[1] and "000003.png" in problems[3]
     with pytest.raises(DataError, match=r"000001\.png"):
         predict_to_file(tiny(1), dataset, tmp_path / "results.json", [1], cpu=True, progress=False, **VIEW)
-    assert [p.name for p in tmp_path.iterdir()] == ["images"]  # no half a file
+    assert [p.name for p in tmp_path.iterdir()] == ["images"]  # no incomplete file
 
 
 def masks_of(number: int, side: int) -> Prediction:
@@ -132,7 +133,7 @@ def masks_of(number: int, side: int) -> Prediction:
 
 
 def test_only_a_batch_is_held(tmp_path: Path) -> None:
-    """Twenty times the pictures, the same peak: of Python's memory, where records and run lengths are."""
+    """With twenty times the pictures, the peak of Python's memory, which holds records and run lengths, is the same."""
 
     def peak(count: int) -> int:
         tracemalloc.start()

@@ -1,4 +1,4 @@
-"""Lines of progress where there is no terminal."""
+"""Lines of progress without a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sprompt.engine.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[float]]:
-    """The time that progress sees; a test moves it."""
+    """The clock that Progress reads. A test moves it."""
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     yield now
@@ -46,7 +46,7 @@ def test_earlier_starts_and_the_first_step_do_not_count(clock: list[float], caps
             bar.advance()
     assert lines(capsys) == ["train: 902/1000, 1/s, 98 s left", "train: 904/1000, 1/s, 96 s left"]
     with Progress("propose", 1000) as bar:
-        bar.reach(960, 1000)  # of an earlier start
+        bar.reach(960, 1000)  # work of an earlier start
         clock[0] += 32
         bar.reach(976, 1000)
     assert lines(capsys) == ["propose: 976/1000, 0.5/s, 48 s left"]

@@ -1,4 +1,4 @@
-"""The loop: what it computes, what it writes, what it goes on from, and how it stops."""
+"""The training loop: its numbers, its files, resuming, and stopping."""
 
 import json
 import math
@@ -45,7 +45,7 @@ def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
 
 
 def plainly(c: TrainConfig) -> tuple[Task, list[float]]:
-    """The same training, written down: torch's unfused AdamW, whole batches, one group."""
+    """The same training in plain PyTorch: torch's unfused AdamW, whole batches, one group."""
     task = Task().train()
     optimiser = torch.optim.AdamW(
         [p for p in task.parameters() if p.requires_grad], betas=c.betas, weight_decay=c.weight_decay
@@ -108,7 +108,7 @@ def test_micro_batches_are_averaged(tmp_path: Path) -> None:
     settings = {"batch_size": 8, "optimiser": "sgd", "learning_rate": 1e-3}
     run(tmp_path / "whole", Plain(), **settings)
     run(tmp_path / "parts", Plain(), accumulate=2, **settings)
-    # 20 pictures: two steps of 8, and one of 4 that is filled up to 8, in parts as well
+    # 20 pictures: two steps of 8, and one step of 4 that is filled up to 8; with micro-batches too
     for name in ("loss", "grad_norm"):
         whole, parts = ([line[name] for line in read_log(tmp_path / f / "log.jsonl")] for f in ("whole", "parts"))
         assert len(whole) == 12
@@ -116,14 +116,15 @@ def test_micro_batches_are_averaged(tmp_path: Path) -> None:
 
 
 def test_bfloat16_and_sgd_learn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sprompt.machine.CPUINFO", tmp_path / "none")  # a processor that may be fast at it
+    # An unknown processor, so that there is no warning about slow bf16.
+    monkeypatch.setattr("sprompt.machine.CPUINFO", tmp_path / "none")
     run(tmp_path, precision="bf16", optimiser="sgd", learning_rate=0.002, clip=None, epochs=40, drops=())
     values = [v for _, v in losses(tmp_path)]
     assert np.mean(values[-20:]) < 0.7 * np.mean(values[:20])
 
 
 class Stops(Task):
-    """Breaks off in its tenth step, in the middle of an epoch and of a line of seven steps."""
+    """A task that fails in its tenth step, in the middle of an epoch and of a log line of seven steps."""
 
     def forward(self, batch: Numbers, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if step == 9:
@@ -173,7 +174,7 @@ def lines(out: Path) -> int:
 
 
 def test_killed_and_killed_again(tmp_path: Path) -> None:
-    """SIGKILL wherever it hits: in a step, in a checkpoint, in a line."""
+    """SIGKILL comes at any moment: in a step, in a checkpoint, in a line of the log."""
     settings = {"dropout": 0.3, "epochs": 20, "checkpoint_steps": 1, "keep": 1}
     straight = run(tmp_path / "straight", Task(0.3), epochs=20)
     out = tmp_path / "killed"
@@ -211,7 +212,7 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
     run(tmp_path, max_steps=3, identity={"model": {"depth": 50}, "pictures": 20})
     message = (
         r"goes on with the settings that it began with, got other betas \(was \[0.9, 0.999\], now \[0.9, 0.99\]\); "
-        r"model.depth \(was 50, now 18\); seed \(was 0, now 1\); give those, or choose another folder"
+        r"model.depth \(was 50, now 18\); seed \(was 0, now 1\); give the old values, or choose another folder"
     )
     with pytest.raises(ValueError, match=message):
         run(tmp_path, betas=(0.9, 0.99), seed=1, identity={"model": {"depth": 18}, "pictures": 20})
@@ -245,7 +246,7 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, file: str, damage: 
     assert sorted(p.name for p in folder.iterdir()) == ["step-00000006", "step-00000009"]
     path = folder / "step-00000009" / file
     path.unlink() if damage is None else path.write_bytes(damage(path.read_bytes()))
-    with pytest.warns(RuntimeWarning, match=r"step-00000009: is damaged \(.*; trying the one before"):
+    with pytest.warns(RuntimeWarning, match=r"step-00000009: is damaged \(.*; trying the older one"):
         resumed = run(tmp_path / "run", keep=1)
     assert same(resumed, straight) and losses(tmp_path / "run") == losses(tmp_path / "straight")
     assert [p.name for p in folder.iterdir()] == ["step-00000020"]
@@ -338,7 +339,7 @@ def test_early_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the dataset must hold a picture to train on, got none"):
         run(tmp_path, loader=Empty)
     with pytest.raises(ValueError, match="must have a parameter to train, got none"):
-        run(tmp_path, Task().requires_grad_(False))  # type: ignore[arg-type]
+        run(tmp_path, Task().requires_grad_(False))  # type: ignore[arg-type]  # returns a Module
     assert not any(tmp_path.iterdir())
 
 

@@ -1,4 +1,4 @@
-"""A trained model in a program: any kind of picture, and results in the forms that others take."""
+"""A trained model in a program: any kind of picture, and results in the forms of other libraries."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_empty_masks_are_no_results(model: Trained, monkeypatch: pytest.MonkeyPa
     whole = KNet.predictions
 
     def with_empty(self: KNet, *args: object, **kwargs: object) -> list:
-        (found,) = whole(self, *args, **kwargs)  # type: ignore[arg-type]
+        (found,) = whole(self, *args, **kwargs)  # type: ignore[arg-type]  # passed on unchanged
         words = found.masks.words.clone()
         words[0] = 0
         return [found._replace(masks=BitMasks(words, found.masks.size))]

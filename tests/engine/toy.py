@@ -26,11 +26,11 @@ PICTURES = 20
 
 @dataclass(frozen=True)
 class Numbers:
-    """What a batch of pictures is to the trainer."""
+    """A batch, with the members that the training loop uses of a batch of pictures."""
 
     inputs: Tensor  # (B, 4)
     targets: Tensor  # (B, 1)
-    weights: Tensor  # (B,), differing among pictures as their numbers of objects do
+    weights: Tensor  # (B,), different for each picture, like the numbers of objects
     names: list[str]
 
     def __len__(self) -> int:
@@ -41,7 +41,8 @@ class Numbers:
 
 
 class Loader:
-    """The contract of `Batches`: permutation from (seed, epoch), filled up from its start; rank r has the r-th slice."""
+    """A loader with the contract of `Batches`. The permutation depends on (seed, epoch), and its start fills up the last
+    batch. Rank r has the r-th slice."""
 
     def __init__(
         self, batch_size: int, whole: int, seed: int, rank: int, world: int, workers: int, *, broken: int = -1
@@ -91,7 +92,7 @@ class Task(nn.Module):
 
 
 class Slow(Task):
-    """Leaves time to be killed in."""
+    """A slow loader, so that a test has time to kill the run."""
 
     def forward(self, batch: Numbers, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         time.sleep(0.02)

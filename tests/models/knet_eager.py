@@ -1,6 +1,8 @@
-"""K-Net written down literally from its specification: plain functions of a state dict, every image and every pair by itself.
+"""K-Net written literally from its specification: plain functions of a state dict that take every image and every pair by
+itself.
 
-No folding, no bits, no shared products: sigmoid > 0.5, einsum, dense soft targets, scipy's matching of directly summed costs.
+It has no folding, no bit masks and no shared products. It has sigmoid > 0.5, einsum, dense soft targets, and scipy's matching
+of costs that are summed directly.
 """
 
 from __future__ import annotations
@@ -213,7 +215,7 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
 
 
 def mask_terms(masks: Tensor, soft: list[Tensor], matches: list[dict[int, int]]) -> tuple[Tensor, Tensor]:
-    """bce and dice: the mean over the positives of the batch."""
+    """The means of bce and dice over the positives of the batch."""
     up = double(masks)
     z = [up[b, n] for b, pairs in enumerate(matches) for n in pairs]
     t = [soft[b][g] for b, pairs in enumerate(matches) for g in pairs.values()]
@@ -229,7 +231,7 @@ def mask_terms(masks: Tensor, soft: list[Tensor], matches: list[dict[int, int]])
 def losses(
     out: Forward, masks: list[Tensor], labels: list[Tensor]
 ) -> tuple[dict[str, Tensor], list[list[dict[int, int]]]]:
-    """masks: of every image (G, H, W) bool. The weighted terms, and per stage and image kernel -> target."""
+    """masks: (G, H, W) bool for every image. Returns the weighted terms, and {kernel: target} for each stage and image."""
     dtype, batch, classes = out.seg.dtype, len(masks), out.seg.shape[1]
     soft = [soft_targets(m, dtype) if len(m) else m.new_zeros((0, 1, 1)) for m in masks]
     matches = []
@@ -275,7 +277,7 @@ def predictions(
     threshold: float = 0.5,
     most: int = 100,
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """(masks bool (k, H, W), scores, labels) of every image, by two resamplings."""
+    """(masks bool (k, H, W), scores, labels) of every image. Masks are resampled twice."""
     results = []
     for b, (size, original) in enumerate(zip(sizes, originals, strict=True)):
         q = out.classes[-1][b].sigmoid()

@@ -1,4 +1,4 @@
-"""A model learns the same on the compiled kernels and on the ops' definition."""
+"""A model trains to the same losses on the compiled kernels and on the reference of the ops."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SIZE = (64, 96)
 
 
 def curve(steps: int = 6) -> list[float]:
-    """Losses of pre-training a tiny K-Net on the objects of scenes as proposals."""
+    """Losses of a tiny K-Net in pre-training, with the objects of scenes as proposals."""
     torch.manual_seed(0)
     config = KNetConfig(
         depth=18, backbone_width=8, channels=32, kernels=12, num_classes=1, heads=2, feedforward=64, frozen_stages=4

@@ -1,4 +1,4 @@
-"""K-Net against its literal form, and what it promises beyond: folding, sites, missing targets, precision, sizes."""
+"""K-Net equals its literal form (knet_eager.py). Further promises: folding, sites, missing targets, precision, sizes."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SIZE = (96, 128)
 
 
 def small(seed: int = 0, **changes: object) -> KNet:
-    """A small K-Net in which every parameter and every running statistic matters."""
+    """A small K-Net. Each of its parameters and running statistics changes the outputs."""
     torch.manual_seed(seed)
-    model = KNet(replace(SMALL, **changes))  # type: ignore[arg-type]
+    model = KNet(replace(SMALL, **changes))  # type: ignore[arg-type]  # fields of any type
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():
@@ -38,7 +38,8 @@ def small(seed: int = 0, **changes: object) -> KNet:
 
 
 def batch(counts: tuple[int, ...] = (4, 0, 2), seed: int = 1) -> tuple[Tensor, BitMasks, Tensor, Tensor]:
-    """Images, masks (rectangles and noise, some thin, overlapping), labels, counts; behind counts nonsense labels."""
+    """Images, masks, labels and counts. Masks are rectangles and noise; some are thin, some overlap. Labels beyond counts
+    are nonsense."""
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(len(counts), 3, *SIZE, generator=generator)
     most = max(max(counts), 1)
@@ -85,7 +86,7 @@ def as_rows(matches: list[dict[int, int]], most: int) -> Tensor:
 @pytest.mark.parametrize("fold", [True, False])
 @pytest.mark.parametrize("counts", [(4, 0, 2), (11, 1, 0)])
 def test_literal_form(fold: bool, counts: tuple[int, ...]) -> None:
-    """Forward, assignments, every term and gradients in float64; (11, …) has more targets than kernels."""
+    """The forward pass, assignments, every term and gradients, in float64. The case (11, …) has more targets than kernels."""
     model = small(fold=fold).double()
     images, masks, labels, real = batch(counts)
     images = images.double()
@@ -209,7 +210,7 @@ def test_prompters() -> None:
 
 @pytest.mark.parametrize("masks_an_image", [0, 3])
 def test_without_targets(masks_an_image: int) -> None:
-    """All background: finite, and every trainable parameter has a gradient."""
+    """Without targets the losses are finite, and every trainable parameter has a gradient."""
     model = small(6)
     images, masks, _, counts = batch((0, 0))
     masks = BitMasks(masks.words.expand(-1, masks_an_image, -1) if masks_an_image else masks.words[:, :0], SIZE)
@@ -225,7 +226,7 @@ def test_without_targets(masks_an_image: int) -> None:
 
 
 def test_padded_pairs_change_nothing() -> None:
-    """The form that GPUs take, where nothing may be selected, gives the numbers of the other."""
+    """`select=False`, the form for GPUs, gives the same sums and gradients as `select=True`."""
     model = small(7)
     images, masks, labels, counts = batch()
     outputs = model(images)
@@ -238,7 +239,7 @@ def test_padded_pairs_change_nothing() -> None:
 
 
 def test_costs_that_were_not_finite_reach_the_loss() -> None:
-    """What the assignment leaves of such an image on a GPU."""
+    """On a GPU the assignment gives such an image rows of -2."""
     logits = torch.randn(2, 8, 12, 16)
     masks = BitMasks.from_dense(torch.rand(2, 3, *SIZE) > 0.5)
     rows = torch.tensor([[1, 2, -1], [-2, -2, -2]])
@@ -247,7 +248,8 @@ def test_costs_that_were_not_finite_reach_the_loss() -> None:
 
 
 def test_normalisers_are_those_of_all_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two halves of a batch, each told the sums of both, have the mean loss of the whole."""
+    """Each half of a batch is normalised by the sums of both halves. Then the mean of their losses is the loss of the whole
+    batch."""
     model = small(8)
     images, masks, labels, counts = batch((4, 0, 2, 1))
     whole = model.losses(model(images), masks, labels, counts).terms

@@ -1,4 +1,4 @@
-"""The truth that a matching makes: rows, labels of kernels, labels of pixels."""
+"""The labels that follow from a matching: rows, labels of kernels, labels of pixels."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_each_stage_is_matched_by_what_it_starts_from() -> None:
     other = outputs(3)
     for stage, changed in enumerate(
         (
-            out._replace(masks=[out.masks[0], *other.masks[1:]], classes=other.classes),  # stage 0 sees M⁰ alone
+            out._replace(masks=[out.masks[0], *other.masks[1:]], classes=other.classes),  # stage 0 depends on M⁰ only
             out._replace(
                 masks=[other.masks[0], out.masks[1], *other.masks[2:]], classes=[out.classes[0], *other.classes[1:]]
             ),
@@ -81,7 +81,7 @@ def test_the_weights_of_the_cost_count() -> None:
 
 
 def test_equal_costs_have_one_answer() -> None:
-    """All kernels alike: whichever optimum is taken, it is the same every time and on both backends' terms a matching."""
+    """All kernels are alike, so every matching is optimal. The result is a valid matching, and the same every time."""
     out = outputs(1)._replace(masks=[torch.zeros(2, 6, 8, 12)] * 2)
     arguments = (
         masks(2, 3, (64, 96)),
@@ -102,7 +102,7 @@ def test_labels_of_kernels() -> None:
 
 
 def literally(dense: Tensor, rows: Tensor, truth: Tensor, background: int) -> Tensor:
-    """Pixel labels of one image: positives in ascending kernel index, where the soft target is above 0."""
+    """Pixel labels of one image. Positives are written in ascending order of kernels, to pixels with a soft target above 0."""
     soft = soft_targets(dense, torch.float32)
     out = torch.full(soft.shape[1:], background)
     for kernel, g in sorted((int(r), g) for g, r in enumerate(rows) if r >= 0):
@@ -127,7 +127,7 @@ def test_labels_of_pixels(size: tuple[int, int], density: float) -> None:
 
 
 def test_one_pixel_of_the_middle_is_enough() -> None:
-    """The outer ring of a 4×4 block does not count, its central 2×2 does: over a whole row of words."""
+    """The central 2×2 pixels of a 4×4 block count, its outer ring does not. The masks cover a whole row of words."""
     dense = torch.zeros(1, 1, 32, 64, dtype=torch.bool)
     for column in (0, 3, 60, 63):
         dense[..., column] = True  # outer columns

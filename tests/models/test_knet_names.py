@@ -1,4 +1,4 @@
-"""The tensors of K-Net by name and shape, which official checkpoints have too, and how they start."""
+"""Names, shapes and initial values of K-Net's tensors. Official checkpoints have the same names and shapes."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_names_and_shapes() -> None:
 
 
 def test_shapes_at_full_size() -> None:
-    """One image of 800×1344, of tensors without memory."""
+    """One image of 800×1344, with tensors on the meta device, which take no memory."""
     with FakeTensorMode():
         model = KNet()
         features = model.encode(torch.empty(1, 3, 800, 1344))
@@ -121,6 +121,6 @@ def test_initial_values() -> None:
             or name.endswith(("gn.bias", "norm.bias"))
         ):
             assert torch.equal(value, torch.zeros_like(value)), name
-        else:  # linear layers' own
+        else:  # the default of linear layers
             bound = 1 / math.sqrt(2048 if "ffn.layers.1" in name else 256)
             assert 0.5 * bound < value.abs().max() <= bound, name

@@ -1,4 +1,4 @@
-"""Models in files: there and back, and every way in which a file can be wrong."""
+"""Models in files: saving, loading, and every way in which a file can be wrong."""
 
 from __future__ import annotations
 
@@ -68,14 +68,14 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyt
 
 
 def test_classes_must_fit_the_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="classes must have 3 names, one an output of the model, got 2"):
+    with pytest.raises(ValueError, match="classes must have 3 names, one for each output of the model, got 2"):
         save_model(tmp_path / "m.safetensors", tiny(), CLASSES[:2])
     with pytest.raises(TypeError, match="must have a config derived from ModelConfig, got Linear"):
         save_model(tmp_path / "m.safetensors", torch.nn.Linear(1, 1), CLASSES)
 
 
 def rewritten(tmp_path: Path, about: object = None, **tensors: torch.Tensor | None) -> Path:
-    """A model's file with another description, or other tensors (None: without it)."""
+    """A model's file with another description or other tensors. None leaves a tensor out."""
     path = tmp_path / "model.safetensors"
     save_model(path, tiny(), CLASSES)
     held: dict[str, torch.Tensor] = load_file(path)
@@ -101,7 +101,7 @@ def test_wrong_descriptions(tmp_path: Path) -> None:
     for about, message in (
         ("{", "must say in JSON"),
         ("[" * 100_000, "must say in JSON"),
-        ([1], "got tensors that do not say what they belong to"),
+        ([1], "got tensors without a description of their model"),
         (described(tmp_path, format=2), "format must be 1, got 2"),
         (described(tmp_path, model="rnn"), "must be one of knet, mask2former, got 'rnn'"),
         (described(tmp_path, classes=["a"]), "must name as many classes as the model has, 3, got 1"),
@@ -177,7 +177,7 @@ def test_official_with_other_classes(tmp_path: Path) -> None:
     path, model = official(tmp_path / "k.pth", tiny(7)), tiny(seed=1)
     for name, tensor in model.state_dict().items():
         if "conv_seg" in name or "fc_cls" in name:
-            tensor.fill_(2)  # what it had learned for other classes goes
+            tensor.fill_(2)  # stands for weights of other classes, which must not survive
     said = import_checkpoint(model, path)
     assert "classifiers start anew, as the file has 7 classes and the model 3" in said
     source = tiny(7).state_dict()
@@ -213,11 +213,11 @@ def test_official_that_does_not_fit(tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             import_checkpoint(model, official(tmp_path / "k.pth", tiny(), **changes))
-        assert same(model, tiny(seed=1))  # as it was
+        assert same(model, tiny(seed=1))  # unchanged
 
 
-class Config(dict):  # type: ignore[type-arg]
-    """What official files hold besides tensors: an object of a class that is not torch's."""
+class Config(dict):  # type: ignore[type-arg]  # of any keys and values
+    """An object of a class that is not torch's. Official files hold such objects besides tensors."""
 
 
 def test_official_with_foreign_objects(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_official_with_foreign_objects(tmp_path: Path) -> None:
         import_checkpoint(model, path)
     lines = [line for line in str(error.value).splitlines() if line.startswith("    ")]
     assert len(lines) == 2
-    exec("\n".join(line.strip() for line in lines))  # the advice does what it says
+    exec("\n".join(line.strip() for line in lines))  # the code in the message works
     import_checkpoint(model, tmp_path / "k.safetensors")
     assert same(model, tiny())
 

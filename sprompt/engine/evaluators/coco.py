@@ -1,4 +1,4 @@
-"""COCO's average precision and recall, with pycocotools as the judge."""
+"""COCO's average precision and recall, computed by pycocotools."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ from sprompt.masks import BitMasks
 Kind = Literal["segm", "bbox"]
 Engine = Literal["pycocotools", "faster"]
 
-#: Numbers of a comparison with 100 results a picture. APs, APm and APl are of objects below 32², up to 96², and above that many pixels.
+#: Metrics for 100 results a picture. APs is for objects below 32² pixels, APm for objects from 32² to 96² pixels, APl for
+#: larger objects.
 NUMBERS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-SHOWN = NUMBERS[:6]  # in a table, which must fit a terminal; the recall of all results comes behind them
+SHOWN = NUMBERS[:6]  # columns of a table that fits a terminal; the recall of all results is a further column
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,9 @@ class CocoConfig(EvaluatorConfig):
     """COCO's protocol."""
 
     engine: Engine = "pycocotools"
-    """faster: faster-coco-eval, if it is installed; the numbers are the same."""
+    """pycocotools, or faster for faster-coco-eval, which must be installed. Both give the same metrics."""
     max_results: int = 100
-    """Results of a picture that count, the best ones first (LVIS: 300)."""
+    """Largest number of results of a picture that count, at least 1; the best results count (LVIS: 300)."""
 
     def __post_init__(self) -> None:
         if self.max_results < 1:
@@ -49,8 +50,8 @@ class Coco:
     def metrics(
         self, truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, class_agnostic: bool
     ) -> dict[str, Any]:
-        """The metrics of the masks, with "bbox" for those of their boxes: see `coco_metrics`. "APpooled" is the AP of masks with the
-        categories pooled: it tells bad masks from wrong classes."""
+        """The metrics of the masks, and under "bbox" the metrics of their boxes; see `coco_metrics`. "APpooled" is the AP of
+        the masks with pooled categories. It shows whether a low AP comes from bad masks or from wrong classes."""
         how: dict[str, Any] = {"engine": self.config.engine, "max_results": self.config.max_results}
         metrics = coco_metrics(truth, results, class_agnostic=class_agnostic, **how)
         metrics["bbox"] = coco_metrics(truth, results, kind="bbox", class_agnostic=class_agnostic, **how)
@@ -73,26 +74,27 @@ def coco_metrics(
     engine: Engine = "pycocotools",
     max_results: int = 100,
 ) -> dict[str, Any]:
-    """Compares COCO results with a COCO ground truth: `NUMBERS`, and "per_class": {name: AP}, all between 0 and 1.
+    """Compares COCO results with a COCO ground truth. Returns `NUMBERS`, and "per_class": {name: AP}, all between 0 and 1.
 
-    A number is −1 where the ground truth has no such object, as pycocotools has it. No results give 0. Sizes of masks are their own areas.
-    (pycocotools, run over a results file, takes the boxes' areas where the results carry `bbox`.)
+    A metric is −1 if the ground truth has no object that it measures, as in pycocotools. Without results it is 0. The area of a
+    mask decides whether it is small, medium or large. (pycocotools itself takes the area of `bbox` if a results file has it.)
 
     Args:
         truth: the content of a COCO file.
-        results: records of image_id, category_id, score and segmentation (RLE), or bbox for kind "bbox"; without one it is the box
-            of the mask.
+        results: records of image_id, category_id, score and segmentation (RLE). For kind "bbox" they have bbox; if it is
+            missing, the box of the mask is taken.
         kind: compare masks (segm) or boxes (bbox).
-        class_agnostic: any category matches any (COCO's useCats=0).
-        engine: "faster" is faster-coco-eval, if it is installed; the numbers are the same.
-        max_results: results of a picture that count, the best ones; the recall of all of them is "AR<max_results>".
+        class_agnostic: a result of any category matches a label of any category (COCO's useCats=0).
+        engine: "faster" is faster-coco-eval, which must be installed. Both engines give the same metrics.
+        max_results: largest number of results of a picture that count; the best results count. "AR<max_results>" is the recall
+            of all results that count.
     """
     if kind not in ("segm", "bbox"):
         raise ValueError(f"coco_metrics: kind must be segm or bbox, got {kind!r}")
     coco, judge = _engine(engine)
     images = [dict(image) for image in truth["images"]]
     categories = [dict(category) for category in truth["categories"]]
-    annotations = [dict(annotation) for annotation in truth["annotations"]]  # the judge writes into them
+    annotations = [dict(annotation) for annotation in truth["annotations"]]  # pycocotools writes into them
     found = _detections(truth, results, kind)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = judge(
@@ -106,7 +108,7 @@ def coco_metrics(
 
 
 def metrics_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """A table of the numbers, in per cent, of each named row; a dash where there is no such object."""
+    """A table of the metrics of each named row, in per cent. A dash stands for a metric of -1."""
     table = Table()
     table.add_column("")
     shown = (*SHOWN, *(n for n in next(iter(rows.values()), {}) if n.startswith("AR") and n[2:].isdecimal()))
@@ -143,9 +145,10 @@ def _indexed(coco: Any, images: list[Any], categories: list[Any], annotations: l
 
 
 def _detections(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind) -> list[dict[str, Any]]:
-    """Results as annotations, numbered from 1; the area that sorts them into sizes is the mask's for masks, the box's for boxes.
+    """Results as annotations, numbered from 1. Their area is that of the mask for kind "segm", and that of the box for kind
+    "bbox".
 
-    Masks are decoded here, within bounds: the judge's own decoder believes whatever a file says.
+    This function decodes the masks and checks their bounds, because the decoder of pycocotools trusts the file.
     """
     sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
     known = {category["id"] for category in truth["categories"]}
@@ -155,10 +158,12 @@ def _detections(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
         try:
             image, category, score = result["image_id"], result["category_id"], float(result["score"])
             if image not in sizes:
-                raise ValueError(f"image_id must be one of the ground truth's, got {image}; are these its results?")
+                raise ValueError(
+                    f"image_id must be an id of the ground truth, got {image}; give results of its pictures"
+                )
             if category not in known:
                 raise ValueError(
-                    f"category_id must be one of the ground truth's, got {category}; has the model its classes?"
+                    f"category_id must be an id of the ground truth, got {category}; give results of a model with its classes"
                 )
             found = {"id": place + 1, "image_id": image, "category_id": category, "score": score, "iscrowd": 0}
             if kind == "bbox" and result.get("bbox") is not None:
@@ -194,7 +199,8 @@ def _detections(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
 
 
 def _numbers(evaluation: Any, categories: list[Any], class_agnostic: bool) -> dict[str, Any]:
-    """From precision (IoU, recall, class, size, number of results) and recall (IoU, class, size, number of results)."""
+    """The metrics, from the arrays precision (IoU, recall, class, size, number of results) and recall (IoU, class, size,
+    number of results)."""
     precision, recall = np.asarray(evaluation.eval["precision"]), np.asarray(evaluation.eval["recall"])
     metrics: dict[str, Any] = {"AP": _mean(precision[:, :, :, 0, -1])}
     metrics["AP50"], metrics["AP75"] = (_mean(precision[place, :, :, 0, -1]) for place in (0, 5))
@@ -214,7 +220,7 @@ def _numbers(evaluation: Any, categories: list[Any], class_agnostic: bool) -> di
 
 
 def _numbers_of_results(most: int) -> list[int]:
-    """Numbers of results that recall is given for: COCO's 1, 10 and 100 where 100 is the most. The judge wants three of them."""
+    """The three numbers of results for which pycocotools computes the recall: 1, 10 and `most`, none of them above `most`."""
     return [min(1, most), min(10, most), most]
 
 

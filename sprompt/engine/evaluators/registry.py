@@ -1,4 +1,4 @@
-"""The evaluators by name, and what the engine asks of one."""
+"""The evaluators by name, and the interface of an evaluator."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ EVALUATORS = Registry("evaluator", {"coco": "sprompt.engine.evaluators.coco:Coco
 
 @dataclass(frozen=True)
 class EvaluatorConfig(Named):
-    """Settings of an evaluator: all that its constructor takes."""
+    """Settings of an evaluator, the only argument of its constructor."""
 
     registry = EVALUATORS
 
@@ -26,7 +26,8 @@ class Evaluator(Protocol):
     def metrics(
         self, truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], *, class_agnostic: bool
     ) -> dict[str, Any]:
-        """Compares COCO results with the content of a COCO file. Numbers of JSON only: they become metrics.json."""
+        """Compares COCO results with the content of a COCO file. All values must be JSON values, because they go into
+        metrics.json."""
 
     def table(self, metrics: Mapping[str, Any]) -> Table:
-        """The most important numbers, for a terminal."""
+        """The most important metrics, for a terminal."""

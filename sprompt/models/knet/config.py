@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from sprompt.models.registry import ModelConfig
 
-#: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
+#: Bounds of the sizes, so that a file cannot ask for a network that fits no machine.
 _WHOLE = {
     "backbone_width": (1, 1024),
     "channels": (2, 8192),
@@ -30,18 +30,18 @@ class KNetConfig(ModelConfig):
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
     channels: int = 256
-    """Width of the pyramid, the mask features and the kernels; even, and a multiple of the heads."""
+    """Width of the pyramid, the mask features and the kernels. It must be even and a multiple of heads."""
     kernels: int = 100
     """Number of kernels: the largest number of masks in an image."""
     stages: int = 3
-    """Kernel update heads, one after the other."""
+    """Number of kernel update heads, one after the other."""
     heads: int = 8
-    """Heads of the attention between kernels; they divide the channels."""
+    """Number of heads of the attention between kernels. channels must be a multiple of it."""
     feedforward: int = 2048
     """Hidden channels of the stages' feed-forward layers."""
     fold: bool = True
-    """Apply the stages' feature transforms, which are affine, to kernels and pooled sums instead of the features. This is faster, and the
-    results are the same to rounding."""
+    """Apply the affine feature transforms of the stages to kernels and pooled sums instead of the features. This is faster.
+    The results are the same up to rounding."""
 
     loss_class: float = 2.0
     """Weight of the focal loss of the classes."""
@@ -56,7 +56,7 @@ class KNetConfig(ModelConfig):
     cost_mask: float = 1.0
     """Weight of the masks' cross-entropy in the cost of matching."""
     cost_dice: float = 4.0
-    """Weight of the masks' dice in the cost of matching."""
+    """Weight of the masks' dice loss in the cost of matching."""
 
     def __post_init__(self) -> None:
         if self.depth not in _DEPTHS:

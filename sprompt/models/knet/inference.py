@@ -33,8 +33,8 @@ def predictions(
 
     Args:
         mask_logits: (B, N, h, w), stride 8. class_logits: (B, N, K).
-        input_size: (8h, 8w), the size that images were padded to.
-        sizes: of every image before padding. original_sizes: of every picture.
+        input_size: (8h, 8w), the size of the padded images.
+        sizes: the size of every image before padding. original_sizes: the size of every picture.
     """
     batch, classes = len(mask_logits), class_logits.shape[2]
     if tuple(input_size) != (8 * mask_logits.shape[2], 8 * mask_logits.shape[3]):

@@ -15,7 +15,7 @@ RARE = -math.log(99)
 
 
 class KernelHead(nn.Module):
-    """Pyramid maps -> (loc, sem), both of stride 8: kernels act on the features loc, and the features sem tell classes apart."""
+    """Pyramid maps -> (loc, sem), both of stride 8. Kernels act on the features loc. The features sem tell classes apart."""
 
     def __init__(self, channels: int, kernels: int, num_classes: int) -> None:
         super().__init__()

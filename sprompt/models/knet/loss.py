@@ -64,7 +64,8 @@ def mask_sums(logits: Tensor, masks: BitMasks, rows: Tensor, select: bool) -> tu
     else:
         places, masks, real = places.flatten(), masks.reshape(-1), real.flatten()
     bce, dice = mask_loss(logits.flatten(0, 1).index_select(0, places), masks, upsample=2)
-    # Costs that are not finite raise an error on a CPU. On a GPU the rows are -2, and the loss must not take them for background.
+    # Costs that are not finite raise an error on a CPU. On a GPU the rows are then -2. The loss must become NaN, because these
+    # rows are not background.
     otherwise = torch.where((rows == -2).any(), torch.nan, 0.0)
     return torch.where(real, bce, otherwise).sum(), torch.where(real, dice, otherwise).sum()
 

@@ -15,8 +15,8 @@ from sprompt.ops import linear_assignment, match_cost
 def assignments(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, config: KNetConfig) -> list[Tensor]:
     """Rows (B, G) of every stage: the kernel of each target, -1 for a target without a kernel.
 
-    The predictions that a stage starts from decide its assignment. Stage 0 starts from those of the kernel head, which has no classes, so
-    the kernel head and stage 0 share one assignment.
+    The assignment of a stage uses the predictions that enter the stage. The predictions of the kernel head enter stage 0, so
+    the kernel head and stage 0 share one assignment. The kernel head predicts no classes, so this assignment uses masks only.
     """
     rows = []
     for stage, logits in enumerate(outputs.masks[:-1]):

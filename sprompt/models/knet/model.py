@@ -35,9 +35,9 @@ class IterativeHead(nn.Module):
 class KNet(nn.Module):
     """K-Net with a ResNet and an FPN. Parameters have the names of the official checkpoints.
 
-    Two sites take prompts. "kernel": the learned kernels, the same for all images; the prompted kernels make the first masks and are
-    the base of the proposal kernels. "proposal": the proposal kernels, each a kernel plus the features pooled under its mask, before
-    the first stage.
+    Two sites take prompts. "kernel": the learned kernels, which are the same for all images. The prompted kernels make the
+    first masks and are the base of the proposal kernels. "proposal": the proposal kernels before the first stage. A proposal
+    kernel is a kernel plus the features pooled under its mask.
     """
 
     Config = KNetConfig
@@ -64,19 +64,19 @@ class KNet(nn.Module):
         return self.config.kernels
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Fresh classification layers for this number of classes; make the optimiser after it."""
+        """Makes fresh classification layers for this number of classes. Make the optimiser after this call."""
         self.config = replace(self.config, num_classes=num_classes)
         self.rpn_head.reset_classifier(num_classes)
         for stage in self.stages:
             stage.reset_classifier(num_classes)
 
     def freeze_backbone(self, stages: int) -> None:
-        """Freezes this many stages of the ResNet and lets the others train; make the optimiser after it."""
+        """Freezes this many stages of the ResNet and makes the others trainable. Make the optimiser after this call."""
         self.config = replace(self.config, frozen_stages=stages)
         self.backbone.freeze(stages)
 
     def parameter_groups(self) -> tuple[ParameterGroup, ...]:
-        return ()  # the release decays all parameters alike
+        return ()  # the official release has the same weight decay for all parameters
 
     def import_checkpoint(self, path: Path) -> str:
         """Takes the weights of an official checkpoint; see `sprompt.models.knet.checkpoint`."""
@@ -86,13 +86,13 @@ class KNet(nn.Module):
 
     @property
     def stages(self) -> list[UpdateHead]:
-        return list(self.roi_head.mask_head)  # type: ignore[arg-type]
+        return list(self.roi_head.mask_head)  # type: ignore[arg-type]  # a ModuleList of UpdateHeads
 
     def forward(self, images: Tensor) -> Outputs:
         return self.decode(self.encode(images))
 
     def encode(self, images: Tensor) -> Features:
-        """Maps of images (B, 3, H, W), normalised, H and W multiples of 32. Padding is pixels like any other."""
+        """Maps of images (B, 3, H, W), normalised, H and W multiples of 32. The model treats padding as pixels."""
         if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % 32 or images.shape[3] % 32:
             raise ValueError(
                 "KNet: images must have shape (B, 3, H, W) with H and W multiples of 32, got "
@@ -103,7 +103,9 @@ class KNet(nn.Module):
 
     def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
         if targets is not None and targets.groups:
-            raise ValueError("KNet: takes no extra groups of queries; train a model that does")
+            raise ValueError(
+                "KNet: targets.groups must be empty, got groups of queries; train a model that takes extra queries"
+            )
         loc, sem = self.rpn_head(features.maps)
         kernels = self._prompted(prompter, "kernel", self.rpn_head.kernels(len(loc)), loc)
         masks = [mask_conv(loc, kernels)]
@@ -123,7 +125,7 @@ class KNet(nn.Module):
                 if last:
                     logits = mask_conv(x, mask_kernels)
                 else:
-                    logits, pooled = mask_update(x, mask_kernels)  # the next stage's pooling in the same read
+                    logits, pooled = mask_update(x, mask_kernels)  # also pools for the next stage, with one read of x
             else:
                 transformed = stage.feat_transform(x)
                 classes, mask_kernels, proposals = stage(mask_pool(transformed, masks[-1]), proposals)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Outputs(NamedTuple):
-    """A batch decoded; maps have stride 8."""
+    """Outputs for a batch. Maps have stride 8."""
 
     masks: list[Tensor]  # (B, N, h, w) logits: of the kernel head, then of every stage
     classes: list[Tensor]  # (B, N, K) logits of every stage

@@ -1,4 +1,4 @@
-"""A kernel update head: kernels are updated by the features under their masks, and attend to each other."""
+"""A kernel update head: it updates kernels by the features under their masks, and lets them attend to each other."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ class Update(NamedTuple):
 class UpdateHead(nn.Module):
     """Kernels and the transformed features pooled under their masks -> class logits, mask kernels, new kernels.
 
-    The feature transform is affine, x̃ = Wx + b, so it need not touch the features. With T = [W | b] and x₊ = [x; 1], the pooled x̃ is
-    T times the pooled x₊ (its last entry is the mask's area), and ⟨w, x̃⟩ = ⟨Tᵀw, x₊⟩. A pooled sum can run over all cells and be
-    large, so the head computes in float32 under autocast too.
+    The feature transform is affine, x̃ = Wx + b, so it can be applied to kernels and pooled sums instead of the features. Let
+    T = [W | b] and x₊ = [x; 1]. Then the pooled x̃ is T times the pooled x₊, whose last entry is the mask's area, and
+    ⟨w, x̃⟩ = ⟨Tᵀw, x₊⟩. A pooled sum can run over all cells and be large, so the head computes in float32 under autocast too.
     """
 
     def __init__(self, channels: int, heads: int, feedforward: int, num_classes: int) -> None:
@@ -85,7 +85,7 @@ class UpdateHead(nn.Module):
             return Update(self.fc_cls(self.cls_fcs(k)), self.fc_mask(self.mask_fcs(k)), k)
 
     def folded(self, pooled: Tensor, kernels: Tensor) -> Update:
-        """The same update from pooled x₊, with mask kernels for x₊; both have C + 1 channels."""
+        """The same update, from pooled x₊ and with mask kernels that act on x₊. Both have C + 1 channels."""
         conv = self.feat_transform.conv
         assert conv.bias is not None
         with torch.autocast(pooled.device.type, enabled=False):
