@@ -102,10 +102,11 @@ void deform_attn(const View& values, const View& points, const View& weights, co
 // ---- backward
 
 // The gradients of one query on one level. grad (width), in float. `sums` is the gradient of the map, rows sums_stride apart;
-// it is not computed if null. `by` takes the gradients of x, y and weight of every point; it is not computed if null.
+// it is not computed if null. `products` takes the products of grad and the values of each corner, 4 of every point; they are
+// not computed if null.
 template <class T, int N>
 SPROMPT_INLINE void add_gradients(const T* map, int64_t stride, const Level& level, const Located& located, int64_t query,
-                                  const float* grad, int64_t width, float* sums, int64_t sums_stride, float* by) {
+                                  const float* grad, int64_t width, float* sums, int64_t sums_stride, float* products) {
     constexpr int K = N > 0 ? N : 1;
     vf g[K];
     if constexpr (N > 0) {
@@ -114,7 +115,7 @@ SPROMPT_INLINE void add_gradients(const T* map, int64_t stride, const Level& lev
     }
     for (int64_t t = 0; t < level.number; ++t) {
         const Point point(located, query * level.number + t);
-        float product[4] = {};  // of grad and the values of the corners
+        float* product = products != nullptr ? products + 4 * (query * level.number + t) : nullptr;
         if (N > 0 && point.inside(level)) {
             const int64_t cell = point.cell(level, 0);
             if (sums != nullptr) {
@@ -129,7 +130,7 @@ SPROMPT_INLINE void add_gradients(const T* map, int64_t stride, const Level& lev
                     store(r + sums_stride + k * W, fma(d, g[k], load(r + sums_stride + k * W)));
                 }
             }
-            if (by != nullptr) {
+            if (product != nullptr) {
                 const T *p = map + cell * stride, *r = p + level.width * stride;
                 vf of[4] = {};
 #pragma GCC unroll 8
@@ -140,40 +141,46 @@ SPROMPT_INLINE void add_gradients(const T* map, int64_t stride, const Level& lev
                     of[3] = fma(g[k], load_as_float(r + stride + k * W), of[3]);
                 }
                 const v4f four = sum_four(of);
-                __builtin_memcpy(product, &four, sizeof product);
+                __builtin_memcpy(product, &four, sizeof four);
             }
         } else {
             for (int corner = 0; corner < 4; ++corner) {
+                if (product != nullptr) product[corner] = 0.0f;
                 if (!point.holds(level, corner)) continue;
                 const int64_t cell = point.cell(level, corner);
                 const float weight = point.weight * point.share(corner);
                 float* p = sums != nullptr ? sums + cell * sums_stride : nullptr;
                 const T* r = map + cell * stride;
                 vf of = {};
+                float rest = 0;
                 int64_t c = 0;
                 for (; c + W <= width; c += W) {
                     const vf x = load(grad + c);
                     if (sums != nullptr) store(p + c, fma(broadcast(weight), x, load(p + c)));
-                    if (by != nullptr) of = fma(x, load_as_float(r + c), of);
+                    if (product != nullptr) of = fma(x, load_as_float(r + c), of);
                 }
-                product[corner] = by != nullptr ? sum(of) : 0.0f;
                 for (; c < width; ++c) {
                     if (sums != nullptr) p[c] += weight * grad[c];
-                    if (by != nullptr) product[corner] += grad[c] * to_float(r[c]);
+                    if (product != nullptr) rest += grad[c] * to_float(r[c]);
                 }
+                if (product != nullptr) product[corner] = sum(of) + rest;
             }
         }
-        if (by != nullptr) {
-            const float above = product[1] - product[0], below = product[3] - product[2];
-            const float left = product[2] - product[0], right = product[3] - product[1];
-            const bool samples = point.x > -2 && point.y > -2;
-            const float weight = samples ? point.weight : 0.0f;
-            by[3 * t] = weight * static_cast<float>(level.width) * (above * (1 - point.below) + below * point.below);
-            by[3 * t + 1] = weight * static_cast<float>(level.height) * (left * (1 - point.right) + right * point.right);
-            by[3 * t + 2] = product[0] * point.share(0) + product[1] * point.share(1) + product[2] * point.share(2) +
-                            product[3] * point.share(3);
-        }
     }
+}
+
+// The gradients of the x, y and weight of point i from the products. They are computed when all products of a block are in
+// memory: a load that follows the store of one of its parts would wait.
+SPROMPT_INLINE void gradients_of(const Level& level, const Located& located, const float* products, int64_t i, float* by_point,
+                                 float* by_weight) {
+    const Point point(located, i);
+    const float a = products[4 * i], b = products[4 * i + 1], c = products[4 * i + 2], d = products[4 * i + 3];
+    const float weight = point.x > -2 && point.y > -2 ? point.weight : 0.0f;
+    const float across = (b - a) * (1 - point.below) + (d - c) * point.below;
+    const float down = (c - a) * (1 - point.right) + (d - b) * point.right;
+    by_point[2 * i] = weight * static_cast<float>(level.width) * across;
+    by_point[2 * i + 1] = weight * static_cast<float>(level.height) * down;
+    by_weight[i] = a * point.share(0) + b * point.share(1) + c * point.share(2) + d * point.share(3);
 }
 
 // The part of a backward that one job computes: channels [channel, channel + width) of queries [query, query + queries).
@@ -186,7 +193,7 @@ struct Gradients {
     int64_t most;  // points of a query on one level
 
     // Floats of scratch memory for a job, without the sums of to_values.
-    int64_t floats(int64_t width) const { return located_floats(most) + block * (width + 3 * most) + 3 * most; }
+    int64_t floats(int64_t width) const { return located_floats(most) + block * (width + 7 * most); }
 };
 
 template <class T>
@@ -195,7 +202,8 @@ static void compute(const Gradients& all, const Part& part, bool to_values, bool
                   Q = all.points.size[1], width = part.width;
     const Level level = level_of(all.levels, part.v);
     const Located located = located_at(scratch, all.most);
-    float *grads = scratch + located_floats(all.most), *by = grads + block * width, *row = by + 3 * block * all.most;
+    float *grads = scratch + located_floats(all.most), *by_point = grads + block * width,
+          *by_weight = by_point + 2 * block * all.most, *products = by_weight + block * all.most;
     const T* map = all.values.as<const T>() + b * all.values.stride[0] + level.first * all.values.stride[1] +
                    h * all.values.stride[2] + part.channel;
     const int64_t cells = level.height * level.width, n = level.number;
@@ -208,29 +216,31 @@ static void compute(const Gradients& all, const Part& part, bool to_values, bool
     }
     for (int64_t cell = 0; cell < cells && to_values; ++cell)
         __builtin_memset(sums + cell * sums_stride, 0, static_cast<size_t>(4 * width));
+    const auto row_of = [&](int64_t q) { return b * all.grad.stride[0] + q * all.grad.stride[1] + h * D + part.channel; };
+    const auto place_of = [&](int64_t q) { return ((b * Q + q) * H + h) * all.weights.size[3] + level.place; };
     const int64_t end = part.query + part.queries;
     for (int64_t q = part.query; q < end && n > 0; q += block) {
         const int64_t count = smaller(end - q, block);
+        for (int64_t i = q; i < q + count && to_others; ++i) {
+            if (all.to_points.given()) prefetch<1>(all.to_points, 2 * place_of(i), 2 * n);
+            if (all.to_weights.given()) prefetch<1>(all.to_weights, place_of(i), n);
+        }
+        for (int64_t i = q + block; i < smaller(q + 2 * block, end); ++i) prefetch<0>(all.grad, row_of(i), width);
         locate(all.points, all.weights, level, b, h, q, count, located);
         for (int64_t i = 0; i < count; ++i) {
-            const T* in = all.grad.as<const T>() + b * all.grad.stride[0] + (q + i) * all.grad.stride[1] + h * D + part.channel;
-            row_to_float(in, width, grads + i * width);
+            row_to_float(all.grad.as<const T>() + row_of(q + i), width, grads + i * width);
         }
         for (int64_t i = 0; i < count * width; ++i) grads[i] += grads[i] - grads[i];  // infinity becomes NaN
         by_vectors(width, [&](auto vectors) {
             for (int64_t i = 0; i < count; ++i)
                 add_gradients<T, vectors.count>(map, all.values.stride[1], level, located, i, grads + i * width, width,
-                                                to_values ? sums : nullptr, sums_stride, to_others ? by + 3 * n * i : nullptr);
+                                                to_values ? sums : nullptr, sums_stride, to_others ? products : nullptr);
         });
+        for (int64_t i = 0; i < count * n && to_others; ++i) gradients_of(level, located, products, i, by_point, by_weight);
         for (int64_t i = 0; i < count && to_others; ++i) {
-            const int64_t place = ((b * Q + q + i) * H + h) * (all.points.size[3] / 2) + level.place;
-            for (int64_t t = 0; t < n; ++t) {
-                row[2 * t] = by[3 * (n * i + t)];
-                row[2 * t + 1] = by[3 * (n * i + t) + 1];
-                row[2 * n + t] = by[3 * (n * i + t) + 2];
-            }
-            if (all.to_points.given()) write_floats(row, 2 * n, all.to_points, 2 * place);
-            if (all.to_weights.given()) write_floats(row + 2 * n, n, all.to_weights, place);
+            const int64_t place = place_of(q + i);
+            if (all.to_points.given()) write_floats(by_point + 2 * n * i, 2 * n, all.to_points, 2 * place);
+            if (all.to_weights.given()) write_floats(by_weight + n * i, n, all.to_weights, place);
         }
     }
     for (int64_t cell = 0; cell < cells && to_values && !in_place; ++cell)
