@@ -23,27 +23,44 @@ struct Limit {
     int64_t equal;
 };
 
-constexpr int64_t bins = 2048;
+// Neighbouring keys are counted in different tables, since keys of one bin would wait for each other.
+constexpr int64_t bins = 2048, tables = 4;
 
-// Keys are at least 0, and k is in [1, n]. Digits of 11, 10 and 10 bits, the highest first. `rest` holds the keys that share
-// the digits found so far; `counts` has `bins` entries.
+// Bit i is set where lane i of the condition is -1.
+SPROMPT_INLINE uint32_t bits_of(vi condition) { return bits_greater((vf)(condition & 0x3f800000), vf{}); }
+
+// counts[d] <- how many of n keys have the digit d, for d in [0, mask].
+static void count_digits(const int32_t* keys, int64_t n, int shift, int32_t mask, int32_t* counts) {
+    for (int64_t k = 0; k < tables; ++k)
+        for (int64_t i = 0; i <= mask; ++i) counts[k * bins + i] = 0;
+    int64_t i = 0;
+    for (; i + tables <= n; i += tables)
+        for (int64_t k = 0; k < tables; ++k) ++counts[k * bins + (keys[i + k] >> shift & mask)];
+    for (; i < n; ++i) ++counts[keys[i] >> shift & mask];
+    for (int64_t k = 1; k < tables; ++k)
+        for (int64_t d = 0; d <= mask; ++d) counts[d] += counts[k * bins + d];
+}
+
+// Keys are at least 0, and k is in [1, n]. Digits have 11, 10 and 10 bits, the highest first. `rest` holds the keys that share
+// the digits found so far. `keys` and `rest` are readable up to the next multiple of W.
 static Limit limit_of(const int32_t* keys, int64_t n, int64_t k, int32_t* rest, int32_t* counts) {
     int32_t found = 0;
-    const int32_t* from = keys;
     for (int shift = 20; shift >= 0; shift -= 10) {
         const int32_t mask = shift == 20 ? 2047 : 1023;
-        for (int64_t i = 0; i < bins; ++i) counts[i] = 0;
-        for (int64_t i = 0; i < n; ++i) ++counts[from[i] >> shift & mask];
+        count_digits(keys, n, shift, mask, counts);
         int32_t digit = 0;
         while (k > counts[digit]) k -= counts[digit++];
         found |= digit << shift;
         int64_t kept = 0;
-        for (int64_t i = 0; i < n; ++i) {  // reads ahead of its writes, so `from` may be `rest`
-            const int32_t key = from[i];
-            rest[kept] = key;
-            kept += (key >> shift & mask) == digit;
+        for (int64_t i = 0; i < n; i += W) {  // reads ahead of its writes, so `keys` may be `rest`
+            const vi some = load(keys + i), same = (some >> shift & mask) == digit;
+            uint32_t members = bits_of(same & first_lanes(n - i));
+            if (members == 0) continue;
+            int32_t lane[W];
+            store(lane, some);
+            for (; members != 0; members &= members - 1) rest[kept++] = lane[__builtin_ctz(members)];
         }
-        from = rest;
+        keys = rest;
         n = kept;
     }
     return {found, k};
@@ -51,13 +68,14 @@ static Limit limit_of(const int32_t* keys, int64_t n, int64_t k, int32_t* rest, 
 
 // chosen (kept) <- the indices of the `kept` smallest of n keys, increasing.
 static void choose(const int32_t* keys, int64_t n, int64_t kept, int32_t* rest, int32_t* counts, int32_t* chosen) {
-    const Limit limit = limit_of(keys, n, kept, rest, counts);
-    int64_t equal = limit.equal, done = 0;
-    for (int64_t i = 0; done < kept; ++i) {
-        const bool ties = (keys[i] == limit.key) & (equal > 0);
-        chosen[done] = static_cast<int32_t>(i);
-        done += (keys[i] < limit.key) | ties;
-        equal -= ties;
+    Limit limit = limit_of(keys, n, kept, rest, counts);
+    for (int64_t i = 0, done = 0; done < kept; i += W) {
+        uint32_t members = bits_of((load(keys + i) <= limit.key) & first_lanes(n - i));
+        for (; members != 0; members &= members - 1) {
+            const int64_t place = i + __builtin_ctz(members);
+            if (keys[place] == limit.key && limit.equal-- <= 0) continue;
+            chosen[done++] = static_cast<int32_t>(place);
+        }
     }
 }
 
@@ -82,7 +100,7 @@ SPROMPT_INLINE void for_each_final(const Points& points, const int32_t* chosen, 
     }
 }
 
-SPROMPT_INLINE Bits bits_of(const View& words, int64_t m, int64_t height, int64_t width) {
+SPROMPT_INLINE Bits target_of(const View& words, int64_t m, int64_t height, int64_t width) {
     return {words.as<const char>() + 4 * m * words.stride[0], height, width};
 }
 
@@ -100,9 +118,9 @@ void point_loss(const View& logits, const View& words, int64_t height, int64_t w
     const int64_t cells = bordered(logits.size[1] + 2, logits.size[2]), slots = padded(drawn + W);
     Scratch memory;
     float* maps = memory.take<float>(threads, cells);
-    int32_t* buffers = memory.take<int32_t>(threads, 2 * slots + bins);  // keys, keys that share digits, counts
+    int32_t* buffers = memory.take<int32_t>(threads, 2 * slots + tables * bins);  // keys, keys that share digits, counts
     parallel_for(M, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        int32_t *keys = buffers + worker * (2 * slots + bins), *rest = keys + slots, *counts = rest + slots;
+        int32_t *keys = buffers + worker * (2 * slots + tables * bins), *rest = keys + slots, *counts = rest + slots;
         for (int64_t m = begin; m < end; ++m) {
             Map map{};
             SPROMPT_FLOAT_TYPES(logits.dtype, T, map = map_of<T>(logits, m, maps + worker * cells))
@@ -118,7 +136,7 @@ void point_loss(const View& logits, const View& words, int64_t height, int64_t w
                 }
                 choose(keys, drawn, kept, rest, counts, selected);
             }
-            const Bits target = bits_of(words, m, height, width);
+            const Bits target = target_of(words, m, height, width);
             double total[4] = {};  // softplus(z) - z t, p t, p, t
             vf part[4] = {};
             int steps = 0;
@@ -170,7 +188,7 @@ void point_loss_backward(const View& grad_bce, const View& grad_dice, const View
                 SPROMPT_FLOAT_TYPES(logits.dtype, T, map = map_of<T>(logits, m, maps + 2 * worker * cells))
                 slopes.clear_cells();
                 const Points source(points, seed, m);
-                const Bits target = bits_of(words, m, height, width);
+                const Bits target = target_of(words, m, height, width);
                 // bce (p - t) + p (1 - p) (same - toward t)
                 const float* known = sums.as<const float>() + m * sums.stride[0];
                 const double below = static_cast<double>(known[1]) + 1.0, above = 2.0 * known[0] + 1.0;

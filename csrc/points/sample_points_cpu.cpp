@@ -16,7 +16,9 @@ SPROMPT_INLINE void for_each_point(const View& points, int64_t b, const F& f) {
     for (int64_t t = 0; t < T; t += W) {
         const vi index = static_cast<int32_t>(t) + lanes(), end = broadcast(static_cast<int32_t>(T - 1));
         const vi place = select_int(index < end, index, end);
-        f(t, T - t < W ? T - t : W, (vf)gather<4>(given, place + place), (vf)gather<4>(given + 1, place + place));
+        vf x, y;
+        gather_pairs(given, place + place, x, y);
+        f(t, T - t < W ? T - t : W, x, y);
     }
 }
 

@@ -36,6 +36,28 @@ SPROMPT_INLINE vi gather(const void* base, vi offset) {
 #endif
 }
 
+// Lane i of a and b is base[offset[i]] and base[offset[i] + 1]: half of the loads of two gathers.
+SPROMPT_INLINE void gather_pairs(const float* base, vi offset, vf& a, vf& b) {
+#if defined(__AVX512F__)
+    const __m512d low = _mm512_i32gather_pd((__m256i)_mm512_castps512_ps256((__m512)offset), base, 4);
+    const __m512d high = _mm512_i32gather_pd((__m256i)_mm512_extractf32x8_ps((__m512)offset, 1), base, 4);
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    a = (vf)_mm512_permutex2var_ps((__m512)low, even, (__m512)high);
+    b = (vf)_mm512_permutex2var_ps((__m512)low, (__m512i)((vi)even + 1), (__m512)high);
+#elif defined(__AVX2__)
+    const double* pairs = reinterpret_cast<const double*>(base);
+    const __m256 low = (__m256)_mm256_i32gather_pd(pairs, _mm256_castsi256_si128((__m256i)offset), 4);
+    const __m256 high = (__m256)_mm256_i32gather_pd(pairs, _mm256_extracti128_si256((__m256i)offset, 1), 4);
+    a = (vf)_mm256_permute4x64_pd((__m256d)_mm256_shuffle_ps(low, high, 0x88), 0xd8);
+    b = (vf)_mm256_permute4x64_pd((__m256d)_mm256_shuffle_ps(low, high, 0xdd), 0xd8);
+#else
+    for (int i = 0; i < W; ++i) {
+        a[i] = base[offset[i]];
+        b[i] = base[offset[i] + 1];
+    }
+#endif
+}
+
 // ---- The points of an image or mask: drawn or given.
 
 struct Points {
@@ -49,8 +71,7 @@ struct Points {
           mask(m) {}
     SPROMPT_INLINE void at(vi index, vf& x, vf& y) const {
         if (given == nullptr) return draw_points(keys, mask, index, x, y);
-        x = (vf)gather<4>(given, index + index);
-        y = (vf)gather<4>(given + 1, index + index);
+        gather_pairs(given, index + index, x, y);
     }
 };
 
@@ -91,8 +112,9 @@ SPROMPT_INLINE Taps taps_of(vf x, vf y, int64_t h, int64_t w, int32_t top, int32
 }
 
 SPROMPT_INLINE vf value_at(const float* cells, int64_t stride, const Taps& taps) {
-    const vf a = (vf)gather<4>(cells, taps.first), b = (vf)gather<4>(cells + 1, taps.first);
-    const vf c = (vf)gather<4>(cells + stride, taps.first), d = (vf)gather<4>(cells + stride + 1, taps.first);
+    vf a, b, c, d;
+    gather_pairs(cells, taps.first, a, b);
+    gather_pairs(cells + stride, taps.first, c, d);
     const vf upper = a + taps.fx * (b - a), lower = c + taps.fx * (d - c);
     return upper + taps.fy * (lower - upper);
 }
@@ -138,12 +160,16 @@ struct Map {
         store(share[2], lower * ex);
         store(share[3], lower * taps.fx);
         store(first, taps.first);
+        typedef float pair __attribute__((vector_size(8)));
+        const auto add_pair = [](float* cell, pair more) __attribute__((always_inline)) {
+            pair both;
+            __builtin_memcpy(&both, cell, sizeof both);
+            both += more;
+            __builtin_memcpy(cell, &both, sizeof both);
+        };
         for (int i = 0; i < W; ++i) {
-            float* cell = cells + first[i];
-            cell[0] += share[0][i];
-            cell[1] += share[1][i];
-            cell[stride()] += share[2][i];
-            cell[stride() + 1] += share[3][i];
+            add_pair(cells + first[i], pair{share[0][i], share[1][i]});
+            add_pair(cells + first[i] + stride(), pair{share[2][i], share[3][i]});
         }
     }
     SPROMPT_INLINE void clear_cells() const { clear(cells, bordered(h + 2, w)); }

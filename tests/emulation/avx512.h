@@ -209,6 +209,23 @@ EMULATED __m512 i32gather_ps(__m512i index, const void* p) {
     EACH(16) __builtin_memcpy(&r.lane[i], static_cast<const char*>(p) + static_cast<int64_t>(k.lane[i]) * scale, 4);
     return r.as<__m512>();
 }
+template <int scale>
+EMULATED __m512d i32gather_pd(__m256i index, const void* p) {
+    int32_t k[8];
+    __builtin_memcpy(k, &index, sizeof k);
+    D r;
+    EACH(8) __builtin_memcpy(&r.lane[i], static_cast<const char*>(p) + static_cast<int64_t>(k[i]) * scale, 8);
+    return r.as<__m512d>();
+}
+EMULATED __m512i mul_epu32(__m512i a, __m512i b) {
+    const Q x = Q::of(a), y = Q::of(b);
+    Q r;
+    EACH(8) {
+        const uint64_t product = static_cast<uint64_t>(static_cast<uint32_t>(x.lane[i])) * static_cast<uint32_t>(y.lane[i]);
+        __builtin_memcpy(&r.lane[i], &product, 8);
+    }
+    return r.as<__m512i>();
+}
 EMULATED __m256 castps512_ps256(__m512 a) {
     __m256 r;
     __builtin_memcpy(&r, &a, 32);
@@ -271,6 +288,9 @@ EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_permutex2var_ps emulated::permutex2var_ps
 #undef _mm512_i32gather_ps
 #define _mm512_i32gather_ps(index, p, scale) emulated::i32gather_ps<scale>(index, p)
+#undef _mm512_i32gather_pd
+#define _mm512_i32gather_pd(index, p, scale) emulated::i32gather_pd<scale>(index, p)
+#define _mm512_mul_epu32 emulated::mul_epu32
 #define _mm512_castps512_ps256 emulated::castps512_ps256
 #undef _mm512_extractf32x8_ps
 #define _mm512_extractf32x8_ps(a, half) emulated::extractf32x8_ps<half>(a)
