@@ -7,15 +7,18 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sprompt.models.fit import check_fit
 from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.nn.resnet import DEPTHS, Bottleneck
 from sprompt.nn.tensor_files import read_tensors, write_tensors
+
+if TYPE_CHECKING:
+    from sprompt.models.mask2former.model import Mask2Former
 
 #: Our parts, and where transformers has them.
 _PARTS = {
@@ -88,7 +91,7 @@ _RELEASE = (
 )
 
 
-def import_checkpoint(model: nn.Module, path: Path | str) -> str:
+def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
     """Copies a file of transformers' Mask2Former or of the official release into a model. Returns a sentence about it.
 
     The import is strict: the file must have every tensor of the model, with its shape, and no other tensor but the loss's class
@@ -119,16 +122,15 @@ def import_checkpoint(model: nn.Module, path: Path | str) -> str:
     check_fit(path, tensors, wanted)
     model.load_state_dict(tensors)
     if fresh:
-        model.reset_classifier(own)  # type: ignore[operator]  # a Mask2Former
+        model.reset_classifier(own)
     return said
 
 
-def export_checkpoint(model: nn.Module, path: Path | str) -> None:
-    """Writes a model as safetensors with transformers' names; `from_pretrained` of transformers needs a config.json beside it."""
+def export_checkpoint(model: Mask2Former, path: Path | str) -> None:
+    """Writes a model as safetensors with transformers' names. For `from_pretrained` of transformers put a config.json beside it."""
     tensors = {to_transformers(name): tensor for name, tensor in model.state_dict().items()}
-    config = model.config
-    weight = torch.ones(config.num_classes + 1)  # type: ignore[union-attr, operator]  # a Mask2FormerConfig
-    weight[-1] = config.no_object  # type: ignore[union-attr, assignment]  # a Mask2FormerConfig
+    weight = torch.ones(model.num_classes + 1)
+    weight[-1] = model.config.no_object
     write_tensors(path, tensors | {"criterion.empty_weight": weight}, {"format": "pt"})
 
 

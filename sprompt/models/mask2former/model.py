@@ -85,7 +85,9 @@ class Mask2Former(nn.Module):
         """Norms, queries and level embeddings do not decay; the backbone has a tenth of the learning rate."""
         norms = [p for m in self.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()]
         module = self.transformer_module
-        tables = [module.queries_embedder.weight, module.queries_features.weight, module.level_embed.weight]
+        tables = [
+            p for t in (module.queries_embedder, module.queries_features, module.level_embed) for p in t.parameters()
+        ]
         return [
             ParameterGroup([*norms, *tables, self.pixel_decoder.level_embed], decay=0),
             ParameterGroup(list(self.backbone.parameters()), rate=0.1),
