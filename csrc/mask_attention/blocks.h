@@ -64,6 +64,9 @@ struct Task {
           heads((task % cut.groups + 1) * cut.H / cut.groups) {}
 };
 
+// Items of `size` numbers that are worth the start of a thread.
+SPROMPT_INLINE int64_t grain_of(int64_t size) { return size < 1 << 18 ? (1 << 18) / (size > 0 ? size : 1) : 1; }
+
 template <class T>
 SPROMPT_INLINE T* row_of(const View& x, int64_t b, int64_t h, int64_t row) {
     return x.as<T>() + b * x.stride[0] + h * x.stride[1] + row * x.stride[2];
@@ -166,7 +169,7 @@ struct Masks {
         if (words == nullptr) return;
         const int64_t images = image != 0 ? B : 1;
         empty = memory.take<uint8_t>(images, N);
-        parallel_for(images * N, 64, threads, [&](int64_t begin, int64_t end, int) {
+        parallel_for(images * N, grain_of(n), threads, [&](int64_t begin, int64_t end, int) {
             for (int64_t i = begin; i < end; ++i) {
                 const uint32_t* bits = of(i / N, i % N);
                 int64_t w = 0;

@@ -1,3 +1,4 @@
+#include "common/huge_pages.h"
 #include "mask_attention/blocks.h"
 #include "mask_attention/mask_attention.h"
 
@@ -132,8 +133,11 @@ static void backward(const View& grad, const View& query, const View& key, const
     const int64_t scratch_floats =
         round_up(6 * matrix + 2 * panel_rows * (block + padded) + MR * padded + padded, 16) + Attended::ints(N);
     float* scratch = memory.take<float>(threads, scratch_floats);
+    const int64_t bytes = cut.B * cut.H * cut.S * cut.D * static_cast<int64_t>(sizeof(T));
+    ask_for_huge_pages(grad_key.data, bytes);
+    ask_for_huge_pages(grad_value.data, bytes);
     masks.find_empty(cut.B, threads, memory);
-    parallel_for(cut.B * cut.H, 1, threads, [&](int64_t begin, int64_t end, int worker) {
+    parallel_for(cut.B * cut.H, grain_of(N * padded), threads, [&](int64_t begin, int64_t end, int worker) {
         float* result = scratch + worker * scratch_floats;
         for (int64_t i = begin; i < end; ++i) {
             pack_rows<T>(query, i / cut.H, i % cut.H, 0, N, padded, scale, queries + i * N * padded);
@@ -204,7 +208,7 @@ static void backward(const View& grad, const View& query, const View& key, const
             }
         }
     });
-    parallel_for(cut.rows(), 16, threads, [&](int64_t begin, int64_t end, int worker) {
+    parallel_for(cut.rows(), grain_of(cut.chunks * padded), threads, [&](int64_t begin, int64_t end, int worker) {
         float* sums = scratch + worker * scratch_floats;
         for (int64_t row = begin; row < end; ++row) {
             const int64_t inside = row % (cut.H * N);

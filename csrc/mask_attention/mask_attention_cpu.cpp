@@ -125,7 +125,7 @@ static void forward(const View& query, const View& key, const View& value, const
     const int64_t scratch_floats = round_up(3 * matrix + MR * (block + padded) + padded, 16) + Attended::ints(N);
     float* scratch = memory.take<float>(threads, scratch_floats);
     masks.find_empty(cut.B, threads, memory);
-    parallel_for(cut.B * cut.H, 1, threads, [&](int64_t begin, int64_t end, int) {
+    parallel_for(cut.B * cut.H, grain_of(N * padded), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i)
             pack_rows<T>(query, i / cut.H, i % cut.H, 0, N, padded, scale, queries + i * N * padded);
     });
@@ -181,7 +181,7 @@ static void forward(const View& query, const View& key, const View& value, const
             }
         }
     });
-    parallel_for(cut.rows(), 16, threads, [&](int64_t begin, int64_t end, int worker) {
+    parallel_for(cut.rows(), grain_of(cut.chunks * padded), threads, [&](int64_t begin, int64_t end, int worker) {
         for (int64_t row = begin; row < end; ++row)
             join<T>(cut, row, tops, totals, sums, scratch + worker * scratch_floats, out, logsum);
     });

@@ -1,11 +1,8 @@
 #include "masks/masks.h"
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "common/bits.h"
 #include "common/half.h"
+#include "common/huge_pages.h"
 #include "common/overlap.h"
 #include "common/threads.h"
 
@@ -85,21 +82,6 @@ SPROMPT_INLINE void unpack_word(uint32_t word, uint8_t* pixels) {
         spread = ((spread + 0x7f7f7f7f7f7f7f7fu) | spread) >> 7 & 0x0101010101010101u;
         __builtin_memcpy(pixels + 8 * i, &spread, 8);
     }
-#endif
-}
-
-constexpr int64_t huge_page = 1 << 21;
-
-// A buffer of this size is new memory from the system, which clears it one page at a time. 2 MB pages instead of 4 kB pages
-// save most of that time. The call only advises the kernel, for the whole 2 MB pages inside the buffer. On another system than
-// Linux, or if the kernel refuses, nothing changes.
-static bool ask_for_huge_pages(uint8_t* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-    const uintptr_t at = reinterpret_cast<uintptr_t>(memory);
-    const uintptr_t first = (at + huge_page - 1) / huge_page * huge_page, last = (at + bytes) / huge_page * huge_page;
-    return bytes >= 2 * huge_page && madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE) == 0;
-#else
-    return false;
 #endif
 }
 

@@ -139,17 +139,22 @@ def _released(
     return torch.matmul(scores.softmax(-1), value)
 
 
-def _bench(B: int, h: int, w: int, threshold: float, share: float, device: str, goals: dict[str, float]) -> Bench:
+def _bench(
+    B: int, h: int, w: int, threshold: float, share: float, device: str, goals: dict[str, float], trained: bool = True
+) -> Bench:
     S, both = h * w, (torch.float32, torch.bfloat16)
+    shape = f"B {B}, 8 heads of 32, N 100, S {h}x{w}, {share:.0%} set"
     return Bench(
-        mask_attention, f"B {B}, 8 heads of 32, N 100, S {h}x{w}, {share:.0%} set", _attention(B, h, w, threshold), _sdpa,
-        libraries={"released": _released}, dtypes=both, gradients=("query", "key", "value"), device=device,
+        mask_attention, shape if trained else f"{shape}, inference", _attention(B, h, w, threshold), _sdpa,
+        libraries={"released": _released}, dtypes=both, gradients=("query", "key", "value") if trained else (), device=device,
         flops=share * 4.0 * B * 8 * 100 * S * 32, bytes=4.0 * B * 8 * 32 * (2 * S + 200) + B * 100 * S / 8, goals=goals,
     )  # fmt: skip
 
 
 BENCHES = [
-    _bench(2, 100, 168, 0.95, 0.08, "cpu", {"forward": 8, "full": 5, "memory": 10, "released": 25}),
+    _bench(2, 100, 168, 0.95, 0.08, "cpu", {"forward": 8, "full": 5, "released": 25}),
+    # With gradients, the peak of every form holds the gradients of 69 MB, so the goal for memory is that of inference.
+    _bench(2, 100, 168, 0.95, 0.08, "cpu", {"memory": 10}, trained=False),
     _bench(2, 25, 42, 1.1, 0.08, "cpu", {"forward": 2}),
     _bench(2, 100, 168, 0.0, 0.5, "cpu", {"forward": 1}),
     _bench(12, 100, 168, 0.95, 0.08, "cuda", {}),

@@ -286,10 +286,6 @@ BENCHES = [
     ),
     Bench(mask_pool, f"{_shape}, logits, 5 % set", _logits(0.05), _eager_pool, gradients=("features",), **_pooled),
     Bench(mask_pool, f"{_shape}, logits, blobs", _blobs, _eager_pool, gradients=("features",), **_pooled),
-    Bench(
-        mask_bits, f"{_shape}, 5 % set", _five_percent, _eager_bits, vectorised=False, dtypes=_both, flops=2.0 * B * N * C * P,
-        bytes=4.0 * B * (P * C + N * C) + B * N * P / 8, goals={"forward": 1},
-    ),
     Bench(mask_pool, f"{_shape}, logits, 50 % set", _logits(0.5), _eager_pool, gradients=("features",), **_pooled),
     Bench(mask_pool, f"{_shape}, bits, 5 % set", _bits_of(_logits(0.05)), _eager_pool_of_bits, vectorised=False, **_pooled),
     Bench(mask_pool, f"{_shape}, bits, 50 % set", _bits_of(_logits(0.5)), _eager_pool_of_bits, vectorised=False, **_pooled),
