@@ -19,7 +19,7 @@ from sprompt.models.mask2former.loss import Points, losses
 from sprompt.models.saved import load_model, save_model
 from sprompt.nn.tensor_files import read_tensors, write_tensors
 
-transformers = pytest.importorskip("transformers", reason="the independent truth: pip install transformers")
+transformers = pytest.importorskip("transformers", reason="the independent truth of these tests")
 
 TINY = Mask2FormerConfig(
     depth=18, backbone_width=8, channels=32, queries=7, heads=4, encoder_layers=2, encoder_feedforward=40, decoder_layers=4,
