@@ -227,9 +227,7 @@ static void compute(const Gradients& all, const Part& part, bool to_values, bool
         }
         for (int64_t i = q + block; i < smaller(q + 2 * block, end); ++i) prefetch<0>(all.grad, row_of(i), width);
         locate(all.points, all.weights, level, b, h, q, count, located);
-        for (int64_t i = 0; i < count; ++i) {
-            row_to_float(all.grad.as<const T>() + row_of(q + i), width, grads + i * width);
-        }
+        for (int64_t i = 0; i < count; ++i) row_to_float(all.grad.as<const T>() + row_of(q + i), width, grads + i * width);
         for (int64_t i = 0; i < count * width; ++i) grads[i] += grads[i] - grads[i];  // infinity becomes NaN
         by_vectors(width, [&](auto vectors) {
             for (int64_t i = 0; i < count; ++i)
@@ -256,18 +254,19 @@ static void backward(const Gradients& all, int threads) {
                   V = all.levels.size[0];
     const bool values = all.to_values.given(), others = all.to_points.given() || all.to_weights.given();
     const int64_t maps = B * H * V;
+    if (maps == 0) return;  // no gradient has an element
     const bool together = maps >= 2 * threads;
     int64_t parts = 1, most_cells = 0;
-    while (!together && maps * parts < 2 * threads && D % (2 * parts * W) == 0) parts *= 2;
+    while (D > 0 && maps * parts < 2 * threads && D % (2 * parts * W) == 0) parts *= 2;
     const int64_t width = D / parts, chunk = 4 * block;
     for (int64_t v = 0; v < V; ++v) {
         const Level level = level_of(all.levels, v);
         most_cells = level.height * level.width > most_cells ? level.height * level.width : most_cells;
     }
     Scratch memory;
-    const int64_t workers = smaller(threads, maps * parts > 0 ? maps * parts : 1);
+    const int64_t workers = smaller(threads, maps * parts);
     float* scratch = memory.take<float>(threads, all.floats(D));
-    float* sums = memory.take<float>(values ? workers : 0, most_cells, width);
+    float* sums = memory.take<float>(values && sizeof(T) < sizeof(float) ? workers : 0, most_cells, width);
     if (values)
         parallel_for(maps * parts, 1, static_cast<int>(workers), [&](int64_t begin, int64_t end, int worker) {
             for (int64_t job = begin; job < end; ++job) {

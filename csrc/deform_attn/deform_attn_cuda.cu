@@ -127,8 +127,8 @@ __device__ inline void for_points(const Problem& p, const Job& job, const F& f) 
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(threads) forward_kernel(Problem p, const T* values,  // (B, S, H, D)
-                                                          T* out) {                    // (B, Q, H * D)
+__global__ void __launch_bounds__(threads, 8) forward_kernel(Problem p, const T* values,  // (B, S, H, D)
+                                                             T* out) {                    // (B, Q, H * D)
     const Job job(p);
     if (!job.valid) return;
     const T* map = values + job.b * p.value_b + job.h * p.value_h;
@@ -146,7 +146,11 @@ __global__ void __launch_bounds__(threads) forward_kernel(Problem p, const T* va
         });
         Pack<T, N> result;
 #pragma unroll
-        for (int i = 0; i < N; ++i) from_float(sum[i], result.x + i);
+        for (int i = 0; i < N; ++i) {
+            T rounded;
+            from_float(sum[i], &rounded);
+            result.x[i] = rounded;
+        }
         *reinterpret_cast<Pack<T, N>*>(out + job.index * p.D + c) = result;
     }
 }

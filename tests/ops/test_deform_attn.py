@@ -128,7 +128,7 @@ def test_numbers_per_level_equal_padding_with_weights_of_0() -> None:
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 def test_half_values_with_float32_points_are_read_exactly(dtype: torch.dtype) -> None:
-    """The results equal those of the same numbers in float32, rounded once."""
+    """The results equal those of the same numbers in float32, rounded once. Sums over channels may have another order."""
     shapes = ((6, 7), (3, 3))
     values, points, weights = _draw(2, 30, 2, 32, shapes, 4, 3)
     half = [values.to(dtype).requires_grad_(), *leaves((points, weights))[:2]]
@@ -140,7 +140,8 @@ def test_half_values_with_float32_points_are_read_exactly(dtype: torch.dtype) ->
     expected = torch.autograd.grad(wide_out, full, grad.float())
     assert [g.dtype for g in found] == [dtype, torch.float32, torch.float32]
     assert torch.equal(found[0], expected[0].to(dtype))
-    assert torch.equal(found[1], expected[1]) and torch.equal(found[2], expected[2])
+    for a, e in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-6 * float(e.abs().max()))
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")))

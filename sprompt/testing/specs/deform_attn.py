@@ -70,6 +70,7 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
         sample("no queries", draw(2, 0, 2, 8, THREE, 4), THREE),
         sample("no heads", draw(2, 5, 0, 8, THREE, 4), THREE),
         sample("no channels", draw(2, 5, 2, 0, THREE, 4), THREE),
+        sample("no heads and no channels", draw(2, 5, 0, 0, THREE, 4), THREE),
         sample("no points", draw(2, 5, 2, 8, THREE, 0), THREE),
         sample("no levels", draw(2, 5, 2, 8, (), 4), ()),
         sample("a level without cells", draw(2, 5, 2, 8, ((0, 4), (3, 2)), 4), ((0, 4), (3, 2))),
