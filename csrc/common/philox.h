@@ -40,8 +40,8 @@ SPROMPT_PHILOX void philox(const PhiloxKeys& keys, U* c) {
 #pragma GCC unroll 10
     for (int i = 0; i < 10; ++i) {
         const U a = Arithmetic::product(c[0], 0xD2511F53u), b = Arithmetic::product(c[2], 0xCD9E8D57u);
-        c[0] = Arithmetic::mix(b >> 32, c[1], keys.low[i]);
-        c[2] = Arithmetic::mix(a >> 32, c[3], keys.high[i]);
+        c[0] = Arithmetic::mix(Arithmetic::high(b), c[1], keys.low[i]);
+        c[2] = Arithmetic::mix(Arithmetic::high(a), c[3], keys.high[i]);
         c[1] = b;
         c[3] = a;
     }
@@ -69,6 +69,18 @@ struct LaneArithmetic {
         return (v64)_mm_mul_epu32((__m128i)a, (__m128i)other);
 #else
         return (a & 0xffffffffu) * other;
+#endif
+    }
+    // On x86 a shuffle, since the ports of shifts are those of products.
+    static SPROMPT_INLINE v64 high(v64 a) {
+#if defined(__AVX512F__)
+        return (v64)_mm512_shuffle_epi32((__m512i)a, _MM_PERM_DDBB);
+#elif defined(__AVX2__)
+        return (v64)_mm256_shuffle_epi32((__m256i)a, 0xf5);
+#elif SPROMPT_X86
+        return (v64)_mm_shuffle_epi32((__m128i)a, 0xf5);
+#else
+        return a >> 32;
 #endif
     }
     static SPROMPT_INLINE v64 mix(v64 a, v64 b, uint64_t key) {

@@ -26,9 +26,6 @@ struct Limit {
 // Neighbouring keys are counted in different tables, since keys of one bin would wait for each other.
 constexpr int64_t bins = 2048, tables = 4;
 
-// Bit i is set where lane i of the condition is -1.
-SPROMPT_INLINE uint32_t bits_of(vi condition) { return bits_greater((vf)(condition & 0x3f800000), vf{}); }
-
 // Appends the lanes of `values` whose bit is set, and writes up to W numbers. No branch depends on the bits.
 SPROMPT_INLINE void append(vi values, uint32_t bits, int32_t* list, int64_t& length) {
 #if defined(__AVX512F__)

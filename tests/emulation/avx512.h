@@ -233,6 +233,13 @@ EMULATED __m512i maskz_compress_epi32(__mmask16 k, __m512i a) {
     EACH(16) if (k >> i & 1) r.lane[next++] = x.lane[i];
     return r.as<__m512i>();
 }
+template <int order>
+EMULATED __m512i shuffle_epi32(__m512i a) {
+    const I x = I::of(a);
+    I r;
+    EACH(16) r.lane[i] = x.lane[i / 4 * 4 + (order >> 2 * (i % 4) & 3)];
+    return r.as<__m512i>();
+}
 template <int table>
 EMULATED __m512i ternarylogic_epi64(__m512i a, __m512i b, __m512i c) {
     static_assert(table == 0x96, "only the exclusive or is emulated");
@@ -306,6 +313,8 @@ EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #undef _mm512_i32gather_pd
 #define _mm512_i32gather_pd(index, p, scale) emulated::i32gather_pd<scale>(index, p)
 #define _mm512_maskz_compress_epi32 emulated::maskz_compress_epi32
+#undef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32(a, order) emulated::shuffle_epi32<order>(a)
 #undef _mm512_ternarylogic_epi64
 #define _mm512_ternarylogic_epi64(a, b, c, table) emulated::ternarylogic_epi64<table>(a, b, c)
 #define _mm512_mul_epu32 emulated::mul_epu32
