@@ -213,7 +213,8 @@ struct Job {
     Cut cut;
 };
 
-// out(i, values) at every W points of the block, for map c of image b. The rows of the block begin at `top`.
+// out(i, values) at every W points of the block, for map c of image b. The rows of the block begin at `top`. Meanwhile the rows
+// of the next map are fetched, because the hardware does not see that they come next.
 template <class F>
 SPROMPT_INLINE void sample_map(const Job& job, int64_t b, int64_t c, int64_t top, int64_t rows, int64_t count,
                                const Buffers& buffers, const F& out) {
@@ -221,7 +222,13 @@ SPROMPT_INLINE void sample_map(const Job& job, int64_t b, int64_t c, int64_t top
     SPROMPT_FLOAT_TYPES(maps.dtype, T,
                         take_rows(maps.as<const T>() + b * maps.stride[0] + c * maps.stride[1], maps.stride[2], job.cut.h,
                                   job.cut.w, top, rows, buffers.cells))
+    const int64_t bytes = maps.dtype == DType::f32 ? 4 : 2;
+    const int64_t line = maps.stride[2] * bytes, first = top > 0 ? top : 0, last = smaller(top + rows, job.cut.h);
+    const char* next = maps.as<const char>() + (b * maps.stride[0] + (c + 1) * maps.stride[1]) * bytes + first * line;
+    const int64_t ahead = c + 1 < maps.size[1] && last > first ? (last - first) * line : 0;
+    const int64_t share = ((ahead + 63) / 64 * W + count - 1) / count * 64;
     for (int64_t i = 0; i < count; i += W) {
+        for (int64_t k = 0, p = i / W * share; k < share && p < ahead; k += 64, p += 64) __builtin_prefetch(next + p);
         const Taps taps{load(buffers.first + i), load(buffers.fx + i), load(buffers.fy + i)};
         out(i, value_at(buffers.cells, job.cut.w + 2, taps));
     }

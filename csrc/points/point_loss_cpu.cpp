@@ -26,8 +26,20 @@ struct Limit {
 // Neighbouring keys are counted in different tables, since keys of one bin would wait for each other.
 constexpr int64_t bins = 2048, tables = 4;
 
-// Bit i is set where lane i of the condition is -1.
-SPROMPT_INLINE uint32_t bits_of(vi condition) { return bits_greater((vf)(condition & 0x3f800000), vf{}); }
+// Appends the lanes of `values` whose bit is set, and writes up to W numbers. No branch depends on the bits.
+SPROMPT_INLINE void append(vi values, uint32_t bits, int32_t* list, int64_t& length) {
+#if defined(__AVX512F__)
+    store(list + length, (vi)_mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)values));
+    length += __builtin_popcount(bits);
+#else
+    int32_t lane[W];
+    store(lane, values);
+    for (int i = 0; i < W; ++i) {
+        list[length] = lane[i];
+        length += bits >> i & 1;
+    }
+#endif
+}
 
 // counts[d] <- how many of n keys have the digit d, for d in [0, mask].
 static void count_digits(const int32_t* keys, int64_t n, int shift, int32_t mask, int32_t* counts) {
@@ -42,7 +54,7 @@ static void count_digits(const int32_t* keys, int64_t n, int shift, int32_t mask
 }
 
 // Keys are at least 0, and k is in [1, n]. Digits have 11, 10 and 10 bits, the highest first. `rest` holds the keys that share
-// the digits found so far. `keys` and `rest` are readable up to the next multiple of W.
+// the digits found so far. `keys` and `rest` have n + W numbers.
 static Limit limit_of(const int32_t* keys, int64_t n, int64_t k, int32_t* rest, int32_t* counts) {
     int32_t found = 0;
     for (int shift = 20; shift >= 0; shift -= 10) {
@@ -52,13 +64,9 @@ static Limit limit_of(const int32_t* keys, int64_t n, int64_t k, int32_t* rest, 
         while (k > counts[digit]) k -= counts[digit++];
         found |= digit << shift;
         int64_t kept = 0;
-        for (int64_t i = 0; i < n; i += W) {  // reads ahead of its writes, so `keys` may be `rest`
+        for (int64_t i = 0; i < n; i += W) {  // reads before it writes, so `keys` may be `rest`
             const vi some = load(keys + i), same = (some >> shift & mask) == digit;
-            uint32_t members = bits_of(same & first_lanes(n - i));
-            if (members == 0) continue;
-            int32_t lane[W];
-            store(lane, some);
-            for (; members != 0; members &= members - 1) rest[kept++] = lane[__builtin_ctz(members)];
+            append(some, bits_of(same & first_lanes(n - i)), rest, kept);
         }
         keys = rest;
         n = kept;
@@ -66,16 +74,19 @@ static Limit limit_of(const int32_t* keys, int64_t n, int64_t k, int32_t* rest, 
     return {found, k};
 }
 
-// chosen (kept) <- the indices of the `kept` smallest of n keys, increasing.
-static void choose(const int32_t* keys, int64_t n, int64_t kept, int32_t* rest, int32_t* counts, int32_t* chosen) {
+// list (kept) <- the indices of the `kept` smallest of n keys, increasing. `list` has n + W numbers and may be `rest`.
+static void choose(const int32_t* keys, int64_t n, int64_t kept, int32_t* rest, int32_t* counts, int32_t* list) {
     Limit limit = limit_of(keys, n, kept, rest, counts);
-    for (int64_t i = 0, done = 0; done < kept; i += W) {
-        uint32_t members = bits_of((load(keys + i) <= limit.key) & first_lanes(n - i));
-        for (; members != 0; members &= members - 1) {
-            const int64_t place = i + __builtin_ctz(members);
-            if (keys[place] == limit.key && limit.equal-- <= 0) continue;
-            chosen[done++] = static_cast<int32_t>(place);
+    int64_t done = 0;
+    for (int64_t i = 0; done < kept; i += W) {
+        const vi some = load(keys + i), real = first_lanes(n - i);
+        const uint32_t below = bits_of((some < limit.key) & real);
+        uint32_t equal = bits_of((some == limit.key) & real);
+        if (equal != 0) {  // rare
+            while (__builtin_popcount(equal) > limit.equal) equal &= ~(0x80000000u >> __builtin_clz(equal));
+            limit.equal -= __builtin_popcount(equal);
         }
+        append(static_cast<int32_t>(i) + lanes(), below | equal, list, done);
     }
 }
 
@@ -115,7 +126,7 @@ void point_loss(const View& logits, const View& words, int64_t height, int64_t w
                 int64_t number, int64_t drawn, const View& bce, const View& dice, const View& chosen, const View& sums,
                 int threads) {
     const int64_t M = logits.size[0], kept = chosen.size[1];
-    const int64_t cells = bordered(logits.size[1] + 2, logits.size[2]), slots = padded(drawn + W);
+    const int64_t cells = bordered(logits.size[1] + 2, logits.size[2]), slots = padded(drawn + 2 * W);
     Scratch memory;
     float* maps = memory.take<float>(threads, cells);
     int32_t* buffers = memory.take<int32_t>(threads, 2 * slots + tables * bins);  // keys, keys that share digits, counts
@@ -134,7 +145,8 @@ void point_loss(const View& logits, const View& words, int64_t height, int64_t w
                     source.at(select_int(index < last, index, last), x, y);
                     store(keys + i, key_of(map.at(map.taps(x, y))));
                 }
-                choose(keys, drawn, kept, rest, counts, selected);
+                choose(keys, drawn, kept, rest, counts, rest);
+                for (int64_t i = 0; i < kept; ++i) selected[i] = rest[i];
             }
             const Bits target = target_of(words, m, height, width);
             double total[4] = {};  // softplus(z) - z t, p t, p, t

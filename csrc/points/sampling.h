@@ -18,6 +18,10 @@ SPROMPT_INLINE vi lanes() {
 // Lane i is -1 where i < count.
 SPROMPT_INLINE vi first_lanes(int64_t count) { return lanes() < static_cast<int32_t>(count < W ? count : W); }
 
+// Bit i is set where lane i of a condition is -1.
+SPROMPT_INLINE uint32_t bits_of(vi condition) { return bits_greater((vf)(condition & 0x3f800000), vf{}); }
+SPROMPT_INLINE bool all(vi condition) { return bits_of(condition) == (1u << W) - 1; }
+
 // Lane i is the 32 bits at base + offset[i] bytes, or at base + 4 offset[i] for Scale 4.
 template <int Scale>
 SPROMPT_INLINE vi gather(const void* base, vi offset) {
@@ -194,17 +198,37 @@ struct Bits {
     // Values at W points. The two bits of a row are read in one 32-bit word, which begins at the byte of the first bit, but at
     // the last word of the mask at most.
     SPROMPT_INLINE vf at(vf x, vf y) const {
+        const float right = static_cast<float>(width - 1), bottom = static_cast<float>(height - 1);
+        const vf px = x * static_cast<float>(width) - 0.5f, py = y * static_cast<float>(height) - 0.5f;
+        const vi interior = (px >= 0.0f) & (px < right) & (py >= 0.0f) & (py < bottom);
+        if (all(interior)) {  // nearly always
+            vf fx, fy;
+            const vi pixel = floor_of(py, fy) * static_cast<int32_t>(width) + floor_of(px, fx);
+            const auto value = [&](vi first) __attribute__((always_inline)) {
+                const vi word = word_at(first);
+                const vf a = __builtin_convertvector(word & 1, vf), b = __builtin_convertvector(word >> 1 & 1, vf);
+                return a + fx * (b - a);
+            };
+            const vf upper = value(pixel), lower = value(pixel + static_cast<int32_t>(width));
+            return upper + fy * (lower - upper);
+        }
+        return at_border(x, y);
+    }
+    // The bits of a pixel and of the next pixel, as bits 0 and 1. If there is no next pixel, bit 1 means nothing.
+    SPROMPT_INLINE vi word_at(vi pixel) const {
+        const int32_t last = static_cast<int32_t>((height * width + 31) / 32 * 4 - 4);
+        const vi byte = pixel >> 3, start = select_int(byte < last, byte, broadcast(last));
+        return gather<1>(bytes, start) >> (pixel - (start << 3));
+    }
+    SPROMPT_INLINE vf at_border(vf x, vf y) const {
         if (height * width == 0) return vf{};
         vf px, py, fx, fy;
         const vi inside = place_of(x, y, height, width, px, py);
         const vi column = floor_of(px, fx), row = floor_of(py, fy);
-        const int32_t last = static_cast<int32_t>((height * width + 31) / 32 * 4 - 4);
         const vi left = column >= 0, right = (column + 1 < static_cast<int32_t>(width)) & inside;
         const auto value = [&](vi r, vi valid) __attribute__((always_inline)) {
-            const vi pixel = select_int(valid, r * static_cast<int32_t>(width) + select_int(left, column, vi{}), vi{});
-            const vi byte = pixel >> 3, start = select_int(byte < last, byte, broadcast(last));
-            const vi word = gather<1>(bytes, start) >> (pixel - (start << 3));
-            const vi second = select_int(left, word >> 1, word);
+            const vi first = r * static_cast<int32_t>(width) + select_int(left, column, vi{});
+            const vi word = word_at(select_int(valid, first, vi{})), second = select_int(left, word >> 1, word);
             const vf a = __builtin_convertvector(word & 1 & left & valid, vf);
             const vf b = __builtin_convertvector(second & 1 & right & valid, vf);
             return a + fx * (b - a);

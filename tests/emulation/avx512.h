@@ -226,6 +226,28 @@ EMULATED __m512i mul_epu32(__m512i a, __m512i b) {
     }
     return r.as<__m512i>();
 }
+EMULATED __m512i maskz_compress_epi32(__mmask16 k, __m512i a) {
+    const I x = I::of(a);
+    I r{};
+    int next = 0;
+    EACH(16) if (k >> i & 1) r.lane[next++] = x.lane[i];
+    return r.as<__m512i>();
+}
+template <int order>
+EMULATED __m512i shuffle_epi32(__m512i a) {
+    const I x = I::of(a);
+    I r;
+    EACH(16) r.lane[i] = x.lane[i / 4 * 4 + (order >> 2 * (i % 4) & 3)];
+    return r.as<__m512i>();
+}
+template <int table>
+EMULATED __m512i ternarylogic_epi64(__m512i a, __m512i b, __m512i c) {
+    static_assert(table == 0x96, "only the exclusive or is emulated");
+    const Q x = Q::of(a), y = Q::of(b), z = Q::of(c);
+    Q r;
+    EACH(8) r.lane[i] = x.lane[i] ^ y.lane[i] ^ z.lane[i];
+    return r.as<__m512i>();
+}
 EMULATED __m256 castps512_ps256(__m512 a) {
     __m256 r;
     __builtin_memcpy(&r, &a, 32);
@@ -290,6 +312,11 @@ EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_i32gather_ps(index, p, scale) emulated::i32gather_ps<scale>(index, p)
 #undef _mm512_i32gather_pd
 #define _mm512_i32gather_pd(index, p, scale) emulated::i32gather_pd<scale>(index, p)
+#define _mm512_maskz_compress_epi32 emulated::maskz_compress_epi32
+#undef _mm512_shuffle_epi32
+#define _mm512_shuffle_epi32(a, order) emulated::shuffle_epi32<order>(a)
+#undef _mm512_ternarylogic_epi64
+#define _mm512_ternarylogic_epi64(a, b, c, table) emulated::ternarylogic_epi64<table>(a, b, c)
 #define _mm512_mul_epu32 emulated::mul_epu32
 #define _mm512_castps512_ps256 emulated::castps512_ps256
 #undef _mm512_extractf32x8_ps
