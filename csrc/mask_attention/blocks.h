@@ -220,8 +220,8 @@ SPROMPT_INLINE vf choose(uint32_t lanes, vf yes, vf no) {
 #endif
 }
 
-// e^(x - top), for scores x <= top. It is 0 where it is below 1e-30, because products with smaller weights would be denormal
-// numbers, which take a CPU a hundred times as long.
+// e^(x - top), for scores x below top + 80. It is 0 where it is below 1e-30, because products with smaller weights would be
+// denormal numbers, which take a CPU a hundred times as long.
 SPROMPT_INLINE vf weight(vf x, vf top) {
     const vf exponent = x - top, least = broadcast(least_exponent);
     const vf e = exp_small(max_or_second(least, exponent));
