@@ -11,8 +11,8 @@ from sprompt.ops import checks
 from sprompt.ops.masks import as_bits
 from sprompt.ops.points import op
 
-#: Offsets in a map, and indices of points, are 32 bits wide.
-LIMIT = 2**30
+#: Offsets in a map, and indices of points, are 32 bits wide. Sides are exact in float32.
+LIMIT, SIDE = 2**30, 2**24
 
 
 def sample_points(maps: Tensor | BitMasks, points: Tensor) -> Tensor:
@@ -235,8 +235,9 @@ def _targets(name: str, targets: Any, batch: tuple[int | None, ...], letters: st
 
 
 def _small(name: str, arg: str, size: Any) -> None:
-    if size[0] * size[1] >= LIMIT or size[0] >= LIMIT or size[1] >= LIMIT:
-        checks.bad_value(name, arg, f"have fewer than {LIMIT} pixels a map", tuple(size), "split the maps into parts")
+    if (size[0] + 2) * (size[1] + 2) >= LIMIT or size[0] >= SIDE or size[1] >= SIDE:
+        rule = f"have fewer than {LIMIT} pixels a map with a border of one, and sides below {SIDE}"
+        checks.bad_value(name, arg, rule, tuple(size), "split the maps into parts")
 
 
 def _below_limit(name: str, arg: str, points: float) -> None:

@@ -4,6 +4,7 @@ A point (x, y) lies at (x·w − ½, y·h − ½) in a map of h × w cells. Its 
 as a + f·(b − a). So the value is exact in a constant map. Cells outside of the map are 0.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -11,64 +12,81 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sprompt.ops.declare import Args
-from sprompt.ops.masks.reference import unpack
 from sprompt.ops.points.philox import draw
 
 
 class Taps(NamedTuple):
-    """Where points (..., T, 2) lie in the map with a border of one cell."""
+    """Where points (B, T, 2) lie in maps of h × w cells, each (B, 1, T)."""
 
-    first: Tensor  # int64 (..., T): the upper left of the four cells around the point
-    stride: int  # cells of a row
-    fx: Tensor  # (..., T): the fractions in [0, 1)
+    column: Tensor  # int64: the upper left of the four cells around the point, from -1 to the last cell
+    row: Tensor
+    fx: Tensor  # the fractions in [0, 1)
     fy: Tensor
-    inside: Tensor  # bool (..., T): whether one of the four cells lies in the map; False for NaN
+    inside: Tensor  # bool: whether one of the four cells lies in the map; False for NaN
 
 
 def taps(points: Tensor, h: int, w: int) -> Taps:
-    x, y = points[..., 0] * w - 0.5, points[..., 1] * h - 0.5
+    x, y = points[:, None, :, 0] * w - 0.5, points[:, None, :, 1] * h - 0.5
     inside = (x > -1) & (x < w) & (y > -1) & (y < h)
     x, y = torch.where(inside, x, -1), torch.where(inside, y, -1)
     column, row = x.floor(), y.floor()
-    return Taps((row.long() + 1) * (w + 2) + column.long() + 1, w + 2, x - column, y - row, inside)
+    return Taps(column.long(), row.long(), x - column, y - row, inside)
+
+
+def interpolated(cell: Callable[[int, int], Tensor], t: Taps) -> Tensor:
+    """(B, N, T), from the values cell(dx, dy) of the four cells around every point."""
+    upper = cell(0, 0) + t.fx * (cell(1, 0) - cell(0, 0))
+    lower = cell(0, 1) + t.fx * (cell(1, 1) - cell(0, 1))
+    return torch.where(t.inside, upper + t.fy * (lower - upper), 0)
 
 
 def sampled(maps: Tensor, points: Tensor) -> Tensor:
     """(B, N, h, w), (B, T, 2) -> (B, N, T)."""
     t = taps(points, *maps.shape[-2:])
+    stride = maps.shape[-1] + 2
     cells = F.pad(maps, (1, 1, 1, 1)).flatten(-2)
 
-    def value(step: int) -> Tensor:
-        return cells.gather(2, (t.first + step)[:, None].expand(-1, maps.shape[1], -1))
+    def cell(dx: int, dy: int) -> Tensor:
+        index = (t.row + 1 + dy) * stride + t.column + 1 + dx
+        return cells.gather(2, index.expand(-1, maps.shape[1], -1))
 
-    fx, fy = t.fx[:, None], t.fy[:, None]
-    upper = value(0) + fx * (value(1) - value(0))
-    lower = value(t.stride) + fx * (value(t.stride + 1) - value(t.stride))
-    return torch.where(t.inside[:, None], upper + fy * (lower - upper), 0)
+    return interpolated(cell, t)
+
+
+def sampled_bits(words: Tensor, height: int, width: int, points: Tensor) -> Tensor:
+    """The same for masks (B, N, n), without maps of their pixels."""
+    t = taps(points, height, width)
+    if words.shape[2] == 0:
+        return points.new_zeros(*words.shape[:2], points.shape[1])
+
+    def cell(dx: int, dy: int) -> Tensor:
+        column, row = t.column + dx, t.row + dy
+        known = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        pixel = torch.where(known, row * width + column, 0)
+        word = words.gather(2, (pixel // 32).expand(-1, words.shape[1], -1))
+        return (word >> pixel % 32 & 1 & known).to(points.dtype)
+
+    return interpolated(cell, t)
 
 
 def scattered(grad: Tensor, points: Tensor, h: int, w: int) -> Tensor:
     """The transpose of `sampled`: (B, N, T), (B, T, 2) -> (B, N, h, w)."""
     B, N, _ = grad.shape
     t = taps(points, h, w)
-    fx, fy = t.fx[:, None], t.fy[:, None]
-    weighted = torch.where(t.inside[:, None], grad, 0)
-    shares = ((1 - fx) * (1 - fy), fx * (1 - fy), (1 - fx) * fy, fx * fy)
-    values = torch.cat([weighted * share for share in shares], 2)
-    index = torch.cat([t.first + step for step in (0, 1, t.stride, t.stride + 1)], 1)[:, None].expand(B, N, -1)
+    weighted = torch.where(t.inside, grad, 0)
+    values, index = [], []
+    for dy, share_y in ((0, 1 - t.fy), (1, t.fy)):
+        for dx, share_x in ((0, 1 - t.fx), (1, t.fx)):
+            values.append(weighted * share_x * share_y)
+            index.append(((t.row + 1 + dy) * (w + 2) + t.column + 1 + dx).expand(B, N, -1))
+    added, places = torch.cat(values, 2).flatten(0, 1), torch.cat(index, 2).flatten(0, 1)
     cells = grad.new_zeros(B * N, (h + 2) * (w + 2))
-    values, index = values.flatten(0, 1), index.flatten(0, 1)
     if grad.is_cuda:  # there scatter_add_ adds in any order, and index_put_ sorts
-        rows = torch.arange(B * N, device=grad.device)[:, None].expand_as(index)
-        cells.index_put_((rows, index), values, accumulate=True)
+        rows = torch.arange(B * N, device=grad.device)[:, None].expand_as(places)
+        cells.index_put_((rows, places), added, accumulate=True)
     else:
-        cells.scatter_add_(1, index, values)
+        cells.scatter_add_(1, places, added)
     return cells.reshape(B, N, h + 2, w + 2)[..., 1:-1, 1:-1].clone(memory_format=torch.contiguous_format)
-
-
-def bits(words: Tensor, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """Masks (..., n) as maps of 0 and 1."""
-    return unpack(words, height * width).reshape(*words.shape[:-1], height, width).to(dtype)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -81,7 +99,7 @@ def wide(x: Tensor) -> Tensor:
 
 def sample_points(a: Args) -> Tensor:
     if not a.maps.is_floating_point():
-        return sampled(bits(a.maps, a.height, a.width, a.points.dtype), a.points)
+        return sampled_bits(a.maps, a.height, a.width, a.points)
     maps = wide(a.maps)
     return sampled(maps, a.points.to(maps.dtype)).to(a.maps.dtype)
 
@@ -101,7 +119,7 @@ def point_cost(a: Args) -> Tensor:
     index = torch.arange(a.number, device=maps.device)
     points = (draw(a.seed, maps.shape[0], index) if a.points is None else a.points).to(dtype)
     z = sampled(maps.to(dtype), points)
-    t = sampled(bits(a.words, a.height, a.width, dtype), points)
+    t = sampled_bits(a.words, a.height, a.width, points)
     with torch.autocast(z.device.type, enabled=False):  # the products are in float32
         if a.kernels is not None:
             z = a.kernels.to(dtype).contiguous() @ z
@@ -148,7 +166,7 @@ def point_loss(a: Args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     chosen = _least_certain(a, logits)
     points = _final_points(a, chosen, logits.dtype)
     z = sampled(logits[:, None], points)[:, 0]
-    t = sampled(bits(a.words, a.height, a.width, z.dtype)[:, None], points)[:, 0]
+    t = sampled_bits(a.words[:, None], a.height, a.width, points)[:, 0]
     p = z.sigmoid()
     bce = F.binary_cross_entropy_with_logits(z, t, reduction="none").sum(1) / max(a.number, 1)
     sums = torch.stack(((p * t).sum(1), p.sum(1) + t.sum(1)), 1)
@@ -161,7 +179,7 @@ def point_loss_backward(a: Args) -> Tensor:
     logits = wide(a.logits)
     points = _final_points(a, a.chosen.long(), logits.dtype)
     z = sampled(logits[:, None], points)[:, 0]
-    t = sampled(bits(a.words, a.height, a.width, z.dtype)[:, None], points)[:, 0]
+    t = sampled_bits(a.words[:, None], a.height, a.width, points)[:, 0]
     p, q = z.sigmoid(), (-z).sigmoid()
     above, below = 2 * a.sums[:, :1] + 1, a.sums[:, 1:] + 1
     slope = (above / below - 2 * t) / below * p * q
