@@ -28,8 +28,9 @@ SPROMPT_CUDA_KERNEL(deform_attn, const View& values, const View& points, const V
                     const View& out)
 
 // CUDA: the same; grad is laid out like values. sums (B, S, H, D) i64 and limits (B, H, 2) i32 are contiguous scratch memory
-// that holds zeros; they are needed for to_values only. The sums of to_values are in fixed point: their unit is at most 2^-36
-// of the largest product of a gradient and a weight of the head, and a product that is not finite gives NaN.
+// that holds zeros; sums is needed for to_values only. The sums of to_values are in fixed point. With fewer than 2^n products
+// in a sum (Q times the points of a level), the unit is at most 2^(n - 60) of the largest product of a gradient and a weight
+// of the head. A product that is not finite gives NaN.
 SPROMPT_CUDA_KERNEL(deform_attn_backward, const View& grad, const View& values, const View& points, const View& weights,
                     const View& levels, const View& to_values, const View& to_points, const View& to_weights, const View& sums,
                     const View& limits)
