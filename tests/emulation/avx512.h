@@ -72,6 +72,11 @@ EMULATED __m256i maskz_set1_epi8(__mmask32 k, char x) {
     EACH(32) if (k >> i & 1) r.lane[i] = x;
     return r.as<__m256i>();
 }
+EMULATED __m512 mask_blend_ps(__mmask16 k, __m512 a, __m512 b) {
+    F x = F::of(a), y = F::of(b);
+    EACH(16) if (k >> i & 1) x.lane[i] = y.lane[i];
+    return x.as<__m512>();
+}
 EMULATED __m512i and_si512(__m512i a, __m512i b) {
     Q x = Q::of(a), y = Q::of(b);
     EACH(8) x.lane[i] &= y.lane[i];
@@ -287,6 +292,7 @@ EMULATED __m512 dpbf16_ps(__m512 c, __m512bh a, __m512bh b) {
 #define _mm512_setr_epi32 emulated::setr_epi32
 #define _mm512_loadu_si512 emulated::loadu_si512
 #define _mm512_maskz_loadu_epi32 emulated::maskz_loadu_epi32
+#define _mm512_mask_blend_ps emulated::mask_blend_ps
 #define _mm256_maskz_set1_epi8 emulated::maskz_set1_epi8
 #define _mm512_and_si512 emulated::and_si512
 #define _mm512_add_epi64 emulated::add_epi64
