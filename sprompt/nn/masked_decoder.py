@@ -122,7 +122,7 @@ class MaskedDecoder(nn.Module):
             resized = [F.interpolate(mask_features, m.shape[2:], mode="bilinear", align_corners=False) for m in maps]
         values = [m.flatten(2).mT + e for m, e in zip(maps, level_embed, strict=True)]
         keys = [
-            v + sine_positions((m.shape[2], m.shape[3]), v.shape[2], v.device, v.dtype)
+            v + sine_positions(m.shape[1], m.shape[2], m.shape[3], v).flatten(1).T
             for v, m in zip(values, maps, strict=True)
         ]
         x = content

@@ -109,10 +109,7 @@ class PixelDecoder(nn.Module):
         shapes = [(x.shape[2], x.shape[3]) for x in projected]
         x = torch.cat([level.flatten(2).mT for level in projected], 1)
         positions = torch.cat(
-            [
-                sine_positions(s, x.shape[2], x.device, x.dtype) + e
-                for s, e in zip(shapes, self.level_embed, strict=True)
-            ]
+            [sine_positions(x.shape[2], *s, x).flatten(1).T + e for s, e in zip(shapes, self.level_embed, strict=True)]
         )
         centres = torch.cat([cell_centres(shape, x.device, x.dtype) for shape in shapes])
         for layer in self.encoder.layers:

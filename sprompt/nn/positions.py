@@ -7,26 +7,21 @@ import math
 import torch
 from torch import Tensor
 
-TEMPERATURE = 10000.0
 
+def sine_positions(channels: int, height: int, width: int, like: Tensor) -> Tensor:
+    """Sine positional encoding (channels, height, width); dtype and device are those of `like`.
 
-def sine_positions(
-    size: tuple[int, int], channels: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """Sines and cosines of the row and the column of every cell: (H·W, channels).
-
-    Rows and columns count from 1 and are scaled to (0, 2π]. The first half of the channels encodes the row, the second the column;
-    channel pairs 2k, 2k + 1 hold sine and cosine at the wavelength 10000^(4k / channels).
+    The first half of the channels encodes y, the second half x. Position i of n is (i + 1) / (n + 1e-6) · 2π. With F channels
+    in a half, channel k of it is the sine (even k) or cosine (odd k) of position / 10000^(2⌊k/2⌋ / F).
     """
     half = channels // 2
-    wavelength = TEMPERATURE ** (2 * torch.arange(half, device=device).div(2, rounding_mode="floor").to(dtype) / half)
-    angles = []
-    for length in size:
-        place = torch.arange(1, length + 1, dtype=dtype, device=device)
-        place = place / (place[-1:] + 1e-6) * (2 * math.pi)
-        angle = place[:, None] / wavelength
-        angles.append(torch.stack([angle[:, 0::2].sin(), angle[:, 1::2].cos()], 2).flatten(1))
-    rows, columns = angles
-    rows = rows[:, None].expand(-1, size[1], -1)
-    columns = columns[None].expand(size[0], -1, -1)
-    return torch.cat([rows, columns], 2).flatten(0, 1)
+    k = torch.arange(half, device=like.device)
+    periods = 10000 ** (2 * torch.div(k, 2, rounding_mode="floor").to(like.dtype) / half)
+
+    def encoding(n: int) -> Tensor:  # (half, n)
+        positions = torch.arange(1, n + 1, device=like.device, dtype=like.dtype) / (n + 1e-6) * (2 * math.pi)
+        angles = positions / periods[:, None]
+        return torch.where(k[:, None] % 2 == 0, angles.sin(), angles.cos())
+
+    rows, columns = encoding(height), encoding(width)
+    return torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1)])

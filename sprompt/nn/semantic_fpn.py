@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 
 from sprompt.nn.conv import ConvGN, full_precision
+from sprompt.nn.positions import sine_positions
 
 #: Number of 3×3 convolutions of each level. A twofold upsampling follows each of the first l - 1 convolutions of level l.
 _CONVS = (1, 1, 2, 3)
-
-
-def sine_positions(channels: int, height: int, width: int, like: Tensor) -> Tensor:
-    """Sine positional encoding (channels, height, width); dtype and device are those of `like`.
-
-    The first half of the channels encodes y, the second half x. Position i of n is (i + 1) / (n + 1e-6) · 2π. With F channels
-    in a half, channel k of it is the sine (even k) or cosine (odd k) of position / 10000^(2⌊k/2⌋ / F).
-    """
-    half = channels // 2
-    k = torch.arange(half, device=like.device)
-    periods = 10000 ** (2 * torch.div(k, 2, rounding_mode="floor").to(like.dtype) / half)
-
-    def encoding(n: int) -> Tensor:  # (half, n)
-        positions = torch.arange(1, n + 1, device=like.device, dtype=like.dtype) / (n + 1e-6) * (2 * math.pi)
-        angles = positions / periods[:, None]
-        return torch.where(k[:, None] % 2 == 0, angles.sin(), angles.cos())
-
-    rows, columns = encoding(height), encoding(width)
-    return torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1)])
 
 
 class SemanticFPN(nn.Module):

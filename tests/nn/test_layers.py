@@ -9,7 +9,8 @@ import torch
 
 from sprompt.nn.conv import ConvGN
 from sprompt.nn.fpn import FPN
-from sprompt.nn.semantic_fpn import SemanticFPN, sine_positions
+from sprompt.nn.positions import sine_positions
+from sprompt.nn.semantic_fpn import SemanticFPN
 
 
 def test_positions() -> None:
