@@ -16,6 +16,8 @@ constexpr int64_t most_chunks = 16;    // of the blocks of an image; each is one
 constexpr int64_t together = 3;        // targets of one register tile, with two masks
 constexpr int64_t rows_at_once = MR;   // masks whose values at the points of a block are held
 
+constexpr int64_t direct_rows = 4;  // the same for logits that are sampled themselves, so that they stay in the L1 cache
+
 SPROMPT_INLINE int64_t larger(int64_t a, int64_t b) { return a < b ? b : a; }
 
 // How the points of an image are cut. It depends on the shapes only, except for the blocks' ends.
@@ -270,8 +272,8 @@ static void add_block(const Job& job, int64_t b, int64_t real, const Sorted& sor
     for (int64_t g = 0; g < real; ++g)
         if (buffers.live[g]) buffers.live[live++] = static_cast<int32_t>(g);
     if (!job.kernels.given()) {
-        for (int64_t n = 0; n < job.N; n += rows_at_once) {
-            const int64_t masks = smaller(job.N - n, rows_at_once);
+        for (int64_t n = 0; n < job.N; n += direct_rows) {
+            const int64_t masks = smaller(job.N - n, direct_rows);
             for (int64_t r = 0; r < masks; ++r)
                 sample_map(job, b, n + r, top, rows, whole, buffers, [&](int64_t i, vf value) __attribute__((always_inline)) {
                     store(buffers.z + r * most_points + i, value);

