@@ -23,7 +23,7 @@ if not triton_launch.interpreted():
 #: Ops whose loads depend on the data, because they skip empty tiles and boxes. Their Cost is an upper bound.
 DATA_DEPENDENT = {"mask_pool", "mask_pool_backward", "mask_update", "mask_update_backward", "mask_mean", "mask_mean_backward",
     "region_mean", "region_mean_backward", "prompt_match", "prompt_match_backward", "match_cost", "resize_masks",
-    "saliency_bits", "saliency_soft"}  # fmt: skip
+    "saliency_bits", "saliency_soft", "mask_attention", "mask_attention_backward"}  # fmt: skip
 
 
 #: Ops that store some words twice, depending on the data: they empty maps that turn out too small.

@@ -29,6 +29,7 @@ BELOW = {
     "mask_update sm_100": "Triton does not yet lower the fused kernel there: the features are read twice",
     "saliency_bits": "half types: maps of 25x42 are copied once to aligned rows, and the Gram matrix is written and read",
     "saliency_soft": "the same copy, for 20 maps an image",
+    "mask_attention": "float32: the floor counts the products of set bits; a tile multiplies all its keys with all its queries",
     "saliency_maps": "the same copy; products are written and read again by the second pass",
 }
 TENSOR_CORES = {80: ("mma",), 90: ("wgmma",), 100: ("tcgen05", "mma")}

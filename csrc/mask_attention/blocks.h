@@ -24,7 +24,8 @@ constexpr int64_t list_step = 16;               // lists are filled up to a mult
 constexpr float none = -__builtin_huge_valf();  // no score
 constexpr float least_exponent = -69.0f;
 
-// A query is dense in a block if it attends more than this part of its keys. Measured: ratios of both ways are equal there.
+// A query is dense in a block if it attends more than 2/5 of its keys. On AVX-512 both ways take the same time there (measured
+// with D = 32).
 constexpr int64_t dense_part = 2, dense_of = 5;
 
 struct Cut {

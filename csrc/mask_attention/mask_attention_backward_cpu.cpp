@@ -58,7 +58,7 @@ SPROMPT_INLINE void product_over_rows(int64_t keys, const float* a, const float*
     if constexpr (R > 1) product_over_rows<R - 1>(keys, a, b, b_stride, depth, c, c_stride);
 }
 
-// Scratch of the dense way for `most` = MR * panels rows.
+// Scratch of the dense way, which takes up to panel_rows queries at a time.
 constexpr int64_t panel_rows = 4 * MR;
 struct Panel {
     float *scores, *products;  // (panel_rows, block)

@@ -11,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+import sprompt
 from sprompt import BitMasks
-from sprompt.ops import mask_attention, pack_masks
+from sprompt.ops import mask_attention, pack_masks, triton_launch
 from sprompt.testing.spec import random
 
 NAN, INF = float("nan"), float("inf")
@@ -122,3 +123,23 @@ def test_gradients_that_are_not_needed() -> None:
 def test_docstring() -> None:
     for test in doctest.DocTestFinder().find(mask_attention, globs={"torch": torch, "mask_attention": mask_attention}):
         assert doctest.DocTestRunner().run(test).failed == 0 and test.examples
+
+
+@pytest.mark.skipif(
+    bool(triton_launch.why_not(torch.empty(0))), reason=triton_launch.why_not(torch.empty(0)) or "it runs"
+)
+def test_triton_leaves_out_tiles_that_nobody_attends() -> None:
+    """Keys and values of such tiles are NaN here. The last queries have another block, which attends other tiles."""
+    query, key, value = drawn(1, 2, 70, 512, 8, 9)
+    masks = torch.zeros(1, 70, 512, dtype=torch.bool)
+    masks[:, :40, 130:180], masks[:, 64:, 400:410] = True, True
+    clean = mask_attention(query, key, value, bits(masks), empty="zero")
+    for tensor in (key, value):
+        tensor[:, :, :128], tensor[:, :, 192:384] = NAN, NAN
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    with sprompt.use_backend("triton", ["mask_attention", "mask_attention_backward"]):
+        out = mask_attention(*inputs, bits(masks), empty="zero")
+        gradients = torch.autograd.grad(out.sum(), inputs)
+    assert torch.allclose(out, clean, atol=1e-5)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    assert not gradients[1][:, :, :128].any() and gradients[2][:, :, 400:410].any()

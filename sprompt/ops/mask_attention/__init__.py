@@ -36,7 +36,7 @@ def mask_attention(
     once. B, H, N or D of 0 are allowed. S = 0 gives zeros. No (B, H, N, S) tensor is made, forward or backward: of every row only
     the logarithm of the softmax's sum is kept. Where few bits are set, the cost on a CPU follows their number.
     Scores, keys and values should be finite. A NaN, or a score of +infinity, makes the rows that attend it NaN. NaN and infinity
-    in a value may also reach rows that do not attend it, if they attend most of the pixels around it.
+    may also reach other rows of the same head, and their gradients.
     Gradient to query, key and value, none to masks. Keys that no query attends get 0. Deterministic: the same bits on every run
     and for every number of threads. Autocast casts query, key and value to its dtype, as for torch.matmul.
 

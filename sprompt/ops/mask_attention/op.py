@@ -9,7 +9,7 @@ from sprompt import native
 from sprompt.ops.declare import Args, new, op
 
 
-@op()
+@op("triton")
 def mask_attention(
     query: Tensor, key: Tensor, value: Tensor, words: Tensor | None, scale: float, empty_all: bool
 ) -> tuple[Tensor, Tensor]:
@@ -31,7 +31,7 @@ def _(ctx: Any, a: Args, out: Tensor, logsum: Tensor) -> None:
     ctx.set_materialize_grads(False)
 
 
-@op()
+@op("triton")
 def mask_attention_backward(
     grad: Tensor, query: Tensor, key: Tensor, value: Tensor, words: Tensor | None, out: Tensor, logsum: Tensor,
     scale: float, empty_all: bool,

@@ -30,7 +30,7 @@ mask_conv.native(lambda a, logits: _forward(a.features, a.kernels, logits, None,
 mask_conv.saves(lambda ctx, a, logits: ctx.save_for_backward(*a))
 
 
-@op()
+@op("triton")
 def mask_bits(features: Tensor, kernels: Tensor) -> Tensor:
     return new(features, *kernels.shape[:2], words_for(features.shape[2] * features.shape[3]), dtype=torch.int32)
 

@@ -1,6 +1,6 @@
-"""Triton kernels of mask_conv, mask_pool and mask_update. B images, N kernels or masks, C channels, P pixels, n words per mask.
+"""Triton kernels of mask_conv, mask_bits, mask_pool and mask_update. B images, N kernels or masks, C channels, P pixels, n words per mask.
 
-All three run `_forward` with the same tiles, so mask_update equals mask_conv and mask_pool to the bit. Pixels are cut into
+All run `_forward` with the same tiles, so mask_update equals mask_conv and mask_pool to the bit. Pixels are cut into
 chunks of whole tiles. Sums over pixels are added within a chunk, then over the chunks, both in order. The gradients are in
 triton_backward.py.
 """
@@ -60,7 +60,7 @@ def _bits_dot(bits, x, acc):
 def _forward(
     features,  # (B, C, P), any strides
     kernels,  # (B, N, C), any strides; None without CONV
-    logits,  # (B, N, P), contiguous, written; None without CONV
+    logits,  # (B, N, P), contiguous, written; None without CONV, and where only their signs are wanted
     words,  # (B, N, n) i32, any strides: written if CONV (None: not written), else read
     partial,  # (B, chunks, N, C) f32, contiguous, written; None without POOL
     N, C, P, n, chunks, chunk,  # chunk: in tiles
@@ -68,7 +68,8 @@ def _forward(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_P: tl.constexpr,
     HELD: tl.constexpr, SKIP: tl.constexpr, CONV: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """CONV: logits[b, m, p] = sum over c of kernels[b, m, c] features[b, c, p]; bit p of words[b, m] = stored logits > 0.
+    """CONV: logits[b, m, p] = sum over c of kernels[b, m, c] features[b, c, p]; bit p of words[b, m] = stored logits > 0, or
+    rounded logits >= 0 if they are not stored.
     POOL: partial[b, k, m, c] = sum over the p of chunk k of bit p of words[b, m] times features[b, c, p].
     HELD: BLOCK_C = BLOCK_D >= C, and one tile of features is used for both. Without HELD a launch computes either CONV, in
     steps of BLOCK_C channels, or POOL. One program per (chunk and image, block of BLOCK_N kernels, block of BLOCK_D channels of
@@ -86,7 +87,8 @@ def _forward(
     sums = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     if CONV:
         kernels += b * kernels_b
-        logits_m = logits + (b * N + m)[:, None] * P
+        if logits is not None:
+            logits_m = logits + (b * N + m)[:, None] * P
         if HELD:
             weights = block(kernels, m, N, kernels_n, c, C, kernels_c)
     for t in range(k * chunk, tl.minimum((k + 1) * chunk, tl.cdiv(P, BLOCK_P))):
@@ -103,10 +105,13 @@ def _forward(
                     some = block(kernels, m, N, kernels_n, first + c, C, kernels_c)
                     part = block(features, first + c, C, features_c, p, P, features_p)
                     products = triton_tile.dot(some, part, products, PRECISION)
-            stored = triton_tile.rounded(products, logits.dtype.element_ty)
-            tl.store(logits_m + p[None, :], stored, mask=(m < N)[:, None] & (p < P)[None, :])
-            if words is not None:
+            stored = triton_tile.rounded(products, features.dtype.element_ty)
+            if logits is not None:
+                tl.store(logits_m + p[None, :], stored, mask=(m < N)[:, None] & (p < P)[None, :])
                 bits = (stored.to(tl.float32) > 0) & (p < P)[None, :]
+            else:
+                bits = (stored.to(tl.float32) >= 0) & (p < P)[None, :]
+            if words is not None:
                 packed = triton_tile.pack(bits, BLOCK_N, BLOCK_P // 32)
                 tl.store(words_m + tl.cast(w, tl.int64)[None, :] * words_w, packed, mask=in_words)
         else:
@@ -166,7 +171,8 @@ class _Pass(NamedTuple):
         if kernels is not None:
             read += kernels.nbytes
             again += max(loops - 1, 0) * kernels.nbytes
-            written += B * N * P * x.element_size() + (B * N * n * 4 if words is not None else 0)
+            written += B * N * P * x.element_size() if logits is not None else 0
+            written += B * N * n * 4 if words is not None else 0
         else:
             # Worst case: no tile is empty.
             read += B * N * n * 4
@@ -202,6 +208,10 @@ class _Pass(NamedTuple):
 
 def mask_conv(a: Args, logits: Tensor) -> None:
     _Pass.over(a.features, a.kernels.shape[1]).run(a.kernels, logits, None, None)
+
+
+def mask_bits(a: Args, words: Tensor) -> None:
+    _Pass.over(a.features, a.kernels.shape[1]).run(a.kernels, None, words, None)
 
 
 def mask_pool(a: Args, pooled: Tensor) -> None:

@@ -299,6 +299,10 @@ BENCHES = [
         gradients=("features", "kernels"), flops=2.0 * _batch * N * C * P, bytes=4.0 * _gpu_floats, goals={"forward": 1},
     ),
     Bench(
+        mask_bits, f"{_gpu_shape}, 5 % set", _gpu_five_percent, _eager_bits, vectorised=False, dtypes=_both, device="cuda",
+        flops=2.0 * _batch * N * C * P, bytes=4.0 * _batch * (P * C + N * C) + _batch * N * P / 8,
+    ),
+    Bench(
         mask_pool, f"{_gpu_shape}, logits, blobs", functools.partial(_blobs, B=_batch), _eager_pool, dtypes=_both,
         device="cuda", gradients=("features",), **_gpu_pooled,
     ),
