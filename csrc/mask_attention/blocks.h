@@ -129,7 +129,7 @@ static void turn_rows(float* rows, int64_t count, int64_t padded, float* turned)
                 transpose(rows + (s * NR + i) * padded + d, padded, turned + (s * padded + d) * NR + i, NR);
 }
 
-// Which keys of one block every query attends.
+// The keys of one block that each query attends.
 struct Attended {
     uint16_t* lists;          // (N, block): the places of the set keys of sparse queries, filled up with the first
     int32_t* counts;          // (N)

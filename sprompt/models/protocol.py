@@ -133,3 +133,12 @@ def checked_model(model: nn.Module) -> nn.Module:
             f"model: must be an nn.Module with all of sprompt.models.protocol.QueryModel, got {type(model).__name__}, {lack}"
         )
     return model
+
+
+def check_images(name: str, images: Tensor) -> None:
+    """Raises ValueError, in the name of a model, for images that its `encode` cannot take."""
+    if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % 32 or images.shape[3] % 32:
+        raise ValueError(
+            f"{name}: images must have shape (B, 3, H, W) with H and W multiples of 32, got {tuple(images.shape)}; pad them on "
+            "the right and below"
+        )

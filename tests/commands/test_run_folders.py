@@ -1,4 +1,4 @@
-"""What commands leave in their folders: on a full disk, of pictures that cannot be read, and for a reader who is elsewhere."""
+"""Run folders: on a full disk, with unreadable pictures, and read from another working directory."""
 
 from __future__ import annotations
 

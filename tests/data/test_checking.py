@@ -1,4 +1,4 @@
-"""What reading every picture and mask of a dataset finds."""
+"""The check of a dataset finds every broken picture and mask."""
 
 from __future__ import annotations
 

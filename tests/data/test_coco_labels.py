@@ -1,4 +1,4 @@
-"""What users' COCO files often have: boxes without masks, classes of one name, pictures that EXIF turns."""
+"""Usual faults of users' COCO files: boxes without masks, classes that share a name, pictures that EXIF turns."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check(content: dict[str, Any], parts: tuple[Part, Part]) -> None:
-    """What holds for every split."""
+    """Asserts the properties of every split."""
     files = [_read(part.file) for part in parts]
     for key in ("images", "annotations"):
         assert sorted((r for f in files for r in f[key]), key=lambda r: r["id"]) == sorted(

@@ -191,7 +191,7 @@ def test_loss_by_hand() -> None:
 
 
 def _selected(logits: Tensor, candidates: Tensor, number: int) -> Tensor:
-    """Which candidates (M, 3 · number) are kept if all are kept that may be: those with a gradient in their own pixel."""
+    """The candidates (M, 3 · number) that were kept: they have a gradient in their own pixel."""
     chosen = torch.ops.sprompt.point_loss(
         logits,
         torch.zeros(len(logits), 1, dtype=torch.int32),

@@ -1,4 +1,4 @@
-"""Which class is taken for which, against a table made by hand."""
+"""The confusion table equals a table made by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which runs the page of `sprompt view` shows."""
+"""The page of `sprompt view` shows the right runs."""
 
 from __future__ import annotations
 

@@ -194,7 +194,7 @@ def _info(
 
 
 def _bytes(path: Path) -> int:
-    """Of a file; −1 where it cannot be looked at, as behind a link to nothing."""
+    """The size of a file in bytes; −1 if the file cannot be reached, for example behind a link to nothing."""
     try:
         return path.stat().st_size
     except OSError:

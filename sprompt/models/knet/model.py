@@ -15,7 +15,7 @@ from sprompt.models.knet.config import KNetConfig
 from sprompt.models.knet.kernel_head import KernelHead
 from sprompt.models.knet.outputs import Outputs
 from sprompt.models.knet.update_head import UpdateHead
-from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets
+from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
 from sprompt.nn.fpn import FPN
 from sprompt.nn.resnet import ResNet
 from sprompt.ops import mask_conv, mask_pool, mask_update
@@ -93,11 +93,7 @@ class KNet(nn.Module):
 
     def encode(self, images: Tensor) -> Features:
         """Maps of images (B, 3, H, W), normalised, H and W multiples of 32. The model treats padding as pixels."""
-        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % 32 or images.shape[3] % 32:
-            raise ValueError(
-                "KNet: images must have shape (B, 3, H, W) with H and W multiples of 32, got "
-                f"{tuple(images.shape)}; pad them on the right and below"
-            )
+        check_images("KNet", images)
         maps = self.backbone(images)
         return Features(maps, self.neck(maps))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sprompt.masks import BitMasks, Size
 from sprompt.models.mask2former import inference, loss
 from sprompt.models.mask2former.config import Mask2FormerConfig
-from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets
+from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
 from sprompt.nn.masked_decoder import MaskedDecoder
 from sprompt.nn.pixel_decoder import LEVELS, PixelDecoder
 from sprompt.nn.resnet import ResNet
@@ -111,17 +111,13 @@ class Mask2Former(nn.Module):
 
     def encode(self, images: Tensor) -> Features:
         """Maps of images (B, 3, H, W), normalised, H and W multiples of 32. Padding is pixels like any other."""
-        if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % 32 or images.shape[3] % 32:
-            raise ValueError(
-                "Mask2Former: images must have shape (B, 3, H, W) with H and W multiples of 32, got "
-                f"{tuple(images.shape)}; pad them on the right and below"
-            )
+        check_images("Mask2Former", images)
         maps = self.backbone(images)
         return Features(maps, self.pixel_decoder(maps))
 
     def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
         if targets is not None and targets.groups:
-            raise ValueError("Mask2Former: takes no extra groups of queries yet")
+            raise ValueError("Mask2Former: targets.groups must be empty, got groups of queries")
         mask_features, *maps = features.maps
         module, batch = self.transformer_module, len(mask_features)
         content = module.queries_features.weight.expand(batch, -1, -1)

@@ -9,7 +9,7 @@ from sprompt.ops.region_mean.op import check_boxes
 
 
 def box_cells(boxes: Tensor, height: int, width: int) -> Tensor:
-    """Which cells a box covers, bool (B, L, H, W): from floor to ceil, at least one cell. Boxes outside are moved to the
+    """The cells that a box covers, bool (B, L, H, W): from floor to ceil, at least one cell. Boxes outside are moved to the
     edge."""
     inside = []
     for axis, size in ((1, height), (0, width)):

@@ -140,7 +140,7 @@ def _images(B: int, N: int, G: int) -> Callable[[torch.device, torch.dtype, int]
 
 
 def _eager(cost: Tensor, counts: Tensor | None = None) -> Tensor:
-    """As detectors write it: for each image a copy to the host, and tensors of the indices back."""
+    """The usual code of detectors: it copies the cost of each image to the host, and the indices back."""
     from scipy.optimize import linear_sum_assignment
 
     rows = cost.new_full((cost.shape[0], cost.shape[2]), -1, dtype=torch.int64)
