@@ -15,6 +15,7 @@ SHARED = {"native", "backends", "masks", "cuda"}
 #: {layer: parts of the package that it may import}. A layer may import all that the layers below it may import.
 LAYERS: dict[str, set[str]] = {"ops": {*SHARED}}
 LAYERS["nn"] = LAYERS["ops"] | {"ops", "atomic"}
+LAYERS["patch"] = {*SHARED, "ops"}
 LAYERS["models"] = LAYERS["nn"] | {"nn", "registry", "settings"}
 LAYERS["data"] = LAYERS["ops"] | {"ops", "atomic", "seeding"}
 LAYERS["methods"] = LAYERS["models"] | LAYERS["data"] | {"models", "data"}
@@ -22,7 +23,7 @@ LAYERS["engine"] = LAYERS["models"] | LAYERS["data"] | {"models", "data", "machi
 LAYERS["report"] = LAYERS["engine"] | LAYERS["methods"] | {"engine", "methods"}
 LAYERS["study"] = LAYERS["report"] | {"report"}
 LAYERS["commands"] = LAYERS["study"] | {"study"}
-TOP = {"cli": {"commands", "env"}, "env": {*SHARED, "ops", "machine", "testing"}, "__init__": {*SHARED, "engine"}}
+TOP = {"cli": {"commands", "env"}, "env": {*SHARED, "ops", "machine", "testing"}, "__init__": {*SHARED, "engine", "patch"}}
 ALLOWED = BASE | LAYERS | TOP
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] != "testing"]
 
