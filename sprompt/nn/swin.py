@@ -22,7 +22,8 @@ _WHOLE = {"width": (1, 512), "depths": (1, 64), "heads": (1, 256), "window": (1,
 
 @dataclass(frozen=True)
 class SwinConfig:
-    """The defaults are Swin-T. Swin-S has depths 2 2 18 2; Swin-B also width 128 and heads 4 8 16 32; Swin-L width 192 and heads 6 12 24 48."""
+    """The defaults are Swin-T. Swin-S has depths 2 2 18 2. Swin-B has the same, width 128 and heads 4 8 16 32; Swin-L width 192 and heads
+    6 12 24 48."""
 
     width: int = 96
     """Channels of the first stage; every later stage has twice as many as the one before."""

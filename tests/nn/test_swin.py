@@ -91,9 +91,12 @@ def test_names_of_the_release_written_out() -> None:
     assert outside == {
         "patch_embed.proj.weight": (96, 3, 4, 4), "patch_embed.proj.bias": (96,),
         "patch_embed.norm.weight": (96,), "patch_embed.norm.bias": (96,),
-        "layers.0.downsample.reduction.weight": (192, 384), "layers.0.downsample.norm.weight": (384,), "layers.0.downsample.norm.bias": (384,),
-        "layers.1.downsample.reduction.weight": (384, 768), "layers.1.downsample.norm.weight": (768,), "layers.1.downsample.norm.bias": (768,),
-        "layers.2.downsample.reduction.weight": (768, 1536), "layers.2.downsample.norm.weight": (1536,), "layers.2.downsample.norm.bias": (1536,),
+        "layers.0.downsample.reduction.weight": (192, 384),
+        "layers.0.downsample.norm.weight": (384,), "layers.0.downsample.norm.bias": (384,),
+        "layers.1.downsample.reduction.weight": (384, 768),
+        "layers.1.downsample.norm.weight": (768,), "layers.1.downsample.norm.bias": (768,),
+        "layers.2.downsample.reduction.weight": (768, 1536),
+        "layers.2.downsample.norm.weight": (1536,), "layers.2.downsample.norm.bias": (1536,),
         "norm0.weight": (96,), "norm0.bias": (96,), "norm1.weight": (192,), "norm1.bias": (192,),
         "norm2.weight": (384,), "norm2.bias": (384,), "norm3.weight": (768,), "norm3.bias": (768,),
     }  # fmt: skip
