@@ -40,7 +40,9 @@ def sprompt(folder: Path, line: str) -> None:
 
 
 @pytest.mark.parametrize(("network", "backbone"), NETWORKS.values(), ids=NETWORKS)
-def test_the_chain(network: str, backbone: Callable[[], ResNet | Swin], tmp_path: Path) -> None:
+def test_the_chain(
+    network: str, backbone: Callable[[], ResNet | Swin], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_scenes(tmp_path / "scenes", 6, seed=0, size=(64, 64))
     torch.manual_seed(0)
     save_backbone(tmp_path / "backbone.safetensors", backbone())
@@ -58,6 +60,8 @@ def test_the_chain(network: str, backbone: Callable[[], ResNet | Swin], tmp_path
     assert all(0 < line["kernel"] < 20 for line in log if "kernel" in line) and "monitor/prompts_used" in log[0]
     labels = f"{LABELS} {LABELS.replace('data.', 'val.')}"
     finetune = f"finetune {labels} --checkpoint {{0}}/pre --out {{0}}/fine --train.epochs 2 {SMALL} {TEST}"
+    assert cli.main(shlex.split(f"{finetune} --model.swin.window 9".format(tmp_path))) != 0
+    assert "--model.swin.window: is 9, but the model of --checkpoint has" in capsys.readouterr().err
     sprompt(tmp_path, finetune)
     assert f"name: {shlex.split(network)[1]}" in (tmp_path / "fine/config.yaml").read_text()
     trained = (tmp_path / "fine/model.safetensors").read_bytes()

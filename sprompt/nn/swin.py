@@ -79,7 +79,8 @@ class WindowAttention(nn.Module):
         else:  # windows count as heads, so that the images of a batch share the sum of bias and `apart`
             query, key, value = qkv.flatten(2, 3)
             bias = (bias + apart[:, None]).flatten(0, 1)
-        mixed = F.scaled_dot_product_attention(query, key, value, bias.to(query.dtype))
+        # in four dimensions: torch's fused kernel for CPUs takes no bias of three
+        mixed = F.scaled_dot_product_attention(query, key, value, bias[None].to(query.dtype))
         mixed = mixed.view(batch, windows, self.heads, cells, -1)
         return self.proj(mixed.transpose(2, 3).flatten(3))
 
@@ -88,10 +89,8 @@ class WindowAttention(nn.Module):
         that lies dy below and dx to the right of the key."""
         side, window = 2 * self.window - 1, self.window
         table = self.relative_position_bias_table.view(side, side, self.heads)
-        # from the last row and column backwards, the keys of a query are a square of the table
-        pairs = (
-            table.flip(0, 1).unfold(0, window, 1).unfold(1, window, 1).flip(0, 1)
-        )  # (y, x, heads, y of key, x of key)
+        # In the flipped table the keys of a query are a square. Axes: y, x of the query, heads, y, x of the key.
+        pairs = table.flip(0, 1).unfold(0, window, 1).unfold(1, window, 1).flip(0, 1)
         return pairs.permute(2, 0, 1, 3, 4).reshape(self.heads, window * window, window * window)
 
 

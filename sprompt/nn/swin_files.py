@@ -109,7 +109,7 @@ def fresh_norms(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dic
     norms = {name: tensor for name, tensor in wanted.items() if re.match(r"norm[0-3]\.", name)}
     if norms.keys() & held.keys():
         return {}
-    return {name: torch.full_like(tensor, float(name.endswith("weight"))) for name, tensor in norms.items()}
+    return {name: torch.full(tensor.shape, float(name.endswith("weight"))) for name, tensor in norms.items()}
 
 
 def constants(held: Mapping[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ def load_backbone(network: ResNet | Swin, path: Path | str, options: tuple[str, 
     network; then `network` is unchanged. No code from the file is ever executed. `options` are the command line's names of a ResNet's
     depth and width, for messages.
     """
-    return _load(network, path, *_read(path), options)
+    given, said = _fitting(network, path, *_read(path), options)
+    network.load_state_dict({**network.state_dict(), **given})
+    return said
 
 
 def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> ResNet | Swin:
@@ -41,13 +43,13 @@ def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> ResNet | Swin:
     if found is None:
         raise ValueError(f"{path}: must hold {resnet_files.EXPECTED} or {swin_files.EXPECTED}, got {_first(tensors)}")
     try:
-        with torch.device("meta"):
-            network = files.opened(found[1], frozen_stages)
+        with torch.device("meta"):  # takes no memory, whatever sizes the file claims
+            claimed = files.opened(found[1], frozen_stages)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    _fitting(network, path, tensors, about)  # takes no memory for what the file lacks
+    given, _ = _fitting(claimed, path, tensors, about, OPTIONS)
     network = files.opened(found[1], frozen_stages)
-    _load(network, path, tensors, about)
+    network.load_state_dict({**network.state_dict(), **given})
     return network.eval()
 
 
@@ -64,18 +66,9 @@ def save_backbone(path: Path | str, network: ResNet | Swin, dtype: torch.dtype =
     write_tensors(path, tensors, {"sprompt": json.dumps({"backbone": sizes})})
 
 
-def _load(
-    network: ResNet | Swin, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
-    options: tuple[str, str] = OPTIONS,
-) -> str:  # fmt: skip
-    given, said = _fitting(network, path, tensors, about, options)
-    network.load_state_dict({**network.state_dict(), **given})
-    return said
-
-
 def _fitting(
     network: ResNet | Swin, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
-    options: tuple[str, str] = OPTIONS,
+    options: tuple[str, str],
 ) -> tuple[dict[str, Tensor], str]:  # fmt: skip
     """The tensors of a file that a network takes, and a sentence about them. Raises ValueError if they do not fit."""
     wanted = network.state_dict()
