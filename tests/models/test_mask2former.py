@@ -176,8 +176,8 @@ def test_predictions_losses_and_gradients(
     expected.loss.backward()
     gradients = by_our_names({name: p.grad for name, p in other.named_parameters() if p.grad is not None}, model)
     for name, parameter in model.named_parameters():
-        wanted = gradients.get(name)
-        if parameter.requires_grad and wanted is not None:
+        if parameter.requires_grad:
+            wanted = gradients[name]
             scale = float(wanted.abs().max()) + 1e-12
             torch.testing.assert_close(
                 parameter.grad, wanted, rtol=0, atol=1e-9 * max(scale, 1.0), msg=lambda m, n=name: f"{n}: {m}"
