@@ -100,7 +100,9 @@ def _model_name(chosen: argparse.Namespace, plain: dict[str, Any], name: str) ->
     written = plain.get("model")
     if isinstance(written, dict):
         written = written.get("name")
-    return chosen.model or written or (saved_name(chosen.checkpoint) if chosen.checkpoint is not None else None) or MODEL
+    return (
+        chosen.model or written or (saved_name(chosen.checkpoint) if chosen.checkpoint is not None else None) or MODEL
+    )
 
 
 def _description(kind: Any) -> str:

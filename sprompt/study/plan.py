@@ -52,7 +52,8 @@ class Pretraining:
         train += given.lengthened
         test = [
             "evaluate", "--preset", given.settings, *given.model, "--checkpoint", str(folder),
-            "--data.images", str(given.val_images), "--data.annotations", str(given.val_annotations), "--class-agnostic", "True", "--out", str(folder / "test"),
+            "--data.images", str(given.val_images), "--data.annotations", str(given.val_annotations),
+            "--class-agnostic", "True", "--out", str(folder / "test"),
         ]  # fmt: skip
         return [train, test]
 
