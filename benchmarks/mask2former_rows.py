@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.draws import Draws
 from benchmarks.measure import Call
 from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
@@ -43,48 +42,6 @@ def theirs(model: Mask2Former) -> nn.Module:
     missing, unknown = other.load_state_dict(weights, strict=False)
     assert not unknown and all("pixel_level_module.encoder." in n or n.startswith("criterion.") for n in missing)
     return other
-
-
-class Draws:
-    """The points that transformers' loss draws, and the pairs that its matcher finds, while `recording` is open."""
-
-    def __init__(self, criterion: nn.Module) -> None:
-        self.criterion = criterion
-        self.drawn: list[Tensor] = []
-        self.pairs: list[list[tuple[Tensor, Tensor]]] = []
-        self.starts: list[int] = []
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        rand = torch.rand
-
-        def recorded(*args: Any, **kwargs: Any) -> Tensor:
-            self.drawn.append(rand(*args, **kwargs))
-            return self.drawn[-1]
-
-        def matched(module: nn.Module, args: Any, found: Any) -> None:
-            self.pairs.append(found)
-            self.starts.append(len(self.drawn))
-
-        hook = self.criterion.matcher.register_forward_hook(matched)  # type: ignore[union-attr, operator]
-        try:
-            with mock.patch.object(torch, "rand", recorded):
-                yield
-        finally:
-            hook.remove()
-
-    def points(self, batch: int) -> Points:
-        """The draws as our loss takes them. transformers begins with the last head, and lists pairs by query; ours are by target."""
-        cost, candidates = [], []
-        for start, pairs in zip(self.starts, self.pairs, strict=True):
-            cost.append(torch.cat([each.reshape(1, -1, 2) for each in self.drawn[start - batch : start]]))
-            order, first = [], 0
-            for _, targets in pairs:
-                order += [first + int(place) for place in targets.argsort()]
-                first += len(targets)
-            candidates.append(torch.cat(self.drawn[start : start + 2], 1)[order])
-        head = [*range(1, len(cost)), 0]
-        return Points([cost[h] for h in head], [candidates[h] for h in head])
 
 
 def head_step(
@@ -147,8 +104,7 @@ def head_step(
     }  # fmt: skip
 
     def check() -> str:
-        draws = Draws(other.criterion)  # type: ignore[arg-type]
-        with draws.recording():
+        with Draws.of(other) as draws:
             expected, wanted = step(released, known)
         found, gradients = step(lambda: ours(draws.points(images)), own)
         off = abs(float(found) - float(expected))

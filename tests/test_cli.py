@@ -14,6 +14,9 @@ from sprompt.commands.finetune import Finetune
 from sprompt.commands.pretrain import Pretrain
 from sprompt.commands.propose import Propose
 from sprompt.data.synthetic import write_scenes
+from sprompt.data.transforms import Augment
+from sprompt.models.mask2former import Mask2FormerConfig
+from sprompt.models.registry import MODELS
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.weights import save_backbone
 from sprompt.settings import from_plain
@@ -294,10 +297,12 @@ def test_help_names_every_setting(name: str, capsys: pytest.CaptureFixture[str])
     assert ("--out" in text or name == "check") and "--preset" in text
 
 
-@pytest.mark.parametrize("preset", parsing.preset_names())
-def test_presets_are_settings(preset: str) -> None:
-    for name, plain in parsing.preset(preset).items():
-        from_plain(parsing.command(name), plain, parsing.required_missing(parsing.command(name)))
+@pytest.mark.parametrize(("model", "preset"), [(m, p) for m in MODELS.names() for p in parsing.preset_names(m)])
+def test_presets_are_settings(model: str, preset: str) -> None:
+    for name, plain in parsing.preset(preset, model).items():
+        settings = from_plain(parsing.command(name), plain, parsing.required_missing(parsing.command(name)))
+        if "model" in plain and name != "study":
+            assert MODELS.name(type(settings.model)) == model
 
 
 def test_the_paper_preset_is_the_default_and_the_paper() -> None:
@@ -319,6 +324,23 @@ def test_the_paper_preset_is_the_default_and_the_paper() -> None:
     assert (fine.train.epochs, fine.train.drops, fine.test.threshold) == (48, (36, 44), 0.3)
     propose = shlex.split("--preset paper --images a --backbone c")
     assert parsing.parse("propose", propose) == Propose(Path("a"), Path("c"))
+
+
+def test_the_paper_preset_of_mask2former() -> None:
+    """Values typed from the official recipe and the public code. Its network is the default one."""
+    common = ["--preset", "paper", "--model", "mask2former"]
+    before = parsing.parse("pretrain", [*common, *shlex.split("--images a --proposals b --backbone c")])
+    after = parsing.parse("finetune", common)
+    for settings, epochs, drops, batch, flip in ((before, 12, (8, 11), 32, 0.1), (after, 24, (18, 22), 16, 0.5)):
+        train, augment = settings.train, settings.augment
+        assert (train.epochs, train.drops, train.batch_size, train.drop_factor) == (epochs, drops, batch, 0.1)
+        assert (train.optimiser, train.learning_rate, train.weight_decay, train.clip) == ("adamw", 1e-4, 0.05, 0.01)
+        assert (train.backbone_lr_factor, train.warmup_steps, train.schedule) == (None, 0, "step")
+        assert augment == Augment(1024, 1024, flip=flip, scale=(0.1, 2.0), crop=(1024, 1024))
+        assert settings.model == Mask2FormerConfig(frozen_stages=-1)
+    assert before.method.freeze_backbone and before.method.dropout == 0.05
+    assert before.method.kernel_weight == pytest.approx(1 / before.model.decoder_layers, rel=2e-3)
+    assert (after.test.short, after.test.long, after.test.threshold) == (800, 1333, 0.5)
 
 
 def test_later_settings_come_on_top(tmp_path: Path) -> None:

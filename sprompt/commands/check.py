@@ -48,9 +48,7 @@ class Check:
     )
     """Random changes of the pictures in training."""
     train: TrainConfig = dataclasses.field(
-        default_factory=lambda: TrainConfig(
-            epochs=48, drops=(36, 44), warmup_steps=100, backbone_lr_factor=0.25, clip=4.0
-        )
+        default_factory=lambda: TrainConfig(epochs=48, drops=(36, 44), warmup_steps=100, clip=4.0)
     )
     """Length and optimisation."""
     preset: Annotated[str | None, Hidden] = None

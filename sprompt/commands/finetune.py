@@ -65,9 +65,7 @@ class Finetune:
     )
     """Random changes of the pictures."""
     train: TrainConfig = dataclasses.field(
-        default_factory=lambda: TrainConfig(
-            epochs=48, drops=(36, 44), warmup_steps=100, backbone_lr_factor=0.25, clip=4.0
-        )
+        default_factory=lambda: TrainConfig(epochs=48, drops=(36, 44), warmup_steps=100, clip=4.0)
     )
     """Length and optimisation."""
     test: Prediction = dataclasses.field(default_factory=Prediction)

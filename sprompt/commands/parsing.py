@@ -42,7 +42,7 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     model = _model_name(chosen, plain, name)
     if chosen.preset is not None:
         base = from_plain(kind, _section(kind, name, chosen.preset, model), base, f"preset {chosen.preset}: {name}")
-    elif hasattr(base, "model") and model != base.model.registry.name(type(base.model)):
+    elif "model" in registries(kind) and model != base.model.registry.name(type(base.model)):
         base = dataclasses.replace(base, model=base.model.registry.get(model).Config())
     base = from_plain(kind, plain, base, str(chosen.config))
     for option, config in named.items():
@@ -75,7 +75,10 @@ def _choices(kind: Any, argv: Sequence[str]) -> tuple[argparse.Namespace, list[s
     chosen, rest = before.parse_known_args(list(argv))
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     peek.add_argument("--checkpoint", type=Path)
-    chosen.checkpoint = peek.parse_known_args(rest)[0].checkpoint
+    peek.add_argument("--model")  # of a command that only hands the name on
+    seen = peek.parse_known_args(rest)[0]
+    chosen.checkpoint = seen.checkpoint
+    chosen.model = getattr(chosen, "model", None) or seen.model
     return chosen, rest
 
 
@@ -97,8 +100,9 @@ def _model_name(chosen: argparse.Namespace, plain: dict[str, Any], name: str) ->
     written = plain.get("model")
     if isinstance(written, dict):
         written = written.get("name")
-    typed = getattr(chosen, "model", None)
-    return typed or written or (saved_name(chosen.checkpoint) if chosen.checkpoint is not None else None) or MODEL
+    return (
+        chosen.model or written or (saved_name(chosen.checkpoint) if chosen.checkpoint is not None else None) or MODEL
+    )
 
 
 def _description(kind: Any) -> str:

@@ -3,12 +3,15 @@
 import dataclasses
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sprompt.atomic import atomic_write
 from sprompt.commands import run_folder
-from sprompt.commands.parsing import parse, preset
+from sprompt.commands.parsing import MODEL, parse, preset
+from sprompt.methods.saliency_prompt.injection import places
+from sprompt.models.registry import MODELS, build
 from sprompt.settings import to_plain, to_yaml
 from sprompt.study import prepare
 from sprompt.study.plan import Cell, Inputs, chains
@@ -34,6 +37,9 @@ class Study:
     """Folder for all files of the study."""
     settings: str = "study-cpu"
     """Preset for the commands that the study runs: backbone, propose, pretrain, finetune and evaluate."""
+    model: str | None = None
+    """Name of the model, or package.module:Class for your own. Default: the model of the settings. Variants with a site of prompts that
+    the model does not have are left out."""
     images: Path | None = None
     """Folder of labelled pictures. Default: the study draws synthetic scenes."""
     annotations: Path | None = None
@@ -81,9 +87,12 @@ class Study:
         with Runner(self.out, self.jobs) as runner:
             pictures = self._pictures()
             names = self._variants(pictures.known is not None)
-            longer = lengthened(self.settings, self.longer)
-            settings = (self.settings, hashlib.sha256(to_yaml(preset(self.settings)).encode()).hexdigest()[:32])
-            given = prepare.inputs(self.out, pictures, settings, self.backbone, longer, names, runner.command)
+            longer = lengthened(self.settings, self.longer, self._model)
+            content = to_yaml(preset(self.settings, self.model or MODEL))
+            settings = (self.settings, hashlib.sha256(content.encode()).hexdigest()[:32])
+            given = prepare.inputs(
+                self.out, pictures, settings, self._model, self.backbone, longer, names, runner.command
+            )
             work = list(chains(names, self.fractions, self.seeds))
             cells = [cell for _, own in work for cell in own]
             runner.check(work, given, self.evaluate_every)
@@ -134,10 +143,25 @@ class Study:
         unknown = [name for name in self.variants if name not in VARIANTS]
         if unknown:
             raise ValueError(f"--variants: must be some of {', '.join(VARIANTS)}, got {unknown[0]}")
+        if self.model is not None:
+            MODELS.load(self.model)
+        lacking = self._lacking_a_site()
+        asked = [name for name in self.variants if name in lacking]
+        if asked:
+            raise ValueError(f"--variants: {asked[0]} is not for this model: {lacking[asked[0]]}; leave it out")
         if (self.images is None) != (self.annotations is None):
             raise ValueError("--annotations: must be given with --images, and only with it")
         if (self.val_images is None) != (self.val_annotations is None):
             raise ValueError("--val-annotations: must be given with --val-images, and only with it")
+
+    @property
+    def _model(self) -> tuple[str, ...]:
+        """The option of the study's commands that chooses the model."""
+        return () if self.model is None else ("--model", self.model)
+
+    def _tuning(self) -> Any:
+        """The settings of fine-tuning."""
+        return parse("finetune", ["--preset", self.settings, *self._model])
 
     def _say_if_slow(self) -> None:
         """Prints a warning if the settings are meant for a GPU and the machine has none. The warnings of the commands go to
@@ -146,7 +170,7 @@ class Study:
 
         from sprompt.machine import has_bf16
 
-        tuned = parse("finetune", ["--preset", self.settings])
+        tuned = self._tuning()
         if tuned.train.precision == "bf16" and (tuned.cpu or not torch.cuda.is_available()) and not has_bf16():
             run_folder.say(
                 f"{self.settings}: computes in bf16, but this CPU has no instructions for bf16; that can take a hundred times as "
@@ -171,12 +195,28 @@ class Study:
         )
 
     def _variants(self, known: bool) -> list[str]:
-        """The variants asked for, or all variants. Variants that need true masks are left out if the masks are not known."""
+        """The variants asked for, or all variants. Variants that need true masks are left out if the masks are not known, and variants
+        with a site that the model does not have."""
         hidden = [] if known else [name for name in VARIANTS if VARIANTS[name].proposals == "truth"]
         asked = [name for name in self.variants if name in hidden]
         if asked:
             raise ValueError(f"--variants: {asked[0]} needs pictures with known masks; leave out --unlabelled")
+        hidden += self._lacking_a_site()
         return [name for name in VARIANTS if name not in hidden and (not self.variants or name in self.variants)]
+
+    def _lacking_a_site(self) -> dict[str, str]:
+        """The variants with a site that the model does not have, and why they cannot be."""
+        import torch
+
+        with torch.device("meta"):
+            sites = build(self._tuning().model).sites
+        found = {}
+        for name, variant in VARIANTS.items():
+            try:
+                places(variant.method.get("site", "first"), sites)
+            except ValueError as error:
+                found[name] = str(error)
+        return found
 
     def _about(self, pictures: prepare.Pictures, given: Inputs, names: list[str]) -> dict[str, Any]:
         """Facts about the whole study, for the page."""
@@ -190,7 +230,7 @@ class Study:
 
         train = CocoDataset(pictures.images, pictures.annotations)
         val = CocoDataset(pictures.val_images, pictures.val_annotations, keep_empty=True)
-        tuned = parse("finetune", ["--preset", self.settings])
+        tuned = self._tuning()
         device = torch.device("cpu" if tuned.cpu or not torch.cuda.is_available() else "cuda")
         return {
             "study": _settings(dataclasses.replace(self, variants=tuple(names))),
@@ -240,12 +280,13 @@ class Study:
         return side_by_side(pictures.val_images, pictures.val_annotations, starts or files, _SIDES)
 
 
-def lengthened(settings: str, times: int) -> list[str]:
+def lengthened(settings: str, times: int, model: Sequence[str] = ()) -> list[str]:
     """Options that multiply the epochs of pre-training in the preset by `times`, and the epochs of its learning rate drops
     as well."""
     if times == 1:
         return []
-    own = parse("pretrain", ["--preset", settings, "--images", "-", "--proposals", "-", "--backbone", "-"]).train
+    needed = ("--images", "-", "--proposals", "-", "--backbone", "-")
+    own = parse("pretrain", ["--preset", settings, *model, *needed]).train
     drops = [str(times * drop) for drop in own.drops]
     return ["--train.epochs", str(times * own.epochs), *(["--train.drops", *drops] if drops else [])]
 

@@ -26,10 +26,11 @@ class DevicePictures:
 
     def __init__(self, dataset: Any, augment: Augment, device: torch.device | str) -> None:
         low, high = augment.shorts
-        if low != high or augment.crop is not None or (augment.rotate_probability and augment.rotate_degrees):
+        resized = low != high or augment.scale is not None
+        if resized or augment.crop is not None or (augment.rotate_probability and augment.rotate_degrees):
             raise ValueError(
                 f"keep_pictures: must be False where pictures are cropped, rotated or resized at random, got {augment}; "
-                "give one length of the shorter side, no crop and --augment.rotate-probability 0"
+                "give one length of the shorter side, no scale, no crop and --augment.rotate-probability 0"
             )
         self.augment, self.device = augment, torch.device(device)
         ways, unused = [replace(augment, flip=0.0), replace(augment, flip=1.0)], torch.Generator()

@@ -21,7 +21,7 @@ MEAN = (123.675, 116.28, 103.53)  # mean of R, G and B over ImageNet
 STD = (58.395, 57.12, 57.375)  # standard deviation of R, G and B over ImageNet
 
 
-def resized_size(size: Size, short: int, long: int) -> Size:
+def resized_size(size: Size, short: float, long: float) -> Size:
     """The (h, w) of a resized picture: the shorter side is `short`, or less if the longer side would exceed `long`.
 
     The aspect ratio is kept up to rounding.
@@ -35,7 +35,7 @@ def resized_size(size: Size, short: int, long: int) -> Size:
 
 @dataclass(frozen=True)
 class Augment:
-    """Resizes a sample, then flips, rotates and crops it at random.
+    """Resizes a sample to a fixed or random size, then flips, rotates and crops it at random.
 
     A mask that loses all its pixels is removed, with its label and seed.
     Pictures are resized bilinearly with antialias, masks by `BitMasks.resize`. A rotation is about the centre and keeps the
@@ -55,6 +55,9 @@ class Augment:
     """Largest angle of a rotation in degrees, from 0 to 180. The angle is uniform between minus and plus this value."""
     crop: Size | None = None
     """Height and width in pixels, at least 1, of a window at a random place. A shorter side is kept. None does not crop."""
+    scale: tuple[float, float] | None = None
+    """Large-scale jitter: low and high of a factor on `short` and `long`, above 0 and at most 10. It is drawn uniformly for each
+    picture. None: a factor of 1."""
     keep_ratio: bool = True
     """True keeps the aspect ratio. False stretches every picture to a width of `long` and a height of `short` pixels."""
 
@@ -69,6 +72,8 @@ class Augment:
                 raise ValueError(f"Augment: {name} must be a chance between 0 and 1, got {getattr(self, name)}")
         if not 0 <= self.rotate_degrees <= 180:
             raise ValueError(f"Augment: rotate_degrees must be between 0 and 180, got {self.rotate_degrees}")
+        if self.scale is not None and not 0 < self.scale[0] <= self.scale[1] <= 10:
+            raise ValueError(f"Augment: scale must be above 0 and at most 10, and low <= high, got {self.scale}")
         if self.crop is not None and min(self.crop) < 1:
             raise ValueError(f"Augment: crop must be at least 1 on each side, got {self.crop}")
 
@@ -82,11 +87,7 @@ class Augment:
 
     def __call__(self, sample: Sample, generator: torch.Generator) -> Sample:
         draws = _draws(generator)
-        low, high = self.shorts
-        short = low + int(draws[0] * (high - low + 1))
-        sample = resize(
-            sample, resized_size(_size(sample), short, self.long) if self.keep_ratio else (short, self.long)
-        )
+        sample = resize(sample, self._resized(_size(sample), draws[0], draws[6]))
         if draws[1] < self.flip:
             sample = flip(sample)
         if draws[2] < self.rotate_probability:
@@ -98,10 +99,20 @@ class Augment:
         seen = sample.masks.area() > 0
         return sample if bool(seen.all()) else sample.kept(seen)
 
+    def _resized(self, size: Size, short_draw: float, scale_draw: float) -> Size:
+        """The (h, w) after the resize, for two random numbers from 0 to 1. No side exceeds `long` times the highest factor."""
+        low, high = self.shorts
+        short = low + int(short_draw * (high - low + 1))
+        least, most = self.scale or (1.0, 1.0)
+        factor = least + scale_draw * (most - least)
+        if self.keep_ratio:
+            return resized_size(size, factor * short, factor * self.long)
+        return max(1, int(factor * short + 0.5)), max(1, int(factor * self.long + 0.5))
+
 
 def _draws(generator: torch.Generator) -> list[float]:
-    """The six random numbers of a call. All are always drawn, so that one option does not change the numbers of the others."""
-    return torch.rand(6, generator=generator, dtype=torch.float64).tolist()
+    """The seven random numbers of a call. All are always drawn, so that one option does not change the numbers of the others."""
+    return torch.rand(7, generator=generator, dtype=torch.float64).tolist()
 
 
 # -- one step each; empty masks stay

@@ -16,8 +16,8 @@ def make_optimiser(task: nn.Module, config: TrainConfig) -> optim.Optimizer:
     """The optimiser of the trained parameters, with a group for each pair of a learning rate and a weight decay.
 
     The task may have `parameter_groups()`, which returns `ParameterGroup`s with factors on both; see `sprompt.models.protocol`.
-    `backbone_lr_factor` also multiplies the learning rate of the backbone. The optimiser is fused: it skips an update, on the
-    device, if its tensor `found_inf` holds 1.
+    `backbone_lr_factor`, if it is given, replaces the task's factors on the learning rate of the backbone. The optimiser is fused: it
+    skips an update, on the device, if its tensor `found_inf` holds 1.
     """
     own: dict[nn.Parameter, tuple[float, float]] = {}
     for parameters, rate, decay in getattr(task, "parameter_groups", tuple)():
@@ -26,7 +26,8 @@ def make_optimiser(task: nn.Module, config: TrainConfig) -> optim.Optimizer:
     for name, parameter in task.named_parameters():
         if parameter.requires_grad:
             rate, decay = own.get(parameter, (1.0, 1.0))
-            rate *= config.backbone_lr_factor if in_backbone(name) else 1.0
+            if config.backbone_lr_factor is not None and in_backbone(name):
+                rate = config.backbone_lr_factor
             groups.setdefault((rate, decay), []).append(parameter)
     if not groups:
         raise ValueError("train: the task must have a parameter to train, got none that requires a gradient")

@@ -25,13 +25,16 @@ def versions() -> dict[str, str]:
 
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
-    """Raises ValueError if the settings of a run are not those that it began with. The message names the differing settings."""
+    """Raises ValueError if the settings of a run are not those that it began with. The message names the differing settings.
+
+    A setting that is null is the same as one that is absent: an option that a later version has, and that is off.
+    """
     # in JSON a tuple equals a list, as it must after a checkpoint was read
     old, new = ({name: json.dumps(value) for name, value in flat(values).items()} for values in (before, now))
     differing = [
         f"{name} (was {old.get(name, 'absent')}, now {new.get(name, 'absent')})"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        if old.get(name, "null") != new.get(name, "null")
     ]
     if differing:
         raise ValueError(

@@ -35,10 +35,11 @@ def prompt_matches(
     """The prompts of the kernels of a `QueryModel`, on at most `limit` pictures of a proposal file, spread evenly over it.
 
     Pictures are resized as in pre-training, but neither mirrored nor cropped, and no prompt is dropped. The result is empty if
-    config.assign is "none", because such a model gets no prompts.
+    config.assign is "none", because such a model gets no prompts, or if config.level is "C5", because the layer that makes these
+    prompts is not in the model's file.
     """
     config = replace(config or SaliencyPromptConfig(), dropout=0.0)
-    if config.assign == "none":
+    if config.assign == "none" or config.level == "C5":
         return []
     count = min(limit, len(dataset))
     return [
@@ -52,9 +53,7 @@ def prompt_matches(
 def _matched(model: Any, sample: Sample, config: SaliencyPromptConfig, short: int, long: int, image_id: int) -> Matches:
     batch = collate([resized(sample, short, long)]).to(device_of(model))
     features = model.encode(batch.images)
-    injection = Injection(
-        prompts_of(batch, features.maps, config), config, [image_id], sites=model.sites, seed=0, step=0
-    )
+    injection = Injection(prompts_of(batch, features, config), config, [image_id], sites=model.sites, seed=0, step=0)
     model.decode(features, injection)
     index: Tensor | None = injection.index
     kernels = [] if index is None else index[0].tolist()

@@ -25,6 +25,7 @@ class Inputs:
     proposals: dict[str, Path]  # by kind; "truth" is missing where nobody knows it
     digest: str = ""  # of the preset's content
     lengthened: tuple[str, ...] = ()  # options of `pretrain` that make it longer than in the preset
+    model: tuple[str, ...] = ()  # option of the commands that chooses another model than the preset's
 
 
 @dataclass(frozen=True, order=True)
@@ -44,14 +45,15 @@ class Pretraining:
             return []
         method = itertools.chain.from_iterable((f"--method.{name}", value) for name, value in variant.method.items())
         train = [
-            "pretrain", "--preset", given.settings, "--images", str(given.unlabelled),
+            "pretrain", "--preset", given.settings, *given.model, "--images", str(given.unlabelled),
             "--proposals", str(given.proposals[variant.proposals]), "--backbone", str(given.backbone),
             "--out", str(folder), "--train.seed", str(self.seed), *method,
         ]  # fmt: skip
         train += given.lengthened
         test = [
-            "evaluate", "--preset", given.settings, "--checkpoint", str(folder), "--data.images", str(given.val_images),
-            "--data.annotations", str(given.val_annotations), "--class-agnostic", "True", "--out", str(folder / "test"),
+            "evaluate", "--preset", given.settings, *given.model, "--checkpoint", str(folder),
+            "--data.images", str(given.val_images), "--data.annotations", str(given.val_annotations),
+            "--class-agnostic", "True", "--out", str(folder / "test"),
         ]  # fmt: skip
         return [train, test]
 
@@ -88,7 +90,7 @@ class Cell:
             "pretrained": ["--checkpoint", str(self.pretraining.folder(out))],
         }[VARIANTS[self.variant].start]
         return [
-            "finetune", "--preset", given.settings, "--data.images", str(given.images), "--data.annotations",
+            "finetune", "--preset", given.settings, *given.model, "--data.images", str(given.images), "--data.annotations",
             str(given.annotations), "--data.fraction", str(self.fraction), "--data.subset-seed", str(self.seed),
             "--val.images", str(given.val_images), "--val.annotations", str(given.val_annotations), *start,
             "--out", str(self.folder(out)), "--train.seed", str(self.seed), "--evaluate-every", str(every),

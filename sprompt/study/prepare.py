@@ -60,8 +60,8 @@ def labelled(
 
 
 def inputs(
-    out: Path, pictures: Pictures, settings: tuple[str, str], backbone: Path | None, lengthened: Sequence[str], variants: Sequence[str],
-    command: Command,
+    out: Path, pictures: Pictures, settings: tuple[str, str], model: Sequence[str], backbone: Path | None, lengthened: Sequence[str],
+    variants: Sequence[str], command: Command,
 ) -> Inputs:  # fmt: skip
     """Trains a backbone if none is given, finds proposals, and makes the other masks that the variants need."""
     if backbone is None:
@@ -101,5 +101,5 @@ def inputs(
             truth(pictures.known, found, path)
     return Inputs(
         settings[0], pictures.unlabelled, pictures.images, pictures.annotations, pictures.val_images,
-        pictures.val_annotations, backbone, proposals, settings[1], tuple(lengthened),
+        pictures.val_annotations, backbone, proposals, settings[1], tuple(lengthened), tuple(model),
     )  # fmt: skip

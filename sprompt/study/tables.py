@@ -207,6 +207,8 @@ def summary(results: Results) -> str:
     if shares:
         said.append(f"Fine-tuned on {' and '.join(map(percent, shares))} of the labels")
         said[-1] += f" for {data['epochs']} epochs" if data.get("epochs") else ""
+    if model := (results.get("study") or {}).get("model"):
+        said.append(f"Model: {model}")
     if (longer := (results.get("study") or {}).get("longer", 1)) > 1:
         said.append(f"Pre-trained {longer} times as long as the settings say")
     said.append(f"{done}{f' of {plan}' if plan else ''} cell{'s' if (plan or done) != 1 else ''} done")

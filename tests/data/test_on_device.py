@@ -83,7 +83,12 @@ def test_scenes(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "augment",
-    [Augment((48, 64), 80), Augment(48, 80, crop=(32, 32)), Augment(48, 80, rotate_probability=1, rotate_degrees=9)],
+    [
+        Augment((48, 64), 80),
+        Augment(48, 80, scale=(0.5, 2.0)),
+        Augment(48, 80, crop=(32, 32)),
+        Augment(48, 80, rotate_probability=1, rotate_degrees=9),
+    ],
 )
 def test_only_mirroring_can_be_by_chance(augment: Augment) -> None:
     with pytest.raises(

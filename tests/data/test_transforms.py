@@ -12,7 +12,7 @@ from PIL import Image
 from scipy import ndimage
 
 from sprompt.data.sample import Sample
-from sprompt.data.transforms import MEAN, STD, Augment, collate, crop, flip, resize, resized_size, rotate
+from sprompt.data.transforms import MEAN, STD, Augment, _draws, collate, crop, flip, resize, resized_size, rotate
 from sprompt.masks import BitMasks
 from sprompt.seeding import generator
 
@@ -153,6 +153,51 @@ def test_what_is_drawn() -> None:
 
 
 @pytest.mark.parametrize(
+    ("size", "augment", "draw", "result"),
+    [  # the official jitter: 1024 by 0.1 to 2 for the longer side
+        ((480, 640), Augment(1024, 1024, scale=(0.1, 2.0)), 0.0, (77, 102)),  # 102.4 = 0.16 of 640; 76.8
+        ((480, 640), Augment(1024, 1024, scale=(0.1, 2.0)), 1.0, (1536, 2048)),
+        ((480, 640), Augment(1024, 1024, scale=(0.1, 2.0)), 0.5, (806, 1075)),  # 1.05: 1075.2, 806.4
+        ((480, 640), Augment(800, 1333, scale=(0.5, 0.5)), 0.3, (400, 533)),  # the shorter side counts
+        ((100, 1000), Augment(800, 1333, scale=(2.0, 2.0)), 0.3, (267, 2666)),  # the longer side counts
+        ((100, 1000), Augment(1, 10, scale=(0.1, 0.1)), 0.3, (1, 1)),
+        ((480, 640), Augment(600, 1000, scale=(0.5, 1.5), keep_ratio=False), 0.25, (450, 750)),
+    ],
+)
+def test_jittered_size(size: tuple[int, int], augment: Augment, draw: float, result: tuple[int, int]) -> None:
+    assert augment._resized(size, 0.0, draw) == result
+
+
+def test_the_jitter_is_uniform_and_leaves_the_other_draws() -> None:
+    sample = _sample((60, 90))
+    plain, jittered = Augment(60, 90), Augment(60, 90, scale=(0.2, 1.8))
+    sides = []
+    for i in range(400):
+        a, b = plain(sample, generator(i)), jittered(sample, generator(i))
+        assert torch.equal(resize(a, b.masks.size).image, b.image), "mirrored alike"
+        sides.append(b.masks.size[1] / 90)
+    assert 0.2 <= min(sides) < 0.23 and 1.77 < max(sides) <= 1.8
+    counts = np.histogram(sides, bins=4, range=(0.2, 1.8))[0]
+    assert (abs(counts - 100) < 35).all(), counts  # four standard deviations
+    six = torch.rand(6, generator=generator(7), dtype=torch.float64).tolist()
+    assert _draws(generator(7))[:6] == six, "results of earlier versions"
+
+
+def test_a_jittered_crop_with_masks_and_seeds() -> None:
+    """A picture smaller than the crop stays smaller, and `collate` pads it."""
+    sample = _sample((60, 90), masks=4)
+    small = Augment(60, 90, flip=0, scale=(0.5, 0.5), crop=(64, 64))(sample, generator(0))
+    assert small.masks.size == (30, 45) and torch.equal(small.image, resize(sample, (30, 45)).image)
+    assert torch.equal(small.masks.words, resize(sample, (30, 45)).masks.words) and sample.seeds is not None
+    assert small.seeds is not None and torch.allclose(small.seeds[:, :2], sample.seeds[:, :2] / 2)
+    large = Augment(60, 90, flip=0, scale=(2, 2), crop=(64, 64))(sample, generator(0))
+    assert large.masks.size == (64, 64) == tuple(large.image.shape[1:])
+    batch = collate([small, large])
+    assert batch.sizes == [(30, 45), (64, 64)] and batch.images.shape == (2, 3, 64, 64)
+    assert not batch.images[0, :, 30:].any() and not batch.images[0, :, :, 45:].any()
+
+
+@pytest.mark.parametrize(
     "bad",
     [
         {"short": 0},
@@ -162,6 +207,10 @@ def test_what_is_drawn() -> None:
         {"rotate_probability": -1},
         {"rotate_degrees": 200},
         {"crop": (0, 4)},
+        {"scale": (0.0, 1.0)},
+        {"scale": (2.0, 1.0)},
+        {"scale": (1.0, 11.0)},
+        {"scale": (float("nan"), 1.0)},
     ],
 )
 def test_bad_augment(bad: dict) -> None:

@@ -7,9 +7,13 @@ import torch
 from torch import nn
 from toy import Task, config
 
+from sprompt.commands.parsing import parse
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.optim import factor_at, load_optimiser, make_optimiser, optimiser_tensors, set_rate
+from sprompt.methods.supervised import Supervised
 from sprompt.models.protocol import ParameterGroup
+from sprompt.models.registry import MODELS, build
+from sprompt.settings import from_plain
 
 
 def test_steps_and_warm_up_by_hand() -> None:
@@ -52,17 +56,41 @@ def test_groups() -> None:
         make_optimiser(task.requires_grad_(False), config())
 
 
-def test_parameters_with_factors_of_their_own() -> None:
+@pytest.mark.parametrize(("given", "weight", "bias"), [(None, 0.5, 1), (0.25, 0.25, 0.25), (0.0, 0.0, 0.0)])
+def test_parameters_with_factors_of_their_own(given: float | None, weight: float, bias: float) -> None:
+    """A factor on the backbone's learning rate replaces that of the task; it is not multiplied by it."""
     task = Task().requires_grad_(True)
     backbone, norm = [task.backbone.weight], [task.norm.weight, task.norm.bias]
     task.parameter_groups = lambda: [ParameterGroup(backbone, rate=0.5), ParameterGroup(norm, decay=0)]
-    optimiser = make_optimiser(task, config(backbone_lr_factor=0.25))
+    optimiser = make_optimiser(task, config(backbone_lr_factor=given))
     set_rate(optimiser, 1.0)
     found = {id(p): (g["lr"], g["weight_decay"]) for g in optimiser.param_groups for p in g["params"]}
     assert {n: found[id(p)] for n, p in task.named_parameters()} == {
-        "backbone.weight": (0.125, 0.05), "backbone.bias": (0.25, 0.05), "norm.weight": (1, 0), "norm.bias": (1, 0),
+        "backbone.weight": (weight, 0.05), "backbone.bias": (bias, 0.05), "norm.weight": (1, 0), "norm.bias": (1, 0),
         "head.weight": (1, 0.05), "head.bias": (1, 0.05),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "factor"), [("knet", 0.25), ("mask2former", 0.1)])
+def test_the_backbone_of_a_model_has_the_models_own_factor(name: str, factor: float) -> None:
+    """0.25 as in the release of K-Net, 0.1 as in that of Mask2Former: by default in fine-tuning too."""
+    assert parse("finetune", ["--model", name]).train.backbone_lr_factor is None
+    with torch.device("meta"):
+        task = Supervised(build(MODELS.get(name).Config(depth=18, frozen_stages=-1)))
+    groups = make_optimiser(task, config()).param_groups
+    factors = {id(p): group["factor"] for group in groups for p in group["params"]}
+    assert {factors[id(p)] for p in task.model.backbone.parameters()} == {factor}
+    assert {factors[id(p)] for n, p in task.named_parameters() if "backbone" not in n} == {1.0}
+
+
+def test_a_run_with_a_factor_in_its_config_goes_on_as_it_was() -> None:
+    """Fine-tuning of a K-Net once had a factor of 0.25 in every config.yaml."""
+    before = from_plain(TrainConfig, {"backbone_lr_factor": 0.25})
+    assert before.identity()["backbone_lr_factor"] == 0.25
+    with torch.device("meta"):
+        task = Supervised(build(MODELS.get("knet").Config(depth=18, frozen_stages=-1)))
+    old, new = (make_optimiser(task, c).param_groups for c in (before, TrainConfig()))
+    assert [(g["factor"], len(g["params"])) for g in old] == [(g["factor"], len(g["params"])) for g in new]
 
 
 def test_a_name_with_backbone_in_it_is_no_backbone() -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sprompt.methods.saliency_prompt import Injection, Prompts, SaliencyPromptConfig, prompts_of
 from sprompt.methods.saliency_prompt.injection import places
+from sprompt.models.protocol import Features
 from sprompt.seeding import generator
 
 
@@ -156,7 +157,7 @@ def test_prompts_of_the_map_that_queries_act_on(site: str) -> None:
 def test_a_model_without_that_map_is_refused() -> None:
     batch = batch_of(torch.ones(2, 1, 32, 32), [1, 1])
     with pytest.raises(ValueError, match=r'level: "features" needs a model that hands its prompter the map'):
-        prompts_of(batch, [], SaliencyPromptConfig(level="features"))(None)
+        prompts_of(batch, Features([], []), SaliencyPromptConfig(level="features"))(None)
 
 
 @pytest.mark.parametrize("assign", ["cosine", "random"])

@@ -12,7 +12,7 @@ from tiny_queries import TinyQueries, batch_of
 from torch import Tensor, nn
 
 from sprompt.data.sample import Batch
-from sprompt.methods.saliency_prompt import Pretraining, ProposalConfig, SaliencyPromptConfig
+from sprompt.methods.saliency_prompt import Pretraining, ProposalConfig, SaliencyPromptConfig, prompts_of
 from sprompt.models.knet import KNet, KNetConfig
 
 SITES = {"tiny": ("query",), "knet": ("kernel", "proposal", "late")}
@@ -67,6 +67,8 @@ def outputs_of(model: Any, images: Tensor, prompter: Any = None) -> list[Tensor]
         {"level": "auto", "projection": "pca", "reduction": "sum"},
         {"level": "features", "pooling": "mask", "contrast": True, "dropout_of": "image", "dropout": 0.3},
         {"projection": "linear", "release_pairing": True, "dropout": 1.0},
+        {"level": "C5", "pooling": "release", "assign": "sequential", "dropout": 0.05, "kernel_weight": 0.0},
+        {"level": "C5", "ratio": 0.5, "dropout": 0.0},
     ],
     ids=lambda c: "-".join(map(str, c.values())) or "default",
 )
@@ -94,8 +96,8 @@ def test_without_prompts_the_output_is_the_models_own(name: str, site: str, how:
     own = batch((0, 0)) if how == "no masks" else batch((3, 2))
     task = Pretraining(model, SaliencyPromptConfig(site=site, dropout=float(how == "dropout 1")))
     with torch.no_grad():
-        maps = model.encode(own.images).maps  # type: ignore[operator]  # a Module
-        prompted = outputs_of(model, own.images, task.injection(maps, own, 0))
+        features = model.encode(own.images)  # type: ignore[operator]  # a Module
+        prompted = outputs_of(model, own.images, task.injection(features, own, 0))
         plain = outputs_of(model, own.images)
     assert all(torch.equal(a, b) for a, b in zip(prompted, plain, strict=True))
 
@@ -164,6 +166,60 @@ def test_a_trained_backbone_gets_no_gradient_from_the_seeds() -> None:
             task(own, 0)[0].backward()
             grads.append(any(p.grad is not None for p in task.model.backbone.parameters()))  # type: ignore[union-attr]  # a Module
     assert grads == [True, False]
+
+
+def c5_task(**changes: Any) -> Pretraining:
+    config = {"level": "C5", "pooling": "release", "assign": "sequential", "dropout": 0.0, "kernel_weight": 0.0}
+    torch.manual_seed(1)
+    return Pretraining(model_of("tiny"), SaliencyPromptConfig(**{**config, **changes}))  # type: ignore[arg-type]
+
+
+def test_prompts_of_c5_train_their_layer_and_not_the_backbone() -> None:
+    """As in the release for Mask2Former. The queries have a gradient without the prompts too; the backbone has none through them."""
+    task, own = c5_task(freeze_backbone=False), batch()
+    model: Any = task.network
+    images = own.images
+    with torch.no_grad():
+        features = model.encode(images)
+    leaves = [x.requires_grad_() for x in features.backbone]
+    injection = task.injection(features._replace(backbone=leaves), own, 0)
+    outputs_of(model, images, None)
+    prompted = injection("query", torch.zeros(3, model.num_queries, model.channels))  # type: ignore[misc]
+    prompted.square().sum().backward()
+    layer: Any = task.prompt_layer
+    assert layer.weight.grad.any() and layer.bias.grad.any() and all(x.grad is None for x in leaves)
+
+
+def test_prompts_of_c5_by_hand() -> None:
+    """W · (mean of the box) + b by sequential assignment. An image without proposals gets nothing, not the bias."""
+    task, own = c5_task(), batch((3, 0, 1))
+    model: Any = task.network
+    with torch.no_grad():
+        features = model.encode(own.images)
+        queries = torch.randn(3, model.num_queries, model.channels)
+        added: Any = task.injection(features, own, 0)("query", queries) - queries  # type: ignore[misc]
+    layer: Any = task.prompt_layer
+    c5, boxes = features.backbone[-1].double(), own.masks.boxes()
+    assert c5.shape[2:] == (2, 3) and torch.equal(added[1], torch.zeros_like(added[1]))
+    for image, count in ((0, 3), (2, 1)):
+        r, slots = 20 // count, []
+        for slot in range(20):
+            slots.append(slot // r if slot < r * count else slot - r * count)
+        for n in range(model.num_queries):
+            x1, y1, x2, y2 = (int(v) // 32 for v in boxes[image, slots[n * 20 // model.num_queries]])
+            x2, y2 = (x1 + 2 if x2 == x1 else x2), (y1 + 2 if y2 == y1 else y2)
+            mean = c5[image, :, y1:y2, x1:x2].mean((1, 2))
+            wanted = layer.weight.double() @ mean + layer.bias.double()
+            torch.testing.assert_close(added[image, n].double(), wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_the_layer_of_c5_is_kept_with_the_task_and_not_with_the_model() -> None:
+    task = c5_task()
+    assert {"prompt_layer.weight", "prompt_layer.bias"} <= task.state_dict().keys()
+    assert not any("prompt" in name for name in task.model.state_dict())
+    assert c5_task(assign="none").prompt_layer is None and Pretraining(model_of("tiny")).prompt_layer is None
+    with pytest.raises(ValueError, match='level: "C5" needs the linear layer of the pre-training'):
+        prompts_of(batch(), task.network.encode(batch().images), task.config)(None)
 
 
 @pytest.mark.parametrize("level", ["C4", "C5"])

@@ -7,7 +7,9 @@ import pytest
 
 from sprompt.commands.parsing import parse
 from sprompt.commands.study import lengthened
-from sprompt.study.plan import Inputs, Pretraining
+from sprompt.models.mask2former import Mask2FormerConfig
+from sprompt.study.plan import Cell, Inputs, Pretraining
+from sprompt.study.variants import VARIANTS
 
 GIVEN = Inputs(
     "study-cpu", Path("unlabelled"), Path("images"), Path("labels.json"), Path("val"), Path("val.json"), Path("backbone"),
@@ -29,6 +31,26 @@ def test_without_drops_there_are_none(tmp_path: Path) -> None:
     toy = str(tmp_path / "toy.yaml")
     longer = parse(*_pretrain(replace(GIVEN, settings=toy, lengthened=tuple(lengthened(toy, 2))))).train
     assert (longer.epochs, longer.drops) == (6, ())
+
+
+def test_another_model_has_its_own_preset_and_only_its_own_variants() -> None:
+    """Every command names the model, so that the preset of that name is taken from the folder of the model."""
+    study = parse("study", ["--preset", "study-cpu", "--model", "mask2former"])
+    assert (study.model, study.settings, study.likeness) == ("mask2former", "study-cpu", 0.8)
+    given = replace(GIVEN, model=("--model", "mask2former"))
+    pretraining = Pretraining(0, "prompts")
+    commands = [*pretraining.commands(Path("out"), given), Cell(pretraining, 0.05).command(Path("out"), given, 5)]
+    for name, *options in commands:
+        model = parse(name, options).model
+        assert isinstance(model, Mask2FormerConfig)
+        assert model.queries == 20 or name == "evaluate"  # that takes the sizes from the checkpoint
+    assert study._variants(known=True) == [name for name in VARIANTS if name not in ("site-late", "site-proposal")]
+
+
+def test_without_a_model_the_commands_are_those_of_earlier_studies() -> None:
+    """A finished cell is known again by its command."""
+    assert parse("study", ["--preset", "study-cpu"]).model is None
+    assert all("--model" not in command for command in Pretraining(0, "prompts").commands(Path("out"), GIVEN))
 
 
 def _pretrain(given: Inputs) -> tuple[str, list[str]]:

@@ -107,9 +107,11 @@ class SaliencyPromptConfig(MethodConfig):
     """How proposals teach a model. Prompts are added to its queries; kernel supervision pulls kernels to the seeds of
     proposals."""
 
-    level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5", "features"] = "coarsest"
+    level: Literal["coarsest", "auto", "P2", "P3", "P4", "P5", "features", "C5"] = "coarsest"
     """The map that prompts are read from. "P2" to "P5" and "coarsest" are maps of the pyramid. "auto" chooses a map of the
-    pyramid by the size of the box. "features" is the map that the model multiplies by its queries to get masks."""
+    pyramid by the size of the box. "features" is the map that the model multiplies by its queries to get masks. "C5" is the
+    backbone's last map: a linear layer with a bias, which is trained too and not needed afterwards, brings its means to the width of
+    the queries. The public code has it for Mask2Former."""
     pooling: Literal["box", "mask", "roi_align", "release"] = "box"
     """How a proposal becomes a prompt. "box": mean over the cells of its box. "mask": mean over the cells with a centre in the
     mask. "roi_align": RoIAlign of the box with one bin. "release": the box as in the first public code, without the last,

@@ -110,7 +110,6 @@ class Injection:
         }
 
 
-@torch.no_grad()
 def _lengthened(vectors: Tensor, queries: Tensor, ratio: float) -> Tensor:
     """Prompts (B, L, C) of `ratio` times the mean length of their image's queries (B, N, C). Cosine matches do not change."""
     length = queries.detach().float().norm(dim=2).mean(1)[:, None, None]

@@ -16,14 +16,15 @@ from sprompt.methods.saliency_prompt.injection import Injection, places
 from sprompt.methods.saliency_prompt.prompts import prompts_of
 from sprompt.methods.saliency_prompt.supervision import Projection, kernel_loss, seed_vectors, target_cosine
 from sprompt.methods.supervised import summed
-from sprompt.models.protocol import Losses, ParameterGroup, QueryModel, Targets, checked_model
+from sprompt.models.protocol import Features, Losses, ParameterGroup, QueryModel, Targets, checked_model
 
 
 class Pretraining(nn.Module):
     """The task of a model and a proposal file.
 
     The loss is the model's loss with the proposals as labels of one class, plus kernel supervision. Queries get prompts in
-    training mode only. The result of training is `model`; the projection of the seeds is not needed afterwards.
+    training mode only. The result of training is `model`; the projection of the seeds and the layer of the prompts are not needed
+    afterwards.
 
     Args:
         model: an nn.Module that is a `QueryModel` of one class.
@@ -59,6 +60,9 @@ class Pretraining(nn.Module):
         if config.kernel_weight > 0:
             width = cast(Any, network.backbone).channels[self._level]
             self.projection = Projection(width, network.channels, config.projection, seed)
+        self.prompt_layer: nn.Linear | None = None
+        if config.level == "C5" and config.assign != "none":
+            self.prompt_layer = nn.Linear(cast(Any, network.backbone).channels[-1], network.channels)
         self.train(self.training)
 
     @classmethod
@@ -90,7 +94,7 @@ class Pretraining(nn.Module):
         """(loss, its terms and monitors for the log)."""
         model = self.network
         features = model.encode(batch.images)
-        injection = self.injection(features.maps, batch, step) if self.training else None
+        injection = self.injection(features, batch, step) if self.training else None
         labels = torch.zeros_like(batch.labels)
         outputs = model.decode(features, injection, Targets(batch.masks, labels, batch.counts))
         found: Losses = model.losses(outputs, batch.masks, labels, batch.counts)
@@ -99,11 +103,11 @@ class Pretraining(nn.Module):
             terms["kernel"], monitors["monitor/target_cosine"] = self._supervision(features.backbone, batch, found)
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()} | monitors
 
-    def injection(self, maps: list[Tensor], batch: Batch, step: int) -> Injection | None:
+    def injection(self, features: Features, batch: Batch, step: int) -> Injection | None:
         """The prompter of a batch; None if prompts are off."""
         if self.config.assign == "none":
             return None
-        read = prompts_of(batch, maps, self.config)
+        read = prompts_of(batch, features, self.config, self.prompt_layer)
         sites = self.network.sites
         return Injection(read, self.config, batch.image_ids, sites=sites, seed=self.seed, step=step)
 

@@ -6,33 +6,46 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sprompt.data.sample import Batch
 from sprompt.masks import BitMasks, Size
 from sprompt.methods.saliency_prompt.config import SaliencyPromptConfig
+from sprompt.models.protocol import Features
 from sprompt.ops import mask_mean, region_mean
 
 FINEST = 56.0  # pixels: with level "auto", boxes below twice this side are read from P2
 
 
 class Prompts(NamedTuple):
-    vectors: Tensor  # (B, L, C), without gradient; zeros for empty masks
+    vectors: Tensor  # (B, L, C), without gradient to the map; zeros for empty masks
     counts: Tensor  # (B,) int64, number of real prompts of each image
 
 
-def prompts_of(batch: Batch, maps: list[Tensor], config: SaliencyPromptConfig) -> Callable[[Tensor | None], Prompts]:
-    """A function that gives the prompts of a batch, from the map that queries act on where the level is "features", else from the pyramid
-    `maps`."""
+def prompts_of(
+    batch: Batch, features: Features, config: SaliencyPromptConfig, layer: nn.Module | None = None
+) -> Callable[[Tensor | None], Prompts]:
+    """A function that gives the prompts of a batch. It takes the map that queries act on, which level "features" reads; the other levels
+    read the maps in `features`. Level "C5" needs `layer`, from the width of that map to the width of the queries.
+    """
 
-    def read(features: Tensor | None) -> Prompts:
-        if config.level != "features":
-            return read_prompts(maps, batch.masks, batch.counts, config, batch.sizes)
-        if features is None:
-            raise ValueError(
-                'level: "features" needs a model that hands its prompter the map that queries act on; choose another level'
-            )
-        return read_prompts([features], batch.masks, batch.counts, config, batch.sizes)
+    def read(acted_on: Tensor | None) -> Prompts:
+        maps = features.maps
+        if config.level == "C5":
+            maps = features.backbone[-1:]
+        elif config.level == "features":
+            if acted_on is None:
+                raise ValueError(
+                    'level: "features" needs a model that hands its prompter the map that queries act on; choose another level'
+                )
+            maps = [acted_on]
+        prompts = read_prompts(maps, batch.masks, batch.counts, config, batch.sizes)
+        if config.level != "C5":
+            return prompts
+        if layer is None:
+            raise ValueError('level: "C5" needs the linear layer of the pre-training, got none; choose another level')
+        there = (batch.masks.area() > 0)[..., None]
+        return prompts._replace(vectors=torch.where(there, layer(prompts.vectors), 0))
 
     return read
 
@@ -47,7 +60,7 @@ def read_prompts(
     likewise. With pooling "release" it covers the columns ⌊x1/s⌋ to ⌊x2/s⌋, or two columns if these are equal.
 
     Args:
-        maps: maps (B, C, h, w) of the padded images, P2 first; for level "features" only the map of that name.
+        maps: maps (B, C, h, w) of the padded images, P2 first; for the levels "features" and "C5" only the map of that name.
         masks: (B, L), of the size of the padded images.
         counts: (B,), number of real masks of each image.
         sizes: sizes of the images before padding, for `contrast`. By default the mean includes the padding.
@@ -62,7 +75,7 @@ def read_prompts(
 
 
 def _level(maps: Sequence[Tensor], level: str) -> Tensor:
-    if level in ("coarsest", "features"):
+    if level in ("coarsest", "features", "C5"):
         return maps[-1]
     number = int(level[1:]) - 2
     if number >= len(maps):

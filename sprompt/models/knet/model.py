@@ -75,8 +75,9 @@ class KNet(nn.Module):
         self.config = replace(self.config, frozen_stages=stages)
         self.backbone.freeze(stages)
 
-    def parameter_groups(self) -> tuple[ParameterGroup, ...]:
-        return ()  # the official release has the same weight decay for all parameters
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """The backbone has a quarter of the learning rate. All parameters decay, as in the official release."""
+        return [ParameterGroup(list(self.backbone.parameters()), rate=0.25)]
 
     def import_checkpoint(self, path: Path) -> str:
         """Takes the weights of an official checkpoint; see `sprompt.models.knet.checkpoint`."""
