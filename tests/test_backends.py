@@ -78,7 +78,7 @@ def test_environment_switch() -> None:
 
 
 #: Ops that run their reference on a GPU, because they have no GPU kernel yet.
-ON_THE_REFERENCE = {"sample_points", "sample_points_backward", "point_cost", "point_loss", "point_loss_backward"}
+ON_THE_REFERENCE = {"point_cost", "point_loss", "point_loss_backward"}
 
 
 def test_every_op_has_a_gpu_kernel() -> None:

@@ -30,8 +30,9 @@ def sample_points(maps: Tensor | BitMasks, points: Tensor) -> Tensor:
     Returns: (B, N, T) in the dtype of the maps; float32 for BitMasks (float64 if the points are float64). B, N, T, h or w of 0
     are allowed, and maps without cells are 0 everywhere. A NaN cell makes the points around it NaN, and so does an infinite
     cell.
-    Gradient to float maps: each cell sums its shares in float32, in a fixed order. None to the points. Double backward is not
-    supported. Deterministic. Autocast changes nothing.
+    Gradient to float maps: each cell sums its shares in float32, in a fixed order; the Triton kernels sum integers of fixed
+    point, where shares that are not finite make a cell NaN. None to the points. Double backward is not supported. Deterministic.
+    Autocast changes nothing.
 
     >>> sample_points(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[0.25, 0.5], [0.5, 0.5], [1.0, 0.5]]])).tolist()
     [[[1.0, 2.0, 1.5]]]

@@ -11,7 +11,7 @@ from sprompt.ops.declare import Args, new, op
 from sprompt.ops.soft_targets import loss_dtype
 
 
-@op()
+@op("triton")
 def sample_points(maps: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     """maps are floats (B, N, height, width), or the words (B, N, n) of masks of this size."""
     dtype = maps.dtype if maps.is_floating_point() else points.dtype
@@ -33,7 +33,7 @@ def _(ctx: Any, a: Args, out: Tensor) -> None:
     ctx.size = a.height, a.width
 
 
-@op()
+@op("triton")
 def sample_points_backward(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     return new(grad, *grad.shape[:2], height, width)
 
