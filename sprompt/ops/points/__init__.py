@@ -163,8 +163,8 @@ def point_loss(
     losses of its mask NaN, and no other loss. An infinite logit is NaN there. M of 0 gives empty results that are still
     connected to the logits; take their sum, not their mean. No points (T = 0) give bce 0 and dice 0.
     Differentiable in the logits (gradient in their dtype), not through the selection. Sums are in float32 or wider. If the
-    incoming gradient of a mask is not finite, the whole gradient of this mask is NaN. Double backward is not supported.
-    Deterministic for a seed. Autocast changes nothing.
+    incoming gradient of a mask is not finite, the whole gradient of this mask is NaN. If a loss of a mask is NaN, its gradient
+    is NaN at least around the points. Double backward is not supported. Deterministic for a seed. Autocast changes nothing.
 
     >>> logits, target = torch.tensor([[[20.0, -20.0]]]), torch.tensor([[[True, False]]])
     >>> bce, dice = point_loss(logits, target, points=torch.tensor([[[0.25, 0.5], [0.75, 0.5]]]))

@@ -7,6 +7,11 @@ from torch import Tensor
 
 from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
+from sprompt.ops.points.triton_cost import CANDIDATES as COST_CANDIDATES
+from sprompt.ops.points.triton_cost import point_cost as point_cost
+from sprompt.ops.points.triton_loss import CANDIDATES as LOSS_CANDIDATES
+from sprompt.ops.points.triton_loss import point_loss as point_loss
+from sprompt.ops.points.triton_loss import point_loss_backward as point_loss_backward
 from sprompt.ops.points.triton_taps import (
     Source,
     add_shares,
@@ -23,13 +28,17 @@ from sprompt.ops.points.triton_taps import (
 from sprompt.ops.triton_launch import Cost, config, interpreted, launch, padded, tiles
 
 #: Other tiles for a tuner to try.
-CANDIDATES: dict[str, list[dict[str, int]]] = {
-    name: [
-        {"BLOCK_N": n, "BLOCK_T": t, "num_warps": w, "num_stages": 1}
-        for n, t, w in ((1, 256, 4), (1, 512, 4), (2, 128, 4), (4, 128, 4), (8, 64, 4))
-    ]
-    for name in ("sample", "scatter")
-}
+CANDIDATES: dict[str, list[dict[str, int]]] = (
+    {
+        name: [
+            {"BLOCK_N": n, "BLOCK_T": t, "num_warps": w, "num_stages": 1}
+            for n, t, w in ((1, 256, 4), (1, 512, 4), (2, 128, 4), (4, 128, 4), (8, 64, 4))
+        ]
+        for name in ("sample", "scatter")
+    }
+    | COST_CANDIDATES
+    | LOSS_CANDIDATES
+)
 
 
 @triton.jit
