@@ -20,8 +20,10 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         for p in (528, 1056, 2112)
     ],
 }
-# For sm_100 Triton 3.7 compiles the pair with 128 masks to a trap.
-CANDIDATES["cost_of_pair"] = [entry | {"BLOCK_C": c} for entry in CANDIDATES["cost"] for c in (16, 32)]
+# For sm_100 Triton 3.7 compiles the pair with 128 masks to a trap, which would end the tuner.
+CANDIDATES["cost_of_pair"] = [
+    entry | {"BLOCK_C": c} for entry in CANDIDATES["cost"] for c in (16, 32) if entry["BLOCK_N"] <= 64
+]
 
 
 @triton.jit
@@ -177,9 +179,9 @@ def point_cost(a: Args, cost: Tensor) -> None:
     sampled = loaded(maps, B * C * T)
     # Worst case: every target is real, and every point lies in the maps.
     bits = loaded(words, B * G * T)
-    taken, taken_again = source.bytes(1, B * T), source.bytes(B * parts.tiles * blocks, B * T * blocks)
+    taken, taken_by_all = source.bytes(1, B * T), source.bytes(B * parts.tiles * blocks, B * T * blocks)
     read = sampled.read + bits.read + taken + counted
-    loads = (sampled.read + sampled.again) * (blocks_g if kernels is None else blocks) + taken_again
+    loads = (sampled.read + sampled.again) * (blocks_g if kernels is None else blocks) + taken_by_all
     loads += (bits.read + bits.again) * blocks_n + counted * chunks * blocks
     flops = B * T * (25 * N + 9 * G + 4 * N * G + (9 * N if kernels is None else 9 * C + 2 * C * N))
     if kernels is not None:
