@@ -77,14 +77,10 @@ def test_environment_switch() -> None:
     assert failed.returncode != 0 and "SPROMPT_BACKEND: backend must be one of" in failed.stderr
 
 
-#: Ops that run their reference on a GPU, because they have no GPU kernel yet.
-ON_THE_REFERENCE = {"sample_points", "sample_points_backward", "point_cost", "point_loss", "point_loss_backward"}
-
-
 def test_every_op_has_a_gpu_kernel() -> None:
-    """No op on CUDA may fall back to the reference, except the ops that are named above."""
+    """No op on CUDA may fall back to the reference."""
     without = {op for op in backends.ops() if not {"triton", "cuda"} & set(backends.registered(op))}
-    assert without == ON_THE_REFERENCE | set(backends.HOST_ONLY)
+    assert without == set(backends.HOST_ONLY)
 
 
 def test_every_op_has_a_reference_and_a_native_kernel() -> None:

@@ -31,6 +31,9 @@ BELOW = {
     "saliency_soft": "the same copy, for 20 maps an image",
     "mask_attention": "float32: the floor counts the products of set bits; a tile multiplies all its keys with all its queries",
     "saliency_maps": "the same copy; products are written and read again by the second pass",
+    "sample_points_backward": "sums of fixed point, 8 bytes a cell, are added to, read, and converted",
+    "point_loss": "the keys of the candidates are written and read; the logits are read for the selection and for the losses",
+    "point_loss_backward": "sums of fixed point, 8 bytes a cell, are added to, read, and converted",
 }
 TENSOR_CORES = {80: ("mma",), 90: ("wgmma",), 100: ("tcgen05", "mma")}
 #: Bytes of shared memory that a block may have. The bound of sm_80 is that of sm_86 and sm_89, which run the same kernels.

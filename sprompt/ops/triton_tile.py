@@ -32,6 +32,16 @@ def unpack(words, ROWS: tl.constexpr, WORDS: tl.constexpr):
 
 
 @triton.jit
+def folded(x, HALVINGS: tl.constexpr):
+    """Sum over the last axis, which has 2^HALVINGS entries: neighbours, then neighbours of these sums, and so on. The order of
+    tl.sum would depend on the layout."""
+    for _ in tl.static_range(HALVINGS):
+        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005  # no starred lists in Triton
+        x = even + odd
+    return tl.reshape(x, x.shape[:-1])
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + e^-x) without overflow."""
     e = tl.exp(-tl.abs(x))

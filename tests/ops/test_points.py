@@ -127,6 +127,20 @@ def test_gradient_is_the_transpose() -> None:
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("value", (NAN, math.inf, -math.inf))
+def test_a_gradient_that_is_not_finite_breaks_its_cells_only(value: float) -> None:
+    """The point lies between the cells of rows 1, 2 and columns 3, 4 of one map. Other values are 1."""
+    maps = torch.zeros(2, 3, 5, 8, requires_grad=True)
+    grad = torch.ones(2, 3, 9)
+    grad[1, 2, 4] = value
+    points = torch.rand(2, 9, 2, generator=random(0))
+    points[1, 4] = torch.tensor([4.25 / 8, 1.75 / 5])
+    found = torch.autograd.grad(sample_points(maps, points), maps, grad)[0]
+    expected = torch.zeros(2, 3, 5, 8, dtype=torch.bool)
+    expected[1, 2, 1:3, 3:5] = True
+    assert torch.equal(~found.isfinite(), expected)
+
+
 # -- point_cost
 
 

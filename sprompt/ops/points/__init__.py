@@ -30,8 +30,9 @@ def sample_points(maps: Tensor | BitMasks, points: Tensor) -> Tensor:
     Returns: (B, N, T) in the dtype of the maps; float32 for BitMasks (float64 if the points are float64). B, N, T, h or w of 0
     are allowed, and maps without cells are 0 everywhere. A NaN cell makes the points around it NaN, and so does an infinite
     cell.
-    Gradient to float maps: each cell sums its shares in float32, in a fixed order. None to the points. Double backward is not
-    supported. Deterministic. Autocast changes nothing.
+    Gradient to float maps: each cell sums its shares in float32, in a fixed order; the Triton kernels sum integers of fixed
+    point, where shares that are not finite make a cell NaN. None to the points. Double backward is not supported. Deterministic.
+    Autocast changes nothing.
 
     >>> sample_points(torch.tensor([[[[1.0, 3.0]]]]), torch.tensor([[[0.25, 0.5], [0.5, 0.5], [1.0, 0.5]]])).tolist()
     [[[1.0, 2.0, 1.5]]]
@@ -162,8 +163,8 @@ def point_loss(
     losses of its mask NaN, and no other loss. An infinite logit is NaN there. M of 0 gives empty results that are still
     connected to the logits; take their sum, not their mean. No points (T = 0) give bce 0 and dice 0.
     Differentiable in the logits (gradient in their dtype), not through the selection. Sums are in float32 or wider. If the
-    incoming gradient of a mask is not finite, the whole gradient of this mask is NaN. Double backward is not supported.
-    Deterministic for a seed. Autocast changes nothing.
+    incoming gradient of a mask is not finite, the whole gradient of this mask is NaN. If a loss of a mask is NaN, its gradient
+    is NaN at least around the points. Double backward is not supported. Deterministic for a seed. Autocast changes nothing.
 
     >>> logits, target = torch.tensor([[[20.0, -20.0]]]), torch.tensor([[[True, False]]])
     >>> bce, dice = point_loss(logits, target, points=torch.tensor([[[0.25, 0.5], [0.75, 0.5]]]))

@@ -11,7 +11,7 @@ from sprompt.ops.declare import Args, new, op
 from sprompt.ops.soft_targets import loss_dtype
 
 
-@op()
+@op("triton")
 def sample_points(maps: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     """maps are floats (B, N, height, width), or the words (B, N, n) of masks of this size."""
     dtype = maps.dtype if maps.is_floating_point() else points.dtype
@@ -33,7 +33,7 @@ def _(ctx: Any, a: Args, out: Tensor) -> None:
     ctx.size = a.height, a.width
 
 
-@op()
+@op("triton")
 def sample_points_backward(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     return new(grad, *grad.shape[:2], height, width)
 
@@ -46,7 +46,7 @@ def _(a: Args, out: Tensor) -> None:
     native._C.sample_points_backward(native.rows(a.grad), a.points.contiguous(), out, native.threads())
 
 
-@op()
+@op("triton")
 def point_cost(
     maps: Tensor, kernels: Tensor | None, words: Tensor, height: int, width: int, counts: Tensor | None,
     seed: Tensor | None, points: Tensor | None, number: int, bce_weight: float, dice_weight: float,
@@ -71,7 +71,7 @@ def _(a: Args, cost: Tensor) -> None:
     )  # fmt: skip
 
 
-@op()
+@op("triton")
 def point_loss(
     logits: Tensor, words: Tensor, height: int, width: int, seed: Tensor | None, points: Tensor | None,
     number: int, drawn: int, kept: int,
@@ -98,7 +98,7 @@ def _(ctx: Any, a: Args, bce: Tensor, dice: Tensor, chosen: Tensor, sums: Tensor
     ctx.numbers = a.height, a.width, a.number, a.drawn, a.kept
 
 
-@op()
+@op("triton")
 def point_loss_backward(
     grad_bce: Tensor, grad_dice: Tensor, logits: Tensor, words: Tensor, seed: Tensor | None, points: Tensor | None,
     chosen: Tensor, sums: Tensor, height: int, width: int, number: int, drawn: int, kept: int,

@@ -25,16 +25,6 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
 
 
 @triton.jit
-def _folded(x, HALVINGS: tl.constexpr):
-    """Sum over the last axis, which has 2^HALVINGS entries: neighbours, then neighbours of these sums, and so on. The order of
-    tl.sum would depend on the layout."""
-    for _ in tl.static_range(HALVINGS):
-        even, odd = tl.split(tl.reshape(x, x.shape[:-1] + [x.shape[-1] // 2, 2]))  # noqa: RUF005  # no starred lists in Triton
-        x = even + odd
-    return tl.reshape(x, x.shape[:-1])
-
-
-@triton.jit
 def _match(
     kernels,  # (B, N, C), any strides
     prompts,  # (B, L, C), any strides
@@ -84,11 +74,11 @@ def _match(
                 products += k[:, None, :] * p[None, :, :]
                 squares_k += k * k
                 squares_p += p * p
-            norm_k = tl.sqrt_rn(_folded(squares_k, HALVINGS))
+            norm_k = tl.sqrt_rn(triton_tile.folded(squares_k, HALVINGS))
             norm_k = tl.where(norm_k < EPSILON, EPSILON, norm_k)
-            norm_p = tl.sqrt_rn(_folded(squares_p, HALVINGS))
+            norm_p = tl.sqrt_rn(triton_tile.folded(squares_p, HALVINGS))
             norm_p = tl.where(norm_p < EPSILON, EPSILON, norm_p)
-            product = _folded(products, HALVINGS)
+            product = triton_tile.folded(products, HALVINGS)
             similarity = tl.div_rn(product, norm_k[:, None] * norm_p[None, :])
             similarity = tl.where((similarity == similarity) & real[None, :], similarity, float("-inf"))
             largest = tl.max(similarity, axis=1)
