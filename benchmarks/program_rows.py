@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from benchmarks import released_knet
+from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
+from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
 from sprompt.data.sample import Sample
 from sprompt.data.synthetic import scene
@@ -27,30 +27,6 @@ from sprompt.nn.resnet import ResNet
 from sprompt.ops import pack_masks
 from sprompt.testing.spec import blobs, random
 
-
-class Rivals(NamedTuple):
-    """Calls that do the same work; one of them is "ours". `check` raises AssertionError if results differ, and describes the
-    inputs."""
-
-    calls: dict[str, Call]
-    check: Callable[[], str]
-
-
-@dataclass(frozen=True)
-class Program:
-    name: str
-    shape: str
-    make: Callable[[torch.device], Rivals]
-    #: The same rivals at toy size, for --quick.
-    tiny: Callable[[torch.device], Rivals]
-    #: Goals: {"time": released / ours, "memory": released / ours, "share": upper bound, as a share of the backbone's time}.
-    goals: dict[str, float] = field(default_factory=dict)
-    #: Number of images of one call.
-    images: int = 1
-    #: Whether it is also replayed from a CUDA graph on a GPU.
-    captures: bool = False
-
-
 # -- a step of training
 
 
@@ -59,13 +35,6 @@ class _Given(nn.Module):
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, ...]:
         return tuple(maps)
-
-
-def regions(channels: int, size: Size, images: int, seed: int) -> Tensor:
-    """(images, channels, H, W): smooth regions and noise, like features of networks."""
-    g = random(seed)
-    coarse = torch.randn(images, channels, 10, 16, generator=g)
-    return F.interpolate(coarse, size=size, mode="bilinear") + 0.3 * torch.randn(images, channels, *size, generator=g)
 
 
 def head_step(
@@ -246,4 +215,5 @@ PROGRAMS = [
             ("ResNet-18 of width 16", 18, 16, (240, 320), {}),
         )
     ),
+    *MASK2FORMER,
 ]

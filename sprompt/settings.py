@@ -22,7 +22,7 @@ from tyro.conf import Suppress as Hidden  # marks a setting that the command lin
 
 from sprompt.registry import Named
 
-__all__ = ["Hidden", "SettingsError", "check_choices", "from_plain", "read_yaml", "to_plain", "to_yaml"]
+__all__ = ["Hidden", "SettingsError", "check_choices", "flat", "from_plain", "read_yaml", "to_plain", "to_yaml"]
 
 T = TypeVar("T")
 LARGEST_FILE = 1 << 20  # upper bound of the size of a YAML file, bytes
@@ -43,6 +43,15 @@ def to_plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [to_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def flat(plain: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested mappings by their dotted names. An empty mapping is a value."""
+    found: dict[str, Any] = {}
+    for name, value in plain.items():
+        inner = isinstance(value, Mapping) and value
+        found |= flat(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return found
 
 
 def to_yaml(value: Any) -> str:

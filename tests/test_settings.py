@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 
 from sprompt import settings
-from sprompt.settings import SettingsError, from_plain, read_yaml, to_yaml
+from sprompt.settings import SettingsError, flat, from_plain, read_yaml, to_yaml
 
 
 @dataclasses.dataclass
@@ -36,6 +36,11 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_what_is_left_out_comes_from_the_base() -> None:
     base = Outer(Path("x"), Inner(rate=2.0, drops=(5,)))
     assert from_plain(Outer, {"inner": {"drops": [7]}}, base) == Outer(Path("x"), Inner(rate=2.0, drops=(7,)))
+
+
+def test_nested_values_by_dotted_names() -> None:
+    plain = {"images": "a", "inner": {"drops": [8, 11], "deep": {"x": None}, "none": {}}}
+    assert flat(plain) == {"images": "a", "inner.drops": [8, 11], "inner.deep.x": None, "inner.none": {}}
 
 
 def test_text_that_yaml_does_not_take_for_a_number() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,22 @@ import torch
 from sprompt import cli
 from sprompt.data.synthetic import write_scenes
 from sprompt.nn.resnet import ResNet
+from sprompt.nn.swin import Swin, SwinConfig
 from sprompt.nn.weights import save_backbone
 
-#: The smallest network of each model. tests/test_cli.py has K-Net's.
+RESNET = "--model.depth 18 --model.backbone-width 8"
+SWIN = (
+    "--model.backbone swin --model.swin.width 8 --model.swin.depths 1 2 1 1 --model.swin.heads 1 2 2 2 --model.swin.window 4 "
+    "--model.swin.drop-path 0.1"
+)
+MASK2FORMER = (
+    "--model mask2former --model.channels 16 --model.queries 8 --model.heads 2 --model.encoder-layers 1 --model.encoder-feedforward 32 "
+    "--model.decoder-layers 3 --model.decoder-feedforward 32 --model.points 64"
+)
+#: The smallest network of each model, and its backbone. tests/test_cli.py has K-Net's.
 NETWORKS = {
-    "mask2former": "--model.depth 18 --model.backbone-width 8 --model.channels 16 --model.queries 8 --model.heads 2 "
-    "--model.encoder-layers 1 --model.encoder-feedforward 32 --model.decoder-layers 3 --model.decoder-feedforward 32 --model.points 64"
+    "mask2former": (f"{MASK2FORMER} {RESNET}", lambda: ResNet(18, width=8)),
+    "mask2former, swin": (f"{MASK2FORMER} {SWIN}", lambda: Swin(SwinConfig(8, (1, 2, 1, 1), (1, 2, 2, 2), 4))),
 }
 SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True --train.warmup-steps 0"
 TEST = "--test.short 64 --test.long 64 --test.workers 0 --test.batch-size 4"
@@ -28,12 +39,13 @@ def sprompt(folder: Path, line: str) -> None:
     assert cli.main(shlex.split(line.format(folder))) == 0, line
 
 
-@pytest.mark.parametrize("model", NETWORKS)
-def test_the_chain(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("network", "backbone"), NETWORKS.values(), ids=NETWORKS)
+def test_the_chain(
+    network: str, backbone: Callable[[], ResNet | Swin], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_scenes(tmp_path / "scenes", 6, seed=0, size=(64, 64))
     torch.manual_seed(0)
-    save_backbone(tmp_path / "backbone.safetensors", ResNet(18, width=8))
-    network = f"--model {model} {NETWORKS[model]}"
+    save_backbone(tmp_path / "backbone.safetensors", backbone())
     sprompt(
         tmp_path,
         "propose --images {0}/scenes/images --backbone {0}/backbone.safetensors --out {0}/proposals.json --cpu True "
@@ -48,8 +60,10 @@ def test_the_chain(model: str, tmp_path: Path) -> None:
     assert all(0 < line["kernel"] < 20 for line in log if "kernel" in line) and "monitor/prompts_used" in log[0]
     labels = f"{LABELS} {LABELS.replace('data.', 'val.')}"
     finetune = f"finetune {labels} --checkpoint {{0}}/pre --out {{0}}/fine --train.epochs 2 {SMALL} {TEST}"
+    assert cli.main(shlex.split(f"{finetune} --model.swin.window 9".format(tmp_path))) != 0
+    assert "--model.swin.window: is 9, but the model of --checkpoint has" in capsys.readouterr().err
     sprompt(tmp_path, finetune)
-    assert f"name: {model}" in (tmp_path / "fine/config.yaml").read_text()
+    assert f"name: {shlex.split(network)[1]}" in (tmp_path / "fine/config.yaml").read_text()
     trained = (tmp_path / "fine/model.safetensors").read_bytes()
     sprompt(tmp_path, "finetune --config {0}/fine/config.yaml")  # goes on, and has nothing to do
     assert (tmp_path / "fine/model.safetensors").read_bytes() == trained

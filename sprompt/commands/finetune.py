@@ -23,7 +23,7 @@ from sprompt.models.knet import KNetConfig
 from sprompt.models.registry import MODELS, ModelConfig, build
 from sprompt.nn.distributed import launched
 from sprompt.nn.weights import load_backbone
-from sprompt.settings import to_plain
+from sprompt.settings import flat, to_plain
 
 
 @dataclasses.dataclass
@@ -160,16 +160,13 @@ class Finetune:
         if type(own) is not type(self.model):
             there, asked = (MODELS.name(type(config)) for config in (own, self.model))
             raise ValueError(f"--model: is {asked}, but --checkpoint holds {there}; leave out --model")
-        default = type(self.model)()
-        for name, asked in to_plain(self.model).items():
-            if name in ("name", "num_classes", "frozen_stages") or asked in (
-                getattr(own, name),
-                getattr(default, name),
-            ):
+        wanted, held, default = (flat(to_plain(config)) for config in (self.model, own, type(self.model)()))
+        for name, value in wanted.items():
+            if name in ("name", "num_classes", "frozen_stages") or value in (held[name], default[name]):
                 continue
             option = f"--model.{name.replace('_', '-')}"
             raise ValueError(
-                f"{option}: is {asked}, but the model of --checkpoint has {getattr(own, name)}; leave the option out"
+                f"{option}: is {value}, but the model of --checkpoint has {held[name]}; leave the option out"
             )
 
     def _metrics(self, model: Any, val: CocoDataset, quiet: bool) -> dict[str, Any]:

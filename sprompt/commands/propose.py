@@ -24,7 +24,7 @@ class Propose:
     images: Path
     """Folder of pictures, subfolders included."""
     backbone: Path
-    """Self-supervised backbone: a file of DenseCL, MoCo-v2, SwAV or torchvision, or the run folder or file of `sprompt backbone`."""
+    """A backbone: a file of DenseCL, MoCo-v2, SwAV, torchvision or Swin, or the run folder or file of `sprompt backbone`."""
     out: Path = Path("proposals.json")
     """The file to write (COCO format)."""
     only: Path | None = None

@@ -16,6 +16,7 @@ from torch import nn, optim
 
 from sprompt.engine.checkpoint import Saved
 from sprompt.engine.optim import load_optimiser, optimiser_tensors
+from sprompt.settings import flat
 
 
 def versions() -> dict[str, str]:
@@ -25,7 +26,8 @@ def versions() -> dict[str, str]:
 
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raises ValueError if the settings of a run are not those that it began with. The message names the differing settings."""
-    old, new = _flat(before), _flat(now)
+    # in JSON a tuple equals a list, as it must after a checkpoint was read
+    old, new = ({name: json.dumps(value) for name, value in flat(values).items()} for values in (before, now))
     differing = [
         f"{name} (was {old.get(name, 'absent')}, now {new.get(name, 'absent')})"
         for name in sorted(old.keys() | new.keys())
@@ -61,14 +63,3 @@ def restore(
         tensors[name] = broadcast(tensors.get(name, empty).to(accelerator.device))
     load_optimiser(optimiser, task, tensors)
     return state
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{dotted name: JSON text}. In JSON a tuple equals a list, as it must after a checkpoint was read."""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[f"{prefix}{name}"] = json.dumps(value)
-    return flat

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from sprompt.models.fit import check_fit
 from sprompt.models.registry import MODELS, ModelConfig
 from sprompt.nn.tensor_files import read_metadata, read_tensors, write_tensors
+from sprompt.settings import from_plain
 
 _FORMAT = 1
 
@@ -106,12 +107,13 @@ def _config(path: Path | str, about: Mapping[str, Any]) -> Any:
         kind = MODELS.get(str(about["model"])).Config
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    values, known = about.get("config"), {field.name for field in fields(kind)}
-    if not isinstance(values, dict) or values.keys() != known:
-        got = sorted(values.keys() ^ known)[:5] if isinstance(values, dict) else type(values).__name__
-        raise ValueError(f"{path}: config must have the fields of {kind.__name__}, got a difference in {got}")
+    values = about.get("config")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: config must have the fields of {kind.__name__}, got {type(values).__name__}")
     try:
-        return kind(**values)
+        return from_plain(
+            kind, values, where="config"
+        )  # a file of an older version lacks fields, which have their default
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

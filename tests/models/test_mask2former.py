@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ from sprompt.models.mask2former import Mask2Former, Mask2FormerConfig
 from sprompt.models.mask2former.checkpoint import export_checkpoint, import_checkpoint, to_transformers
 from sprompt.models.mask2former.loss import Points, losses
 from sprompt.models.saved import load_model, save_model
+from sprompt.nn.swin import SwinConfig
+from sprompt.nn.swin_files import from_transformers
 from sprompt.nn.tensor_files import read_tensors, write_tensors
+from sprompt.settings import from_plain, to_plain
 
 transformers = pytest.importorskip("transformers", reason="the independent truth of these tests")
 
@@ -25,15 +29,28 @@ TINY = Mask2FormerConfig(
     depth=18, backbone_width=8, channels=32, queries=7, heads=4, encoder_layers=2, encoder_feedforward=40, decoder_layers=4,
     decoder_feedforward=48, points=60, num_classes=3,
 )  # fmt: skip
+SWIN = replace(
+    TINY, backbone="swin", swin=SwinConfig(8, (1, 2, 2, 1), (1, 2, 4, 2), window=3, drop_path=0.2), frozen_stages=-1,
+    depth=50, backbone_width=64,
+)  # fmt: skip
+BOTH = pytest.mark.parametrize("config", [TINY, SWIN], ids=["resnet", "swin"])
+BACKBONE = "model.pixel_level_module.encoder."
 
 
 def theirs(config: Mask2FormerConfig = TINY, seed: int = 0) -> nn.Module:
     """transformers' model of these sizes, with random weights and batch norm statistics."""
-    width = config.backbone_width
-    backbone = transformers.ResNetConfig(
-        embedding_size=width, hidden_sizes=[width * s for s in (1, 2, 4, 8)], depths=[2, 2, 2, 2], layer_type="basic",
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    width, swin = config.backbone_width, config.swin
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    if config.backbone == "swin":
+        backbone = transformers.SwinConfig(
+            embed_dim=swin.width, depths=swin.depths, num_heads=swin.heads, window_size=swin.window,
+            drop_path_rate=swin.drop_path, out_features=stages,
+        )  # fmt: skip
+    else:
+        backbone = transformers.ResNetConfig(
+            embedding_size=width, hidden_sizes=[width * s for s in (1, 2, 4, 8)], depths=[2, 2, 2, 2], layer_type="basic",
+            out_features=stages,
+        )  # fmt: skip
     torch.manual_seed(seed)
     model = transformers.Mask2FormerForUniversalSegmentation(
         transformers.Mask2FormerConfig(
@@ -49,6 +66,8 @@ def theirs(config: Mask2FormerConfig = TINY, seed: int = 0) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.weight.uniform_(0.5, 1.5)
                 module.running_var.uniform_(0.5, 1.5)
+            if hasattr(module, "relative_position_bias_table"):
+                module.relative_position_bias_table.normal_()
             if hasattr(module, "sampling_offsets"):
                 module.sampling_offsets.weight.normal_(std=0.5)
                 module.attention_weights.weight.normal_(std=0.5)
@@ -62,6 +81,16 @@ def ours(other: nn.Module, tmp_path: Path, config: Mask2FormerConfig = TINY) -> 
     said = import_checkpoint(model, tmp_path / "theirs.safetensors")
     assert "as transformers names them" in said and "starts anew" not in said
     return model.eval()
+
+
+def by_our_names(tensors: dict[str, Tensor], model: Mask2Former) -> dict[str, Tensor]:
+    """Tensors of transformers' model."""
+    ours = {to_transformers(name): name for name in model.state_dict()}
+    if model.config.backbone == "resnet":
+        return {ours[name]: tensor for name, tensor in tensors.items()}
+    swin = {name.removeprefix(BACKBONE): t for name, t in tensors.items() if name.startswith(BACKBONE)}
+    found = {f"backbone.{name}": t for name, t in from_transformers(swin).items() if not name.startswith("layernorm.")}
+    return found | {ours[name]: tensor for name, tensor in tensors.items() if not name.startswith(BACKBONE)}
 
 
 def labelled(size: tuple[int, int], counts: list[int], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -115,11 +144,12 @@ class Draws:
     [((64, 96), [3, 0]), ((96, 64), [9, 2]), ((64, 64), [4, 1])],
     ids=["one without targets", "more than queries", "square"],
 )
+@BOTH
 def test_predictions_losses_and_gradients(
-    size: tuple[int, int], counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    config: Mask2FormerConfig, size: tuple[int, int], counts: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    other = theirs()
-    model = ours(other, tmp_path).double()
+    other = theirs(config)
+    model = ours(other, tmp_path, config).double()
     other = other.double()
     other.criterion.empty_weight[-1] = TINY.no_object  # rounded to float32 before
     images, masks, labels, number = labelled(size, counts)
@@ -144,19 +174,20 @@ def test_predictions_losses_and_gradients(
     torch.testing.assert_close(total, expected.loss.squeeze(), rtol=1e-9, atol=1e-9)
     total.backward()
     expected.loss.backward()
-    gradients = {name: p.grad for name, p in other.named_parameters()}
+    gradients = by_our_names({name: p.grad for name, p in other.named_parameters() if p.grad is not None}, model)
     for name, parameter in model.named_parameters():
-        wanted = gradients[to_transformers(name)]
-        if parameter.requires_grad and wanted is not None:
+        if parameter.requires_grad:
+            wanted = gradients[name]
             scale = float(wanted.abs().max()) + 1e-12
             torch.testing.assert_close(
                 parameter.grad, wanted, rtol=0, atol=1e-9 * max(scale, 1.0), msg=lambda m, n=name: f"{n}: {m}"
             )
 
 
-def test_float32_differs_by_rounding_only(tmp_path: Path) -> None:
-    other = theirs(seed=3)
-    model = ours(other, tmp_path)
+@BOTH
+def test_float32_differs_by_rounding_only(config: Mask2FormerConfig, tmp_path: Path) -> None:
+    other = theirs(config, seed=3)
+    model = ours(other, tmp_path, config)
     images = labelled((64, 96), [1, 1])[0].float()
     with torch.no_grad():
         outputs, expected = model(images), other(images)
@@ -165,17 +196,23 @@ def test_float32_differs_by_rounding_only(tmp_path: Path) -> None:
         assert float((own - wanted).abs().max()) <= 1e-4 * float(wanted.abs().max())
 
 
-def test_files_go_there_and_back(tmp_path: Path) -> None:
-    other = theirs()
-    model = ours(other, tmp_path)
+@BOTH
+def test_files_go_there_and_back(config: Mask2FormerConfig, tmp_path: Path) -> None:
+    other = theirs(config)
+    model = ours(other, tmp_path, config)
     export_checkpoint(model, tmp_path / "ours.safetensors")
     tensors, _ = read_tensors(tmp_path / "ours.safetensors")
-    wanted = other.state_dict()
-    assert tensors.keys() == wanted.keys()
+    other.save_pretrained(tmp_path)
+    wanted, _ = read_tensors(tmp_path / "model.safetensors")
+    assert tensors.keys() == {name for name in wanted if "swin.layernorm" not in name}
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in tensors.items())
+    (tmp_path / "ours.safetensors").rename(tmp_path / "model.safetensors")
+    again = type(other).from_pretrained(tmp_path).eval()
+    images = labelled((64, 96), [1])[0].float()
+    assert torch.equal(again(images).class_queries_logits, other(images).class_queries_logits)
     save_model(tmp_path / "model.safetensors", model, ["a", "b", "c"])
     loaded, about = load_model(tmp_path / "model.safetensors")
-    assert about["model"] == "mask2former" and loaded.config == TINY
+    assert about["model"] == "mask2former" and loaded.config == config
     assert all(torch.equal(t, loaded.state_dict()[n]) for n, t in model.state_dict().items())
 
 
@@ -194,35 +231,104 @@ def test_another_number_of_classes_starts_the_classifier_anew(tmp_path: Path) ->
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("swin.encoder.layers.1.blocks.1.attention.q_proj.bias", None, r"missing: backbone.layers.1.blocks.1.attn.qkv.bias"),
+        ("swin.encoder.layers.1.blocks.1.mlp.fc3.bias", (3,), "not of this model: backbone.encoder.layers.1.blocks.1.mlp.fc3.bias"),
+        ("hidden_states_norms.stage2.bias", (3,), r"other shapes: backbone.norm1.bias \(3,\) instead of \(16,\)"),
+        ("swin.layernorm.bias", (3,), r"other shapes: backbone.layernorm.bias \(3,\) instead of \(64,\)"),
+        ("swin.encoder.layers.1.blocks.1.attention.self.relative_position_index", (4, 4), r"index \(4, 4\) instead of \(9, 9\)"),
+    ],
+)  # fmt: skip
+def test_a_swin_that_does_not_fit(name: str, value: tuple[int, ...] | None, message: str, tmp_path: Path) -> None:
+    held = theirs(SWIN).state_dict()
+    held.pop(BACKBONE + name, None)
+    if value is not None:
+        held[BACKBONE + name] = torch.zeros(value, dtype=torch.int64 if name.endswith("index") else None)
+    write_tensors(tmp_path / "broken.safetensors", held)
+    model = Mask2Former(SWIN)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match=message):
+        import_checkpoint(model, tmp_path / "broken.safetensors")
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+
+
+def test_settings_of_older_files(tmp_path: Path) -> None:
+    """A file without the newer settings has their defaults."""
+    save_model(tmp_path / "model.safetensors", Mask2Former(TINY), ["a", "b", "c"])
+    tensors, metadata = read_tensors(tmp_path / "model.safetensors")
+    about = json.loads(metadata["sprompt"])
+    del about["config"]["backbone"], about["config"]["swin"]
+    write_tensors(tmp_path / "model.safetensors", tensors, {"sprompt": json.dumps(about)})
+    assert load_model(tmp_path / "model.safetensors")[0].config == TINY
+    plain = to_plain(SWIN)
+    assert from_plain(Mask2FormerConfig, {k: v for k, v in plain.items() if k != "name"}) == SWIN
+    with pytest.raises(ValueError, match="backbone must be one of 'resnet', 'swin', got 'vit'"):
+        replace(TINY, backbone="vit")
+    with pytest.raises(ValueError, match=r"swin must be a SwinConfig, got \{\}"):
+        replace(TINY, swin={})
+
+
 def test_the_sizes_of_the_release() -> None:
     with torch.device("meta"):
         model = Mask2Former(Mask2FormerConfig(num_classes=1))
     assert sum(p.numel() for p in model.backbone.parameters()) == 23_508_032
     assert round(sum(p.numel() for p in model.parameters()) / 1e6, 1) == 44.0
-    groups = model.parameter_groups()
-    assert {group.decay for group in groups} == {0, 1.0} and groups[1].rate == 0.1
+    with torch.device("meta"):
+        swin = Mask2Former(Mask2FormerConfig(num_classes=1, backbone="swin"))
+    assert (
+        sum(p.numel() for p in swin.backbone.parameters()) == 27_520_698
+    )  # Swin-T less the classifier, with four norms
 
 
-def test_a_folder_of_transformers_is_loaded_by_its_name(tmp_path: Path) -> None:
-    other = theirs()
+@BOTH
+def test_parameter_groups(config: Mask2FormerConfig) -> None:
+    model = Mask2Former(config)
+    factors = [{p: (group.rate, group.decay) for p in group.parameters} for group in model.parameter_groups()]
+    assert sum(map(len, factors)) == len(set().union(*factors))
+    own = {p: pair for group in factors for p, pair in group.items()}
+    still = r"level_embed|queries_|norm\.|norm\d\.|input_projections\.\d\.1\.|(adapter|layer)_1\.1\.|relative_position_bias_table"
+    for name, parameter in model.named_parameters():
+        rate, decay = own.get(parameter, (1.0, 1.0))
+        assert rate == (0.1 if name.startswith("backbone.") else 1.0), name
+        assert decay == (0 if re.search(still, name) else 1), name
+
+
+@BOTH
+def test_a_folder_of_transformers_is_loaded_by_its_name(config: Mask2FormerConfig, tmp_path: Path) -> None:
+    other = theirs(config)
     other.save_pretrained(tmp_path)
     trained = sprompt.load(tmp_path, model="mask2former", device="cpu")
-    assert trained.model.config == replace(Mask2FormerConfig(), **{**TINY.__dict__})
-    wanted = other.state_dict()
-    assert all(torch.equal(t, wanted[to_transformers(n)]) for n, t in trained.model.state_dict().items())
+    assert trained.model.config == replace(config, frozen_stages=1)
+    images = labelled((64, 96), [1])[0].float()
+    torch.testing.assert_close(
+        trained.model(images).classes[-1], other(images).class_queries_logits, rtol=1e-4, atol=1e-4
+    )
     found = trained.predict(torch.rand(3, 50, 70), short=64, long=96)
     assert found.masks.size == (50, 70) and len(found) <= 100
     about = json.loads((tmp_path / "config.json").read_text())
-    about["backbone_config"]["model_type"] = "swin"
-    (tmp_path / "config.json").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match="the backbone must be a ResNet, got 'swin'"):
-        sprompt.load(tmp_path, model="mask2former")
+    changes = [("model_type", "convnext", "the backbone must be a ResNet or a Swin, got 'convnext'")]
+    if config.backbone == "swin":
+        changes += [
+            ("embed_dim", 10**9, "config.json: SwinConfig: width must be a whole number from 1 to 512"),
+            ("depths", 2, "config.json: .*not iterable"),
+            ("depths", [2, 2, 2], r"depths must be a tuple of four whole numbers"),
+            ("use_absolute_embeddings", True, "use_absolute_embeddings of the Swin must be False, got True"),
+            ("window_size", 4, "other shapes: backbone.layers.0.blocks.0.attn.relative_position_bias_table"),
+        ]
+    for name, value, message in changes:
+        changed = {**about, "backbone_config": {**about["backbone_config"], name: value}}
+        (tmp_path / "config.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=message):
+            sprompt.load(tmp_path, model="mask2former")
 
 
-def test_a_file_of_the_release(tmp_path: Path) -> None:
-    """Names written out by hand, from those of the release's modules."""
+@BOTH
+def test_a_file_of_the_release(config: Mask2FormerConfig, tmp_path: Path) -> None:
+    """Names written out by hand, from those of the release's modules. tests/nn/test_swin.py has those of a Swin."""
     torch.manual_seed(0)
-    model = Mask2Former(TINY)
+    model = Mask2Former(config)
     own, released = model.state_dict(), {"criterion.empty_weight": torch.ones(4)}
 
     def take(name: str, *sources: str) -> None:
@@ -230,9 +336,13 @@ def test_a_file_of_the_release(tmp_path: Path) -> None:
             if f"{sources[0]}.{part}" in own:
                 released[f"{name}.{part}"] = torch.cat([own[f"{s}.{part}"] for s in sources])
 
+    if config.backbone == "swin":
+        released |= {name: tensor for name, tensor in own.items() if name.startswith("backbone.")}
+        for table in [name for name in released if name.endswith("relative_position_bias_table")]:
+            released[table.replace("bias_table", "index")] = torch.zeros(9, 9, dtype=torch.int64)
     take("backbone.stem.conv1", "backbone.conv1")
     take("backbone.stem.conv1.norm", "backbone.bn1")
-    for stage in range(4):
+    for stage in range(4 if config.backbone == "resnet" else 0):
         for block in range(2):
             ours, theirs_ = f"backbone.layer{stage + 1}.{block}", f"backbone.res{stage + 2}.{block}"
             for k in (1, 2):
@@ -286,6 +396,6 @@ def test_a_file_of_the_release(tmp_path: Path) -> None:
             take(f"{feed}.{name}", f"{ours}.{source}")
     torch.save({"model": released}, tmp_path / "release.pth")
     torch.manual_seed(1)
-    fresh = Mask2Former(TINY)
+    fresh = Mask2Former(config)
     assert "the release of Mask2Former" in import_checkpoint(fresh, tmp_path / "release.pth")
     assert all(torch.equal(t, own[n]) for n, t in fresh.state_dict().items())

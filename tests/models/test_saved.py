@@ -107,10 +107,11 @@ def test_wrong_descriptions(tmp_path: Path) -> None:
         (described(tmp_path, classes=["a"]), "must name as many classes as the model has, 3, got 1"),
         (described(tmp_path, classes="abc"), "classes must be a list of names"),
         (described(tmp_path, extra=3), "extra must be an object"),
-        (described(tmp_path, config={**config, "more": 1}), r"fields of KNetConfig, got a difference in \['more'\]"),
-        (described(tmp_path, config=None), "got a difference in NoneType"),
+        (described(tmp_path, config={**config, "more": 1}), "config.more: is not a setting; known: num_classes, "),
+        (described(tmp_path, config=None), "config must have the fields of KNetConfig, got NoneType"),
         (described(tmp_path, config={**config, "stages": 10**9}), "stages must be a whole number from 1 to 64"),
-        (described(tmp_path, config={**config, "depth": [50]}), "depth must be one of"),
+        (described(tmp_path, config={**config, "depth": [50]}), r"config.depth: must be a whole number, got \[50\]"),
+        (described(tmp_path, config={**config, "depth": 51}), "depth must be one of 18, 34, 50, 101, got 51"),
         (described(tmp_path, config={**config, "feedforward": 65536, "kernels": 99_999}), "other shapes: roi_head"),
     ):  # fmt: skip
         path = rewritten(tmp_path, about)

@@ -14,7 +14,9 @@ from torch import Tensor
 
 from sprompt.models.fit import check_fit
 from sprompt.models.mask2former.config import Mask2FormerConfig
+from sprompt.nn import swin_files
 from sprompt.nn.resnet import DEPTHS, Bottleneck
+from sprompt.nn.swin import Swin, SwinConfig
 from sprompt.nn.tensor_files import read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -36,9 +38,14 @@ _RESNET = (
     (r"layer(\d)\.(\d+)\.conv(\d)\.", r"encoder.stages.{0}.layers.{1}.layer.{2}.convolution."),
     (r"layer(\d)\.(\d+)\.bn(\d)\.", r"encoder.stages.{0}.layers.{1}.layer.{2}.normalization."),
 )
+#: What the config.json of a Swin must say where it says anything.
+_SWIN_FIXED = {
+    "patch_size": 4, "num_channels": 3, "mlp_ratio": 4, "qkv_bias": True, "hidden_act": "gelu", "use_absolute_embeddings": False,
+    "layer_norm_eps": 1e-5,
+}  # fmt: skip
 _PREDICTOR, _PIXELS = "sem_seg_head.predictor.", "sem_seg_head.pixel_decoder."
 _LAYER = "transformer_module.decoder.layers."
-#: The release's names -> ours.
+#: The release's names -> ours. It names a Swin as we do.
 _RELEASE = (
     (r"backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
     (r"backbone\.stem\.conv1\.", "backbone.conv1."),
@@ -95,8 +102,8 @@ def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
     """Copies a file of transformers' Mask2Former or of the official release into a model. Returns a sentence about it.
 
     The import is strict: the file must have every tensor of the model, with its shape, and no other tensor but the loss's class
-    weights. If the file has another number of classes, the classifier starts anew. Batch norm's step counters may be missing. If the file
-    does not fit, it raises ValueError and does not change the model.
+    weights and, for a Swin, its last norm and the indices of its windows. If the file has another number of classes, the classifier
+    starts anew. Batch norm's step counters may be missing. If the file does not fit, it raises ValueError and does not change the model.
     """
     held, _ = read_tensors(path)
     held = {
@@ -104,11 +111,7 @@ def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
     }
     official = any(name.startswith("sem_seg_head.") for name in held)
     wanted = model.state_dict()
-    if official:
-        tensors = _from_release(held)
-    else:
-        ours = {to_transformers(name): name for name in wanted}
-        tensors = {ours.get(name, name): tensor for name, tensor in held.items()}
+    tensors = _from_release(held) if official else _from_transformers(held, model)
     tensors = {n: t for n, t in wanted.items() if n.endswith(".num_batches_tracked")} | tensors
     said = f"{path}: {len(held)} tensors of {'the release of Mask2Former' if official else 'Mask2Former, as transformers names them'}"
     classes = len(tensors.get("class_predictor.bias", wanted["class_predictor.bias"])) - 1
@@ -119,8 +122,9 @@ def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
             if name in tensors and tensors[name].shape[1:] == wanted[name].shape[1:]:
                 tensors[name] = wanted[name]
         said += f"; the classifier starts anew, as the file has {classes} classes and the model {own}"
-    check_fit(path, tensors, wanted)
-    model.load_state_dict(tensors)
+    constants = _constants(tensors, model)
+    check_fit(path, tensors, wanted | constants)
+    model.load_state_dict({name: tensor for name, tensor in tensors.items() if name not in constants})
     if fresh:
         model.reset_classifier(own)
     return said
@@ -128,10 +132,9 @@ def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
 
 def export_checkpoint(model: Mask2Former, path: Path | str) -> None:
     """Writes a model as safetensors with transformers' names. For `from_pretrained` of transformers put a config.json beside it."""
-    tensors = {to_transformers(name): tensor for name, tensor in model.state_dict().items()}
     weight = torch.ones(model.num_classes + 1)
     weight[-1] = model.config.no_object
-    write_tensors(path, tensors | {"criterion.empty_weight": weight}, {"format": "pt"})
+    write_tensors(path, _to_transformers(model) | {"criterion.empty_weight": weight}, {"format": "pt"})
 
 
 def released_config(path: Path, config: Mask2FormerConfig) -> Mask2FormerConfig:
@@ -145,19 +148,15 @@ def released_config(path: Path, config: Mask2FormerConfig) -> Mask2FormerConfig:
             f"{about}: model_type must be mask2former, got {held.get('model_type') if isinstance(held, dict) else held!r}"
         )
     backbone = held.get("backbone_config") or {}
-    if backbone.get("model_type") != "resnet":
+    kind = backbone.get("model_type") if isinstance(backbone, dict) else None
+    if kind not in ("resnet", "swin"):
         raise ValueError(
-            f"{about}: the backbone must be a ResNet, got {backbone.get('model_type')!r}; other backbones are not served"
+            f"{about}: the backbone must be a ResNet or a Swin, got {kind!r}; other backbones are not served"
         )
-    counts, bottleneck = tuple(backbone.get("depths", ())), backbone.get("layer_type", "bottleneck") == "bottleneck"
-    depth = next(
-        (d for d, (block, own) in DEPTHS.items() if own == counts and (block is Bottleneck) == bottleneck), None
-    )
-    if depth is None:
-        raise ValueError(f"{about}: the ResNet must be of depth {', '.join(map(str, DEPTHS))}, got stages of {counts}")
+    sizes = _resnet_sizes(about, backbone) if kind == "resnet" else {"swin": _swin_sizes(about, backbone)}
     labels = held.get("id2label")
     return replace(
-        config, depth=depth, backbone_width=backbone.get("embedding_size", 64), channels=held.get("hidden_dim", 256),
+        config, backbone=kind, **sizes, channels=held.get("hidden_dim", 256),
         queries=held.get("num_queries", 100), heads=held.get("num_attention_heads", 8),
         encoder_layers=held.get("encoder_layers", 6), encoder_feedforward=held.get("encoder_feedforward_dim", 1024),
         decoder_layers=held.get("decoder_layers", 10) - 1, decoder_feedforward=held.get("dim_feedforward", 2048),
@@ -166,12 +165,81 @@ def released_config(path: Path, config: Mask2FormerConfig) -> Mask2FormerConfig:
 
 
 def to_transformers(name: str) -> str:
-    """transformers' name of one of our tensors."""
+    """transformers' name of one of our tensors, which is not of a Swin."""
     for part, theirs in _PARTS.items():
         if name.startswith(part):
             rest = name.removeprefix(part)
             return theirs + (_renamed(rest, _RESNET, -1) if part == "backbone." else rest)
     return name
+
+
+def _to_transformers(model: Mask2Former) -> dict[str, Tensor]:
+    """The model's tensors by the names of transformers' files."""
+    state = model.state_dict()
+    if not isinstance(model.backbone, Swin):
+        return {to_transformers(name): tensor for name, tensor in state.items()}
+    swin = swin_files.to_transformers(model.backbone.state_dict())
+    return {_PARTS["backbone."] + name: tensor for name, tensor in swin.items()} | {
+        to_transformers(name): tensor for name, tensor in state.items() if not name.startswith("backbone.")
+    }
+
+
+def _from_transformers(tensors: Mapping[str, Tensor], model: Mask2Former) -> dict[str, Tensor]:
+    """Tensors of a file of transformers by our names. Names that the model does not have stay as they are."""
+    ours = {to_transformers(name): name for name in model.state_dict()}
+    if not isinstance(model.backbone, Swin):
+        return {ours.get(name, name): tensor for name, tensor in tensors.items()}
+    part = _PARTS["backbone."]
+    swin = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+    return {"backbone." + name: tensor for name, tensor in swin_files.from_transformers(swin).items()} | {
+        ours.get(name, name): tensor for name, tensor in tensors.items() if not name.startswith(part)
+    }
+
+
+def _constants(tensors: Mapping[str, Tensor], model: Mask2Former) -> dict[str, Tensor]:
+    """What a file may hold beside the parameters of a Swin, by our names: see `swin_files.constants`, and the last norm, which files of
+    version 5 of transformers have and no map passes."""
+    if not isinstance(model.backbone, Swin):
+        return {}
+    part = "backbone."
+    swin = {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+    norm = {
+        n: torch.empty(model.backbone.channels[-1], device="meta")
+        for n in ("layernorm.weight", "layernorm.bias")
+        if n in swin
+    }
+    return {part + name: tensor for name, tensor in (swin_files.constants(swin, model.backbone.config) | norm).items()}
+
+
+def _resnet_sizes(about: Path, held: Mapping[str, Any]) -> dict[str, Any]:
+    """Depth and width of a ResNet, by its part of a config.json."""
+    counts, bottleneck = tuple(held.get("depths", ())), held.get("layer_type", "bottleneck") == "bottleneck"
+    depth = next(
+        (d for d, (block, own) in DEPTHS.items() if own == counts and (block is Bottleneck) == bottleneck), None
+    )
+    if depth is None:
+        raise ValueError(f"{about}: the ResNet must be of depth {', '.join(map(str, DEPTHS))}, got stages of {counts}")
+    return {"depth": depth, "backbone_width": held.get("embedding_size", 64)}
+
+
+def _swin_sizes(about: Path, held: Mapping[str, Any]) -> SwinConfig:
+    """The sizes of a Swin, by its part of a config.json. Raises ValueError for variants of the network that the release does not have."""
+    for name, value in _SWIN_FIXED.items():
+        if held.get(name, value) != value:
+            raise ValueError(
+                f"{about}: {name} of the Swin must be {value!r}, got {held[name]!r}; such a Swin is not served"
+            )
+    depths, heads = (held.get(n, d) for n, d in (("depths", (2, 2, 6, 2)), ("num_heads", (3, 6, 12, 24))))
+    try:
+        return SwinConfig(
+            held.get("embed_dim", 96),
+            tuple(depths),
+            tuple(heads),
+            held.get("window_size", 7),
+            held.get("drop_path_rate", 0.1),
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{about}: {error}") from None
 
 
 def _read_json(path: Path) -> Any:

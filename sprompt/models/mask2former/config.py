@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from typing import Literal
 
 from sprompt.models.registry import ModelConfig
 from sprompt.nn.resnet import DEPTHS
+from sprompt.nn.swin import SwinConfig
+from sprompt.settings import check_choices
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
@@ -28,10 +31,14 @@ _WHOLE = {
 class Mask2FormerConfig(ModelConfig):
     """The defaults are Mask2Former with ResNet-50 for the instances of COCO."""
 
+    backbone: Literal["resnet", "swin"] = "resnet"
+    """A ResNet, with the two settings that follow, or a Swin, with those of `swin`."""
     depth: int = 50
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
+    swin: SwinConfig = field(default_factory=SwinConfig)
+    """Sizes of the Swin."""
     channels: int = 256
     """Width of the pixel decoder, the mask features and the queries; a multiple of 4 and of the heads."""
     queries: int = 100
@@ -65,6 +72,9 @@ class Mask2FormerConfig(ModelConfig):
     """Weight of the masks' dice in the cost of matching."""
 
     def __post_init__(self) -> None:
+        check_choices(type(self), vars(self))
+        if not isinstance(self.swin, SwinConfig):
+            raise ValueError(f"Mask2FormerConfig: swin must be a SwinConfig, got {self.swin!r}")
         if self.depth not in DEPTHS:
             raise ValueError(
                 f"Mask2FormerConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}"
@@ -79,8 +89,8 @@ class Mask2FormerConfig(ModelConfig):
             raise ValueError(
                 f"Mask2FormerConfig: channels must be a multiple of 4 and of heads = {self.heads}, got {self.channels}"
             )
-        for field in fields(self):
-            if field.name.startswith(("loss_", "cost_", "no_object")):
-                value = getattr(self, field.name)
+        for setting in fields(self):
+            if setting.name.startswith(("loss_", "cost_", "no_object")):
+                value = getattr(self, setting.name)
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                    raise ValueError(f"Mask2FormerConfig: {field.name} must be a number of at least 0, got {value!r}")
+                    raise ValueError(f"Mask2FormerConfig: {setting.name} must be a number of at least 0, got {value!r}")

@@ -17,6 +17,7 @@ from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction
 from sprompt.nn.masked_decoder import MaskedDecoder
 from sprompt.nn.pixel_decoder import LEVELS, PixelDecoder
 from sprompt.nn.resnet import ResNet
+from sprompt.nn.swin import Swin, WindowAttention
 from sprompt.ops import mask_conv
 
 
@@ -41,7 +42,7 @@ class TransformerModule(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """Mask2Former with a ResNet. Parameters outside of the backbone have transformers' names.
+    """Mask2Former with a ResNet or a Swin. Parameters outside of the backbone have transformers' names.
 
     One site takes prompts: "query", the content of the learned queries; their positions stay as they are. `Features.maps` are the mask
     features (stride 4), then the pixel decoder's maps of strides 8, 16 and 32.
@@ -53,7 +54,12 @@ class Mask2Former(nn.Module):
     def __init__(self, config: Mask2FormerConfig | None = None) -> None:
         super().__init__()
         self.config = config = Mask2FormerConfig() if config is None else config
-        self.backbone = ResNet(config.depth, width=config.backbone_width, frozen_stages=config.frozen_stages)
+        frozen = config.frozen_stages
+        self.backbone = (
+            Swin(config.swin, frozen_stages=frozen)
+            if config.backbone == "swin"
+            else ResNet(config.depth, width=config.backbone_width, frozen_stages=frozen)
+        )
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, config.channels, config.heads, config.encoder_feedforward, config.encoder_layers
         )
@@ -82,15 +88,18 @@ class Mask2Former(nn.Module):
         self.backbone.freeze(stages)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Norms, queries and level embeddings do not decay; the backbone has a tenth of the learning rate."""
-        norms = [p for m in self.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()]
+        """Norms, queries, level embeddings and a Swin's position biases do not decay; the backbone has a tenth of the learning rate."""
+        still = {p for m in self.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
         module = self.transformer_module
-        tables = [
-            p for t in (module.queries_embedder, module.queries_features, module.level_embed) for p in t.parameters()
-        ]
+        for table in (module.queries_embedder, module.queries_features, module.level_embed):
+            still.update(table.parameters())
+        still |= {m.relative_position_bias_table for m in self.modules() if isinstance(m, WindowAttention)}
+        still.add(self.pixel_decoder.level_embed)
+        backbone = list(self.backbone.parameters())
         return [
-            ParameterGroup([*norms, *tables, self.pixel_decoder.level_embed], decay=0),
-            ParameterGroup(list(self.backbone.parameters()), rate=0.1),
+            ParameterGroup(list(still - set(backbone)), decay=0),
+            ParameterGroup([p for p in backbone if p not in still], rate=0.1),
+            ParameterGroup([p for p in backbone if p in still], rate=0.1, decay=0),
         ]
 
     @staticmethod
