@@ -45,7 +45,7 @@ def deformable_attention() -> None:
 
     >>> sprompt.patch.deformable_attention()  # doctest: +SKIP
     """
-    version = replaced.version(replaced.transformers("deformable_attention"))
+    version = replaced.version(replaced.transformers("sprompt.patch.deformable_attention"))
 
     def modules(names: Iterable[str]) -> list[ModuleType]:
         there = [name for name in names if SINCE.get(name, version) <= version]

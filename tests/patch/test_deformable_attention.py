@@ -156,7 +156,9 @@ def test_every_model_of_this_version_is_served_and_tested() -> None:
 def test_an_unknown_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = owned()
     monkeypatch.setattr(importlib.import_module("transformers"), "__version__", version)
-    with pytest.raises(ImportError, match=f"^deformable_attention: transformers must be of version .*, got {version};"):
+    with pytest.raises(
+        ImportError, match=f"^sprompt.patch.deformable_attention: transformers must be of version .*, got {version};"
+    ):
         sprompt.patch.deformable_attention()
     assert owned() == before
 
@@ -357,6 +359,7 @@ def test_the_kernel_interface_on_a_cpu() -> None:
     with use_kernel_mapping({NAME: {"cpu": repository}}):
         model.set_use_kernels(True)
         assert runs(model, inputs, expected) == 2
+        assert runs(model.train().eval(), inputs, expected) == 2  # a change of the mode binds the layers again
         model.set_use_kernels(True, mode=Mode.TRAINING | Mode.TORCH_COMPILE)
         assert runs(model, inputs, expected) == 2
 
