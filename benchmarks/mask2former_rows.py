@@ -110,8 +110,13 @@ def head_step(
         off = abs(float(found) - float(expected))
         assert off <= 1e-3 * float(expected), f"loss {float(found):.6g}, transformers {float(expected):.6g}"
         pairs = list(zip(gradients[: len(maps)], wanted[: len(maps)], strict=True))
-        apart, whole = sum(float((a - b).square().sum()) for a, b in pairs), sum(float(b.square().sum()) for _, b in pairs)
-        assert apart <= 1e-3 * whole, f"gradients to the maps are {(apart / whole) ** 0.5:.2g} from those of transformers"
+        apart, whole = (
+            sum(float((a - b).square().sum()) for a, b in pairs),
+            sum(float(b.square().sum()) for _, b in pairs),
+        )
+        assert apart <= 1e-3 * whole, (
+            f"gradients to the maps are {(apart / whole) ** 0.5:.2g} from those of transformers"
+        )
         within = f"with the same draws the loss is within {off / float(expected):.0e}"
         return f"released is transformers' class; {targets} targets an image; {within}"
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import released_knet
+from benchmarks.deformable_rows import DEFORMABLE
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
 from benchmarks.rivals import Program, Rivals, regions
@@ -216,4 +217,5 @@ PROGRAMS = [
         )
     ),
     *MASK2FORMER,
+    *DEFORMABLE,
 ]
