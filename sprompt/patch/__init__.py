@@ -4,6 +4,7 @@
 >>> sprompt.patch.undo()  # puts back what was replaced
 """
 
+from sprompt.patch.mask2former import mask2former
 from sprompt.patch.replaced import undo
 
-__all__ = ["undo"]
+__all__ = ["mask2former", "undo"]
