@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks import released_knet
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
+from benchmarks.patched_rows import PATCHED
 from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
 from sprompt.data.sample import Sample
@@ -216,4 +217,5 @@ PROGRAMS = [
         )
     ),
     *MASK2FORMER,
+    *PATCHED,
 ]
