@@ -51,7 +51,7 @@ def mask2former(*, same_draws: bool = False) -> None:
 
     What may differ:
         Rounding. A pixel is attended where its logit is ≥ 0. transformers compares σ ≥ ½ after rounding σ, so it also attends
-            logits between −1.2e-7 and 0 (float32), or −0.008 and 0 (bfloat16).
+            logits between −2e-7 and 0 (float32), or −0.004 and 0 (bfloat16).
         Costs and mask losses are computed in float32 or wider, under autocast and in half-precision models too.
         Where the best matching is not unique, another of the best.
         Double backward raises an error.
