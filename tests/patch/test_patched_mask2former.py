@@ -166,10 +166,8 @@ def test_float32_differs_by_rounding() -> None:
     """No bit of an attention mask differs for these weights: the bound is that of sums in float32."""
     model, data = tiny(), batch([3, 2])
     expected = step(model, data)
-    with patched(same_draws=True), sprompt.trace_backends() as ran:
+    with patched(same_draws=True):
         found = step(model, data)
-    if sprompt.native._C is not None:
-        assert {backend for _, backend in ran} == {"native"}
     for name, wanted in expected.items():
         if not name.startswith("gradient"):
             assert float((found[name] - wanted).abs().max()) <= 2e-5 * max(1.0, float(wanted.abs().max())), name
