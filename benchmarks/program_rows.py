@@ -13,6 +13,7 @@ from benchmarks import released_knet
 from benchmarks.deformable_rows import DEFORMABLE
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
+from benchmarks.patched_rows import PATCHED
 from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
 from sprompt.data.sample import Sample
@@ -218,4 +219,5 @@ PROGRAMS = [
     ),
     *MASK2FORMER,
     *DEFORMABLE,
+    *PATCHED,
 ]
