@@ -1,4 +1,4 @@
-// A thread makes one word of 32 pixels, one warp's threads neighbouring words.
+// A thread makes one word of 32 pixels. The cells under every column and row are computed once per call.
 #include "resize_masks/resize_masks.h"
 
 #include "common/device.cuh"
@@ -9,15 +9,25 @@ namespace {
 
 constexpr int threads = 256;
 
-struct Window {
-    int64_t begin, end;
+// The cells under a pixel of an axis.
+struct alignas(8) Window {
+    int32_t begin, end;
 };
 
-// The cells under pixel x of an axis. `scale` is the number of cells per pixel in float.
-__device__ inline Window window_of(int64_t x, int64_t cells, int64_t size, bool nearest, float scale) {
-    if (!nearest) return {x * cells / size, ((x + 1) * cells + size - 1) / size};
-    const int64_t k = static_cast<int64_t>(__fmul_rn(static_cast<float>(x), scale));
-    return {k < cells ? k : cells - 1, (k < cells ? k : cells - 1) + 1};
+__global__ void __launch_bounds__(threads)
+    windows_kernel(Window* windows,  // (width + height): of columns, then of rows
+                   int64_t width, int64_t height, int64_t w, int64_t h, bool nearest, float scale_x, float scale_y) {
+    const int64_t i = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
+    if (i >= width + height) return;
+    const bool of_row = i >= width;
+    const int64_t x = of_row ? i - width : i, cells = of_row ? h : w, size = of_row ? height : width;
+    if (nearest) {
+        const int64_t k = static_cast<int64_t>(__fmul_rn(static_cast<float>(x), of_row ? scale_y : scale_x));
+        const int32_t cell = static_cast<int32_t>(k < cells ? k : cells - 1);
+        windows[i] = {cell, cell + 1};
+    } else {
+        windows[i] = {static_cast<int32_t>(x * cells / size), static_cast<int32_t>(((x + 1) * cells + size - 1) / size)};
+    }
 }
 
 // Whether one of `count` bits from bit `first` is set.
@@ -32,29 +42,25 @@ __device__ inline bool any_set(const uint32_t* words, int64_t first, int64_t cou
     return false;
 }
 
-__global__ void __launch_bounds__(threads)
-    cover_bits_kernel(const uint32_t* in,  // (M, n) of h x w cells
-                      int64_t n, int64_t h, int64_t w, bool nearest, float scale_y, float scale_x,
-                      uint32_t* out,  // (M, out_n) of height x width pixels
-                      int64_t out_n, int64_t height, int64_t width,
-                      int64_t total) {  // M * out_n
+__global__ void __launch_bounds__(threads) cover_bits_kernel(const uint32_t* in,  // (M, n) of rows of w cells
+                                                             int64_t n, int64_t w,
+                                                             const Window* windows,  // (width + height)
+                                                             uint32_t* out,          // (M, out_n) of height x width pixels
+                                                             int64_t out_n, int64_t height, int64_t width,
+                                                             int64_t total) {  // M * out_n
     const int64_t job = static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x;
     if (job >= total) return;
     const uint32_t* mask = in + job / out_n * n;
     int64_t y = job % out_n * 32 / width, x = job % out_n * 32 % width;
-    Window row = window_of(y, h, height, nearest, scale_y);
     uint32_t word = 0;
     for (int k = 0; k < 32 && y < height; ++k) {
-        const Window column = window_of(x, w, width, nearest, scale_x);
+        const Window row = windows[width + y], column = windows[x];
         for (int64_t r = row.begin; r < row.end; ++r)
             if (any_set(mask, r * w + column.begin, column.end - column.begin)) {
                 word |= 1u << k;
                 break;
             }
-        if (++x == width) {
-            x = 0;
-            row = window_of(++y, h, height, nearest, scale_y);
-        }
+        if (++x == width) x = 0, ++y;
     }
     out[job] = word;
 }
@@ -62,10 +68,13 @@ __global__ void __launch_bounds__(threads)
 }  // namespace
 
 void cover_bits(const Stream& stream, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, bool nearest,
-                const View& words) {
+                const View& words, const View& scratch) {
+    if (h > INT32_MAX || w > INT32_MAX) throw Failure("a mask of more than 2^31 - 1 rows or columns");
+    Window* const windows = scratch.as<Window>();
+    launch(stream, windows_kernel, tiles(width + height, threads), threads, 0, windows, width, height, w, h, nearest,
+           static_cast<float>(w) / static_cast<float>(width), static_cast<float>(h) / static_cast<float>(height));
     const int64_t total = words.size[0] * words.size[1];
-    launch(stream, cover_bits_kernel, tiles(total, threads), threads, 0, in.as<const uint32_t>(), in.size[1], h, w, nearest,
-           static_cast<float>(h) / static_cast<float>(height), static_cast<float>(w) / static_cast<float>(width),
+    launch(stream, cover_bits_kernel, tiles(total, threads), threads, 0, in.as<const uint32_t>(), in.size[1], w, windows,
            words.as<uint32_t>(), words.size[1], height, width, total);
 }
 

@@ -44,10 +44,10 @@ SPROMPT_KERNEL(cover_bits, const View& in, int64_t h, int64_t w, int64_t height,
 SPROMPT_CUDA_KERNEL(resize_masks, const View& soft, int64_t height, int64_t width, float threshold, double extent_height,
                     double extent_width, const View& words, const View& scratch)
 
-// CUDA: both are contiguous.
+// CUDA: both are contiguous. scratch (2 * (width + height)) i32, aligned to 8 bytes.
 SPROMPT_CUDA_KERNEL(resize_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, float threshold,
                     const View& words)
 SPROMPT_CUDA_KERNEL(cover_bits, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, bool nearest,
-                    const View& words)
+                    const View& words, const View& scratch)
 
 }  // namespace sprompt

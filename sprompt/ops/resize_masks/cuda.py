@@ -25,4 +25,5 @@ def resize_bits(a: Args, out: Tensor) -> None:
 
 def cover_bits(a: Args, out: Tensor) -> None:
     if out.numel() > 0:
-        native._C.cuda.cover_bits(stream(a.words), rows(a.words), *a[1:], rows(out))
+        scratch = out.new_empty((2 * (a.width + a.height),), dtype=torch.int32)
+        native._C.cuda.cover_bits(stream(a.words), rows(a.words), *a[1:], rows(out), scratch)
