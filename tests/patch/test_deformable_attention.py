@@ -152,14 +152,15 @@ def test_every_model_of_this_version_is_served_and_tested() -> None:
     assert there == served_by_text() == {name.removesuffix("_masks") for name in NAMES}
 
 
+@pytest.mark.parametrize("name", ["deformable_attention", "mask2former"])
 @pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.17.0", "5.25.0", "6.0.0.dev0"])
-def test_an_unknown_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_version_is_refused(version: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = owned()
     monkeypatch.setattr(importlib.import_module("transformers"), "__version__", version)
     with pytest.raises(
-        ImportError, match=f"^sprompt.patch.deformable_attention: transformers must be of version .*, got {version};"
+        ImportError, match=f"^sprompt.patch.{name}: transformers must be of version .*, got {version}; nothing was"
     ):
-        sprompt.patch.deformable_attention()
+        getattr(sprompt.patch, name)()
     assert owned() == before
 
 
