@@ -16,15 +16,25 @@ from sprompt.masks import Size
 from sprompt.testing.spec import blobs, random
 
 
-def mask2former(*, depths: tuple[int, ...] = (3, 4, 6, 3), width: int = 64, **config: Any) -> nn.Module:
-    """transformers' class with a ResNet of bottlenecks, at initialisation; by default with ResNet-50 and the sizes of the release."""
+def mask2former(
+    *, swin: bool = False, depths: tuple[int, ...] | None = None, width: int | None = None, **config: Any
+) -> nn.Module:
+    """transformers' class with a ResNet of bottlenecks or a Swin, at initialisation; by default ResNet-50 or Swin-T, and the sizes of the
+    release."""
     import transformers
 
     torch.manual_seed(0)
-    backbone = transformers.ResNetConfig(
-        embedding_size=width, hidden_sizes=[width * s for s in (4, 8, 16, 32)], depths=list(depths), layer_type="bottleneck",
-        out_features=["stage1", "stage2", "stage3", "stage4"],
-    )  # fmt: skip
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    if swin:
+        backbone = transformers.SwinConfig(
+            embed_dim=width or 96, depths=list(depths or (2, 2, 6, 2)), out_features=stages
+        )
+    else:
+        width = width or 64
+        backbone = transformers.ResNetConfig(
+            embedding_size=width, hidden_sizes=[width * s for s in (4, 8, 16, 32)], depths=list(depths or (3, 4, 6, 3)),
+            layer_type="bottleneck", out_features=stages,
+        )  # fmt: skip
     return transformers.Mask2FormerForUniversalSegmentation(
         transformers.Mask2FormerConfig(backbone_config=backbone, num_labels=80, **config)
     )
@@ -113,10 +123,14 @@ _SMALL: dict[str, Any] = {
     "num_queries": 12, "encoder_layers": 1, "encoder_feedforward_dim": 48, "decoder_layers": 4, "dim_feedforward": 48,
     "train_num_points": 64,
 }  # fmt: skip
-_SIZES: tuple[Size, ...] = ((512, 672), (800, 1344))
-_rows: list[tuple[str, Callable[..., Rivals], dict[str, Any]]] = [
-    ("training step", training_step, {"images": 1}),
-    ("inference", inference, {"target": (480, 640)}),
+_TRAINING: dict[str, float] = {"time": 3, "memory": 2}  # goals
+_rows: list[tuple[str, Callable[..., Rivals], Size, dict[str, Any], dict[str, float]]] = [
+    ("training step", training_step, (512, 672), {"images": 1}, _TRAINING),
+    ("training step", training_step, (800, 1344), {"images": 1}, _TRAINING),
+    ("training step with Swin-T", training_step, (512, 672), {"images": 1, "swin": True}, _TRAINING),
+    ("inference", inference, (512, 672), {"target": (480, 640)}, {}),
+    ("inference", inference, (800, 1344), {"target": (480, 640)}, {}),
+    ("inference with Swin-T", inference, (512, 672), {"target": (480, 640), "swin": True}, {}),
 ]
 
 PATCHED = [
@@ -124,8 +138,8 @@ PATCHED = [
         _NAME,
         f"{name}, 1 of {size[0]}x{size[1]}",
         partial(make, size=size, **more),
-        partial(make, size=(96, 128), **more, **_SMALL),
+        partial(make, size=(96, 128), **more, **_SMALL | ({"width": 24} if "swin" in more else {})),
+        goals,
     )
-    for name, make, more in _rows
-    for size in _SIZES
+    for name, make, size, more, goals in _rows
 ]
