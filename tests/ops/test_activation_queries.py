@@ -35,9 +35,7 @@ def test_by_hand():
     # neighbours of class 1 and a smaller one; cell 11 (0.35) has 0.8 of its class beside it.
     assert index.tolist() == [[2, 9, 5, 3, 4, 6, 0, 10, 1, 11, 7, 8]]
     assert labels.tolist() == [[1, 2, 0, 0, 1, 1, 0, 2, 0, 1, 0, 2]]
-    torch.testing.assert_close(
-        found[0], torch.tensor([0.9, 0.7, 0.6, 0.3, 0.2, 0.8, 0.5, 0.45, 0.4, 0.35, 0.1, 0.05])
-    )
+    torch.testing.assert_close(found[0], torch.tensor([0.9, 0.7, 0.6, 0.3, 0.2, 0.8, 0.5, 0.45, 0.4, 0.35, 0.1, 0.05]))
     for count in range(13):
         assert_same_bits(
             activation_queries(logits_of(scores, classes, 3), count),
