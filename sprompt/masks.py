@@ -160,13 +160,32 @@ class BitMasks:
         height, width = self.size
         return self._window(-top, -left, top + height + bottom, left + width + right)
 
-    def resize(self, size: Size) -> BitMasks:
-        """Resizes by bilinear interpolation of 0 and 1 (half-pixel centres, no antialias), then > 0.5. Equals
-        `sprompt.ops.resize_masks` of the dense masks."""
+    def resize(self, size: Size, mode: str = "bilinear", threshold: float = 0.5) -> BitMasks:
+        """The masks at another size (H, W).
+
+        "bilinear": set where the bilinear interpolation of 0 and 1 (half-pixel centres, no antialias) is > threshold, a number
+        from 0 to below 1. Equals `sprompt.ops.resize_masks` of the dense masks.
+        "nearest": the pixel under `torch.nn.functional.interpolate(mode="nearest")`.
+        "any": set where one of the covered pixels is, so no object is lost. A pixel covers the window of
+        `torch.nn.functional.adaptive_avg_pool2d`. `threshold` is for "bilinear" only.
+
+        >>> masks = BitMasks.from_dense(torch.tensor([[1, 0, 0, 0], [0, 0, 1, 1]]))
+        >>> [masks.resize((1, 2), mode).to_dense().int().tolist() for mode in ("bilinear", "nearest", "any")]
+        [[[0, 0]], [[1, 0]], [[1, 1]]]
+        """
+        from sprompt.ops import checks
         from sprompt.ops.resize_masks import checked_size, op
 
         height, width = checked_size("BitMasks.resize", size, self.size)
-        return BitMasks(op.resize_bits(self.words, *self.size, height, width), (height, width))
+        checks.choice("BitMasks.resize", "mode", mode, ("bilinear", "nearest", "any"))
+        if mode != "bilinear":
+            words = op.cover_bits(self.words, *self.size, height, width, mode == "nearest")
+            return BitMasks(words, (height, width))
+        rule = "lie in [0, 1)"
+        checks.number("BitMasks.resize", "threshold", threshold, rule, 0)
+        if threshold >= 1:
+            checks.bad_value("BitMasks.resize", "threshold", rule, threshold, "no interpolation of 0 and 1 exceeds 1")
+        return BitMasks(op.resize_bits(self.words, *self.size, height, width, float(threshold)), (height, width))
 
     def _window(self, top: int, left: int, height: int, width: int, flip: bool = False) -> BitMasks:
         from sprompt.ops.masks import op

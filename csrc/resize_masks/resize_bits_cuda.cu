@@ -1,5 +1,5 @@
-// A thread makes one word of 32 pixels. If all cells under a word are equal, the word is 0 or all ones; nearly all words are.
-// For the other words, the whole warp makes one after the other, with one lane per pixel.
+// resize_bits: a thread makes one word of 32 pixels. If all cells under a word are equal, the word is 0 or all ones; nearly all
+// words are. For the other words, the whole warp makes one after the other, with one lane per pixel.
 #include "resize_masks/resize_masks.h"
 
 #include "common/device.cuh"
@@ -46,7 +46,8 @@ __global__ void __launch_bounds__(256) resize_bits_kernel(const uint32_t* in,  /
                                                           int64_t n, int64_t h, int64_t w, double step_y, double step_x,
                                                           uint32_t* out,  // (M, out_n) of height x width pixels
                                                           int64_t out_n, int64_t height, int64_t width,
-                                                          int64_t total) {  // M * out_n
+                                                          int64_t total,  // M * out_n
+                                                          float threshold) {
     const int64_t job = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
     const int lane = static_cast<int>(threadIdx.x) % warp;
     const bool there = job < total;
@@ -82,7 +83,7 @@ __global__ void __launch_bounds__(256) resize_bits_kernel(const uint32_t* in,  /
         if (row < height) {
             const Tap tap_x = tap_of(across % static_cast<uint32_t>(width), step_x, w), tap_y = tap_of(row, step_y, h);
             const float upper = along_row(cells, tap_y.first * w, tap_x), lower = along_row(cells, tap_y.second * w, tap_x);
-            set = __fadd_rn(__fmul_rn(upper, tap_y.w0), __fmul_rn(lower, tap_y.w1)) > 0.5f;
+            set = __fadd_rn(__fmul_rn(upper, tap_y.w0), __fmul_rn(lower, tap_y.w1)) > threshold;
         }
         const uint32_t made = __ballot_sync(whole_warp, set);
         if (lane == owner) word = made;
@@ -92,11 +93,12 @@ __global__ void __launch_bounds__(256) resize_bits_kernel(const uint32_t* in,  /
 
 }  // namespace
 
-void resize_bits(const Stream& stream, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words) {
+void resize_bits(const Stream& stream, const View& in, int64_t h, int64_t w, int64_t height, int64_t width, float threshold,
+                 const View& words) {
     const int64_t total = words.size[0] * words.size[1];
     launch(stream, resize_bits_kernel, tiles(total, 256), 256, 0, in.as<const uint32_t>(), in.size[1], h, w,
            static_cast<double>(h) / static_cast<double>(height), static_cast<double>(w) / static_cast<double>(width),
-           words.as<uint32_t>(), words.size[1], height, width, total);
+           words.as<uint32_t>(), words.size[1], height, width, total, threshold);
 }
 
 }  // namespace cuda

@@ -3,213 +3,68 @@
 // threshold. A source row is read once and compared cell by cell. Only segments with cells on both sides are widened to output
 // columns and interpolated vertically. Reducing to half or less: every segment is interpolated, because comparing all cells
 // would cost more than it saves.
+//
+// With sums, segments whose cells all lie above the threshold are interpolated as well, because their values count.
 #include "resize_masks/resize_masks.h"
 
-#include "common/bits.h"
-#include "common/half.h"
+#include "common/product.h"
 #include "common/scratch.h"
 #include "common/threads.h"
+#include "common/upsample.h"
+#include "common/vmath.h"
+#include "resize_masks/rows.h"
 
 namespace sprompt {
 namespace SPROMPT_ISA {
 namespace {  // without it, member functions would be shared code (common/isa.h)
 
-constexpr int64_t segment = 32;
-constexpr uint8_t below = 1, above = 2, widened = 4;  // flags of a segment in one source row; below, above: all its cells are
-
-SPROMPT_INLINE int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
-
-// The two cells of an output coordinate, and their weights.
-struct Tap {
-    int64_t first, second;
-    float w0, w1;
-};
-SPROMPT_INLINE Tap tap_of(int64_t x, double step, int64_t cells) {
-    double s = (static_cast<double>(x) + 0.5) * step - 0.5;
-    s = s > 0.0 ? s : 0.0;
-    const double last = static_cast<double>(cells - 1);
-    s = s < last ? s : last;
-    const int64_t k = static_cast<int64_t>(s);
-    const float w1 = static_cast<float>(s - static_cast<double>(k)), w0 = 1.0f - w1;
-    return {w0 > 0.0f ? k : k + 1, w1 > 0.0f ? k + 1 : k, w0, w1};
+// Pixel k of a segment between N source rows, which are interpolated at its columns.
+template <int N>
+SPROMPT_INLINE vf pixel(const float* const* rows, const vf* weights, int64_t k) {
+    vf sum = load(rows[0] + k) * weights[0] + load(rows[1] + k) * weights[1];
+    for (int i = 2; i < N; ++i) sum = sum + load(rows[i] + k) * weights[i];
+    return sum;
 }
 
-// The values that all masks share. Output columns are padded to whole segments with copies of the last column.
-struct Plan {
-    int64_t h, w, height, width;
-    double step_y, step_x;
-    float threshold, low, high;  // cells below `low` (above `high`) on all sides give a pixel that is not set (is set)
-    int64_t segments, used;      // used: source columns [0, used) are read
-    bool compares;               // true: cells are compared; false: every segment is interpolated
-    int32_t *first, *second;     // (32 segments)
-    int32_t* pair;               // (32 segments) first, but at most used - 2: two cells can be read from there
-    float *w0, *w1;              // (32 segments)
-};
-
-// One source row.
-struct Row {
-    int64_t index;                        // of the source row, or -1
-    const float* cells;                   // (used) in the source itself or in `buffer`
-    float* buffer;                        // (w, padded to 32)
-    float* wide;                          // (32 segments) the cells interpolated at output columns, where widened
-    uint32_t *below_cells, *above_cells;  // bit i: cell i is below `low`, above `high`
-    uint8_t* state;                       // (segments)
-    uint8_t common;                       // the state if all segments have the same, below or above; else 0
-};
-
-SPROMPT_INLINE vf held(vf x) {  // clamps to +-2^127; NaN stays
-    x = x > broadcast(0x1p127f) ? broadcast(0x1p127f) : x;
-    return x < broadcast(-0x1p127f) ? broadcast(-0x1p127f) : x;
-}
-
-// Sources. row() returns the first `used` cells of row y as contiguous floats, in place or in `buffer` (used, padded to 32).
-template <class T>
-struct Dense {
-    const T* data;
-    int64_t row_stride, column_stride;
-    SPROMPT_INLINE const float* row(int64_t y, int64_t used, float* buffer) const {
-        const T* p = data + y * row_stride;
-        if (column_stride == 1) return unit(p, used, buffer);
-        for (int64_t i = 0; i < used; ++i) buffer[i] = to_float(p[i * column_stride]);
-        return buffer;
-    }
-    static SPROMPT_INLINE const float* unit(const float* p, int64_t, float*) { return p; }
-    template <class U>
-    static SPROMPT_INLINE const float* unit(const U* p, int64_t used, float* buffer) {
-        row_to_float(p, used, buffer);
-        return buffer;
-    }
-};
-struct Bits {
-    const uint32_t* words;
-    int64_t n, w;
-    SPROMPT_INLINE const float* row(int64_t y, int64_t used, float* buffer) const {
-        for (int64_t i = 0; i < used; i += 32) {
-            const uint32_t bits = static_cast<uint32_t>(bits_at(words, n, y * w + i));
-            for (int k = 0; k < 32; ++k) buffer[i + k] = static_cast<float>(static_cast<int32_t>(bits >> k & 1));
-        }
-        return buffer;
-    }
-};
-
-// Compares 32 cells. Bit k of is_below is set where cells[k] is below `low`, bit k of is_above where it is above `high`.
-SPROMPT_INLINE void compare(const float* cells, vf low, vf high, uint32_t& is_below, uint32_t& is_above) {
-    is_below = is_above = 0;
-    for (int k = 0; k < 32; k += W) {
-        const vf x = load(cells + k);
-        is_below |= bits_greater(low, x) << k;
-        is_above |= bits_greater(x, high) << k;
-    }
-}
-
-// Whether bits [begin, end) are all set.
-SPROMPT_INLINE bool all_set(const uint32_t* words, int64_t begin, int64_t end) {
-    for (; end - begin > 56; begin += 56) {  // a 64-bit word from any byte holds at least 57 bits from its first
-        uint64_t v;
-        __builtin_memcpy(&v, reinterpret_cast<const char*>(words) + begin / 8, 8);
-        if ((~(v >> (begin % 8)) & low_bits(56)) != 0) return false;
-    }
-    uint64_t v;
-    __builtin_memcpy(&v, reinterpret_cast<const char*>(words) + begin / 8, 8);
-    return (~(v >> (begin % 8)) & low_bits(end - begin)) == 0;
-}
-
-template <class Source>
-void read_row(const Plan& plan, const Source& source, int64_t y, Row& row) {
-    const vf low = broadcast(plan.low), high = broadcast(plan.high);
-    const float* cells = row.cells = source.row(y, plan.used, row.buffer);
-    row.index = y;
-    row.common = 0;
-    if (!plan.compares) {
-        __builtin_memset(row.state, 0, static_cast<size_t>(plan.segments));
-        return;
-    }
-    uint32_t all_below = ~0u, all_above = ~0u;
-    const auto note = [&](int64_t i, const float* p) {
-        uint32_t is_below, is_above;
-        compare(p, low, high, is_below, is_above);
-        row.below_cells[i / 32] = is_below;
-        row.above_cells[i / 32] = is_above;
-        all_below &= is_below;
-        all_above &= is_above;
-    };
-    int64_t i = 0;
-    for (; i + 32 <= plan.used; i += 32) note(i, cells + i);
-    if (i < plan.used) {
-        float rest[32];
-        for (int64_t k = 0; k < 32; ++k) rest[k] = cells[i + k < plan.used ? i + k : plan.used - 1];
-        note(i, rest);
-    }
-    row.common = static_cast<uint8_t>((all_below == ~0u ? below : 0) | (all_above == ~0u ? above : 0));
-    if (row.common != 0) {
-        __builtin_memset(row.state, row.common, static_cast<size_t>(plan.segments));
-        return;
-    }
-    for (int64_t s = 0; s < plan.segments; ++s) {
-        const int64_t begin = plan.first[s * segment], end = plan.second[s * segment + segment - 1] + 1;
-        row.state[s] = all_set(row.below_cells, begin, end) ? below : all_set(row.above_cells, begin, end) ? above : 0;
-    }
-}
-
-// a = cells[first], b = cells[second] at output columns [x, x + W).
-SPROMPT_INLINE void two_cells(const Plan& plan, const float* cells, int64_t x, vf& a, vf& b) {
-    const vi first = load(plan.first + x), second = load(plan.second + x);
-#if defined(__AVX2__)
-    const int32_t end = static_cast<int32_t>(plan.used) - W, lowest = plan.first[x] < end ? plan.first[x] : end;
-    if (lowest >= 0 && plan.second[x + W - 1] - lowest < W) {  // one load holds them all
-#if defined(__AVX512F__)
-        a = (vf)_mm512_permutexvar_ps((__m512i)(first - lowest), (__m512)load(cells + lowest));
-        b = (vf)_mm512_permutexvar_ps((__m512i)(second - lowest), (__m512)load(cells + lowest));
-#else
-        a = (vf)_mm256_permutevar8x32_ps((__m256)load(cells + lowest), (__m256i)(first - lowest));
-        b = (vf)_mm256_permutevar8x32_ps((__m256)load(cells + lowest), (__m256i)(second - lowest));
-#endif
-        return;
-    }
-#endif
-#if defined(__AVX512F__)
-    a = (vf)_mm512_i32gather_ps((__m512i)first, cells, 4);
-    b = (vf)_mm512_i32gather_ps((__m512i)second, cells, 4);
-#elif defined(__AVX2__)
-    if (plan.used >= 2) {  // pairs of neighbours: far cheaper than two gathers
-        const int32_t* pair = plan.pair + x;
-        const auto one = [&](int k) {
-            double both;
-            __builtin_memcpy(&both, cells + pair[k], sizeof both);
-            return both;
-        };
-        const auto two = [&](int k) { return _mm_castpd_ps(_mm_set_pd(one(k + 1), one(k))); };
-        const __m256 even = _mm256_set_m128(two(4), two(0)), odd = _mm256_set_m128(two(6), two(2));
-        const vf low = (vf)_mm256_shuffle_ps(even, odd, 0x88), high = (vf)_mm256_shuffle_ps(even, odd, 0xdd);
-        const vi start = load(pair);
-        a = select(first == start, low, high);
-        b = select(second == start, low, high);
-        return;
-    }
-    a = b = broadcast(cells[0]);
-#else
-    for (int k = 0; k < W; ++k) {
-        a[k] = cells[first[k]];
-        b[k] = cells[second[k]];
-    }
-#endif
-}
-
-void widen(const Plan& plan, Row& row, int64_t s) {
-    if (row.state[s] & widened) return;
-    row.state[s] |= widened;
-    for (int64_t x = s * segment; x < (s + 1) * segment; x += W) {
-        vf a, b;
-        two_cells(plan, row.cells, x, a, b);
-        store(row.wide + x, held(a) * load(plan.w0 + x) + held(b) * load(plan.w1 + x));
-    }
-}
-
-SPROMPT_INLINE uint32_t segment_bits(const float* upper, const float* lower, vf w0, vf w1, vf threshold) {
+template <int N>
+SPROMPT_INLINE uint32_t segment_bits(const float* const* rows, const vf* weights, int64_t x, vf threshold) {
     uint32_t bits = 0;
-    for (int k = 0; k < segment; k += W) bits |= bits_greater(load(upper + k) * w0 + load(lower + k) * w1, threshold) << k;
+    for (int k = 0; k < segment; k += W) bits |= bits_greater(pixel<N>(rows, weights, x + k), threshold) << k;
     return bits;
 }
+
+// The sum of the sigmoids of set pixels. Up to 64 segments of a row are added in float, lane by lane. Their sum is added in
+// double.
+struct Sum {
+    static constexpr int64_t most = 64;
+    double total = 0.0;
+    vf row{};
+    int64_t added = 0;  // segments in `row`
+
+    // Adds the pixels of a segment that are above the threshold, among its first `count` pixels, and returns their bits.
+    template <int N>
+    SPROMPT_INLINE uint32_t add(const float* const* rows, const vf* weights, int64_t x, vf threshold, int64_t count) {
+        uint32_t bits = 0;
+        vf part{};
+        for (int k = 0; k < segment; k += W) {
+            const vf z = pixel<N>(rows, weights, x + k);
+            vi set = z > threshold;
+            if (count < segment) set &= lane_index() + k < static_cast<int32_t>(count);
+            const uint32_t here = bits_greater(z, threshold) & static_cast<uint32_t>(low_bits(count - k < 0 ? 0 : count - k));
+            bits |= here << k;
+            if (here != 0) part = part + select(set, sigmoid(z), vf{});
+        }
+        row = row + part;
+        if (++added == most) flush();
+        return bits;
+    }
+    SPROMPT_INLINE void flush() {
+        if (added == 0) return;
+        total += static_cast<double>(sum(row));
+        row = vf{};
+        added = 0;
+    }
+};
 
 // Writes the same bit `count` times. `all` is 0 or all ones.
 SPROMPT_INLINE void put_many(BitWriter& writer, uint32_t all, int64_t count) {
@@ -222,164 +77,235 @@ SPROMPT_INLINE void put_many(BitWriter& writer, uint32_t all, int64_t count) {
     writer.put(all & static_cast<uint32_t>(low_bits(rest)), rest);
 }
 
-// A worker's memory: two source rows, and the runs of segments with equal state in the current pair of rows.
+// A worker's memory: the source rows of an output row, and the runs of segments with equal state in these rows.
 struct Worker {
-    Row rows[2];
-    uint8_t* run_state;  // (segments) below, above, or 0 if the segments must be interpolated
-    int32_t* run_end;    // (segments) the segment behind the run
+    Row rows[most_taps];
+    Row* taken[most_taps];  // the rows of the current taps
+    int count;              // of them
+    uint8_t* run_state;     // (segments) below, above, or 0 if the segments must be interpolated
+    int32_t* run_end;       // (segments) the segment behind the run
     int64_t runs;
 
-    // Returns row y. Reading it must not replace row `keep`.
+    // Takes the rows of the taps.
     template <class Source>
-    SPROMPT_INLINE Row& get(const Plan& plan, const Source& source, int64_t y, int64_t keep) {
+    SPROMPT_INLINE void take(const Plan& plan, const Source& source, const Taps& taps) {
+        count = taps.count;
+        for (int i = 0; i < count; ++i) taken[i] = &get(plan, source, taps, taps.cell[i]);
+    }
+    // Returns row y. Reading it replaces no row of `taps`.
+    template <class Source>
+    SPROMPT_INLINE Row& get(const Plan& plan, const Source& source, const Taps& taps, int64_t y) {
         for (Row& row : rows)
             if (row.index == y) return row;
-        Row& row = rows[rows[0].index == keep];
-        read_row(plan, source, y, row);
-        return row;
+        const auto needed = [&](int64_t index) {
+            bool found = false;
+            for (int i = 0; i < taps.count; ++i) found |= taps.cell[i] == index;
+            return found;
+        };
+        int free = 0;
+        while (needed(rows[free].index)) ++free;
+        read_row(plan, source, y, rows[free]);
+        return rows[free];
     }
 
-    void find_runs(const Plan& plan, Row& upper, Row& lower) {
+    void find_runs(const Plan& plan) {
         runs = 0;
-        if (const uint8_t common = upper.common & lower.common) {
+        const int sides = plan.sums ? below : below | above;
+        int common = sides;
+        for (int i = 0; i < count; ++i) common &= taken[i]->common;
+        if (common != 0) {
             run_state[0] = common & below ? below : above;
             run_end[0] = static_cast<int32_t>(plan.segments);
             runs = 1;
             return;
         }
+        const uint8_t *a = taken[0]->state, *b = taken[1]->state, *c = taken[count > 2 ? 2 : 1]->state,
+                      *d = taken[count - 1]->state;
         for (int64_t s = 0; s < plan.segments; ++s) {
-            const uint8_t state = upper.state[s] & lower.state[s] & (below | above);
-            if (state == 0) {
-                widen(plan, upper, s);
-                widen(plan, lower, s);
-            }
-            if (runs == 0 || run_state[runs - 1] != state) run_state[runs++] = state;
+            const int state = a[s] & b[s] & c[s] & d[s] & sides;
+            if (state == 0)
+                for (int i = 0; i < count; ++i) widen(plan, *taken[i], s);
+            if (runs == 0 || run_state[runs - 1] != state) run_state[runs++] = static_cast<uint8_t>(state);
             run_end[runs - 1] = static_cast<int32_t>(s + 1);
         }
     }
 
-    // Writes output rows [begin, end) of one mask to `words`, which begin with row `begin`.
-    template <class Source>
-    void resize(const Plan& plan, const Source& source, int64_t begin, int64_t end, uint32_t* words) {
-        BitWriter writer(words);
-        rows[0].index = rows[1].index = -1;
-        Row *upper = nullptr, *lower = nullptr;
+    // Writes segments [s, last) of the current row, which lies between N source rows.
+    template <int N>
+    SPROMPT_INLINE void interpolate(const Plan& plan, const Taps& taps, int64_t s, int64_t last, BitWriter& writer, Sum& sum) {
+        const float* wide[N];
+        vf weights[N];
+        for (int i = 0; i < N; ++i) {
+            wide[i] = taken[i]->wide;
+            weights[i] = broadcast(taps.weight[i]);
+        }
         const vf threshold = broadcast(plan.threshold);
+        const int64_t full = plan.width / segment < last ? plan.width / segment : last;
+        if (plan.sums)
+            for (; s < full; ++s) writer.put(sum.add<N>(wide, weights, s * segment, threshold, segment), segment);
+        else
+            for (; s < full; ++s) writer.put(segment_bits<N>(wide, weights, s * segment, threshold), segment);
+        if (s == last) return;
+        const int64_t rest = plan.width - s * segment;  // of the last segment of the row
+        const uint32_t bits = plan.sums ? sum.add<N>(wide, weights, s * segment, threshold, rest)
+                                        : segment_bits<N>(wide, weights, s * segment, threshold);
+        writer.put(bits & static_cast<uint32_t>(low_bits(rest)), static_cast<int>(rest));
+    }
+
+    // Writes output rows [begin, end) of one mask to `words`, which begin with row `begin`. Returns the sum of the sigmoids.
+    template <class Source>
+    double resize(const Plan& plan, const Source& source, int64_t begin, int64_t end, uint32_t* words) {
+        BitWriter writer(words);
+        Sum sum;
+        for (Row& row : rows) row.index = -1;
         for (int64_t y = begin; y < end; ++y) {
-            const Tap tap = tap_of(y, plan.step_y, plan.h);
-            if (upper == nullptr || upper->index != tap.first || lower->index != tap.second) {
-                upper = &get(plan, source, tap.first, tap.second);
-                lower = &get(plan, source, tap.second, tap.first);
-                find_runs(plan, *upper, *lower);
+            const Taps& taps = plan.rows[y];
+            if (y == begin || !same_cells(taps, plan.rows[y - 1])) {
+                take(plan, source, taps);
+                find_runs(plan);
             }
-            const vf w0 = broadcast(tap.w0), w1 = broadcast(tap.w1);
             int64_t s = 0;
             for (int64_t run = 0; run < runs; ++run) {
                 const int64_t last = run_end[run];
                 if (run_state[run] != 0) {
                     const int64_t to = last * segment < plan.width ? last * segment : plan.width;
                     put_many(writer, run_state[run] == above ? ~0u : 0u, to - s * segment);
+                } else if (taps.count == 2) {
+                    interpolate<2>(plan, taps, s, last, writer, sum);
+                } else if (taps.count == 3) {
+                    interpolate<3>(plan, taps, s, last, writer, sum);
                 } else {
-                    for (; s < last; ++s) {
-                        const uint32_t bits =
-                            segment_bits(upper->wide + s * segment, lower->wide + s * segment, w0, w1, threshold);
-                        const int64_t left = plan.width - s * segment;
-                        if (left >= segment)
-                            writer.put(bits, 32);
-                        else
-                            writer.put(bits & static_cast<uint32_t>(low_bits(left)), static_cast<int>(left));
-                    }
+                    interpolate<4>(plan, taps, s, last, writer, sum);
                 }
                 s = last;
             }
+            if (plan.sums) sum.flush();
         }
         writer.close();
+        return sum.total;
     }
 };
 
-// source_of(m) is the source of mask m.
+// The sizes and the threshold of a call.
+struct Shape {
+    int64_t masks, h, w, height, width;
+    double extent_height, extent_width;
+    int64_t via_height, via_width;  // 0: one map
+    float threshold;
+};
+
+// source_of(m) is the source of mask m. sums (M) f32 and areas (M) i64, or none.
 template <class SourceOf>
-void resize_all(int64_t masks, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, double extent_height,
-                double extent_width, const View& words, int threads, const SourceOf& source_of) {
-    if (masks == 0 || height == 0 || width == 0) return;
+void resize_all(const Shape& shape, const View& words, const View& sums, const View& areas, int threads,
+                const SourceOf& source_of) {
+    const int64_t masks = shape.masks, height = shape.height, width = shape.width, w = shape.w;
+    if (masks == 0 || height == 0 || width == 0) {
+        for (int64_t mask = 0; sums.given() && mask < masks; ++mask)
+            sums.as<float>()[mask] = 0.0f, areas.as<int64_t>()[mask] = 0;
+        return;
+    }
     Plan plan;
-    plan.h = h;
-    plan.w = w;
-    plan.height = height;
     plan.width = width;
-    plan.step_y = extent_height / static_cast<double>(height);
-    plan.step_x = extent_width / static_cast<double>(width);
-    plan.threshold = threshold;
-    // A pixel lies in the range of its cells with a relative error of 2^-20: four products, three sums and two roundings of
+    plan.sums = sums.given();
+    plan.threshold = shape.threshold;
+    // A pixel lies in the range of its cells with a relative error of 2^-20: two weighted sums of up to four terms with rounded
     // weights.
-    const float margin = __builtin_fabsf(threshold) * 0x1p-18f + 0x1p-120f;
-    const bool far = __builtin_fabsf(threshold) > 0x1p126f;  // near the clamp of cells: every segment is interpolated
-    plan.low = far ? -__builtin_inff() : threshold - margin;
-    plan.high = far ? __builtin_inff() : threshold + margin;
+    const float margin = __builtin_fabsf(shape.threshold) * 0x1p-18f + 0x1p-120f;
+    const bool far = __builtin_fabsf(shape.threshold) > 0x1p126f;  // near the clamp of cells: every segment is interpolated
+    plan.low = far ? -__builtin_inff() : shape.threshold - margin;
+    plan.high = far ? __builtin_inff() : shape.threshold + margin;
     plan.segments = (width + segment - 1) / segment;
 
     const int64_t columns = plan.segments * segment;
     Scratch memory;
-    plan.first = memory.take<int32_t>(columns);
-    plan.second = memory.take<int32_t>(columns);
-    plan.pair = memory.take<int32_t>(columns);
-    plan.w0 = memory.take<float>(columns);
-    plan.w1 = memory.take<float>(columns);
-    for (int64_t x = 0; x < columns; ++x) {
-        const Tap tap = tap_of(x < width ? x : width - 1, plan.step_x, w);
-        plan.first[x] = static_cast<int32_t>(tap.first);
-        plan.second[x] = static_cast<int32_t>(tap.second);
-        plan.w0[x] = tap.w0;
-        plan.w1[x] = tap.w1;
+    const Axis x_axis(w, width, shape.extent_width, shape.via_width);
+    const Axis y_axis(shape.h, height, shape.extent_height, shape.via_height);
+    plan.taps = shape.via_width == 0 ? 2 : most_taps;
+    for (int i = 0; i < plan.taps; ++i) {
+        plan.cell[i] = memory.take<int32_t>(columns);
+        plan.weight[i] = memory.take<float>(columns);
     }
-    plan.used = plan.second[columns - 1] + 1;
+    for (int64_t x = 0; x < columns; ++x) {
+        const Taps taps = x_axis(x < width ? x : width - 1);
+        for (int i = 0; i < plan.taps; ++i) {
+            plan.cell[i][x] = static_cast<int32_t>(taps.cell[i]);
+            plan.weight[i][x] = taps.weight[i];
+        }
+    }
+    plan.used = plan.cell[plan.taps - 1][columns - 1] + 1;
     plan.compares = plan.used < 2 * width;
-    for (int64_t x = 0; x < columns; ++x)
-        plan.pair[x] = plan.first[x] < plan.used - 2 ? plan.first[x] : static_cast<int32_t>(plan.used) - 2;
+    plan.pair = nullptr;
+    if (plan.taps == 2 && plan.used >= 2) {
+        plan.pair = memory.take<int32_t>(columns);
+        for (int64_t x = 0; x < columns; ++x)
+            plan.pair[x] = plan.cell[0][x] < plan.used - 2 ? plan.cell[0][x] : static_cast<int32_t>(plan.used) - 2;
+    }
+    Taps* rows_taps = memory.take<Taps>(height);
+    for (int64_t y = 0; y < height; ++y) rows_taps[y] = y_axis(y);
+    plan.rows = rows_taps;
 
     // The buffers of the workers. Each buffer is a whole number of cache lines.
     const int64_t padded = round_up(w, 32), bit_words = round_up(padded / 32 + 2, 16), states = round_up(plan.segments, 64);
-    float* buffers = memory.take<float>(threads, 2, padded);
-    float* wides = memory.take<float>(threads, 2, columns);
-    uint32_t* cell_bits = memory.take<uint32_t>(threads, 4, bit_words);
-    uint8_t* row_states = memory.take<uint8_t>(threads, 3, states);
+    float* buffers = memory.take<float>(threads, most_taps, padded);
+    float* wides = memory.take<float>(threads, most_taps, columns);
+    uint32_t* cell_bits = memory.take<uint32_t>(threads, 2 * most_taps, bit_words);
+    uint8_t* row_states = memory.take<uint8_t>(threads, most_taps + 1, states);
     int32_t* run_ends = memory.take<int32_t>(threads, round_up(plan.segments, 16));
 
     // Bands of rows begin at whole words: 64 rows of any width are a multiple of 32 pixels.
     const int64_t band = masks >= 64 ? round_up(height, 64) : 64, bands = (height + band - 1) / band;
     const int64_t n = words_for(height * width), rows = band < height ? band : height;
+    double* band_sums = plan.sums ? memory.take<double>(masks, bands) : nullptr;
+    int64_t* band_areas = plan.sums ? memory.take<int64_t>(masks, bands) : nullptr;
     parallel_for(masks * bands, 1 + (1 << 16) / (rows * width), threads, [&](int64_t begin, int64_t end, int index) {
         Worker worker;
-        for (int64_t i = 0; i < 2; ++i) {
+        for (int64_t i = 0; i < most_taps; ++i) {
             Row& row = worker.rows[i];
-            row.buffer = buffers + (2 * index + i) * padded;
-            row.wide = wides + (2 * index + i) * columns;
-            row.below_cells = cell_bits + (4 * index + 2 * i) * bit_words;
+            row.buffer = buffers + (most_taps * index + i) * padded;
+            row.wide = wides + (most_taps * index + i) * columns;
+            row.below_cells = cell_bits + (2 * most_taps * index + 2 * i) * bit_words;
             row.above_cells = row.below_cells + bit_words;
-            row.state = row_states + (3 * index + i) * states;
+            row.state = row_states + ((most_taps + 1) * index + i) * states;
         }
-        worker.run_state = row_states + (3 * index + 2) * states;
+        worker.run_state = row_states + ((most_taps + 1) * index + most_taps) * states;
         worker.run_end = run_ends + index * round_up(plan.segments, 16);
         for (int64_t job = begin; job < end; ++job) {
             const int64_t mask = job / bands, top = job % bands * band, bottom = top + band < height ? top + band : height;
-            worker.resize(plan, source_of(mask), top, bottom, words.as<uint32_t>() + mask * n + top * width / 32);
+            uint32_t* out = words.as<uint32_t>() + mask * n + top * width / 32;
+            const double sum = worker.resize(plan, source_of(mask), top, bottom, out);
+            if (!plan.sums) continue;
+            band_sums[job] = sum;
+            band_areas[job] = count_bits(out, words_for((bottom - top) * width));
         }
     });
+    if (!plan.sums) return;
+    for (int64_t mask = 0; mask < masks; ++mask) {
+        double sum = 0.0;
+        int64_t area = 0;
+        for (int64_t job = mask * bands; job < (mask + 1) * bands; ++job) {
+            sum += band_sums[job];
+            area += band_areas[job];
+        }
+        sums.as<float>()[mask] = static_cast<float>(sum);
+        areas.as<int64_t>()[mask] = area;
+    }
 }
 
 }  // namespace
 
 void resize_masks(const View& soft, int64_t height, int64_t width, float threshold, double extent_height, double extent_width,
-                  const View& words, int threads) {
-    SPROMPT_FLOAT_TYPES(
-        soft.dtype, T,
-        resize_all(
-            soft.size[0], soft.size[1], soft.size[2], height, width, threshold, extent_height, extent_width, words, threads,
-            [&](int64_t mask) { return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1], soft.stride[2]}; }))
+                  int64_t via_height, int64_t via_width, const View& words, const View& sums, const View& areas, int threads) {
+    const Shape shape{soft.size[0],  soft.size[1], soft.size[2], height,    width,
+                      extent_height, extent_width, via_height,   via_width, threshold};
+    SPROMPT_FLOAT_TYPES(soft.dtype, T, resize_all(shape, words, sums, areas, threads, [&](int64_t mask) {
+                            return Dense<T>{soft.as<const T>() + mask * soft.stride[0], soft.stride[1], soft.stride[2]};
+                        }))
 }
 
-void resize_bits(const View& in, int64_t h, int64_t w, int64_t height, int64_t width, const View& words, int threads) {
-    resize_all(in.size[0], h, w, height, width, 0.5f, static_cast<double>(h), static_cast<double>(w), words, threads,
+void resize_bits(const View& in, int64_t h, int64_t w, int64_t height, int64_t width, float threshold, const View& words,
+                 int threads) {
+    const Shape shape{in.size[0], h, w, height, width, static_cast<double>(h), static_cast<double>(w), 0, 0, threshold};
+    resize_all(shape, words, View{}, View{}, threads,
                [&](int64_t mask) { return Bits{in.as<const uint32_t>() + mask * in.stride[0], in.size[1], w}; });
 }
 

@@ -1,5 +1,6 @@
 """resize_masks and BitMasks.resize: tables, equality of the backends to the bit, agreement with torch's interpolation."""
 
+import math
 import random
 
 import pytest
@@ -11,9 +12,10 @@ from hypothesis import strategies as st
 import sprompt
 from sprompt import BitMasks, cuda
 from sprompt.ops import pack_masks, resize_masks
-from sprompt.ops.resize_masks.reference import taps
+from sprompt.ops.resize_masks import ResizedMasks
+from sprompt.ops.resize_masks.reference import taps, taps_via
 from sprompt.testing.spec import blobs
-from sprompt.testing.specs.resize_masks import interpolated
+from sprompt.testing.specs.resize_masks import interpolated, two_maps
 
 INF, NAN = float("inf"), float("nan")
 
@@ -152,11 +154,11 @@ def test_thresholds_beyond_the_held_cells(threshold: float) -> None:
 
 
 def test_weights() -> None:
-    first, second, w0, w1 = taps(8, 4, 4.0, torch.float32, torch.device("cpu"))
+    (first, second), (w0, w1) = taps(8, 4, 4.0, torch.float32, torch.device("cpu"))
     assert first.tolist() == [0, 0, 0, 1, 1, 2, 2, 3] and second.tolist() == [0, 1, 1, 2, 2, 3, 3, 3]
     assert w1.tolist() == [0, 0.25, 0.75, 0.25, 0.75, 0.25, 0.75, 0] and (w0 + w1 == 1).all()
     rounded = taps(3, 1000, 1e-9, torch.float32, torch.device("cpu"))
-    assert rounded.first.tolist() == [0, 0, 0]
+    assert rounded.cells[0].tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("M", (1, 3, 70))
@@ -203,6 +205,138 @@ def test_far_apart_rows() -> None:
     view = memory.as_strided((1, 2, 2), (0, 2**31, 5))
     view.copy_(torch.tensor([[[1.0, -1.0], [-1.0, 1.0]]]))
     assert torch.equal(resize_masks(view, (6, 6)).words, resize_masks(view.contiguous(), (6, 6)).words)
+
+
+# -- two maps, and sums
+
+
+def both_general(soft: torch.Tensor, size: tuple[int, int], **options: object) -> ResizedMasks:
+    """With sums, on the active backend. Bits and areas must equal the reference, and the bits those of a call without sums."""
+    found = resize_masks(soft, size, sums=True, **options)
+    assert torch.equal(found.masks.words, resize_masks(soft, size, **options).words)
+    with sprompt.use_backend("reference"):
+        expected = resize_masks(soft, size, sums=True, **options)
+    assert torch.equal(found.masks.words, expected.masks.words)
+    assert torch.equal(found.areas, expected.areas)
+    bound = 2.0**-16 * expected.sums + 2e-38 * expected.areas  # no probability is below 1.2e-38
+    assert bool(((found.sums - expected.sums).abs() <= bound).all())
+    return found
+
+
+def sigmoid(*values: float) -> float:
+    return sum(1 / (1 + math.exp(-v)) for v in values)
+
+
+def test_two_maps_tables() -> None:
+    # -1, 3 become -1, 0, 2, 3 (places -1/4 -> 0, 1/4, 3/4, 5/4 -> 1), and these -0.5, 2.5: the means of neighbours.
+    found = both_general(torch.tensor([[-1.0, 3.0]]), (1, 2), via=(1, 4))
+    assert bits(found.masks) == [[0, 1]] and found.areas.item() == 1
+    assert found.sums.item() == pytest.approx(sigmoid(2.5), rel=1e-6)
+    # The first three of them, -1, 0, 2, become two pixels at the places 1/4 and 7/4: -0.75 and 1.5.
+    found = both_general(torch.tensor([[-1.0, 3.0]]), (1, 2), via=(1, 4), crop=(1, 3), threshold=-0.8)
+    assert bits(found.masks) == [[1, 1]]
+    assert found.sums.item() == pytest.approx(sigmoid(-0.75, 1.5), rel=1e-6)
+    # A crop never reads behind its end, unlike a crop of the map: the last pixel is cell 2 of via, not 2.33.
+    found = both_general(torch.tensor([[-1.0, 3.0]]), (1, 9), via=(1, 4), crop=(1, 3), threshold=1.99)
+    assert bits(found.masks) == [[0, 0, 0, 0, 0, 0, 0, 1, 1]]
+    # Along columns: 0, 0, 8 become their mean at 1.5 cells of 3 (the middle cell), then two rows of it.
+    assert bits(both_general(torch.tensor([[0.0], [0.0], [8.0]]), (2, 1), via=(1, 1)).masks) == [[0], [0]]
+
+
+def test_sums_of_one_map_by_hand() -> None:
+    found = both_general(torch.tensor([[[-1.0, 3.0]], [[-5.0, -5.0]], [[INF, -INF]]]), (1, 4))
+    assert found.areas.tolist() == [2, 0, 2]  # -1, 0, 2, 3: 0 is not above 0
+    assert found.sums.tolist() == pytest.approx([sigmoid(2, 3), 0.0, 2.0], rel=1e-6)
+    assert found.masks.area().tolist() == found.areas.tolist()
+
+
+def test_weights_of_two_maps() -> None:
+    cells, weights = taps_via(6, 8, 4, 8.0, torch.float64, torch.device("cpu"))
+    pixels = torch.eye(4, dtype=torch.float64)
+    expected = two_maps(pixels[None, :, :], (4, 6), (4, 8), None)[0]  # a column of pixels by the weights of each cell
+    dense = torch.zeros(6, 4, dtype=torch.float64)
+    for cell, weight in zip(cells, weights, strict=True):
+        dense[torch.arange(6), cell] += weight
+    assert torch.allclose(dense.T, expected, rtol=0, atol=1e-15)
+    assert (weights[0] > 0).all() and ((weights > 0).sum(0) <= 3).all(), "an enlarged map: at most three cells"
+    cells, weights = taps_via(6, 5, 20, 5.0, torch.float32, torch.device("cpu"))
+    assert (weights > 0).sum(0).tolist() == [2, 4, 4, 4, 4, 2] and weights.dtype == torch.float32
+
+
+def test_two_maps_agree_with_torch_in_float64() -> None:
+    """Random sizes of the map, of via, of the crop and of the picture; the same bits on the reference."""
+    draw = random.Random(3)
+    g = torch.Generator().manual_seed(3)
+    for case in range(80):
+        h, w = draw.randint(1, 30), draw.randint(1, 70)
+        via = draw.choice(
+            [(4 * h, 4 * w), (draw.randint(1, 90), draw.randint(1, 150)), (h, w), (max(h // 3, 1), max(w // 2, 1))]
+        )
+        crop = draw.choice([None, via, (draw.randint(1, via[0]), draw.randint(1, via[1]))])
+        size = draw.choice([crop or via, (draw.randint(1, 90), draw.randint(1, 200))])
+        soft = torch.randn(draw.choice([1, 2, 66]) if h * w < 200 else 2, h, w, generator=g)
+        if case % 3 == 0:
+            soft = 8 * blobs(len(soft), h, w, case) - 4
+        threshold = draw.choice([0.0, 0.5, -2.0])
+        found = both_general(soft, size, via=via, crop=crop, threshold=threshold)
+        pixels = two_maps(soft, size, via, crop)
+        off = found.masks.to_dense() != (pixels > threshold)
+        assert not off.any() or (pixels[off] - threshold).abs().max() < 1e-5
+        exact = torch.where(found.masks.to_dense(), pixels, -INF).sigmoid().sum((1, 2))
+        assert bool(((found.sums - exact).abs() <= 2e-5 * exact).all())
+
+
+def test_two_maps_in_half_types_and_layouts() -> None:
+    soft = (8 * blobs(6, 20, 34, 2) - 4).bfloat16()
+    for layout in (
+        soft,
+        soft.mT.contiguous().mT,
+        soft[::2, :, 3:],
+        soft[:1, :1].expand(3, 9, 34),
+        soft.view(2, 3, 20, 34),
+    ):
+        found = both_general(layout, (41, 67), via=(80, 136), crop=(77, 133))
+        assert found.sums.shape == found.areas.shape == layout.shape[:-2]
+
+
+def test_two_maps_drop_cells_without_weight() -> None:
+    """A picture of via's size, and via of the map's size: every pixel is one cell, so its neighbours do not count."""
+    cells = torch.tensor([[1.0, NAN, 1.0, INF, -1.0, -INF, 1.0]])
+    found = both_general(cells, (1, 7), via=(1, 7))
+    assert bits(found.masks) == [[1, 0, 1, 1, 0, 0, 1]] and found.sums.item() == pytest.approx(3 * sigmoid(1.0) + 1)
+    assert bits(both_general(cells, (1, 3), via=(1, 7), crop=(1, 3)).masks) == [[1, 0, 1]]
+    assert bits(both_general(cells, (1, 14), via=(1, 14)).masks) == [[1, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0, 1]]
+
+
+@pytest.mark.parametrize("threshold", (3e38, -3e38, INF, -INF))
+def test_sums_at_thresholds_beyond_the_held_cells(threshold: float) -> None:
+    for value, probability in ((INF, 1.0), (-INF, 0.0)):
+        found = both_general(torch.full((1, 8, 80), value), (16, 200), via=(8, 100), threshold=threshold)
+        assert found.areas.item() == (3200 if threshold < 0 else 0)
+        assert found.sums.item() == pytest.approx(found.areas.item() * probability, abs=1e-30)
+
+
+@pytest.mark.parametrize("M", (1, 3, 70))
+def test_sums_are_the_same_for_every_number_of_threads(M: int) -> None:
+    soft = 8 * blobs(M, 22, 40, 2) - 4
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(resize_masks(soft, (133, 121), via=(88, 160), crop=(80, 150), sums=True))
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert torch.equal(found.sums, results[0].sums) and torch.equal(found.areas, results[0].areas)
+
+
+def test_sums_of_a_wide_row() -> None:
+    """Many float32 sums in a row. Each value has the probability 3/4, so the sum is known."""
+    soft = torch.full((1, 2, 40), math.log(3.0))
+    found = both_general(soft, (3, 2**20 + 5))
+    assert found.areas.item() == 3 * (2**20 + 5)
+    assert found.sums.item() == pytest.approx(0.75 * found.areas.item(), rel=1e-6)
 
 
 # -- the CUDA kernel: bands of 64 rows (fewer with many cells or few maps), tiles of up to 64 words of columns, slots of 64
@@ -367,6 +501,43 @@ def test_resize_of_bits_many_masks_in_a_word_each() -> None:
         assert torch.equal(got.words, pack_masks(dense).resize((5, 6)).words)
 
 
+def test_modes_of_bits_tables() -> None:
+    masks = pack_masks(torch.tensor([[1, 0, 0, 0, 0, 0], [0, 0, 0, 1, 1, 1]]))
+    # Nearest: pixel x of 4 takes cell floor(1.5 x): 0, 1, 3, 4. Any: it covers floor(1.5 x) to ceil(1.5 (x + 1)): 0-1, 1-2, 3-4,
+    # 4-5.
+    assert bits(masks.resize((2, 4), "nearest")) == [[1, 0, 0, 0], [0, 0, 1, 1]]
+    assert bits(masks.resize((2, 4), "any")) == [[1, 0, 0, 0], [0, 0, 1, 1]]
+    assert bits(masks.resize((1, 4), "nearest")) == [[1, 0, 0, 0]]
+    assert bits(masks.resize((1, 4), "any")) == [[1, 0, 1, 1]]
+    assert bits(masks.resize((3, 2), "any")) == [[1, 0], [1, 1], [0, 1]]
+    assert bits(masks.resize((1, 9), "any")) == [[1, 1, 0, 0, 1, 1, 1, 1, 1]]
+    # Halves in the middle: the interpolated values of 1, 0 at four pixels are 1, 3/4, 1/4, 0.
+    one = pack_masks(torch.tensor([[1, 0]]))
+    rows = {0.0: [1, 1, 1, 0], 0.25: [1, 1, 0, 0], 0.5: [1, 1, 0, 0], 0.75: [1, 0, 0, 0], 0.99: [1, 0, 0, 0]}
+    for threshold, row in rows.items():
+        assert bits(one.resize((1, 4), threshold=threshold)) == [row]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 200),
+    st.integers(1, 90),
+    st.integers(1, 300),
+    st.integers(0, 99),
+    st.floats(0, 1),
+)
+def test_modes_of_bits_agree_with_torch(h: int, w: int, H: int, W: int, seed: int, density: float) -> None:
+    dense = torch.rand(3, h, w, generator=torch.Generator().manual_seed(seed)) < density**3
+    masks = pack_masks(dense)
+    nearest, some = masks.resize((H, W), "nearest"), masks.resize((H, W), "any")
+    assert torch.equal(nearest.to_dense(), F.interpolate(dense[None].float(), (H, W), mode="nearest")[0] > 0)
+    assert torch.equal(some.to_dense(), F.adaptive_avg_pool2d(dense[None].double(), (H, W))[0] > 0)
+    with sprompt.use_backend("reference"):
+        assert torch.equal(nearest.words, masks.resize((H, W), "nearest").words)
+        assert torch.equal(some.words, masks.resize((H, W), "any").words)
+
+
 def test_resize_of_bits_shapes() -> None:
     masks = pack_masks(torch.rand(2, 3, 9, 14) > 0.5)
     assert masks.resize((9, 14)).words.equal(masks.words)
@@ -392,4 +563,4 @@ def test_resize_of_bits_compiles() -> None:
     masks = pack_masks(torch.rand(3, 9, 14, generator=torch.Generator().manual_seed(0)) > 0.5)
     compiled = torch.compile(lambda m: m.resize((20, 31)), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(masks).words, masks.resize((20, 31)).words)
-    torch.library.opcheck(torch.ops.sprompt.resize_bits.default, (masks.words, 9, 14, 20, 31))
+    torch.library.opcheck(torch.ops.sprompt.resize_bits.default, (masks.words, 9, 14, 20, 31, 0.5))

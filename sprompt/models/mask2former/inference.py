@@ -6,14 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from sprompt.masks import BitMasks, Size
+from sprompt.masks import Size
 from sprompt.models.protocol import Prediction
 from sprompt.nn.conv import full_precision
-from sprompt.ops import mask_conv
-
-_CHUNK = 1 << 22  # float pixels that are resized at a time
+from sprompt.ops import mask_conv, resize_masks
 
 
 def predictions(
@@ -38,28 +35,14 @@ def predictions(
     probability, order = (
         full_precision(classes).softmax(-1)[..., :-1].flatten(1).sort(dim=1, descending=True, stable=True)
     )
+    logit = float(torch.tensor(threshold, dtype=torch.float64).clamp(0, 1).logit())
     results = []
     for image, (size, original) in enumerate(zip(sizes, original_sizes, strict=True)):
         best = order[image, :max_per_image]
         queries, place = torch.unique(best // number, return_inverse=True)  # a query can appear with several classes
         logits = full_precision(mask_conv(mask_features[image : image + 1], embeddings[image : image + 1, queries]))[0]
-        masks, quality = _masks(logits, input_size, size, original, threshold)
-        scores = probability[image, :max_per_image] * quality[place]
+        found = resize_masks(logits, original, threshold=logit, via=input_size, crop=size, sums=True)
+        scores = probability[image, :max_per_image] * (found.sums / (found.areas + 1e-6))[place]
         scores, final = scores.sort(descending=True, stable=True)
-        results.append(Prediction(masks[place[final]], scores.float(), (best % number)[final]))
+        results.append(Prediction(found.masks[place[final]], scores.float(), (best % number)[final]))
     return results
-
-
-def _masks(logits: Tensor, input_size: Size, size: Size, original: Size, threshold: float) -> tuple[BitMasks, Tensor]:
-    """Masks (n,) of the picture, and the mean probability of each over its own pixels; a few masks at a time."""
-    step = max(1, _CHUNK // (input_size[0] * input_size[1] + original[0] * original[1]))
-    masks, quality = [], []
-    for part in logits.split(step) if len(logits) else [logits]:
-        padded = F.interpolate(part[None], input_size, mode="bilinear", align_corners=False)
-        own = F.interpolate(padded[..., : size[0], : size[1]], original, mode="bilinear", align_corners=False)[
-            0
-        ].sigmoid_()
-        bits = own > threshold
-        quality.append((own * bits).sum((1, 2)) / (bits.sum((1, 2)) + 1e-6))
-        masks.append(BitMasks.from_dense(bits))
-    return BitMasks.cat(masks), torch.cat(quality)

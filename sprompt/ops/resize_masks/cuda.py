@@ -1,4 +1,4 @@
-"""resize_masks and BitMasks.resize on their CUDA kernels (csrc/resize_masks/resize_masks_cuda.cu, resize_bits_cuda.cu)."""
+"""resize_masks and BitMasks.resize on their CUDA kernels (csrc/resize_masks/*_cuda.cu)."""
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ def resize_masks(a: Args, words: Tensor) -> None:
 
 
 def resize_bits(a: Args, out: Tensor) -> None:
-    words, h, w, height, width = a
     if out.numel() > 0:
-        native._C.cuda.resize_bits(stream(words), rows(words), h, w, height, width, rows(out))
+        native._C.cuda.resize_bits(stream(a.words), rows(a.words), *a[1:], rows(out))
+
+
+def cover_bits(a: Args, out: Tensor) -> None:
+    if out.numel() > 0:
+        scratch = out.new_empty((2 * (a.width + a.height),), dtype=torch.int32)
+        native._C.cuda.cover_bits(stream(a.words), rows(a.words), *a[1:], rows(out), scratch)

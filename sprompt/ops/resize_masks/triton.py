@@ -1,7 +1,5 @@
 """Triton kernels of resize_masks. M maps of h x w cells, images of H x W pixels, 32 pixels per word in reading order."""
 
-import struct
-
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +8,9 @@ from torch import Tensor
 from sprompt.ops import triton_tile
 from sprompt.ops.declare import Args
 from sprompt.ops.resize_masks.op import extent
+from sprompt.ops.resize_masks.triton_general import CANDIDATES as GENERAL_CANDIDATES
+from sprompt.ops.resize_masks.triton_general import bits, held, lower_cell
+from sprompt.ops.resize_masks.triton_general import resize_masks_general as resize_masks_general
 from sprompt.ops.triton_launch import Cost, config, launch, padded, tiles
 
 #: Tile choices to time on a GPU, besides those of configs.json.
@@ -18,18 +19,9 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
         {"ROWS": r, "WORDS": n, "num_warps": w, "num_stages": 1}
         for r, n, w in ((8, 4, 4), (8, 8, 4), (16, 4, 4), (16, 8, 8), (32, 4, 8), (4, 8, 4))
     ],
+    **GENERAL_CANDIDATES,
 }  # fmt: skip
-LARGEST = tl.constexpr(2.0**127)
 _TABLE = 256  # entries per program of _taps
-
-
-@triton.jit
-def _axis(i, size, cells, ratio):
-    """The first cell (i32) and the second cell's weight (f32) of pixels i. Their place is (i + 1/2) ratio - 1/2, in float64."""
-    place = (i.to(tl.float64) + 0.5) * ratio - 0.5
-    place = tl.minimum(tl.maximum(place, 0.0), (cells - 1).to(tl.float64))
-    floor = tl.floor(place)
-    return floor.to(tl.int32), (place - floor).to(tl.float32)
 
 
 @triton.jit
@@ -44,18 +36,10 @@ def _taps(
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ratio_x = tl.cast(ratio_x, tl.int64).to(tl.float64, bitcast=True)
     ratio_y = tl.cast(ratio_y, tl.int64).to(tl.float64, bitcast=True)
-    cell_x, weight_x = _axis(i, W, tl.cast(w, tl.int32), ratio_x)
-    cell_y, weight_y = _axis(i - W, H, tl.cast(h, tl.int32), ratio_y)
+    cell_x, weight_x = lower_cell(i.to(tl.float64), ratio_x, tl.cast(w, tl.int32))
+    cell_y, weight_y = lower_cell((i - W).to(tl.float64), ratio_y, tl.cast(h, tl.int32))
     tl.store(cell + i, tl.where(i < W, cell_x, cell_y), mask=i < W + H)
-    tl.store(weight + i, tl.where(i < W, weight_x, weight_y), mask=i < W + H)
-
-
-@triton.jit
-def _held(x):
-    """x as float32, clamped to +-2^127. NaN stays."""
-    x = x.to(tl.float32)
-    x = tl.where(x > LARGEST, LARGEST, x)
-    return tl.where(x < -LARGEST, -LARGEST, x)
+    tl.store(weight + i, tl.where(i < W, weight_x, weight_y).to(tl.float32), mask=i < W + H)
 
 
 @triton.jit
@@ -109,7 +93,7 @@ def _resize(
             rows = tl.minimum(top + tl.arange(0, WINDOW_Y), h - 1)
             columns = tl.minimum(left + tl.arange(0, WINDOW_X), w - 1)
             place = rows.to(tl.int64)[:, None] * soft_y + columns.to(tl.int64)[None, :] * soft_x
-            window = _held(tl.load(map_ + place))
+            window = held(tl.load(map_ + place))
             lowest = tl.min(tl.where(window == window, window, float("-inf")))
             highest = tl.max(tl.where(window == window, window, float("inf")))
             size = tl.maximum(tl.maximum(tl.abs(lowest), tl.abs(highest)), tl.abs(threshold))
@@ -151,18 +135,13 @@ def _resize(
             y_second = y_second.to(tl.int64)
         upper = map_ + y_first * soft_y
         lower = map_ + y_second * soft_y
-        a = _held(tl.load(upper + x_first * soft_x, mask=inside, other=0.0))
-        b = _held(tl.load(upper + x_second * soft_x, mask=inside, other=0.0))
+        a = held(tl.load(upper + x_first * soft_x, mask=inside, other=0.0))
+        b = held(tl.load(upper + x_second * soft_x, mask=inside, other=0.0))
         top_ = a * x_w0 + b * weight_x
-        a = _held(tl.load(lower + x_first * soft_x, mask=inside, other=0.0))
-        b = _held(tl.load(lower + x_second * soft_x, mask=inside, other=0.0))
+        a = held(tl.load(lower + x_first * soft_x, mask=inside, other=0.0))
+        b = held(tl.load(lower + x_second * soft_x, mask=inside, other=0.0))
         pixel = top_ * y_w0 + (a * x_w0 + b * weight_x) * weight_y
         tl.store(out, triton_tile.pack(inside & (pixel > threshold), ROWS, WORDS), mask=store)
-
-
-def _bits(number: float) -> int:
-    """The bits of a double as an integer, because Triton passes floats as float32."""
-    return struct.unpack("<q", struct.pack("<d", number))[0]
 
 
 def _window(pixels: int, ratio: float) -> int:
@@ -188,8 +167,8 @@ def resize_masks(a: Args, words: Tensor) -> None:
         width,
         h,
         w,
-        _bits(ratios[0]),
-        _bits(ratios[1]),
+        bits(ratios[0]),
+        bits(ratios[1]),
         cost=Cost(written=cell.nbytes + weight.nbytes, flops=5 * (width + height)),
         fp_fusion=False,
         BLOCK=_TABLE,
