@@ -15,8 +15,8 @@ from benchmarks.draws import Draws
 from sprompt.masks import BitMasks
 from sprompt.models.mask2former import Mask2FormerConfig
 from sprompt.models.mask2former.checkpoint import to_transformers
-from sprompt.models.mask2former.inference import predictions
 from sprompt.models.mask2former.loss import losses
+from sprompt.models.query_inference import predictions
 from sprompt.nn import masked_decoder
 from sprompt.ops import mask_bits
 
@@ -75,7 +75,7 @@ def test_inference_equals_two_dense_resizes(threshold: float) -> None:
 
     features, embeddings, classes = normal(2, 16, 24, 32), normal(2, 9, 16) / 4, 2 * normal(2, 9, 4)
     input_size, sizes, originals = (96, 128), [(91, 117), (96, 83)], [(133, 171), (57, 49)]
-    found = predictions(features, embeddings, classes, input_size, sizes, originals, threshold, 12)
+    found = predictions("Mask2Former", features, embeddings, classes, input_size, sizes, originals, threshold, 12)
     for image, prediction in enumerate(found):
         logits = torch.einsum("qc,chw->qhw", embeddings[image].double(), features[image].double())[None]
         padded = nn.functional.interpolate(logits, input_size, mode="bilinear", align_corners=False)
