@@ -1,10 +1,22 @@
-// Sums of several vectors at a time, and loads and stores of the last lanes of a row.
+// Numbers of lanes, conditions as bits, sums of several vectors at a time, and loads and stores of the last lanes of a row.
 #pragma once
 
 #include "common/half.h"
 
 namespace sprompt {
 namespace SPROMPT_ISA {
+
+SPROMPT_INLINE vi select_int(vi condition, vi yes, vi no) { return (condition & yes) | (~condition & no); }
+SPROMPT_INLINE vi lanes() {
+    vi v;
+    for (int i = 0; i < W; ++i) v[i] = i;
+    return v;
+}
+// Lane i is -1 where i < count.
+SPROMPT_INLINE vi first_lanes(int64_t count) { return lanes() < static_cast<int32_t>(count < W ? count : W); }
+
+// Bit i is set where lane i of a condition is -1.
+SPROMPT_INLINE uint32_t bits_of(vi condition) { return bits_greater((vf)(condition & 0x3f800000), vf{}); }
 
 typedef float v4f __attribute__((vector_size(16)));
 typedef int32_t v4i __attribute__((vector_size(16)));

@@ -1,3 +1,4 @@
+#include "common/least.h"
 #include "common/scratch.h"
 #include "common/threads.h"
 #include "points/points.h"
@@ -9,85 +10,10 @@ namespace {
 
 SPROMPT_INLINE int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
 
-// ---- The k smallest of n keys.
-
 // Keys increase with |z|; NaN has the smallest. They use 31 bits.
 SPROMPT_INLINE vi key_of(vf z) {
     const vi bits = bits_to_int(absolute(z));
     return (bits + 1) & (z == z);
-}
-
-// The largest of the k smallest keys, and how many keys equal to it belong to them.
-struct Limit {
-    int32_t key;
-    int64_t equal;
-};
-
-// Neighbouring keys are counted in different tables, since keys of one bin would wait for each other.
-constexpr int64_t bins = 2048, tables = 4;
-
-// Appends the lanes of `values` whose bit is set, and writes up to W numbers. No branch depends on the bits.
-SPROMPT_INLINE void append(vi values, uint32_t bits, int32_t* list, int64_t& length) {
-#if defined(__AVX512F__)
-    store(list + length, (vi)_mm512_maskz_compress_epi32(static_cast<__mmask16>(bits), (__m512i)values));
-    length += __builtin_popcount(bits);
-#else
-    int32_t lane[W];
-    store(lane, values);
-    for (int i = 0; i < W; ++i) {
-        list[length] = lane[i];
-        length += bits >> i & 1;
-    }
-#endif
-}
-
-// counts[d] <- how many of n keys have the digit d, for d in [0, mask].
-static void count_digits(const int32_t* keys, int64_t n, int shift, int32_t mask, int32_t* counts) {
-    for (int64_t k = 0; k < tables; ++k)
-        for (int64_t i = 0; i <= mask; ++i) counts[k * bins + i] = 0;
-    int64_t i = 0;
-    for (; i + tables <= n; i += tables)
-        for (int64_t k = 0; k < tables; ++k) ++counts[k * bins + (keys[i + k] >> shift & mask)];
-    for (; i < n; ++i) ++counts[keys[i] >> shift & mask];
-    for (int64_t k = 1; k < tables; ++k)
-        for (int64_t d = 0; d <= mask; ++d) counts[d] += counts[k * bins + d];
-}
-
-// Keys are at least 0, and k is in [1, n]. Digits have 11, 10 and 10 bits, the highest first. `rest` holds the keys that share
-// the digits found so far. `keys` and `rest` have n + W numbers.
-static Limit limit_of(const int32_t* keys, int64_t n, int64_t k, int32_t* rest, int32_t* counts) {
-    int32_t found = 0;
-    for (int shift = 20; shift >= 0; shift -= 10) {
-        const int32_t mask = shift == 20 ? 2047 : 1023;
-        count_digits(keys, n, shift, mask, counts);
-        int32_t digit = 0;
-        while (k > counts[digit]) k -= counts[digit++];
-        found |= digit << shift;
-        int64_t kept = 0;
-        for (int64_t i = 0; i < n; i += W) {  // reads before it writes, so `keys` may be `rest`
-            const vi some = load(keys + i), same = (some >> shift & mask) == digit;
-            append(some, bits_of(same & first_lanes(n - i)), rest, kept);
-        }
-        keys = rest;
-        n = kept;
-    }
-    return {found, k};
-}
-
-// list (kept) <- the indices of the `kept` smallest of n keys, increasing. `list` has n + W numbers and may be `rest`.
-static void choose(const int32_t* keys, int64_t n, int64_t kept, int32_t* rest, int32_t* counts, int32_t* list) {
-    Limit limit = limit_of(keys, n, kept, rest, counts);
-    int64_t done = 0;
-    for (int64_t i = 0; done < kept; i += W) {
-        const vi some = load(keys + i), real = first_lanes(n - i);
-        const uint32_t below = bits_of((some < limit.key) & real);
-        uint32_t equal = bits_of((some == limit.key) & real);
-        if (equal != 0) {  // rare
-            while (__builtin_popcount(equal) > limit.equal) equal &= ~(0x80000000u >> __builtin_clz(equal));
-            limit.equal -= __builtin_popcount(equal);
-        }
-        append(static_cast<int32_t>(i) + lanes(), below | equal, list, done);
-    }
 }
 
 // ---- The points of the loss.
@@ -129,9 +55,9 @@ void point_loss(const View& logits, const View& words, int64_t height, int64_t w
     const int64_t cells = bordered(logits.size[1] + 2, logits.size[2]), slots = padded(drawn + 2 * W);
     Scratch memory;
     float* maps = memory.take<float>(threads, cells);
-    int32_t* buffers = memory.take<int32_t>(threads, 2 * slots + tables * bins);  // keys, keys that share digits, counts
+    int32_t* buffers = memory.take<int32_t>(threads, 2 * slots + least_counts);  // keys, keys that share digits, counts
     parallel_for(M, 1, threads, [&](int64_t begin, int64_t end, int worker) {
-        int32_t *keys = buffers + worker * (2 * slots + tables * bins), *rest = keys + slots, *counts = rest + slots;
+        int32_t *keys = buffers + worker * (2 * slots + least_counts), *rest = keys + slots, *counts = rest + slots;
         for (int64_t m = begin; m < end; ++m) {
             Map map{};
             SPROMPT_FLOAT_TYPES(logits.dtype, T, map = map_of<T>(logits, m, maps + worker * cells))
@@ -145,7 +71,7 @@ void point_loss(const View& logits, const View& words, int64_t height, int64_t w
                     source.at(select_int(index < last, index, last), x, y);
                     store(keys + i, key_of(map.at(map.taps(x, y))));
                 }
-                choose(keys, drawn, kept, rest, counts, rest);
+                choose_least(keys, drawn, kept, rest, counts, rest);
                 for (int64_t i = 0; i < kept; ++i) selected[i] = rest[i];
             }
             const Bits target = target_of(words, m, height, width);

@@ -2,24 +2,13 @@
 // point needs a check. Behind the map lie zeros for the points that have no cell in it.
 #pragma once
 
-#include "common/half.h"
+#include "common/lanes.h"
 #include "common/philox.h"
 #include "common/vmath.h"
 
 namespace sprompt {
 namespace SPROMPT_ISA {
 
-SPROMPT_INLINE vi select_int(vi condition, vi yes, vi no) { return (condition & yes) | (~condition & no); }
-SPROMPT_INLINE vi lanes() {
-    vi v;
-    for (int i = 0; i < W; ++i) v[i] = i;
-    return v;
-}
-// Lane i is -1 where i < count.
-SPROMPT_INLINE vi first_lanes(int64_t count) { return lanes() < static_cast<int32_t>(count < W ? count : W); }
-
-// Bit i is set where lane i of a condition is -1.
-SPROMPT_INLINE uint32_t bits_of(vi condition) { return bits_greater((vf)(condition & 0x3f800000), vf{}); }
 SPROMPT_INLINE bool all(vi condition) { return bits_of(condition) == (1u << W) - 1; }
 
 // Lane i is the 32 bits at base + offset[i] bytes, or at base + 4 offset[i] for Scale 4.

@@ -1,5 +1,8 @@
 """The kernel library: one folder per op (sprompt/ops/<op>/). This module exports all of them."""
 
+# activation_queries
+from sprompt.ops.activation_queries import activation_queries
+
 # deform_attn
 from sprompt.ops.deform_attn import deform_attn
 
@@ -43,6 +46,9 @@ from sprompt.ops.rle import rle_decode, rle_encode
 from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
+    # activation_queries
+    "activation_queries",
+    #
     # deform_attn
     "deform_attn",
     #
