@@ -251,9 +251,11 @@ def class_loss(classes: list[Tensor], labels: list[Tensor], pairs: list[dict[int
 def losses(
     w: Weights, outs: list[Forward], masks: list[Tensor], labels: list[Tensor], guide: Tensor, cost: list[Tensor],
     candidates: list[list[list[Tensor]]], number: int, heads: int,
-) -> dict[str, Tensor]:  # fmt: skip
-    """masks: (G, H, W) float64 of every image, padded like the image. guide (B, T, 2), cost[head] (B, T, 2),
-    candidates[head or guided][image] (pairs, n, 2)."""
+) -> tuple[dict[str, Tensor], list[list[dict[int, int]]]]:  # fmt: skip
+    """The weighted terms, and {query: target} of every head and image, the guiding ones last.
+
+    masks: (G, H, W) float64 of every image, padded like the image. guide and cost[head] (B, T, 2), candidates[head or guided][image]
+    (pairs, n, 2)."""
     batch, terms = range(len(outs)), {}
     targets = max(sum(len(own) for own in labels) / 1, 1)
 
@@ -278,9 +280,10 @@ def losses(
         terms[f"{name}/mask"] = 5 * sum(bce for bce, _ in sums) / targets
         terms[f"{name}/dice"] = 5 * sum(dice for _, dice in sums) / targets
 
-    stages = len(outs[0].classes)
+    stages, matches = len(outs[0].classes), []
     for k in range(stages):
         pairs = [match(b, k, cost[k][b]) for b in batch]
+        matches.append(pairs)
         add(f"head{k}", [o.classes[k] for o in outs], [o.masks[k] for o in outs], pairs, candidates[k])
 
     fixed = [match(b, stages - 1, guide[b]) for b in batch]
@@ -297,4 +300,4 @@ def losses(
             classes.append(found[0])
             logits.append(found[1])
         add(f"guided{k}", classes, logits, fixed, candidates[stages + k - 1])
-    return terms
+    return terms, [*matches, fixed]

@@ -74,7 +74,7 @@ def test_predictions_losses_and_gradients(size: tuple[int, int], counts: list[in
 
     cost = [points(len(counts), config.points) for _ in range(layers + 1)]
     candidates = [points(sum(pairs), 3 * config.points + config.points // 4) for _ in range(2 * layers + 1)]
-    given = Points(points(len(counts), config.points), cost, candidates)
+    given = Points(points(len(counts), 4), cost, candidates)  # so few that they match other pairs
 
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     w = {n: t.detach().clone().requires_grad_(n in names) for n, t in model.state_dict().items()}
@@ -93,14 +93,21 @@ def test_predictions_losses_and_gradients(size: tuple[int, int], counts: list[in
     close(model.mask_logits(outputs), torch.stack([o.masks[-1] for o in expected]))
 
     found = losses(outputs, BitMasks.from_dense(masks), labels, torch.tensor(counts), config, model.decoder, given)
-    terms = eager.losses(
+    terms, matches = eager.losses(
         w, expected, [m[:n].double() for m, n in zip(masks, counts, strict=True)], [c[:n] for c, n in zip(labels, counts, strict=True)],
         given.guide, cost, [c.split(pairs) for c in candidates], config.points, config.heads,
     )  # fmt: skip
     assert found.terms.keys() == terms.keys() and len(found.matched) == layers
     for name, term in terms.items():
         close(found.terms[name], term)
-    assert [len(r) for r in found.matched[-1].rows] == [max(counts)] * len(counts)
+    assert matches[-1] != matches[-2]
+    for (kernels, rows), queries, pairs_of in zip(
+        found.matched, outputs.decoded.queries[1:], matches[1:-1], strict=True
+    ):
+        assert torch.equal(kernels, queries[:, : config.queries])
+        assert rows.tolist() == [
+            [next((q for q, g in own.items() if g == target), -1) for target in range(max(counts))] for own in pairs_of
+        ]
     torch.stack(list(found.terms.values())).sum().backward()
     torch.stack(list(terms.values())).sum().backward()
     for name, parameter in model.named_parameters():
