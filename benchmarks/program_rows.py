@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import released_knet
+from benchmarks.deformable_rows import DEFORMABLE
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
+from benchmarks.patched_rows import PATCHED
 from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
 from sprompt.data.sample import Sample
@@ -216,4 +218,6 @@ PROGRAMS = [
         )
     ),
     *MASK2FORMER,
+    *DEFORMABLE,
+    *PATCHED,
 ]

@@ -23,7 +23,11 @@ LAYERS["engine"] = LAYERS["models"] | LAYERS["data"] | {"models", "data", "machi
 LAYERS["report"] = LAYERS["engine"] | LAYERS["methods"] | {"engine", "methods"}
 LAYERS["study"] = LAYERS["report"] | {"report"}
 LAYERS["commands"] = LAYERS["study"] | {"study"}
-TOP = {"cli": {"commands", "env"}, "env": {*SHARED, "ops", "machine", "testing"}, "__init__": {*SHARED, "engine", "patch"}}
+TOP = {
+    "cli": {"commands", "env"},
+    "env": {*SHARED, "ops", "machine", "testing"},
+    "__init__": {*SHARED, "engine", "patch"},
+}
 ALLOWED = BASE | LAYERS | TOP
 FILES = [path for path in sorted(ROOT.rglob("*.py")) if path.relative_to(ROOT).parts[0] != "testing"]
 
