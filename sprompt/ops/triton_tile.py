@@ -7,6 +7,9 @@ from triton import knobs
 #: Triton's interpreter stores bfloat16 as 16-bit integers, which numpy cannot multiply as floats.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
+#: Keys of choose_least have 31 bits: STEPS digits of DIGIT bits, with BINS values.
+DIGIT, BINS, STEPS = tl.constexpr(8), tl.constexpr(256), tl.constexpr(4)
+
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
@@ -120,3 +123,35 @@ def rounded(x, TYPE: tl.constexpr):
         up = (bits + (0x7FFF + ((bits >> 16) & 1))) & 0xFFFF0000
         x = tl.where(x == x, up, bits).to(tl.uint32).to(tl.float32, bitcast=True)
     return x.to(TYPE)
+
+
+@triton.jit
+def choose_least(keys, chosen, n, kept, BLOCK: tl.constexpr):
+    """chosen (kept) i32 <- the places of the least of keys (n) i32, increasing; ties go to the lowest place. Keys are at least 0.
+    The largest key that is kept is found digit by digit, from a histogram of the keys that share its leading digits. One
+    program reads all keys STEPS + 1 times."""
+    limit = 0
+    wanted = tl.cast(kept, tl.int32)  # of the keys that begin with the digits of `limit`
+    for step in tl.static_range(STEPS):
+        counts = tl.zeros((BINS,), tl.int32)
+        for first in range(0, n, BLOCK):
+            i = first + tl.arange(0, BLOCK)
+            leading = tl.load(keys + i, mask=i < n, other=0) >> ((STEPS - 1 - step) * DIGIT)
+            same = (i < n) & ((leading >> DIGIT) == limit)
+            counts += tl.histogram(leading & (BINS - 1), BINS, mask=same)
+        upto = tl.cumsum(counts, axis=0)
+        fewer = upto < wanted
+        limit = limit * BINS + tl.sum(fewer.to(tl.int32), axis=0)
+        wanted -= tl.max(tl.where(fewer, upto, 0), axis=0)
+    done = 0
+    equals = 0
+    for first in range(0, n, BLOCK):
+        i = first + tl.arange(0, BLOCK)
+        key = tl.load(keys + i, mask=i < n, other=0)
+        equal = ((i < n) & (key == limit)).to(tl.int32)
+        rank = equals + tl.cumsum(equal, axis=0)
+        taken = ((i < n) & (key < limit)) | ((equal != 0) & (rank <= wanted))
+        place = done + tl.cumsum(taken.to(tl.int32), axis=0) - 1
+        tl.store(chosen + place, i, mask=taken)
+        equals += tl.sum(equal, axis=0)
+        done += tl.sum(taken.to(tl.int32), axis=0)

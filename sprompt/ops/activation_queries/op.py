@@ -7,7 +7,7 @@ from sprompt import native
 from sprompt.ops.declare import Args, new, op
 
 
-@op()
+@op("triton")
 def activation_queries(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
     B = logits.shape[0]
     return new(logits, B, count, dtype=torch.int64), new(logits, B, count), new(logits, B, count, dtype=torch.int64)

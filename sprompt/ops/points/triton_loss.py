@@ -1,6 +1,6 @@
 """Triton kernels of point_loss. M masks, logits of h x w cells, D candidates, K of them kept, T points of a loss.
 
-The keys of the candidates lie in memory, 4 bytes each. The K least are found exactly, by histograms of digits."""
+The keys of the candidates lie in memory, 4 bytes each. The K least are found exactly."""
 
 import triton
 import triton.language as tl
@@ -35,8 +35,6 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     ],
     "slopes": [{"BLOCK": b, "num_warps": w, "num_stages": 1} for b, w in ((128, 4), (256, 4), (512, 4))],
 }
-#: A key has 31 bits: STEPS digits of DIGIT bits, with BINS values.
-DIGIT, BINS, STEPS = tl.constexpr(8), tl.constexpr(256), tl.constexpr(4)
 
 
 @triton.jit
@@ -60,38 +58,13 @@ def _keys(
 @triton.jit
 def _choose(
     keys,  # (M, D) i32, contiguous
-    chosen,  # (M, kept) i32, contiguous, written: places of the least keys, increasing; ties go to the lowest place
+    chosen,  # (M, kept) i32, contiguous, written: places of the least keys, increasing
     D, kept,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The largest key that is kept is found digit by digit, from a histogram of the keys that share its leading digits. One
-    program per mask."""
+    """One program per mask."""
     m = tl.program_id(0).to(tl.int64)
-    limit = 0
-    wanted = tl.cast(kept, tl.int32)  # of the keys that begin with the digits of `limit`
-    for step in tl.static_range(STEPS):
-        counts = tl.zeros((BINS,), tl.int32)
-        for first in range(0, D, BLOCK):
-            i = first + tl.arange(0, BLOCK)
-            leading = tl.load(keys + m * D + i, mask=i < D, other=0) >> ((STEPS - 1 - step) * DIGIT)
-            same = (i < D) & ((leading >> DIGIT) == limit)
-            counts += tl.histogram(leading & (BINS - 1), BINS, mask=same)
-        upto = tl.cumsum(counts, axis=0)
-        fewer = upto < wanted
-        limit = limit * BINS + tl.sum(fewer.to(tl.int32), axis=0)
-        wanted -= tl.max(tl.where(fewer, upto, 0), axis=0)
-    done = 0
-    equals = 0
-    for first in range(0, D, BLOCK):
-        i = first + tl.arange(0, BLOCK)
-        key = tl.load(keys + m * D + i, mask=i < D, other=0)
-        equal = ((i < D) & (key == limit)).to(tl.int32)
-        rank = equals + tl.cumsum(equal, axis=0)
-        taken = ((i < D) & (key < limit)) | ((equal != 0) & (rank <= wanted))
-        place = done + tl.cumsum(taken.to(tl.int32), axis=0) - 1
-        tl.store(chosen + m * kept + place, i, mask=taken)
-        equals += tl.sum(equal, axis=0)
-        done += tl.sum(taken.to(tl.int32), axis=0)
+    triton_tile.choose_least(keys + m * D, chosen + m * kept, D, kept, BLOCK)
 
 
 @triton.jit
@@ -223,7 +196,9 @@ def point_loss(a: Args, bce: Tensor, dice: Tensor, chosen: Tensor, sums: Tensor)
             _keys, (M * blocks,), a.logits, a.seed, a.points, keys, D, h, w, blocks, *a.logits.stride(), *source.strides,
             cost=cost, fp_fusion=False, **block,
         )  # fmt: skip
-        cost = Cost(read=keys.nbytes, again=STEPS.value * keys.nbytes, written=chosen.nbytes, flops=5 * keys.numel())
+        cost = Cost(
+            read=keys.nbytes, again=triton_tile.STEPS.value * keys.nbytes, written=chosen.nbytes, flops=5 * keys.numel()
+        )
         launch(_choose, (M,), keys, chosen, D, a.kept, cost=cost, **config("points.choose", a.logits))
 
     tile = config("points.loss", a.logits)
