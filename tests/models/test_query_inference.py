@@ -1,4 +1,4 @@
-"""Mask2Former's results equal two dense resizes of the logits."""
+"""Results of queries equal two dense resizes of their logits."""
 
 import pytest
 import torch
