@@ -17,6 +17,7 @@ from sprompt.models.fastinst.loss import Points, _located, guiding, losses
 from sprompt.models.protocol import QueryGroup, Targets, checked_model
 from sprompt.models.saved import load_model, save_model
 from sprompt.nn.dual_path import everywhere
+from sprompt.ops import activation_queries
 
 TINY = FastInstConfig(
     depth=18, backbone_width=8, channels=32, queries=7, auxiliary_queries=3, heads=4, decoder_layers=2, decoder_feedforward=40,
@@ -130,6 +131,19 @@ def test_the_sizes_of_the_release(layers: int, number: int) -> None:
     assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("backbone.")) == number
     convolutions = [m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)]
     assert sum(m.weight.numel() for m in convolutions) == 23_454_912
+
+
+def test_the_queries_of_a_picture_of_coco() -> None:
+    """80 classes on 40×54 cells have more than 100 local maxima, which become the queries."""
+    logits = torch.randn(81, 40, 54, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    index, scores, labels = activation_queries(logits[None].float(), 100)
+    assert index[0].tolist() == eager.chosen(logits, 100)
+    p = logits.softmax(0)[:80]
+    volume = p * (p == p.amax(0))
+    peaks = ((nn.functional.max_pool2d(volume, 3, 1, 1) == volume) & (volume >= 1e-6)).any(0)
+    assert peaks.sum() >= 100 and peaks.flatten()[index[0]].all()
+    torch.testing.assert_close(scores[0].double(), p.amax(0).flatten()[index[0]], rtol=1e-5, atol=0)
+    assert torch.equal(labels[0], p.argmax(0).flatten()[index[0]])
 
 
 def test_a_picture_of_odd_size() -> None:
