@@ -11,6 +11,7 @@ import torch
 from test_fastinst import TINY, network
 from torch import Tensor
 
+import sprompt
 from sprompt.models.fastinst import FastInst
 from sprompt.models.fastinst.checkpoint import import_checkpoint
 from sprompt.nn.tensor_files import write_tensors
@@ -110,6 +111,10 @@ def test_a_file_of_the_release(layers: int, tmp_path: Path) -> None:
         f"{tmp_path / 'release.pth'}: {len(tensors) - 2} tensors of the release of FastInst"
     )
     assert all(torch.equal(t, model.state_dict()[n]) for n, t in fresh.state_dict().items())
+    found = sprompt.load(tmp_path / "release.pth", model=model.config, device="cpu").predict(
+        torch.rand(3, 50, 70), short=64, long=96
+    )
+    assert found.masks.size == (50, 70) and 0 < len(found) <= 21
 
 
 def test_another_number_of_classes_starts_the_classifiers_anew(tmp_path: Path) -> None:
