@@ -15,6 +15,7 @@ from sprompt.commands.pretrain import Pretrain
 from sprompt.commands.propose import Propose
 from sprompt.data.synthetic import write_scenes
 from sprompt.data.transforms import Augment
+from sprompt.models.fastinst import FastInstConfig
 from sprompt.models.mask2former import Mask2FormerConfig
 from sprompt.models.registry import MODELS
 from sprompt.nn.resnet import ResNet
@@ -178,7 +179,7 @@ def test_a_run_with_other_settings_is_refused(chain: Path, capsys: pytest.Captur
         ("view --proposals {0}/proposals.json", "--images: must be given"),
         (
             "pretrain --preset huge",
-            "--preset: must be one of paper, study-cpu, study-gpu, tiny, or a file NAME.yaml, got huge",
+            "--preset: must be one of d1, d3, paper, study-cpu, study-gpu, tiny, or a file NAME.yaml, got huge",
         ),
         ("pretrain --config {0}/scenes/instances.json", "is not a setting"),
     ],
@@ -341,6 +342,24 @@ def test_the_paper_preset_of_mask2former() -> None:
     assert before.method.freeze_backbone and before.method.dropout == 0.05
     assert before.method.kernel_weight == pytest.approx(1 / before.model.decoder_layers, rel=2e-3)
     assert (after.test.short, after.test.long, after.test.threshold) == (800, 1333, 0.5)
+
+
+@pytest.mark.parametrize(("preset", "layers", "short", "long"), [("d1", 1, 576, 777), ("d3", 3, 640, 853)])
+def test_the_presets_of_fastinst(preset: str, layers: int, short: int, long: int) -> None:
+    """Values typed from the recipe of the release. Its network is the default one."""
+    common = ["--preset", preset, "--model", "fastinst"]
+    before = parsing.parse("pretrain", [*common, *shlex.split("--images a --proposals b --backbone c")])
+    after = parsing.parse("finetune", common)
+    for settings in (before, after):
+        train = settings.train
+        assert (train.optimiser, train.learning_rate, train.weight_decay, train.clip) == ("adamw", 1e-4, 0.05, None)
+        assert (train.backbone_lr_factor, train.warmup_steps, train.batch_size, train.drop_factor) == (None, 0, 16, 0.1)
+        assert settings.augment == Augment((416, 640), 853, flip=0.5)
+        assert settings.model == FastInstConfig(frozen_stages=-1, decoder_layers=layers)
+    assert (after.train.epochs, after.train.drops, after.train.seed) == (50, (44, 48), 42)
+    assert round(368_750 * 16 / 118_000) == 50  # COCO's training pictures: 118 thousand
+    assert before.method.kernel_weight == pytest.approx(1 / layers, rel=2e-3)
+    assert (after.test.short, after.test.long, after.test.threshold) == (short, long, 0.5)
 
 
 def test_later_settings_come_on_top(tmp_path: Path) -> None:

@@ -9,7 +9,12 @@ from sprompt.registry import Named, Registry
 from sprompt.settings import Hidden
 
 MODELS = Registry(
-    "model", {"knet": "sprompt.models.knet:KNet", "mask2former": "sprompt.models.mask2former:Mask2Former"}
+    "model",
+    {
+        "knet": "sprompt.models.knet:KNet",
+        "mask2former": "sprompt.models.mask2former:Mask2Former",
+        "fastinst": "sprompt.models.fastinst:FastInst",
+    },
 )
 
 

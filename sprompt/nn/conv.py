@@ -26,14 +26,16 @@ class Conv(nn.Module):
 
 
 class ConvGN(nn.Module):
-    """Convolution without bias, group norm, ReLU. The norm is computed in float32 under autocast too."""
+    """Convolution without bias, group norm, and a ReLU unless `relu` is False. The norm is computed in float32 under autocast too."""
 
-    def __init__(self, inputs: int, outputs: int, size: int = 1, stride: int = 1) -> None:
+    def __init__(self, inputs: int, outputs: int, size: int = 1, stride: int = 1, relu: bool = True) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, bias=False)
+        self.relu = relu
         self.gn = nn.GroupNorm(math.gcd(32, outputs), outputs)  # 32 groups at every usual width
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)
         with torch.autocast(x.device.type, enabled=False):
-            return F.relu(self.gn(full_precision(x)), inplace=True).to(x.dtype)
+            normed = self.gn(full_precision(x))
+            return (F.relu(normed, inplace=True) if self.relu else normed).to(x.dtype)

@@ -40,7 +40,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of queries to the cells of a map under their masks, in the parameters of nn.MultiheadAttention."""
+    """Attention of one set of vectors to another, under masks or without them, in the parameters of nn.MultiheadAttention."""
 
     def __init__(self, channels: int, heads: int) -> None:
         super().__init__()
@@ -49,14 +49,20 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
         self.out_proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor, keys: Tensor, values: Tensor, masks: BitMasks) -> Tensor:
-        """x (B, Q, C), keys and values (B, S, C), masks (B, Q) of S pixels. A query with an empty mask attends everywhere."""
+    def forward(self, x: Tensor, keys: Tensor, values: Tensor, masks: BitMasks | None) -> Tensor:
+        """x (B, Q, C), keys and values (B, S, C), masks (B, Q) of S pixels. A query with an empty mask attends everywhere, and so do all
+        without masks."""
         weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
         query, key, value = (
             split_heads(F.linear(given, w, b), self.heads)
             for given, w, b in zip((x, keys, values), weights, biases, strict=True)
         )
-        return self.out_proj(join_heads(mask_attention(query, key, value, masks)))
+        read = (
+            F.scaled_dot_product_attention(query, key, value)
+            if masks is None
+            else mask_attention(query, key, value, masks)
+        )
+        return self.out_proj(join_heads(read))
 
 
 class DecoderLayer(nn.Module):
@@ -83,9 +89,18 @@ class DecoderLayer(nn.Module):
         return self.final_layer_norm(x + self.fc2(F.relu(self.fc1(x))))
 
 
-class _Block(nn.Sequential):
-    def __init__(self, channels: int, last: bool) -> None:
-        super().__init__(nn.Linear(channels, channels), nn.Identity() if last else nn.ReLU())
+class Block(nn.Sequential):
+    """A linear layer, and a ReLU unless it is the last."""
+
+    def __init__(self, inputs: int, outputs: int, last: bool) -> None:
+        super().__init__(nn.Linear(inputs, outputs), nn.Identity() if last else nn.ReLU())
+
+
+class MLP(nn.Sequential):
+    """Three linear layers with ReLUs between them."""
+
+    def __init__(self, channels: int, outputs: int) -> None:
+        super().__init__(*(Block(channels, outputs if k == 2 else channels, last=k == 2) for k in range(3)))
 
 
 class MaskPredictor(nn.Module):
@@ -93,7 +108,7 @@ class MaskPredictor(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.mask_embedder = nn.Sequential(*(_Block(channels, last=k == 2) for k in range(3)))
+        self.mask_embedder = MLP(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mask_embedder(x)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sprompt.models.detectron2_names import resnet_name
 from sprompt.models.fit import check_fit
 from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.nn import swin_files
@@ -45,14 +46,8 @@ _SWIN_FIXED = {
 }  # fmt: skip
 _PREDICTOR, _PIXELS = "sem_seg_head.predictor.", "sem_seg_head.pixel_decoder."
 _LAYER = "transformer_module.decoder.layers."
-#: The release's names -> ours. It names a Swin as we do.
+#: The release's names -> ours, but for the backbone. It names a Swin as we do.
 _RELEASE = (
-    (r"backbone\.stem\.conv1\.norm\.", "backbone.bn1."),
-    (r"backbone\.stem\.conv1\.", "backbone.conv1."),
-    (r"backbone\.res(\d)\.(\d+)\.shortcut\.norm\.", r"backbone.layer{0}.{1}.downsample.1."),
-    (r"backbone\.res(\d)\.(\d+)\.shortcut\.", r"backbone.layer{0}.{1}.downsample.0."),
-    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.norm\.", r"backbone.layer{0}.{1}.bn{2}."),
-    (r"backbone\.res(\d)\.(\d+)\.conv(\d)\.", r"backbone.layer{0}.{1}.conv{2}."),
     (re.escape(_PIXELS) + r"input_proj\.", "pixel_decoder.input_projections."),
     (re.escape(_PIXELS) + r"transformer\.level_embed", "pixel_decoder.level_embed"),
     (
@@ -169,7 +164,7 @@ def to_transformers(name: str) -> str:
     for part, theirs in _PARTS.items():
         if name.startswith(part):
             rest = name.removeprefix(part)
-            return theirs + (_renamed(rest, _RESNET, -1) if part == "backbone." else rest)
+            return theirs + (_renamed(rest, _RESNET) if part == "backbone." else rest)
     return name
 
 
@@ -256,7 +251,7 @@ def _from_release(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Our names of the release's tensors. Its self-attention holds query, key and value in one tensor."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        own = _renamed(name, _RELEASE, -1)
+        own = resnet_name(name) or _renamed(name, _RELEASE)
         if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", own):
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
                 found[f"{match[1]}.{part}_proj.{match[2]}"] = third.clone()
@@ -265,16 +260,13 @@ def _from_release(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def _renamed(name: str, rules: tuple[tuple[str, str], ...], shift: int) -> str:
-    """The name by the first rule that fits its beginning. The first number of a stage (`layer1`, `res2`) and of a convolution count from
-    other starts in other code."""
+def _renamed(name: str, rules: tuple[tuple[str, str], ...]) -> str:
+    """The name by the first rule that fits its beginning. transformers counts the stages and convolutions of a ResNet from 0."""
     for pattern, target in rules:
         if match := re.match(pattern, name):
             groups = list(match.groups())
-            if "stages" in target:  # transformers counts stages and convolutions from 0
-                groups[0] = str(int(groups[0]) + shift)
-                groups[2:] = [str(int(g) + shift) for g in groups[2:]]
-            elif target.startswith("backbone.layer"):  # the release's res2 is layer1
-                groups[0] = str(int(groups[0]) + shift)
+            if "stages" in target:
+                groups[0] = str(int(groups[0]) - 1)
+                groups[2:] = [str(int(g) - 1) for g in groups[2:]]
             return target.format(*groups) + name[match.end() :]
     return name

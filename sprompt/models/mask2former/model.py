@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from sprompt.masks import BitMasks, Size
-from sprompt.models.mask2former import inference, loss
+from sprompt.models import query_inference
+from sprompt.models.mask2former import loss
 from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
 from sprompt.nn.masked_decoder import MaskedDecoder
@@ -158,7 +159,7 @@ class Mask2Former(nn.Module):
         self, outputs: Outputs, input_size: Size, sizes: Sequence[Size], original_sizes: Sequence[Size], *,
         threshold: float = 0.5, max_per_image: int = 100,
     ) -> list[Prediction]:  # fmt: skip
-        return inference.predictions(
-            outputs.mask_features, outputs.embeddings[-1], outputs.classes[-1], input_size, sizes, original_sizes, threshold,
+        return query_inference.predictions(
+            "Mask2Former", outputs.mask_features, outputs.embeddings[-1], outputs.classes[-1], input_size, sizes, original_sizes, threshold,
             max_per_image,
         )  # fmt: skip

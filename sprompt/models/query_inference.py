@@ -1,4 +1,4 @@
-"""From queries to the masks of a picture."""
+"""From queries with a softmax over the classes to the masks of a picture: Mask2Former and FastInst."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sprompt.ops import mask_conv, resize_masks
 
 
 def predictions(
-    mask_features: Tensor, embeddings: Tensor, classes: Tensor, input_size: Size, sizes: Sequence[Size],
+    model: str, mask_features: Tensor, embeddings: Tensor, classes: Tensor, input_size: Size, sizes: Sequence[Size],
     original_sizes: Sequence[Size], threshold: float, max_per_image: int,
 ) -> list[Prediction]:  # fmt: skip
     """The best max_per_image pairs of a query and a class of every image, with the query's mask at the picture's own size.
@@ -24,11 +24,12 @@ def predictions(
     probability of the class, and listed by score.
 
     Args:
-        mask_features: (B, C, h, w) of stride 4. embeddings: (B, Q, C). classes: (B, Q, K + 1).
+        model: its name, for messages.
+        mask_features: (B, C, h, w). embeddings: (B, Q, C). classes: (B, Q, K + 1).
     """
     if not len(sizes) == len(original_sizes) == len(mask_features):
         raise ValueError(
-            f"Mask2Former.predictions: sizes and original_sizes must have one entry per image, {len(mask_features)}, got "
+            f"{model}.predictions: sizes and original_sizes must have one entry per image, {len(mask_features)}, got "
             f"{len(sizes)} and {len(original_sizes)}"
         )
     number = classes.shape[2] - 1

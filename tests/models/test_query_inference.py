@@ -1,10 +1,10 @@
-"""Mask2Former's results equal two dense resizes of the logits."""
+"""Results of queries equal two dense resizes of their logits."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sprompt.models.mask2former.inference import predictions
+from sprompt.models.query_inference import predictions
 
 
 @pytest.mark.parametrize("threshold", (0.5, 0.3))
@@ -18,7 +18,7 @@ def test_inference_equals_two_dense_resizes(threshold: float) -> None:
 
     features, embeddings, classes = normal(2, 16, 24, 32), normal(2, 9, 16) / 4, 2 * normal(2, 9, 4)
     input_size, sizes, originals = (96, 128), [(91, 117), (96, 83)], [(133, 171), (57, 49)]
-    found = predictions(features, embeddings, classes, input_size, sizes, originals, threshold, 12)
+    found = predictions("Mask2Former", features, embeddings, classes, input_size, sizes, originals, threshold, 12)
     for image, prediction in enumerate(found):
         logits = torch.einsum("qc,chw->qhw", embeddings[image].double(), features[image].double())[None]
         padded = nn.functional.interpolate(logits, input_size, mode="bilinear", align_corners=False)

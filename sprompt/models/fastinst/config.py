@@ -1,0 +1,83 @@
+"""Sizes and loss weights of a FastInst."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from sprompt.models.registry import ModelConfig
+from sprompt.nn.resnet import DEPTHS
+
+#: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
+_WHOLE = {
+    "backbone_width": (1, 1024),
+    "channels": (4, 8192),
+    "queries": (1, 100_000),
+    "auxiliary_queries": (0, 100_000),
+    "num_classes": (1, 1_000_000),
+    "decoder_layers": (1, 64),
+    "heads": (1, 1024),
+    "decoder_feedforward": (1, 65536),
+    "frozen_stages": (-1, 4),
+    "points": (1, 1 << 20),
+}
+
+
+@dataclass(frozen=True)
+class FastInstConfig(ModelConfig):
+    """The defaults are FastInst-D3 with ResNet-50 for the instances of COCO. D1 has one decoder layer."""
+
+    depth: int = 50
+    """Depth of the ResNet: 18, 34, 50 or 101."""
+    backbone_width: int = 64
+    """Channels of the ResNet's stem; 64 is the normal network."""
+    channels: int = 256
+    """Width of the pixel decoder and the queries; a multiple of 4 and of the heads."""
+    queries: int = 100
+    """Number of queries: the largest number of masks in an image, and the least number of cells of stride 16."""
+    auxiliary_queries: int = 8
+    """Number of learned queries that take part in attention but predict nothing."""
+    heads: int = 8
+    """Heads of every attention; they divide the channels."""
+    decoder_layers: int = 3
+    """Layers of the decoder."""
+    decoder_feedforward: int = 1024
+    """Hidden channels of the decoder's feed-forward layers."""
+    points: int = 12544
+    """Points of a mask at which costs and losses are computed."""
+
+    loss_proposal: float = 20.0
+    """Weight of the cross-entropy of the cells that queries are chosen from."""
+    loss_class: float = 2.0
+    """Weight of the cross-entropy of the classes."""
+    loss_mask: float = 5.0
+    """Weight of the masks' cross-entropy."""
+    loss_dice: float = 5.0
+    """Weight of the masks' dice loss."""
+    no_object: float = 0.1
+    """Weight of queries without a target in the cross-entropy of the classes."""
+    cost_class: float = 2.0
+    """Weight of the class in the costs of matching cells and queries to labels."""
+    cost_mask: float = 5.0
+    """Weight of the masks' cross-entropy in the cost of matching."""
+    cost_dice: float = 5.0
+    """Weight of the masks' dice in the cost of matching."""
+    cost_location: float = 1000.0
+    """Cost of a cell, or of a query chosen there, outside of the label's mask."""
+
+    def __post_init__(self) -> None:
+        if self.depth not in DEPTHS:
+            raise ValueError(f"FastInstConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
+        for name, (low, high) in _WHOLE.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+                raise ValueError(f"FastInstConfig: {name} must be a whole number from {low} to {high}, got {value!r}")
+        if self.channels % 4 or self.channels % self.heads:
+            raise ValueError(
+                f"FastInstConfig: channels must be a multiple of 4 and of heads = {self.heads}, got {self.channels}"
+            )
+        for setting in fields(self):
+            if setting.name.startswith(("loss_", "cost_", "no_object")):
+                value = getattr(self, setting.name)
+                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                    raise ValueError(f"FastInstConfig: {setting.name} must be a number of at least 0, got {value!r}")

@@ -1,0 +1,55 @@
+"""The loss of queries that are matched to targets: classes over all queries, masks of the matched pairs at points."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sprompt.masks import BitMasks
+from sprompt.nn.distributed import all_sum, world
+from sprompt.ops import mask_conv, point_loss
+
+
+def average_targets(counts: Tensor) -> Tensor:
+    """The number of targets of all images of a process, as the mean over the processes and at least 1."""
+    return (all_sum(counts.sum().float()) / world()).clamp(min=1)
+
+
+def class_term(classes: Tensor, rows: Tensor, labels: Tensor, no_object: float) -> Tensor:
+    """Cross-entropy over all queries, as a weighted mean: queries without a target belong to the last class, of weight `no_object`.
+
+    Args:
+        classes: (B, Q, K + 1) logits.
+        rows: (B, G), the query of each target, negative for a target without a query.
+        labels: (B, G).
+    """
+    batch, queries, last = classes.shape[0], classes.shape[1], classes.shape[2] - 1
+    truth = labels.new_full((batch, queries + 1), last)
+    truth.scatter_(1, torch.where(rows >= 0, rows, queries), labels)  # targets without a query go into an extra column
+    weight = classes.new_ones(last + 1)
+    weight[last] = no_object
+    return F.cross_entropy(classes.flatten(0, 1), truth[:, :queries].flatten(), weight)
+
+
+def mask_terms(
+    features: Tensor, embeddings: Tensor, masks: BitMasks, rows: Tensor, number: int, candidates: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sums of the cross-entropy and the dice of the matched pairs, see `point_loss`. Logits exist for these pairs only.
+
+    Args:
+        features: (B, C, h, w). embeddings: (B, Q, C): their products with the features are mask logits.
+        masks: (B, G). rows: (B, G), as for `class_term`.
+        number: points of a mask.
+        candidates: points of other code instead of drawn ones, for the pairs in the order of the targets.
+    """
+    real = rows >= 0
+    chosen = embeddings.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, embeddings.shape[2]))
+    logits = mask_conv(features, chosen).flatten(0, 1)
+    if logits.device.type == "cpu":  # a GPU would wait for the number of pairs
+        logits, masks, real = logits[real.flatten()], masks.reshape(-1)[real.flatten()], real[real]
+    bce, dice = point_loss(logits, masks.reshape(-1), number=number, candidates=candidates)
+    # Costs that are not finite raise an error on a CPU. On a GPU the rows are -2, and the loss must not take them for background.
+    otherwise = torch.where((rows == -2).any(), torch.nan, 0.0)
+    real = real.flatten()
+    return torch.where(real, bce, otherwise).sum(), torch.where(real, dice, otherwise).sum()
