@@ -10,10 +10,12 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from sprompt.masks import BitMasks
 from sprompt.models.fastinst import FastInst, FastInstConfig
 from sprompt.models.fastinst.loss import Points, _located, guiding, losses
+from sprompt.models.fastinst.model import Outputs
 from sprompt.models.protocol import QueryGroup, Targets, checked_model
 from sprompt.models.saved import load_model, save_model
 from sprompt.nn.dual_path import everywhere
@@ -336,3 +338,31 @@ def test_what_it_refuses() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             replace(TINY, **{name: value})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["exported", "compiled"])
+def test_the_network_is_one_graph(form: str) -> None:
+    """The program gives the same bits. Other weights of the compiled module count at once."""
+    model = network()
+    images, others = torch.randn(2, 2, 3, 64, 96, generator=torch.Generator().manual_seed(4))
+    expected = model(others)
+    if form == "exported":
+        program = torch.export.export(model, (images,))
+        assert {node.target for node in program.graph.nodes if "sprompt" in str(node.target)} == {
+            getattr(torch.ops.sprompt, name).default for name in ("activation_queries", "mask_attention", "mask_bits")
+        }
+        forward = program.module()
+    else:
+        forward = torch.compile(model, fullgraph=True, backend="eager")
+        forward(images)
+    assert_same(forward(others), expected)
+    if form == "compiled":
+        model.positions.add_(1)
+        assert_same(forward(others), model(others))
+        assert not torch.equal(model(others).classes, expected.classes)
+
+
+def assert_same(found: Outputs, wanted: Outputs) -> None:
+    pairs = list(zip(tree_leaves(found), tree_leaves(wanted), strict=True))
+    assert len(pairs) > 10 and all(torch.equal(a, b) for a, b in pairs)
