@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks import released_knet
 from benchmarks.deformable_rows import DEFORMABLE
+from benchmarks.fastinst_rows import FASTINST
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
 from benchmarks.patched_rows import PATCHED
@@ -218,6 +219,7 @@ PROGRAMS = [
         )
     ),
     *MASK2FORMER,
+    *FASTINST,
     *DEFORMABLE,
     *PATCHED,
 ]

@@ -64,7 +64,7 @@ def row(program: Program, device: torch.device, seconds: float, quick: bool) -> 
     if quick:
         line |= {"shape": f"toy size of: {program.shape}", "goals": {}}
     try:
-        calls, check = (program.tiny if quick else program.make)(device)
+        calls, check, parts = (program.tiny if quick else program.make)(device)
         line["remark"] = check()
     except AssertionError as failure:
         return line | {"error": f"results disagree: {failure}"}
@@ -72,8 +72,9 @@ def row(program: Program, device: torch.device, seconds: float, quick: bool) -> 
         return line | {"error": f"{type(failure).__name__}: {failure}".splitlines()[0][:300]}
     if device.type == "cuda" and program.captures and (captured := measure.replay([calls["ours"]])):
         calls = {**calls, "captured": captured}
-    times = measure.interleaved(calls, device, seconds)
-    line["ms"] = {rival: statistics.median(each) for rival, each in times.items()}
+    times = measure.interleaved({**calls, **{f"part: {name}": part for name, part in parts.items()}}, device, seconds)
+    line["ms"] = {rival: statistics.median(times[rival]) for rival in calls}
+    line["parts"] = {name: statistics.median(times[f"part: {name}"]) for name in parts}
     line["rounds"] = len(times["ours"])
     line["images_per_second"] = 1e3 * program.images / line["ms"]["ours"]
     line["peak_bytes"] = {
@@ -144,6 +145,9 @@ def remarks(line: dict[str, Any]) -> str:
         goal = "" if wanted is None else f" (goal < {wanted:.0%}{', missed' if missed(line) else ''})"
         own, backbone = (table.milliseconds(line["ms"][part]) for part in ("kernels", "backbone"))
         told.append(f"backbone {backbone}, the rest {own} = {line['share']:.1%} of it{goal}")
+    if line["parts"]:
+        whole = sum(line["parts"].values())
+        told.append(", ".join(f"{name} {ms / whole:.0%}" for name, ms in line["parts"].items()))
     return "; ".join([*told, line["remark"]])
 
 

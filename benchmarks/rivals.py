@@ -17,10 +17,11 @@ from sprompt.testing.spec import random
 
 class Rivals(NamedTuple):
     """Calls that do the same work; one of them is "ours". `check` raises AssertionError if results differ, and describes the
-    inputs."""
+    inputs. `parts` are the steps of "ours", in order, each on given inputs."""
 
     calls: dict[str, Call]
     check: Callable[[], str]
+    parts: dict[str, Call] = {}  # noqa: RUF012  # a default that nothing changes
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ class Predict:
     """Settings of the prediction."""
 
     def run(self) -> None:
-        from sprompt.engine.predict import predict_to_file
+        from sprompt.engine.predict import Clock, predict_to_file
         from sprompt.engine.trained import load
 
         above = self.threshold or 0.0
@@ -62,10 +62,11 @@ class Predict:
             run_folder.say(f"  {problem}")
         image_ids, category_ids = self._ids(pictures, trained.names)
         problems: dict[int, str] = {}
+        clock = Clock()
         with run_folder.begun(self.out, self) as text:
             count = predict_to_file(
                 trained.model, pictures, self.out / run_folder.PREDICTIONS, category_ids, cpu=self.cpu, problems=problems,
-                above=above, image_ids=image_ids, **self.test.sized(trained.size),
+                above=above, image_ids=image_ids, clock=clock, **self.test.sized(trained.size),
             )  # fmt: skip
             for problem in problems.values():
                 run_folder.say(f"  left out: {problem}")
@@ -85,6 +86,7 @@ class Predict:
             f"{count} objects with scores above {above:g}, in {len(pictures) - len(problems)} pictures, are in "
             f"{self.out / run_folder.PREDICTIONS}"
         )
+        run_folder.say(f"  {clock.summary(len(pictures) - len(problems))}")
 
     def _ids(self, pictures: PictureFolder, names: list[str]) -> tuple[list[int], list[int]]:
         """The image ids of the pictures and the category ids of the classes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -22,6 +23,31 @@ from sprompt.masks import Size
 from sprompt.models.protocol import Prediction, QueryModel
 
 DIVISOR = 32  # the sides of a model's input are multiples of it
+
+
+class Clock:
+    """Seconds of the parts of this process's prediction: waiting for pictures, the network, and masks with their files."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, float] = {}
+        self.start()
+
+    def start(self) -> None:
+        self._since = time.monotonic()
+
+    def lap(self, part: str, device: torch.device | None = None) -> None:
+        """Adds the time since the last lap to a part. A lap waits for the work of a device."""
+        if device is not None and device.type == "cuda":
+            torch.cuda.synchronize(device)
+        now = time.monotonic()
+        self.parts[part] = self.parts.get(part, 0.0) + now - self._since
+        self._since = now
+
+    def summary(self, pictures: int) -> str:
+        """Pictures a second, and the share of each part."""
+        whole = max(sum(self.parts.values()), 1e-9)
+        shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in self.parts.items())
+        return f"{pictures / whole:.3g} pictures a second ({shares})"
 
 
 class Predicted(NamedTuple):
@@ -45,6 +71,7 @@ def predict(
     indices: Sequence[int] | None = None,
     problems: dict[int, str] | None = None,
     progress: bool = False,
+    clock: Clock | None = None,
 ) -> Iterator[Predicted]:
     """Yields the results of the pictures of a dataset, in order. Only one batch is in memory at a time. Empty masks are left
     out.
@@ -59,6 +86,7 @@ def predict(
         indices: indices of the pictures, in order; None takes all pictures.
         problems: gets {place of a picture in the dataset: message} for each picture that cannot be read. Such pictures are left
             out. With None such a picture raises DataError.
+        clock: measures the parts; what the caller does with a result counts as masks and files.
     """
     if batch_size < 1:
         raise ValueError(f"predict: batch_size must be at least 1, got {batch_size}")
@@ -70,35 +98,42 @@ def predict(
     loader: DataLoader[Any] = DataLoader(views, batch_size=batch_size, num_workers=workers, collate_fn=_collated)
     was_training = model.training
     model.to(device).eval()
+    clock = clock or Clock()
+    clock.start()
     try:
         with Progress("predict", len(views), show=progress) as bar:
             for batches, broken in loader:
+                clock.lap("reading")
                 if broken and problems is None:
                     raise DataError(next(iter(broken.values())))
                 if problems is not None:
                     problems |= broken
                 found: dict[int, Predicted] = {}
                 for places, batch in batches:
-                    predictions = _predicted(model, batch.to(device), threshold, max_per_image)
+                    predictions = _predicted(model, batch.to(device), threshold, max_per_image, clock)
                     for place, own, name, prediction in zip(
                         places, batch.image_ids, batch.names, predictions, strict=True
                     ):
                         found[place] = Predicted(own, name, prediction)
                 yield from (found[place] for place in sorted(found))
+                clock.lap("masks and files")
                 bar.advance(len(broken) + len(found))
     finally:
         model.train(was_training)
 
 
 @torch.inference_mode()
-def _predicted(model: nn.Module, batch: Batch, threshold: float, max_per_image: int) -> list[Prediction]:
+def _predicted(model: nn.Module, batch: Batch, threshold: float, max_per_image: int, clock: Clock) -> list[Prediction]:
     network = cast(QueryModel, model)
     height, width = batch.images.shape[2:]
     outputs = network.decode(network.encode(batch.images))
+    clock.lap("network", batch.images.device)
     found = network.predictions(
         outputs, (height, width), batch.sizes, batch.original_sizes, threshold=threshold, max_per_image=max_per_image
     )
-    return [_without_empty(prediction) for prediction in found]
+    found = [_without_empty(prediction) for prediction in found]
+    clock.lap("masks and files")
+    return found
 
 
 def _without_empty(prediction: Prediction) -> Prediction:

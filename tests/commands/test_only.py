@@ -41,10 +41,11 @@ def test_propose(folder: Path) -> None:
     assert [image["file_name"] for image in json.loads((folder / "p.json").read_text())["images"]] == NAMES
 
 
-def test_predict(folder: Path) -> None:
+def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = f"predict --images {folder}/images --checkpoint {folder}/model.safetensors --out {folder}/p --test.workers 0 --cpu True"
     assert sprompt(f"{line} --only {folder}/list.txt") == 0
     assert [image["file_name"] for image in json.loads((folder / "p/pictures.json").read_text())["images"]] == NAMES
+    assert " pictures a second (reading " in capsys.readouterr().out
 
 
 def test_backbone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """From pictures to results: order, sizes, pictures that cannot be read, and peak memory."""
 
 import json
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from sprompt.data.folder import PictureFolder
 from sprompt.data.synthetic import write_scenes
 from sprompt.engine import predict, write_results
 from sprompt.engine.evaluate import evaluate
-from sprompt.engine.predict import Predicted, _join, predict_to_file
+from sprompt.engine.predict import Clock, Predicted, _join, predict_to_file
 from sprompt.masks import BitMasks, Size
 from sprompt.models.protocol import Features, Prediction
 
@@ -94,6 +95,25 @@ def test_batches_and_workers_change_nothing(scenes: Path) -> None:
             torch.testing.assert_close(p.prediction.scores, q.scores, rtol=1e-4, atol=1e-5)
             assert (p.prediction.masks.area() - q.masks.area()).abs().max() < 20
     assert [p.image_id for p in other] == [3, 1]
+
+
+def test_the_seconds_of_the_parts(scenes: Path) -> None:
+    class Slow(Oracle):
+        def encode(self, images: Tensor) -> Features:
+            time.sleep(0.03)
+            return super().encode(images)
+
+    dataset, clock = CocoDataset(scenes / "images", scenes / "instances.json", keep_empty=True), Clock()
+    time.sleep(0.1)  # what happens before does not count
+    began = time.monotonic()
+    for _ in predict(Slow(dataset), dataset, batch_size=2, clock=clock, **VIEW):
+        time.sleep(0.02)  # the files
+    whole = sum(clock.parts.values())
+    assert list(clock.parts) == ["reading", "network", "masks and files"] and whole <= time.monotonic() - began
+    assert clock.parts["network"] >= 3 * 0.03 and clock.parts["masks and files"] >= 6 * 0.02
+
+    clock.parts = {"reading": 1.0, "network": 6.0, "masks and files": 1.0}
+    assert clock.summary(20) == "2.5 pictures a second (reading 12%, network 75%, masks and files 12%)"
 
 
 def test_a_picture_does_not_depend_on_its_neighbours(tmp_path: Path) -> None:
