@@ -1,4 +1,4 @@
-"""Encodings of positions: fixed ones, and learned ones for every size of a map."""
+"""Fixed encodings of positions."""
 
 from __future__ import annotations
 
@@ -6,9 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-from sprompt.masks import Size
 
 
 def sine_positions(channels: int, height: int, width: int, like: Tensor) -> Tensor:
@@ -28,33 +25,3 @@ def sine_positions(channels: int, height: int, width: int, like: Tensor) -> Tens
 
     rows, columns = encoding(height), encoding(width)
     return torch.cat([rows[:, :, None].expand(-1, -1, width), columns[:, None, :].expand(-1, height, -1)])
-
-
-class ResizedGrid:
-    """(1, C, g, g), a grid of positions -> (h·w, C), the position of every cell of a map of another size, by bilinear interpolation.
-
-    Calls on the CPU without gradients keep the results of the last sizes. A result counts only as long as the grid has the values it was
-    made of: they are compared, because in-place changes may leave no other trace. On a GPU the comparison would take longer than the
-    resize.
-    """
-
-    most = 8  # sizes; pictures of one data set have few, and a map of 80×108 cells of 256 channels has 9 MB
-
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, dict[Size, Tensor]] | None = None
-
-    def __call__(self, grid: Tensor, size: Size) -> Tensor:
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not grid.is_cpu:
-            return _resized(grid, size)
-        if self._kept is None or self._kept[0].dtype != grid.dtype or not torch.equal(self._kept[0], grid):
-            self._kept = grid.clone(), {}
-        kept = self._kept[1]
-        if size not in kept:
-            if len(kept) == self.most:
-                del kept[next(iter(kept))]
-            kept[size] = _resized(grid, size)
-        return kept[size]
-
-
-def _resized(grid: Tensor, size: Size) -> Tensor:
-    return F.interpolate(grid, size, mode="bilinear", align_corners=False)[0].flatten(1).T

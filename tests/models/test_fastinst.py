@@ -18,9 +18,7 @@ from sprompt.models.fastinst.loss import Points, _located, guiding, losses
 from sprompt.models.fastinst.model import Outputs
 from sprompt.models.protocol import QueryGroup, Targets, checked_model
 from sprompt.models.saved import load_model, save_model
-from sprompt.nn import positions
 from sprompt.nn.dual_path import everywhere
-from sprompt.nn.positions import ResizedGrid
 from sprompt.ops import activation_queries
 
 TINY = FastInstConfig(
@@ -368,50 +366,3 @@ def test_the_network_is_one_graph(form: str) -> None:
 def assert_same(found: Outputs, wanted: Outputs) -> None:
     pairs = list(zip(tree_leaves(found), tree_leaves(wanted), strict=True))
     assert len(pairs) > 10 and all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_resized_positions_are_kept_as_long_as_they_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, twin = network(), network(seed=1)
-    names, resizes = set(model.state_dict()), []
-    interpolate = nn.functional.interpolate
-
-    def counted(x: Tensor, size: tuple[int, int], **options: object) -> Tensor:
-        if x.shape == model.positions.shape:
-            resizes.append(size)
-        return interpolate(x, size, **options)
-
-    monkeypatch.setattr(positions.F, "interpolate", counted)
-
-    def check(anew: int) -> None:
-        """With gradients the positions are resized for every call."""
-        images = labelled((64, 96), [1])[0].to(model.positions.dtype)
-        wanted = model(images)
-        resizes.clear()
-        for _ in range(3):
-            with torch.inference_mode():
-                assert_same(model(images), wanted)
-        assert resizes == [(4, 6), (8, 12)][:anew]
-
-    check(anew=2)
-    check(anew=0)
-    with torch.no_grad():
-        model.positions.mul_(2)
-    check(anew=2)
-    model.positions.data.add_(1)  # leaves no trace in the version of the tensor
-    check(anew=2)
-    model.load_state_dict(twin.state_dict())
-    check(anew=2)
-    model.double()
-    check(anew=2)
-    model.float()
-    check(anew=2)
-    model.train()(labelled((64, 96), [1])[0].float()).classes.sum().backward()
-    torch.optim.SGD([model.positions], 0.1).step()
-    model.eval()
-    check(anew=2)
-    assert set(model.state_dict()) == names
-
-    with torch.no_grad():
-        for width in range(64, 64 + 32 * 12, 32):
-            model(torch.zeros(1, 3, 64, width))
-    assert len(model.resized_positions._kept[1]) == ResizedGrid.most

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sprompt.masks import BitMasks, Size
 from sprompt.models import query_inference
@@ -16,7 +17,6 @@ from sprompt.models.fastinst import loss
 from sprompt.models.fastinst.config import FastInstConfig
 from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
 from sprompt.nn.dual_path import Decoded, DualPathDecoder
-from sprompt.nn.positions import ResizedGrid
 from sprompt.nn.ppm_fpn import PPMFPN
 from sprompt.nn.resnet import ResNet
 from sprompt.ops import activation_queries, mask_conv
@@ -53,7 +53,6 @@ class FastInst(nn.Module):
             nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, config.num_classes + 1, 1)
         )
         self.positions = nn.Parameter(GRID * torch.randn(1, width, side, side))  # resized to every map
-        self.resized_positions = ResizedGrid()
         self.auxiliary_content = nn.Embedding(config.auxiliary_queries, width)
         self.auxiliary_positions = nn.Embedding(config.auxiliary_queries, width)
         self.decoder = DualPathDecoder(
@@ -131,14 +130,12 @@ class FastInst(nn.Module):
                 )
             content = prompted
         added = [t.weight.expand(len(index), -1, -1) for t in (self.auxiliary_content, self.auxiliary_positions)]
-        positions = self.resized_positions(self.positions, (middle.shape[2], middle.shape[3]))
-        size = (fine.shape[2], fine.shape[3])
         decoded = self.decoder(
             torch.cat([content, added[0]], 1),
-            torch.cat([positions[index], added[1]], 1),
+            torch.cat([self._positions(middle)[index], added[1]], 1),
             fine.flatten(2).mT,
-            self.resized_positions(self.positions, size),
-            size,
+            self._positions(fine),
+            (fine.shape[2], fine.shape[3]),
             self.config.queries,
         )
         classes = self.decoder.classes(-1, decoded.predicted[-1].hidden)
@@ -160,6 +157,10 @@ class FastInst(nn.Module):
         return query_inference.predictions(
             "FastInst", last.features, last.embeddings, outputs.classes, input_size, sizes, original_sizes, threshold, max_per_image
         )  # fmt: skip
+
+    def _positions(self, like: Tensor) -> Tensor:
+        """(h·w, C): the position of every cell of a map."""
+        return F.interpolate(self.positions, like.shape[2:], mode="bilinear", align_corners=False)[0].flatten(1).T
 
 
 def _locations(index: Tensor, like: Tensor) -> Tensor:
