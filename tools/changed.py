@@ -24,9 +24,9 @@ OWN = re.compile(r"(?:csrc|sprompt/ops)/(\w+)/.*|(?:sprompt/testing/specs/|tests
 #: Files on which no kernel and no test of the slow levels depends. A file that is not listed counts as shared.
 FAR = re.compile(
     r"docs/.*|examples/.*|benchmarks/.*|[^/]*\.md|.*/README\.md|LICENSE|\.gitignore|\.pre-commit-config\.yaml|\.ci/base"
-    r"|sprompt/(?:commands|data|engine|methods|models|nn|presets|report|study|weights)/.*|sprompt/(?:__init__|atomic|cli|env|machine|registry|seeding|settings)\.py"
+    r"|sprompt/(?:commands|data|engine|methods|models|nn|patch|presets|report|study|weights)/.*|sprompt/(?:__init__|atomic|cli|env|machine|registry|seeding|settings)\.py"
     r"|sprompt/testing/(?:compiled|replay|sanitized)\.py"
-    r"|tests/(?:data|engine|methods|models|nn|report|study)/.*"
+    r"|tests/(?:commands|data|engine|methods|models|nn|patch|report|study)/.*"
     r"|tests/test_(?!contract\.py|gpu_bytes\.py)\w+\.py|tools/gpu\w*\.\w+"
 )
 HEADER = re.compile(r"csrc/common/\w+\.(?:h|cuh)")
