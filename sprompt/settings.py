@@ -11,6 +11,7 @@ Colour(red=1.0)
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -112,6 +113,25 @@ def check_choices(kind: type[Any], values: Mapping[str, Any], where: str = "") -
         if get_origin(hint) is Literal and name in values and value not in get_args(hint):
             place = f"{where}.{name}:" if where else f"{kind.__name__}: {name}"
             raise SettingsError(f"{place} must be one of {', '.join(map(repr, get_args(hint)))}, got {value!r}")
+
+
+def check_sizes(config: Any, bounds: Mapping[str, tuple[int, int]]) -> None:
+    """Raises ValueError if a field named in `bounds` is not a whole number between its bounds, both included. For `__post_init__`."""
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            rule = f"be a whole number from {low} to {high}"
+            raise ValueError(f"{type(config).__name__}: {name} must {rule}, got {value!r}")
+
+
+def check_weights(config: Any) -> None:
+    """Raises ValueError if a weight of a loss or cost (loss_…, cost_…, no_object) is not a finite number of at least 0. For
+    `__post_init__`."""
+    for name, value in vars(config).items():
+        if name.startswith(("loss_", "cost_", "no_object")) and (
+            isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf
+        ):
+            raise ValueError(f"{type(config).__name__}: {name} must be a number of at least 0, got {value!r}")
 
 
 def _converted(kind: Any, value: Any, base: Any, place: str) -> Any:

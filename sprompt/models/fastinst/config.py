@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from sprompt.models.registry import ModelConfig
 from sprompt.nn.resnet import DEPTHS
+from sprompt.settings import check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
@@ -68,16 +68,9 @@ class FastInstConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.depth not in DEPTHS:
             raise ValueError(f"FastInstConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
-        for name, (low, high) in _WHOLE.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"FastInstConfig: {name} must be a whole number from {low} to {high}, got {value!r}")
+        check_sizes(self, _WHOLE)
         if self.channels % 4 or self.channels % self.heads:
             raise ValueError(
                 f"FastInstConfig: channels must be a multiple of 4 and of heads = {self.heads}, got {self.channels}"
             )
-        for setting in fields(self):
-            if setting.name.startswith(("loss_", "cost_", "no_object")):
-                value = getattr(self, setting.name)
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                    raise ValueError(f"FastInstConfig: {setting.name} must be a number of at least 0, got {value!r}")
+        check_weights(self)

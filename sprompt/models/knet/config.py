@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from sprompt.models.registry import ModelConfig
+from sprompt.settings import check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that fits no machine.
 _WHOLE = {
@@ -61,18 +61,11 @@ class KNetConfig(ModelConfig):
     def __post_init__(self) -> None:
         if self.depth not in _DEPTHS:
             raise ValueError(f"KNetConfig: depth must be one of {', '.join(map(str, _DEPTHS))}, got {self.depth!r}")
-        for name, (low, high) in _WHOLE.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(f"KNetConfig: {name} must be a whole number from {low} to {high}, got {value!r}")
+        check_sizes(self, _WHOLE)
         if self.channels % 2 or self.channels % self.heads:
             raise ValueError(
                 f"KNetConfig: channels must be even and a multiple of heads = {self.heads}, got {self.channels}"
             )
         if not isinstance(self.fold, bool):
             raise ValueError(f"KNetConfig: fold must be True or False, got {self.fold!r}")
-        for field in fields(self):
-            if field.name.startswith(("loss_", "cost_")):
-                value = getattr(self, field.name)
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                    raise ValueError(f"KNetConfig: {field.name} must be a number of at least 0, got {value!r}")
+        check_weights(self)

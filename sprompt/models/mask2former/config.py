@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Literal
 
 from sprompt.models.registry import ModelConfig
 from sprompt.nn.resnet import DEPTHS
 from sprompt.nn.swin import SwinConfig
-from sprompt.settings import check_choices
+from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
@@ -79,18 +78,9 @@ class Mask2FormerConfig(ModelConfig):
             raise ValueError(
                 f"Mask2FormerConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}"
             )
-        for name, (low, high) in _WHOLE.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ValueError(
-                    f"Mask2FormerConfig: {name} must be a whole number from {low} to {high}, got {value!r}"
-                )
+        check_sizes(self, _WHOLE)
         if self.channels % 4 or self.channels % self.heads:
             raise ValueError(
                 f"Mask2FormerConfig: channels must be a multiple of 4 and of heads = {self.heads}, got {self.channels}"
             )
-        for setting in fields(self):
-            if setting.name.startswith(("loss_", "cost_", "no_object")):
-                value = getattr(self, setting.name)
-                if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-                    raise ValueError(f"Mask2FormerConfig: {setting.name} must be a number of at least 0, got {value!r}")
+        check_weights(self)
