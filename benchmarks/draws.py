@@ -14,7 +14,7 @@ from sprompt.models.mask2former.loss import Points
 
 
 class Draws:
-    """What transformers draws and matches: the points of every call of its matcher, and of its loss."""
+    """A record of the points and pairs of transformers: those of every call of its matcher, and of its loss."""
 
     def __init__(self) -> None:
         self.drawn: list[Tensor] = []
@@ -23,7 +23,7 @@ class Draws:
 
     @staticmethod
     @contextmanager
-    def of(model: nn.Module, dtype: torch.dtype = torch.float32) -> Iterator[Draws]:
+    def of(model: Any, dtype: torch.dtype = torch.float32) -> Iterator[Draws]:
         """Records while the block runs. transformers then draws in this dtype."""
         draws, rand = Draws(), torch.rand
 
@@ -35,7 +35,7 @@ class Draws:
             draws.pairs.append([(i.clone(), j.clone()) for i, j in found])
             draws.starts.append(len(draws.drawn))
 
-        hook = model.criterion.matcher.register_forward_hook(matched)  # type: ignore[union-attr, operator]
+        hook = model.criterion.matcher.register_forward_hook(matched)
         try:
             with mock.patch.object(torch, "rand", recorded):
                 yield draws

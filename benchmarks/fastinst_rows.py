@@ -77,11 +77,12 @@ def network(config: FastInstConfig, images: Tensor) -> FastInst:
     model.positions.normal_()
     model.proposal_predictor[2].weight.mul_(8)
     features = model.encode(images)
+    head: Any  # a Head, which a ModuleList does not say
     for number, head in enumerate(model.decoder.heads):
-        for block in head.class_predictor:  # type: ignore[union-attr]  # a Head
+        for block in head.class_predictor:
             block[0].weight.mul_(3)
         mean = model.decode(features).decoded.predicted[number].features.mean((0, 2, 3))
-        head.mask_features.bias.sub_(mean)  # type: ignore[union-attr, operator]
+        head.mask_features.bias.sub_(mean)
     return model
 
 

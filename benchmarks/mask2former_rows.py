@@ -21,7 +21,7 @@ from sprompt.ops import pack_masks
 from sprompt.testing.spec import blobs
 
 
-def theirs(model: Mask2Former) -> nn.Module:
+def theirs(model: Mask2Former) -> Any:
     """transformers' class with the weights of `model`. The backbone is a small one that no row uses."""
     import transformers
 
@@ -78,17 +78,17 @@ def head_step(
 
     def released() -> Tensor:
         if pixels:
-            decoded = other.model.pixel_level_module.decoder(maps)  # type: ignore[union-attr, operator]
+            decoded = other.model.pixel_level_module.decoder(maps)
             levels, features = decoded.multi_scale_features, decoded.mask_features
         else:
             levels, features = maps[:0:-1], maps[0]
-        module = other.model.transformer_module  # type: ignore[union-attr]
-        states = module(multi_scale_features=levels, mask_features=features, output_hidden_states=True)  # type: ignore[operator]
-        classes = tuple(other.class_predictor(s.transpose(0, 1)) for s in states.intermediate_hidden_states)  # type: ignore[operator]
+        module = other.model.transformer_module
+        states = module(multi_scale_features=levels, mask_features=features, output_hidden_states=True)
+        classes = tuple(other.class_predictor(s.transpose(0, 1)) for s in states.intermediate_hidden_states)
         masks = states.masks_queries_logits
-        auxiliary = other.get_auxiliary_logits(classes, masks)  # type: ignore[operator]
-        terms = other.get_loss_dict(masks[-1], classes[-1], floats, list(labels), auxiliary)  # type: ignore[operator]
-        return other.get_loss(terms)  # type: ignore[operator]
+        auxiliary = other.get_auxiliary_logits(classes, masks)
+        terms = other.get_loss_dict(masks[-1], classes[-1], floats, list(labels), auxiliary)
+        return other.get_loss(terms)
 
     def step(loss: Callable[[], Tensor], parameters: list[Tensor]) -> tuple[Tensor, tuple[Tensor, ...]]:
         value = loss()

@@ -14,7 +14,7 @@ from sprompt.ops import mask_bits
 
 
 class Predicted(NamedTuple):
-    """What a head makes of queries and pixels."""
+    """The predictions of a head."""
 
     hidden: Tensor  # (B, Q, C), layer-normed: `DualPathDecoder.classes` makes class logits of them
     embeddings: Tensor  # (B, Q, C): their products with the features are mask logits

@@ -113,8 +113,8 @@ def fresh_norms(held: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dic
 
 
 def constants(held: Mapping[str, Tensor], config: SwinConfig) -> dict[str, Tensor]:
-    """What files may hold beside parameters: the index of a window's pairs, and the mask of shifted windows at the picture size of the
-    release. Both follow from sizes. By name, those that are in `held`, as tensors of the right shape that take no memory."""
+    """Tensors that files may hold beside parameters: the index of a window's pairs, and the mask of shifted windows at the picture size of
+    the release. Both follow from sizes. The result has those that are in `held`, by name, as tensors of the right shape without memory."""
     cells, found = config.window**2, {}
     for stage, depth in enumerate(config.depths):
         for block in range(depth):

@@ -192,8 +192,8 @@ def _from_transformers(tensors: Mapping[str, Tensor], model: Mask2Former) -> dic
 
 
 def _constants(tensors: Mapping[str, Tensor], model: Mask2Former) -> dict[str, Tensor]:
-    """What a file may hold beside the parameters of a Swin, by our names: see `swin_files.constants`, and the last norm, which files of
-    version 5 of transformers have and no map passes."""
+    """Tensors that a file may hold beside the parameters of a Swin, by our names: those of `swin_files.constants`, and the last norm, which
+    files of version 5 of transformers have and no map passes."""
     if not isinstance(model.backbone, Swin):
         return {}
     part = "backbone."
