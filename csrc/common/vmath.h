@@ -57,8 +57,9 @@ SPROMPT_INLINE vf exp(vf x) {
 
 // e^x for |x| <= 87.3, at three quarters of the cost of exp: within 3 units in the last place for |x| < 10, within 6 elsewhere.
 // Where the product is fused, ln 2 is one float (off by 2e-9, n times). h has degree 3 (relative error 1e-7), and 2^n is added
-// to the exponent. NaN stays NaN.
+// to the exponent. NaN stays NaN; other x give some number, for lanes that a kernel drops.
 SPROMPT_INLINE vf exp_small(vf x) {
+    typedef uint32_t bits __attribute__((vector_size(4 * W)));  // their sum may wrap around
     const vf magic = broadcast(12582912.0f);
     const vf shifted = fma(x, broadcast(1.44269504f), magic);
     const vf n = shifted - magic;
@@ -73,7 +74,7 @@ SPROMPT_INLINE vf exp_small(vf x) {
     h = fma(h, r, broadcast(0.4999923149539148f));
     h = fma(h, r, broadcast(1.0f));
     h = fma(h, r, broadcast(1.0f));
-    return bits_to_float(bits_to_int(h) + (bits_to_int(shifted) << 23));  // the shift drops the bits of magic
+    return (vf)((bits)h + ((bits)shifted << 23));  // the shift drops the bits of magic
 }
 
 // log(1 + e) for e in [0, 1], within 3 units in the last place: e + e^2 h(e), h of degree 7, relative error 4e-8.
