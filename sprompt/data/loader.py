@@ -116,6 +116,9 @@ class Batches(Order, Generic[P, B]):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=False,
+            # An iterator draws a seed as it begins. From torch's global generator, that draw would shift the random numbers of a task in
+            # the first step of an epoch and of a resumed run.
+            generator=torch.Generator(),
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[B]:

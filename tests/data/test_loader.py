@@ -99,6 +99,15 @@ def test_an_epoch_taken_up_in_the_middle(workers: int) -> None:
         assert list(batches.epoch(5, start)) == whole[start:]
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_global_random_numbers_are_left_alone(workers: int) -> None:
+    """A task draws from them: its draws must not depend on whether a step is the first of an iterator."""
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    assert len(list(_batches(workers=workers).epoch(0, 1))) == 2
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_workers_go_on_after_an_epoch_was_broken_off() -> None:
     batches = _batches(40, workers=2)
     iterator = batches.epoch(0)
