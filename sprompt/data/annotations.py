@@ -38,6 +38,7 @@ class CocoFile:
     info: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     boxes: dict[int, int] = field(default_factory=dict)  # by picture's id: annotations with a box but without a mask
+    frequency: dict[int, str] = field(default_factory=dict)  # by category's id, if the file has it, as those of LVIS do
 
 
 def parse(data: Any, source: str) -> CocoFile:
@@ -56,6 +57,9 @@ def parse(data: Any, source: str) -> CocoFile:
     _refuse_twice(source, "categories", (c[0] for c in categories))
     file = _with_annotations(data.get("annotations", []), pictures, distinct(categories), data.get("info"), source)
     changed = [new for (_, old), (_, new) in zip(categories, file.categories, strict=True) if old != new]
+    for record in data.get("categories", []):
+        if isinstance(record.get("frequency"), str):
+            file.frequency[record["id"]] = record["frequency"]
     if changed:
         file.problems.insert(0, f"{source}: {len(changed)} categories share a name and are called {named(changed)}")
     return file
@@ -163,7 +167,7 @@ def _picture(record: Any, position: int, source: str) -> Picture:
         raise DataError(
             f"{source}: picture {own} must have between 1 and {MAX_PIXELS} pixels, got {height}x{width}; correct it"
         )
-    name = record.get("file_name")
+    name = file_name(record)
     if not isinstance(name, str) or not name:
         raise DataError(f"{source}: picture {own} must have a file_name, got {name!r:.40}; correct it")
     if leaves(name):
@@ -171,6 +175,16 @@ def _picture(record: Any, position: int, source: str) -> Picture:
             f"{source}: picture {own} must lie below the folder of the pictures, got {name!r:.80}; write the path from there"
         )
     return Picture(own, name, (height, width))
+
+
+def file_name(record: dict[str, Any]) -> Any:
+    """The file of a picture. LVIS gives an address instead, whose last two parts are the file in COCO's folders.
+
+    >>> file_name({"coco_url": "http://images.cocodataset.org/train2017/000000391895.jpg"})
+    'train2017/000000391895.jpg'
+    """
+    name, url = record.get("file_name"), record.get("coco_url")
+    return "/".join(url.split("/")[-2:]) if name is None and isinstance(url, str) else name
 
 
 def _category(record: Any, position: int, source: str) -> tuple[int, str]:
