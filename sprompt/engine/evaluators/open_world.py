@@ -13,8 +13,10 @@ categories precision has no meaning: a detection of one category would be a fals
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -110,18 +112,13 @@ def read_groups(path: Path, known: Sequence[int]) -> dict[str, list[int]]:
         isinstance(ids, list) and all(type(own) is int for own in ids) for ids in found.values()
     ):
         raise DataError(f"{path}: must be an object of groups, {{name: [category ids]}}; correct it")
-    several = sorted(own for own, n in _occurrences(found).items() if n > 1)
+    several = sorted(own for own, n in Counter(chain(*found.values())).items() if n > 1)
     if several:
         raise DataError(f"{path}: a category must be in one group, once, got category {several[0]} more often")
     for name, ids in found.items():
         if not set(ids) & set(known):
             raise DataError(f"{path}: group {name} must have categories of the annotations, got none of their ids")
     return found
-
-
-def _occurrences(groups: Mapping[str, Sequence[int]]) -> dict[int, int]:
-    own, times = np.unique([i for ids in groups.values() for i in ids], return_counts=True)
-    return dict(zip(own.tolist(), times.tolist(), strict=True))
 
 
 def _numbers(recall: np.ndarray, hit_rate: np.ndarray) -> dict[str, Any]:
