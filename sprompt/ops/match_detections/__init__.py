@@ -28,8 +28,8 @@ def match_detections(
     Returns: int64 (..., T, D): the target of each detection, −1 for none.
     Ties: of targets with equal IoU the last one is taken. An IoU of NaN is no match, so −1 and NaN pad lists of targets. A
     threshold of NaN has no matches. T, D or G of 0 are allowed.
-    Exact, deterministic, not differentiable. Autocast changes nothing. The rule is sequential, so there is no GPU kernel: on a
-    GPU the reference runs, which waits for the device again and again. Move iou to the CPU first.
+    Exact, deterministic, not differentiable. Autocast changes nothing. The rule is sequential, so there is no GPU kernel. On a
+    GPU the reference runs, with some launches for each detection: move iou to the CPU first.
 
     >>> iou = torch.tensor([[0.9, 0.6], [0.8, 0.55]], dtype=torch.float64)
     >>> match_detections(iou, torch.tensor([0.5, 0.75], dtype=torch.float64)).tolist()
