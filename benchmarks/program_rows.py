@@ -14,6 +14,7 @@ from benchmarks.deformable_rows import DEFORMABLE
 from benchmarks.fastinst_rows import FASTINST
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
+from benchmarks.open_world_rows import OPEN_WORLD
 from benchmarks.patched_rows import PATCHED
 from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
@@ -237,4 +238,5 @@ PROGRAMS = [
     *FASTINST,
     *DEFORMABLE,
     *PATCHED,
+    *OPEN_WORLD,
 ]
