@@ -24,8 +24,8 @@ if os.environ.get("SPROMPT_EMULATE_CUDA", "0") != "0":  # for tests: the GPU bac
     ORDER["cpu"] = ("gpu", "native", "reference")
 
 
-#: Ops without GPU kernels: RLE strings come from files and are parsed on the CPU.
-HOST_ONLY = ("rle_decode",)
+#: Ops without GPU kernels: RLE strings come from files and are parsed on the CPU, and an evaluation holds its masks there.
+HOST_ONLY = ("rle_decode", "match_detections")
 
 
 class Backend(NamedTuple):

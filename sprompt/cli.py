@@ -7,15 +7,16 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
-#: {name: description}. Each command except env is a class of its name in sprompt/commands/<name>.py.
+#: {name: description}. Each command except env is a class of its name in sprompt/commands/<name>.py; `lvis-ow` is in lvis_ow.py.
 COMMANDS = {
     "backbone": "train a backbone on pictures without labels (DenseCL), if you have no checkpoint",
     "check": "check pictures and labels before a training, and measure how long the training will take",
     "split": "split labelled pictures into a part for training and a part for validation",
+    "lvis-ow": "build the open-world data set LVIS-OW from the annotations of LVIS and COCO",
     "propose": "find saliency mask proposals in pictures without labels",
     "pretrain": "train a model on proposals, which prompt its queries (Saliency Prompt)",
     "finetune": "train on labelled pictures, from a pre-trained model, a backbone or scratch",
-    "evaluate": "COCO metrics of a model, or of a results file, on labelled pictures",
+    "evaluate": "COCO or open-world metrics of a model, or of a results file, on labelled pictures",
     "predict": "masks of a folder of pictures, as COCO results",
     "view": "a gallery of proposals, prompts, predictions and curves that opens in a browser",
     "demo": "the whole chain on synthetic scenes, in minutes on a CPU",

@@ -252,6 +252,26 @@ def test_a_method_and_an_evaluator_by_name(chain: Path, tmp_path: Path, capsys: 
     assert "AR3" in capsys.readouterr().out
 
 
+def test_recall_without_classes(chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A model with one class is measured on labels of several classes, and its results file has the same metrics."""
+    data = (
+        f"--data.images {chain}/scenes/images --data.annotations {chain}/scenes/instances.json --evaluator open-world"
+    )
+    (tmp_path / "groups.json").write_text('{"one": [1], "others": [2, 3]}')
+    groups = f"--evaluator.groups {tmp_path}/groups.json"
+    assert sprompt(f"evaluate --checkpoint {chain}/pre {data} {groups} --out {tmp_path}/e --cpu True {TEST}") == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("AR100", "hit rate", "all", "one", "others", "merged"))
+    metrics = json.loads((tmp_path / "e/metrics.json").read_text())
+    assert metrics["pictures"] == 8 and metrics["groups"].keys() == {"one", "others"} and metrics["AR100"] >= 0
+    assert {r["category_id"] for r in json.loads((tmp_path / "e/predictions.json").read_text())} <= {1}
+    again = f"evaluate --results {tmp_path}/e/predictions.json {data} {groups} --out {tmp_path}/again"
+    assert sprompt(again) == 0
+    assert json.loads((tmp_path / "again/metrics.json").read_text()) == metrics
+    assert sprompt(f"{again} --class-agnostic True") == 1
+    assert "--class-agnostic: must be left out" in capsys.readouterr().err
+
+
 def test_a_folder_of_an_earlier_version_is_refused_in_a_sentence(
     chain: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

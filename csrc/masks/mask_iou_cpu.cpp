@@ -18,13 +18,14 @@ constexpr int64_t counted_words = 57, start_words = 60;
 constexpr int64_t counted_words = 33, start_words = 4;
 #endif
 
-// The pairs of one image. Rows are masks of a, columns are masks of b. a and b may be the same masks.
+// The pairs of one image, with IoUs of type T. Rows are masks of a, columns are masks of b. a and b may be the same masks.
+template <class T>
 struct Pairs {
     const uint32_t *a, *b;
     int64_t stride_a, stride_b;
     const Extent *ea, *eb;
     int64_t n, width;
-    float* out;  // (N, M)
+    T* out;  // (N, M)
     int64_t M;
     bool self;  // a is b: pairs below the diagonal equal those above it
 
@@ -32,7 +33,7 @@ struct Pairs {
     SPROMPT_INLINE const uint32_t* column(int64_t j) const { return b + j * stride_b; }
     SPROMPT_INLINE void put(int64_t i, int64_t j, int64_t both) const {
         const int64_t either = ea[i].area + eb[j].area - both;
-        const float value = either == 0 ? 0.0f : static_cast<float>(static_cast<double>(both) / static_cast<double>(either));
+        const T value = either == 0 ? T(0) : static_cast<T>(static_cast<double>(both) / static_cast<double>(either));
         out[i * M + j] = value;
         if (self) out[j * M + i] = value;
     }
@@ -42,7 +43,8 @@ struct Pairs {
 struct Range {
     int64_t first, last;
 
-    SPROMPT_INLINE Range(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+    template <class T>
+    SPROMPT_INLINE Range(const Pairs<T>& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
         const Extent rows = around(pairs.ea, i0, i1), columns = around(pairs.eb, j0, j1);
         const int64_t top = rows.y1 > columns.y1 ? rows.y1 : columns.y1;
         const int64_t bottom = rows.y2 < columns.y2 ? rows.y2 : columns.y2;
@@ -64,7 +66,8 @@ struct Range {
 };
 
 // Whether the product of the tile costs less than its pairs one by one. Estimated from every fourth row.
-bool product_pays(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+template <class T>
+bool product_pays(const Pairs<T>& pairs, const Range& range, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     constexpr int64_t step = 4;
     int64_t words = 0, tried = 0;
     for (int64_t i = i0; i < i1; i += step, ++tried)
@@ -78,7 +81,8 @@ bool product_pays(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1
     return words * (i1 - i0) / tried * 100 > all * counted_words;
 }
 
-void multiply(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+template <class T>
+void multiply(const Pairs<T>& pairs, const Range& range, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     const auto row = [&](int64_t i) { return pairs.row(i0 + i); };
     const auto column = [&](int64_t j) { return pairs.column(j0 + j); };
     BitProduct product;
@@ -98,7 +102,8 @@ void multiply(const Pairs& pairs, const Range& range, int64_t i0, int64_t i1, in
 // by row. The other pairs are read in stretches of 2048 words (8 kB), so that the 64 kB of a tile of a, and of b, stay in the
 // L2 cache.
 constexpr int64_t tile = 8;
-void count(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
+template <class T>
+void count(const Pairs<T>& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     constexpr int64_t stretch = 2048;
     const int64_t width = pairs.width;
     int64_t common[tile][tile] = {};
@@ -128,11 +133,11 @@ void count(const Pairs& pairs, int64_t i0, int64_t i1, int64_t j0, int64_t j1) {
     for (int64_t i = i0; i < i1; ++i)
         for (int64_t j = j0; j < j1; ++j) pairs.put(i, j, common[i - i0][j - j0]);
 }
-}  // namespace
 
 // Cuts the pairs into tiles of the size that the product takes. The first loop multiplies the tiles for which the product pays.
 // The second loop counts the other tiles, in strips of 8 rows.
-void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int threads) {
+template <class T>
+void all_pairs(const View& a, const View& b, int64_t width, const View& iou, int threads) {
     const bool self = !b.given();
     const View& other = self ? a : b;
     const int64_t B = a.size[0], N = a.size[1], M = other.size[1], n = a.size[2], all = self ? N : N + M;
@@ -140,23 +145,23 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int 
     Extent* const extent = memory.take<Extent>(B, all);
     const auto pairs_of = [&](int64_t image) {
         const Extent* const ea = extent + image * all;
-        return Pairs{a.as<const uint32_t>() + image * a.stride[0],
-                     other.as<const uint32_t>() + image * other.stride[0],
-                     a.stride[1],
-                     other.stride[1],
-                     ea,
-                     self ? ea : ea + N,
-                     n,
-                     width,
-                     iou.as<float>() + image * N * M,
-                     M,
-                     self};
+        return Pairs<T>{a.as<const uint32_t>() + image * a.stride[0],
+                        other.as<const uint32_t>() + image * other.stride[0],
+                        a.stride[1],
+                        other.stride[1],
+                        ea,
+                        self ? ea : ea + N,
+                        n,
+                        width,
+                        iou.as<T>() + image * N * M,
+                        M,
+                        self};
     };
 
     parallel_for(B * all, 1 + (1 << 13) / (n + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
             const int64_t i = job % all;
-            const Pairs pairs = pairs_of(job / all);
+            const Pairs<T> pairs = pairs_of(job / all);
             extent[job] = extent_of(i < N ? pairs.row(i) : pairs.column(i - N), n, width);
         }
     });
@@ -171,14 +176,14 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int 
     rows = ((N + parts - 1) / parts + tile - 1) / tile * tile;
     const int64_t cost = tile * M * (n / 8 + 4);  // about the cycles of 8 rows, if the boxes overlap by half
     // This value marks a row of a tile whose pairs are not counted yet. Only the row itself writes to that place.
-    constexpr float open = -1.0f;
-    const auto sign = [&](const Pairs& pairs, int64_t i, int64_t j0) -> float& {
+    constexpr T open = -1;
+    const auto sign = [&](const Pairs<T>& pairs, int64_t i, int64_t j0) -> T& {
         return pairs.out[i * M + (self && j0 < i ? i : j0)];
     };
     parallel_for(B * parts * columns, 1 + (1 << 20) / (rows * BitProduct::columns * (n + 4)), threads,
                  [&](int64_t begin, int64_t end, int) {
                      for (int64_t job = begin; job < end; ++job) {
-                         const Pairs pairs = pairs_of(job / (parts * columns));
+                         const Pairs<T> pairs = pairs_of(job / (parts * columns));
                          const int64_t i0 = job / columns % parts * rows, i1 = N < i0 + rows ? N : i0 + rows;
                          const int64_t j0 = job % columns * BitProduct::columns;
                          const int64_t j1 = M < j0 + BitProduct::columns ? M : j0 + BitProduct::columns;
@@ -194,7 +199,7 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int 
     const int64_t strips = (N + tile - 1) / tile;
     parallel_for(B * strips, 1 + (1 << 16) / (cost + 1), threads, [&](int64_t begin, int64_t end, int) {
         for (int64_t job = begin; job < end; ++job) {
-            const Pairs pairs = pairs_of(job / strips);
+            const Pairs<T> pairs = pairs_of(job / strips);
             const int64_t i0 = job % strips * tile, i1 = N < i0 + tile ? N : i0 + tile;
             for (int64_t j0 = 0; j0 < M; j0 += BitProduct::columns) {
                 const int64_t j1 = M < j0 + BitProduct::columns ? M : j0 + BitProduct::columns;
@@ -204,6 +209,12 @@ void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int 
             }
         }
     });
+}
+}  // namespace
+
+void mask_iou(const View& a, const View& b, int64_t width, const View& iou, int threads) {
+    if (iou.dtype == DType::f64) return all_pairs<double>(a, b, width, iou, threads);
+    all_pairs<float>(a, b, width, iou, threads);
 }
 
 }  // namespace SPROMPT_ISA

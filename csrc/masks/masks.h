@@ -18,7 +18,8 @@ SPROMPT_KERNEL(mask_area, const View& words, const View& area, int threads)
 // boxes (R, 4) i64: x1, y1, x2, y2, exclusive ends, zeros for an empty mask <- words (R, n) of rows of `width` pixels.
 SPROMPT_KERNEL(mask_boxes, const View& words, int64_t width, const View& boxes, int threads)
 
-// iou (B, N, M) f32 <- a (B, N, n), b (B, M, n) of rows of `width` pixels. It is 0 where both are empty. If b is none, b is a.
+// iou (B, N, M) f32 or f64 <- a (B, N, n), b (B, M, n) of rows of `width` pixels. It is 0 where both are empty. If b is none, b
+// is a.
 SPROMPT_KERNEL(mask_iou, const View& a, const View& b, int64_t width, const View& iou, int threads)
 
 // out (R, n') <- words (R, n) of height x width pixels: the window of out_height x out_width pixels with top-left corner (top,

@@ -152,11 +152,12 @@ __global__ void __launch_bounds__(256) boxes_kernel(const uint32_t* words,  // (
 
 constexpr int side = 32, depth = 32, pitch = depth + 1;  // the odd pitch spreads a column over the banks
 
+template <class T>
 __global__ void __launch_bounds__(256)
     iou_kernel(const uint32_t* a,                                                     // (B, N, n)
                const uint32_t* b,                                                     // (B, M, n)
                const int64_t* areas_a, const int64_t* areas_b, int64_t areas_stride,  // rows of (B, areas_stride)
-               float* iou,                                                            // (B, N, M)
+               T* iou,                                                                // (B, N, M)
                int64_t N, int64_t M, int64_t n, bool self) {
     SPROMPT_SHARED(uint32_t, tile_a, side* pitch);
     SPROMPT_SHARED(uint32_t, tile_b, side* pitch);
@@ -194,8 +195,7 @@ __global__ void __launch_bounds__(256)
             if (mask_a >= N || mask_b >= M) continue;
             const int64_t either =
                 areas_a[image * areas_stride + mask_a] + areas_b[image * areas_stride + mask_b] - common[i][j];
-            const float value =
-                either > 0 ? static_cast<float>(static_cast<double>(common[i][j]) / static_cast<double>(either)) : 0.0f;
+            const T value = either > 0 ? static_cast<T>(static_cast<double>(common[i][j]) / static_cast<double>(either)) : T(0);
             iou[(image * N + mask_a) * M + mask_b] = value;
             if (self) iou[(image * N + mask_b) * M + mask_a] = value;
         }
@@ -271,8 +271,12 @@ void mask_iou(const Stream& stream, const View& a, const View& b, const View& ar
     int64_t *areas_a = areas.as<int64_t>(), *areas_b = self ? areas_a : areas_a + N;
     launch(stream, area_kernel, B * N, threads_for(n), 0, a.as<const uint32_t>(), n, areas_a, N, all);
     if (!self) launch(stream, area_kernel, B * M, threads_for(n), 0, b.as<const uint32_t>(), n, areas_b, M, all);
-    launch(stream, iou_kernel, B * tiles(N, side) * tiles(M, side), 256, 0, a.as<const uint32_t>(), other.as<const uint32_t>(),
-           areas_a, areas_b, all, iou.as<float>(), N, M, n, self);
+    const auto count = [&](auto kernel, auto* out) {
+        launch(stream, kernel, B * tiles(N, side) * tiles(M, side), 256, 0, a.as<const uint32_t>(), other.as<const uint32_t>(),
+               areas_a, areas_b, all, out, N, M, n, self);
+    };
+    if (iou.dtype == DType::f64) return count(iou_kernel<double>, iou.as<double>());
+    count(iou_kernel<float>, iou.as<float>());
 }
 
 void window_masks(const Stream& stream, const View& words, int64_t height, int64_t width, int64_t top, int64_t left,

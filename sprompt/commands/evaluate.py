@@ -19,7 +19,8 @@ from sprompt.nn.distributed import is_first
 
 @dataclasses.dataclass
 class Evaluate:
-    """Measures a model on labelled pictures: AP and AR of its masks and their boxes, by pycocotools.
+    """Measures a model on labelled pictures: AP and AR of its masks and their boxes, by pycocotools. --evaluator open-world
+    measures the recall of masks without classes, for groups of categories.
 
     Writes OUT/predictions.json (COCO results) and OUT/metrics.json. With --results it measures a file of COCO results instead
     of a model.
@@ -49,6 +50,8 @@ class Evaluate:
 
         if (self.checkpoint is None) == (self.results is None):
             raise ValueError("--checkpoint: give either a trained model or --results")
+        if self.evaluator.any_classes and self.class_agnostic:
+            raise ValueError("--class-agnostic: must be left out; this evaluator never looks at the classes of results")
         if self.checkpoint is None:
             self._results(self.data.open("data", keep_empty=True))
             return
@@ -56,7 +59,8 @@ class Evaluate:
         run_folder.say(trained.about)
         number = len(trained.names)
         dataset = self.data.open("data", keep_empty=True, class_agnostic=self.class_agnostic and number == 1)
-        self._check_classes(trained.classes or dataset.classes, dataset.classes, number)
+        if not self.evaluator.any_classes:
+            self._check_classes(trained.classes or dataset.classes, dataset.classes, number)
         with run_folder.begun(self.out, self) as text:
             report(
                 trained.model, dataset, self.out, self.test.sized(trained.size), evaluator=self.evaluator,

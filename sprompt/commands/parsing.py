@@ -123,8 +123,9 @@ def _description(kind: Any) -> str:
 
 
 def command(name: str) -> Any:
-    """The dataclass of a command: `pretrain` is sprompt.commands.pretrain.Pretrain."""
-    return getattr(importlib.import_module(f"sprompt.commands.{name}"), name.capitalize())
+    """The dataclass of a command: `pretrain` is sprompt.commands.pretrain.Pretrain, `lvis-ow` is lvis_ow.LvisOw."""
+    words = name.split("-")
+    return getattr(importlib.import_module(f"sprompt.commands.{'_'.join(words)}"), "".join(map(str.capitalize, words)))
 
 
 def required_missing(kind: Any) -> Any:

@@ -38,6 +38,7 @@ class CocoFile:
     info: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     boxes: dict[int, int] = field(default_factory=dict)  # by picture's id: annotations with a box but without a mask
+    frequency: dict[int, str] = field(default_factory=dict)  # by category's id, if the file has it, as those of LVIS do
 
 
 def parse(data: Any, source: str) -> CocoFile:
@@ -50,12 +51,15 @@ def parse(data: Any, source: str) -> CocoFile:
     for key in ("annotations", "categories"):
         if not isinstance(data.get(key, []), list):
             raise DataError(f"{source}: {key} must be a list, got {_kind(data[key])}; is it a COCO file?")
-    pictures = [_picture(record, position, source) for position, record in enumerate(data["images"])]
+    pictures = [parse_picture(record, position, source) for position, record in enumerate(data["images"])]
     _refuse_twice(source, "pictures", (p.id for p in pictures))
-    categories = sorted(_category(c, i, source) for i, c in enumerate(data.get("categories", [])))
+    categories = sorted(parse_category(c, i, source) for i, c in enumerate(data.get("categories", [])))
     _refuse_twice(source, "categories", (c[0] for c in categories))
     file = _with_annotations(data.get("annotations", []), pictures, distinct(categories), data.get("info"), source)
     changed = [new for (_, old), (_, new) in zip(categories, file.categories, strict=True) if old != new]
+    for record in data.get("categories", []):
+        if isinstance(record.get("frequency"), str):
+            file.frequency[record["id"]] = record["frequency"]
     if changed:
         file.problems.insert(0, f"{source}: {len(changed)} categories share a name and are called {named(changed)}")
     return file
@@ -98,11 +102,11 @@ def _with_annotations(
     for position, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(f"{source}: annotation at place {position} must be an object, got {_kind(record)}")
-        own = _whole(record, "id", f"annotation at place {position}", source)
+        own = whole(record, "id", f"annotation at place {position}", source)
         what = f"annotation {own}"
         ids.append(own)
-        picture = by_id.get(_whole(record, "image_id", what, source))
-        category = _whole(record, "category_id", what, source)
+        picture = by_id.get(whole(record, "image_id", what, source))
+        category = whole(record, "category_id", what, source)
         crowd = record.get("iscrowd", 0)
         if crowd not in (0, 1):
             raise DataError(f"{source}: {what}: iscrowd must be 0 or 1, got {crowd!r:.40}")
@@ -154,16 +158,17 @@ def _left_out(source: str, ids: Sequence[int], why: str) -> str:
     return f"{source}: {len(ids)} annotations {why} are left out (annotation ids {named(ids)})"
 
 
-def _picture(record: Any, position: int, source: str) -> Picture:
+def parse_picture(record: Any, position: int, source: str) -> Picture:
+    """The picture of a record; raises DataError."""
     if not isinstance(record, dict):
         raise DataError(f"{source}: picture at place {position} must be an object, got {_kind(record)}")
-    own = _whole(record, "id", f"picture at place {position}", source)
-    height, width = (_whole(record, key, f"picture {own}", source) for key in ("height", "width"))
+    own = whole(record, "id", f"picture at place {position}", source)
+    height, width = (whole(record, key, f"picture {own}", source) for key in ("height", "width"))
     if height < 1 or width < 1 or height * width > MAX_PIXELS:
         raise DataError(
             f"{source}: picture {own} must have between 1 and {MAX_PIXELS} pixels, got {height}x{width}; correct it"
         )
-    name = record.get("file_name")
+    name = file_name(record)
     if not isinstance(name, str) or not name:
         raise DataError(f"{source}: picture {own} must have a file_name, got {name!r:.40}; correct it")
     if leaves(name):
@@ -173,13 +178,25 @@ def _picture(record: Any, position: int, source: str) -> Picture:
     return Picture(own, name, (height, width))
 
 
-def _category(record: Any, position: int, source: str) -> tuple[int, str]:
+def file_name(record: dict[str, Any]) -> Any:
+    """The file of a picture. LVIS gives an address instead, whose last two parts are the file in COCO's folders.
+
+    >>> file_name({"coco_url": "http://images.cocodataset.org/train2017/000000391895.jpg"})
+    'train2017/000000391895.jpg'
+    """
+    name, url = record.get("file_name"), record.get("coco_url")
+    return "/".join(url.split("/")[-2:]) if name is None and isinstance(url, str) else name
+
+
+def parse_category(record: Any, position: int, source: str) -> tuple[int, str]:
+    """Id and name of a category; raises DataError."""
     if not isinstance(record, dict) or not isinstance(record.get("name"), str):
         raise DataError(f"{source}: category at place {position} must have an id and a name, got {record!r:.60}")
-    return _whole(record, "id", f"category at place {position}", source), record["name"]
+    return whole(record, "id", f"category at place {position}", source), record["name"]
 
 
-def _whole(record: dict[str, Any], key: str, what: str, source: str) -> int:
+def whole(record: dict[str, Any], key: str, what: str, source: str) -> int:
+    """An entry of a record that must be a whole number; raises DataError, which calls the record `what`."""
     value = record.get(key)
     if type(value) is not int:  # a bool would pass isinstance
         got = f"{value!r:.40}" if key in record else "none"

@@ -209,9 +209,11 @@ class CocoDataset(Dataset[Sample]):
         included.
 
         Categories have the ids of `category_ids`. Annotations are numbered from 1, since pycocotools reads a match with number
-        0 as no match. Area and bbox are copied from the file; if it has none, they are computed from the mask.
+        0 as no match. Area and bbox are copied from the file; if it has none, they are computed from the mask. Categories have
+        their frequency, if the file gives it.
         """
         pictures = [self._file.pictures[p] for p in self.positions]
+        often = {} if self._class_agnostic else self._file.frequency
         annotations: list[dict[str, Any]] = []
         for picture in pictures:
             for a in self._file.annotations[picture.id]:
@@ -223,7 +225,10 @@ class CocoDataset(Dataset[Sample]):
                 {"id": p.id, "file_name": p.file_name, "height": p.size[0], "width": p.size[1]} for p in pictures
             ],
             "annotations": annotations,
-            "categories": [{"id": i, "name": n} for i, n in zip(self.category_ids, self.classes, strict=True)],
+            "categories": [
+                {"id": i, "name": n} | ({"frequency": often[i]} if i in often else {})
+                for i, n in zip(self.category_ids, self.classes, strict=True)
+            ],
         }
 
     def _judged(self, annotation: dict[str, Any], picture: Picture, number: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
 from torch import nn
@@ -15,6 +15,7 @@ from sprompt.engine.evaluators.coco import CocoConfig
 from sprompt.engine.evaluators.registry import EVALUATORS, EvaluatorConfig
 from sprompt.engine.predict import predict_to_file
 from sprompt.engine.processes import processes
+from sprompt.models.protocol import QueryModel
 from sprompt.nn.distributed import is_first
 
 
@@ -42,11 +43,13 @@ def evaluate(
     comparable with other metrics.
     """
     path = out / "predictions.json"
-    predict_to_file(model, dataset, path, dataset.category_ids, cpu=cpu, progress=progress, **settings)
+    evaluator = evaluator or CocoConfig()
+    ids = range(1, cast(QueryModel, model).num_classes + 1) if evaluator.any_classes else dataset.category_ids
+    predict_to_file(model, dataset, path, ids, cpu=cpu, progress=progress, **settings)
     state = processes(cpu)
     metrics: dict[str, Any] | None = None
     if is_first():
-        metrics = compare(dataset, path, evaluator or CocoConfig(), class_agnostic=class_agnostic)
+        metrics = compare(dataset, path, evaluator, class_agnostic=class_agnostic)
         atomic_write(out / "metrics.json", json.dumps(metrics, indent=1) + "\n")
     if state.num_processes > 1:
         (metrics,) = broadcast_object_list([metrics])

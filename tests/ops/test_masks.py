@@ -107,11 +107,12 @@ def test_iou_equals_pycocotools(height: int, width: int, kind: str) -> None:
         density = 0.5 if kind == "noise" else 0.003
         a, b = (torch.rand(k, height, width, generator=g) < density for k in (23, 17))
     encoded = [coco.encode(np.asfortranarray(m.permute(1, 2, 0).numpy().astype(np.uint8))) for m in (a, b)]
-    expected = torch.from_numpy(coco.iou(encoded[0], encoded[1], [0] * 17)).nan_to_num(0.0).float()
-    assert torch.equal(mask_iou(a, b), expected)
-    assert torch.equal(mask_iou(pack_masks(b), pack_masks(a)), expected.T)
-    both = torch.from_numpy(coco.iou(encoded[0], encoded[0], [0] * 23)).nan_to_num(0.0).float()
-    assert torch.equal(mask_iou(a), both)
+    expected = torch.from_numpy(coco.iou(encoded[0], encoded[1], [0] * 17)).nan_to_num(0.0)
+    both = torch.from_numpy(coco.iou(encoded[0], encoded[0], [0] * 23)).nan_to_num(0.0)
+    for dtype in (torch.float32, torch.float64):
+        assert torch.equal(mask_iou(a, b, dtype=dtype), expected.to(dtype))
+        assert torch.equal(mask_iou(pack_masks(b), pack_masks(a), dtype=dtype), expected.to(dtype).T)
+        assert torch.equal(mask_iou(a, dtype=dtype), both.to(dtype))
 
 
 @pytest.mark.parametrize(("count", "height", "width"), [(3, 130, 129), (35, 33, 65), (40, 150, 131)])

@@ -12,9 +12,8 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
-from sprompt.data.errors import DataError
+from sprompt.engine.evaluators import results as checked
 from sprompt.engine.evaluators.registry import EvaluatorConfig
-from sprompt.masks import BitMasks
 
 Kind = Literal["segm", "bbox"]
 Engine = Literal["pycocotools", "faster"]
@@ -147,20 +146,14 @@ def _indexed(coco: Any, images: list[Any], categories: list[Any], annotations: l
 def _detections(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], kind: Kind) -> list[dict[str, Any]]:
     """Results as annotations, numbered from 1. Their area is that of the mask for kind "segm", and that of the box for kind
     "bbox".
-
-    This function decodes the masks and checks their bounds, because the decoder of pycocotools trusts the file.
     """
-    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"]}
+    sizes = checked.sizes(truth)
     known = {category["id"] for category in truth["categories"]}
     detections: list[dict[str, Any]] = []
     masks: dict[Any, list[dict[str, Any]]] = {}  # detections with a mask, by picture
     for place, result in enumerate(results):
-        try:
-            image, category, score = result["image_id"], result["category_id"], float(result["score"])
-            if image not in sizes:
-                raise ValueError(
-                    f"image_id must be an id of the ground truth, got {image}; give results of its pictures"
-                )
+        with checked.record(place):
+            category, score, image = result["category_id"], float(result["score"]), checked.picture_of(result, sizes)
             if category not in known:
                 raise ValueError(
                     f"category_id must be an id of the ground truth, got {category}; give results of a model with its classes"
@@ -170,27 +163,11 @@ def _detections(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], 
                 x, y, width, height = map(float, result["bbox"])
                 found |= {"bbox": [x, y, width, height], "area": width * height}
             else:
-                rle = result.get("segmentation")
-                if rle is None:
-                    raise KeyError("segmentation")
-                if tuple(rle["size"]) != sizes[image]:
-                    raise ValueError(
-                        f"the mask must have the size {list(sizes[image])} of picture {image}, got {rle['size']}"
-                    )
-                found["segmentation"] = rle
+                found["segmentation"] = checked.rle_of(result, sizes[image], image)
                 masks.setdefault(image, []).append(found)
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"results: record {place} must be a COCO result, got {type(error).__name__}: {error}"
-            ) from None
-        except ValueError as error:
-            raise DataError(f"results: record {place}: {error}") from None
         detections.append(found)
     for image, own in masks.items():
-        try:
-            decoded = BitMasks.from_rle([found["segmentation"] for found in own], sizes[image])
-        except (ValueError, TypeError) as error:
-            raise DataError(f"results of picture {image}, from record {own[0]['id'] - 1} on: {error}") from None
+        decoded = checked.decoded([found["segmentation"] for found in own], sizes[image], image, own[0]["id"] - 1)
         for found, area, (x1, y1, x2, y2) in zip(own, decoded.area().tolist(), decoded.boxes().tolist(), strict=True):
             found |= {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": area if kind == "segm" else (x2 - x1) * (y2 - y1)}
             if kind == "bbox":

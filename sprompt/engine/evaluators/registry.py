@@ -10,7 +10,13 @@ from rich.table import Table
 
 from sprompt.registry import Named, Registry
 
-EVALUATORS = Registry("evaluator", {"coco": "sprompt.engine.evaluators.coco:Coco"})
+EVALUATORS = Registry(
+    "evaluator",
+    {
+        "coco": "sprompt.engine.evaluators.coco:Coco",
+        "open-world": "sprompt.engine.evaluators.open_world:OpenWorld",
+    },
+)
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,8 @@ class EvaluatorConfig(Named):
     """Settings of an evaluator, the only argument of its constructor."""
 
     registry = EVALUATORS
+    #: Whether the classes of the results have no influence, so that a model of any classes can be measured on any categories.
+    any_classes: ClassVar[bool] = False
 
 
 class Evaluator(Protocol):

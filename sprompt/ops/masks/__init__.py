@@ -82,17 +82,18 @@ def mask_boxes(masks: BitMasks | Tensor) -> Tensor:
     return op.mask_boxes(bits.words, *bits.size)
 
 
-def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor:
+def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """Intersection over union of every mask of a with every mask of b.
 
-    iou[n, m] = |aₙ ∩ bₘ| / |aₙ ∪ bₘ| from exact integer counts, divided in float64 and rounded once. It is 0 where both are
-    empty.
+    iou[n, m] = |aₙ ∩ bₘ| / |aₙ ∪ bₘ| from exact integer counts, divided in float64 and rounded to the dtype. It is 0
+    where both are empty.
 
     Args:
         a: BitMasks (..., N), or dense (..., N, H, W).
         b: BitMasks (..., M), or dense (..., M, H, W), of the same batch dimensions and size; None means a.
+        dtype: float32 or float64. A threshold such as 0.7 needs float64: 7/10 in float32 is below it.
 
-    Returns: float32 (..., N, M). N or M of 0 give an empty result. Deterministic, not differentiable.
+    Returns: (..., N, M) in this dtype. N or M of 0 give an empty result. Deterministic, not differentiable.
 
     >>> mask_iou(torch.tensor([[[1, 1], [0, 0]], [[0, 1], [0, 1]]])).tolist()
     [[1.0, 0.3333333432674408], [0.3333333432674408, 1.0]]
@@ -100,8 +101,10 @@ def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor
     bits_a = as_bits("mask_iou", "a", a)
     if not bits_a.shape:
         checks.bad_value("mask_iou", "a", "be a list of masks, (..., N)", "a single mask", "index it with [None]")
+    checks.choice("mask_iou", "dtype", dtype, (torch.float32, torch.float64))
+    double = dtype == torch.float64
     if b is None:
-        return op.mask_iou(bits_a.words, None, bits_a.size[1])
+        return op.mask_iou(bits_a.words, None, bits_a.size[1], double)
     bits_b = as_bits("mask_iou", "b", b)
     if not bits_b.shape:
         checks.bad_value("mask_iou", "b", "be a list of masks, (..., M)", "a single mask", "index it with [None]")
@@ -114,4 +117,4 @@ def mask_iou(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor
             "mask_iou", "b", f"have the batch dimensions of a, {tuple(bits_a.shape[:-1])}", tuple(bits_b.shape[:-1])
         )
     checks.same_device("mask_iou", a=bits_a.words, b=bits_b.words)
-    return op.mask_iou(bits_a.words, bits_b.words, bits_a.size[1])
+    return op.mask_iou(bits_a.words, bits_b.words, bits_a.size[1], double)

@@ -59,9 +59,9 @@ def window_masks(
 
 
 @op("cuda")
-def mask_iou(a: Tensor, b: Tensor | None, width: int) -> Tensor:
-    """a (..., N, n), b (..., M, n) -> (..., N, M). If b is None, a is used for it."""
-    return new(a, *a.shape[:-1], (a if b is None else b).shape[-2], dtype=torch.float32)
+def mask_iou(a: Tensor, b: Tensor | None, width: int, double: bool) -> Tensor:
+    """a (..., N, n), b (..., M, n) -> (..., N, M) in float32, or in float64 if `double`. If b is None, a is used for it."""
+    return new(a, *a.shape[:-1], (a if b is None else b).shape[-2], dtype=torch.float64 if double else torch.float32)
 
 
 # -- CPU kernels

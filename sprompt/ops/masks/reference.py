@@ -60,14 +60,15 @@ def mask_boxes(a: Args) -> Tensor:
 def mask_iou(a: Args) -> Tensor:
     """Takes one mask of a at a time, so that the largest temporary is one row of pairs."""
     x, y = a.a, a.a if a.b is None else a.b
+    dtype = torch.float64 if a.double else torch.float32
     dense = unpack(y, 32 * y.shape[-1])
     area_x, area_y = areas(x), areas(y)
     rows = []
     for i in range(x.shape[-2]):
         common = (unpack(x[..., i, :], 32 * x.shape[-1])[..., None, :] & dense).sum(-1)
         either = area_x[..., i, None] + area_y - common
-        rows.append((common.double() / either.clamp(min=1).double()).float())
-    return torch.stack(rows, -2) if rows else x.new_zeros((*x.shape[:-1], y.shape[-2]), dtype=torch.float32)
+        rows.append((common.double() / either.clamp(min=1).double()).to(dtype))
+    return torch.stack(rows, -2) if rows else x.new_zeros((*x.shape[:-1], y.shape[-2]), dtype=dtype)
 
 
 def window_masks(a: Args) -> Tensor:

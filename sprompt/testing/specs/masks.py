@@ -78,17 +78,21 @@ def _iou_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sa
         Sample(
             "blobs", (pack_masks(blobs(17, 90, 110, seed, device)), pack_masks(blobs(9, 90, 110, seed + 1, device)))
         ),
+        Sample("float64", (many[:7], many[5:]), {"dtype": torch.float64}),
+        Sample("float64, with itself", (many[:9],), {"dtype": torch.float64}),
         Sample("none of a", (pack_masks(many)[:0], pack_masks(many))),
         Sample("none of b", (pack_masks(many), pack_masks(many)[:0])),
         Sample("no pixels", (pack_masks(many[:, :0]), pack_masks(many[:2, :0]))),
     ]
 
 
-def _iou_oracle(a: BitMasks | Tensor, b: BitMasks | Tensor | None = None) -> Tensor:
+def _iou_oracle(
+    a: BitMasks | Tensor, b: BitMasks | Tensor | None = None, *, dtype: torch.dtype = torch.float32
+) -> Tensor:
     dense = [(m.to_dense() if isinstance(m, BitMasks) else m).flatten(-2).double() for m in (a, a if b is None else b)]
     common = dense[0] @ dense[1].mT
     either = dense[0].sum(-1)[..., :, None] + dense[1].sum(-1)[..., None, :] - common
-    return torch.where(either > 0, common / either, 0).float()
+    return torch.where(either > 0, common / either, 0).to(dtype)
 
 
 def _eager_pack(masks: Tensor, threshold: float = 0.5) -> BitMasks:
@@ -223,6 +227,7 @@ SPECS = [
             _iou("sizes differ", r"b must have masks of the size of a, \(4, 5\), got \(2, 5\)", _masks, _masks[:, :2]),
             _iou("batches differ", r"b must have the batch dimensions of a, \(1,\), got \(\)", _masks[None], _masks),
             _iou("one mask", "a must be a list of masks", _masks[0]),
+            _iou("half", "dtype must be one of torch.float32, torch.float64, got torch.float16", _masks, dtype=torch.float16),
         ),
     ),
     OpSpec(
