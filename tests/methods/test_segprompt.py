@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,7 +16,10 @@ from hypothesis import given, settings
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from sprompt.data.coco import CocoDataset
+from sprompt.data.errors import DataError
 from sprompt.data.sample import Batch
+from sprompt.data.synthetic import write_scenes
 from sprompt.masks import BitMasks
 from sprompt.methods.segprompt import SegPrompt, SegPromptConfig, prompts
 from sprompt.methods.segprompt.choice import Choice, Lists, choose
@@ -394,3 +399,20 @@ def test_errors() -> None:
         SegPrompt(Mask2Former(TINY), replace(SMALL, copies=13), vocabulary=3)
     with pytest.raises(ValueError, match="momentum"):
         SegPromptConfig(momentum=1.5)
+
+
+def test_lists_of_pictures_reach_the_choice(tmp_path: Path) -> None:
+    """Classes count by ascending category id; lists of other categories do not count."""
+    write_scenes(tmp_path, 3, size=(64, 64))
+    path = tmp_path / "instances.json"
+    data = json.loads(path.read_text())
+    data["images"][0] |= {"neg_category_ids": [2, 77], "not_exhaustive_category_ids": [6]}
+    data["images"][2] |= {"neg_category_ids": [77], "not_exhaustive_category_ids": []}
+    path.write_text(json.dumps(data))
+    dataset = CocoDataset(tmp_path / "images", path)
+    task = SegPrompt.on(Mask2Former(TINY), SMALL, dataset, 0)
+    assert task.lists == {0: Lists(frozenset({1}), frozenset({5}))} and task.vocabulary == 6
+    data["images"][1]["neg_category_ids"] = [None]
+    path.write_text(json.dumps(data))
+    with pytest.raises(DataError, match="picture 1: neg_category_ids must be a list of category ids"):
+        CocoDataset(tmp_path / "images", path)

@@ -76,7 +76,8 @@ class SegPrompt(nn.Module):
 
     @classmethod
     def on(cls, model: nn.Module, config: SegPromptConfig, dataset: Any, seed: int) -> SegPrompt:
-        return cls(model, config, vocabulary=len(dataset.classes), lists=lists_of(dataset), seed=seed)
+        lists = {image: Lists(*map(frozenset, pair)) for image, pair in dataset.category_lists().items()}
+        return cls(model, config, vocabulary=len(dataset.classes), lists=lists, seed=seed)
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         return [
@@ -196,15 +197,3 @@ def chosen(batch: Batch, places: Sequence[Sequence[int]], width: int | None = No
     words = batch.masks.words.gather(1, taken[..., None].expand(-1, -1, batch.masks.words.shape[2]))
     words = torch.where(real[..., None], words, 0)
     return Chosen(BitMasks(words, batch.masks.size), torch.where(real, batch.labels.gather(1, taken), 0), counts)
-
-
-def lists_of(dataset: Any) -> dict[int, Lists]:
-    """What the labels of each picture say about categories as a whole, restricted to the classes of the labels."""
-    given = getattr(dataset, "category_lists", None)
-    if given is None:
-        return {}
-    class_of = {own: place for place, own in enumerate(dataset.category_ids)}
-    return {
-        image: Lists(*(frozenset(class_of[c] for c in ids if c in class_of) for ids in pair))
-        for image, pair in given().items()
-    }
