@@ -179,7 +179,8 @@ def test_a_run_with_other_settings_is_refused(chain: Path, capsys: pytest.Captur
         ("view --proposals {0}/proposals.json", "--images: must be given"),
         (
             "pretrain --preset huge",
-            "--preset: must be one of d1, d3, paper, study-cpu, study-gpu, tiny, or a file NAME.yaml, got huge",
+            "--preset: must be one of class-agnostic, class-agnostic-tiny, d1, d3, paper, segprompt, segprompt-tiny, study-cpu, study-gpu, "
+            "tiny, or a file NAME.yaml, got huge",
         ),
         ("pretrain --config {0}/scenes/instances.json", "is not a setting"),
     ],
@@ -244,7 +245,7 @@ def test_a_method_and_an_evaluator_by_name(chain: Path, tmp_path: Path, capsys: 
     assert sprompt(f"finetune {data} --method saliency-prompt --out {tmp_path}/f {NETWORK} {SMALL}") == 1
     assert "does not say where the seeds of its masks lay" in capsys.readouterr().err
     assert sprompt(f"finetune {data} --method magic --out {tmp_path}/f") == 1
-    assert "--method: must be one of saliency-prompt, supervised, or package.module:Class" in capsys.readouterr().err
+    assert "--method: must be one of saliency-prompt, segprompt, supervised, or package.module:Class" in capsys.readouterr().err
     line = f"evaluate --checkpoint {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST}"
     assert sprompt(f"{line} --evaluator coco --evaluator.max-results 3") == 0
     few = json.loads((tmp_path / "e" / "metrics.json").read_text())

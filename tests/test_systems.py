@@ -12,6 +12,7 @@ import torch
 
 from sprompt import cli
 from sprompt.data.synthetic import write_scenes
+from sprompt.models.saved import load_model
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.swin import Swin, SwinConfig
 from sprompt.nn.weights import save_backbone
@@ -84,3 +85,30 @@ def test_the_chain(
     page = (tmp_path / "view/index.html").read_text()
     for section in ("proposals", "prompts", "predictions", "kernels"):
         assert f'id="{section}"' in page
+
+
+def test_segprompt_after_its_baseline(tmp_path: Path) -> None:
+    """The model of the class-agnostic preset, taught on by prompts; a run that was stopped goes on with the same bits."""
+    write_scenes(tmp_path / "scenes", 6, seed=0, size=(64, 64))
+    common = f"{LABELS} {MASK2FORMER} {RESNET} {SMALL} {TEST} --train.epochs 2"
+    sprompt(
+        tmp_path,
+        f"finetune --preset class-agnostic-tiny {common} {LABELS.replace('data.', 'val.')} --out {{0}}/agnostic",
+    )
+    assert json.loads((tmp_path / "agnostic/metrics.json").read_text())["class_agnostic"]
+    taught = (
+        f"finetune --preset segprompt-tiny {common} --checkpoint {{0}}/agnostic --method.categories 3 --method.copies 2 "
+        "--method.instances 2"
+    )
+    sprompt(tmp_path, f"{taught} --out {{0}}/straight")
+    sprompt(tmp_path, f"{taught} --out {{0}}/stopped --train.max-steps 1")
+    sprompt(tmp_path, f"{taught} --out {{0}}/stopped")
+    first, second = ((tmp_path / run / "model.safetensors").read_bytes() for run in ("straight", "stopped"))
+    assert first == second != (tmp_path / "agnostic/model.safetensors").read_bytes()
+    assert load_model(tmp_path / "straight/model.safetensors")[1]["classes"] == ["object"]
+    log = [json.loads(line) for line in (tmp_path / "straight/log.jsonl").read_text().splitlines()]
+    assert {f"{g}/{t}" for g in ("prompt", "extract") for t in ("class", "mask", "dice")} <= set(log[0])
+    sprompt(
+        tmp_path,
+        f"evaluate --checkpoint {{0}}/straight {LABELS} --class-agnostic True --out {{0}}/eval --cpu True {TEST}",
+    )

@@ -78,23 +78,26 @@ class Finetune:
         if not len(dataset):
             raise ValueError(f"--data: must hold a picture with an annotation, got none in {self.data.annotations}")
         val = self.val.open("val", keep_empty=True) if self.val.given() else None
-        if val is not None and val.classes != dataset.classes:
+        method = METHODS.owner(self.method)
+        classes = method.classes(self.method, dataset)
+        agnostic = classes != dataset.classes
+        if val is not None and val.classes != dataset.classes and not agnostic:
             raise ValueError(f"--val: must have the classes of --data, {dataset.classes}, got {val.classes}")
         run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
         for problem in dataset.problems:
             run_folder.say(f"  {problem}")
         if val is not None and not Checkpoints(self.out / "checkpoints", self.train.keep).steps():
             self._check(val)
-        model = self._model(dataset)
+        model = self._model(classes)
         run_folder.say_if_crowded(dataset, model.num_queries)
-        task = METHODS.owner(self.method).on(model, self.method, dataset, self.train.seed)
+        task = method.on(model, self.method, dataset, self.train.seed)
         watch = task.watch(dataset, self.augment, self.out)
 
         def after_epoch(epoch: int) -> dict[str, float]:
             watched = dict(watch(epoch)) if watch else {}
             if val is None or not self.evaluate_every or epoch % self.evaluate_every or epoch == self.train.epochs:
                 return watched
-            metrics = self._metrics(model, val, quiet=True)
+            metrics = self._metrics(model, val, agnostic, quiet=True)
             return watched | {f"val/{k}": v for k, v in metrics.items() if isinstance(v, float)}
 
         with run_folder.begun(self.out, dataclasses.replace(self, model=model.config)) as record:
@@ -110,9 +113,9 @@ class Finetune:
                     "reset_classifier": self.reset_classifier, "augment": to_plain(self.augment),
                 },
             )  # fmt: skip
-            run_folder.save(self.out, model, dataset.classes, self.augment)
+            run_folder.save(self.out, model, classes, self.augment)
             if val is not None:
-                self._metrics(model, val, quiet=False)
+                self._metrics(model, val, agnostic, quiet=False)
 
     def _start(self) -> Path | None:
         """The file of the initial weights; None if training starts from scratch."""
@@ -127,11 +130,11 @@ class Finetune:
         seen = run_folder.read_all("check --val", val, indices=range(rank, len(val), world), digests=False)
         refuse_broken(val, "val", seen)
 
-    def _model(self, dataset: CocoDataset) -> Any:
+    def _model(self, classes: list[str]) -> Any:
         import torch
 
         torch.manual_seed(self.train.seed)
-        count = len(dataset.classes)
+        count = len(classes)
         model: Any
         if self.checkpoint is None:
             model = build(dataclasses.replace(self.model, num_classes=count))
@@ -141,15 +144,15 @@ class Finetune:
         if self.backbone is not None:
             raise ValueError("--backbone: must be left out if --checkpoint is given; the checkpoint holds a backbone")
         trained = load(self.checkpoint, dataclasses.replace(self.model, num_classes=count), "cpu")
-        model, classes = trained.model, trained.classes
+        model, held = trained.model, trained.classes
         run_folder.say(trained.about)
         self._check_network(model.config)
         model.freeze_backbone(self.model.frozen_stages)
         if self.reset_classifier:
             model.reset_classifier(count)
-        elif classes is not None and classes != dataset.classes and not (count == 1 and classes == ["object"]):
+        elif held is not None and held != classes and not (count == 1 and held == ["object"]):
             raise ValueError(
-                f"--reset-classifier: must be True unless the data have the model's classes, {classes}, got {dataset.classes}"
+                f"--reset-classifier: must be True unless the data have the model's classes, {held}, got {classes}"
             )
         return model
 
@@ -167,6 +170,9 @@ class Finetune:
                 f"{option}: is {value}, but the model of --checkpoint has {held[name]}; leave the option out"
             )
 
-    def _metrics(self, model: Any, val: CocoDataset, quiet: bool) -> dict[str, Any]:
+    def _metrics(self, model: Any, val: CocoDataset, agnostic: bool, quiet: bool) -> dict[str, Any]:
         size = (self.augment.shorts[1], self.augment.long)
-        return report(model, val, self.out, self.test.sized(size), evaluator=self.evaluator, cpu=self.cpu, quiet=quiet)
+        return report(
+            model, val, self.out, self.test.sized(size), evaluator=self.evaluator, cpu=self.cpu, quiet=quiet,
+            class_agnostic=agnostic,
+        )  # fmt: skip

@@ -20,12 +20,17 @@ from sprompt.masks import Size
 
 _TINY = 16  # pixels: a mask is decoded at once if its annotation states a smaller area, since it may be empty
 
+#: Lists of LVIS in the record of a picture: categories that are surely absent, and those of which objects may lack a label.
+LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
+
 
 @dataclass(frozen=True)
 class Picture:
     id: int
     file_name: str  # below the folder of the pictures
     size: Size
+    absent: tuple[int, ...] = ()  # ids of categories that are surely not in the picture, as LVIS lists them
+    partial: tuple[int, ...] = ()  # ids of categories of which objects may lack a label
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,11 @@ def parse_picture(record: Any, position: int, source: str) -> Picture:
         raise DataError(
             f"{source}: picture {own} must lie below the folder of the pictures, got {name!r:.80}; write the path from there"
         )
-    return Picture(own, name, (height, width))
+    lists = [record.get(key, []) for key in LISTS]
+    for key, ids in zip(LISTS, lists, strict=True):
+        if not isinstance(ids, list) or any(type(i) is not int for i in ids):
+            raise DataError(f"{source}: picture {own}: {key} must be a list of category ids, got {ids!r:.60}")
+    return Picture(own, name, (height, width), tuple(lists[0]), tuple(lists[1]))
 
 
 def file_name(record: dict[str, Any]) -> Any:

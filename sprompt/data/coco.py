@@ -153,6 +153,19 @@ class CocoDataset(Dataset[Sample]):
         seen = masks.area() > 0
         return sample if bool(seen.all()) else sample.kept(seen)
 
+    def category_lists(self) -> dict[int, tuple[list[int], list[int]]]:
+        """{image id: classes that are surely not in the picture, classes of which objects may lack a label}, as LVIS lists them, for
+        pictures that list any of the dataset's classes."""
+        found = {}
+        for position in self.positions:
+            picture = self._file.pictures[position]
+            lists = [
+                [self._class_of[c] for c in ids if c in self._class_of] for ids in (picture.absent, picture.partial)
+            ]
+            if any(lists):
+                found[picture.id] = (lists[0], lists[1])
+        return found
+
     def path(self, index: int) -> Path:
         """The file of a picture."""
         return self._folder / self._file.pictures[self.positions[index]].file_name

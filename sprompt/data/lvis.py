@@ -11,11 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from sprompt.data.annotations import file_name, parse_category, parse_picture, whole
+from sprompt.data.annotations import LISTS, file_name, parse_category, parse_picture, whole
 from sprompt.data.errors import DataError
 from sprompt.data.json_stream import array
-
-LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
 
 
 def read_categories(path: Path | str) -> list[dict[str, Any]]:
@@ -30,12 +28,8 @@ def read_pictures(path: Path | str) -> Iterator[dict[str, Any]]:
     """The pictures, each with a file name and both lists; lists that the file lacks are empty. DataError refuses a picture
     without id, height, width or name, and lists that hold no category ids."""
     for position, record in enumerate(array(path, "images")):
-        own = parse_picture(record, position, str(path)).id
-        lists = {key: record.get(key, []) for key in LISTS}
-        for key, ids in lists.items():
-            if not isinstance(ids, list) or any(type(i) is not int for i in ids):
-                raise DataError(f"{path}: picture {own}: {key} must be a list of category ids, got {ids!r:.60}")
-        yield record | {"file_name": file_name(record)} | lists
+        parse_picture(record, position, str(path))
+        yield record | {"file_name": file_name(record)} | {key: record.get(key, []) for key in LISTS}
 
 
 def read_annotations(path: Path | str) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,7 @@ METHODS = Registry(
     "method",
     {
         "saliency-prompt": "sprompt.methods.saliency_prompt:Pretraining",
+        "segprompt": "sprompt.methods.segprompt:SegPrompt",
         "supervised": "sprompt.methods.supervised:Supervised",
     },
 )
@@ -32,6 +33,10 @@ class Method(Protocol):
     """The task of a model and labelled pictures: an nn.Module that `sprompt.engine.train.train` trains."""
 
     Config: ClassVar[type[MethodConfig]]
+
+    @staticmethod
+    def classes(config: Any, dataset: Any) -> list[str]:
+        """Names of the classes that the model must have for a CocoDataset."""
 
     @classmethod
     def on(cls, model: nn.Module, config: Any, dataset: Any, seed: int) -> Any:

@@ -17,7 +17,10 @@ from sprompt.models.protocol import ParameterGroup, QueryModel, Targets, checked
 
 @dataclass(frozen=True)
 class SupervisedConfig(MethodConfig):
-    """Training on labels has no settings of its own."""
+    """Settings of training on labels."""
+
+    class_agnostic: bool = False
+    """Give all labels one class, "object"."""
 
 
 class Supervised(nn.Module):
@@ -25,14 +28,19 @@ class Supervised(nn.Module):
 
     Config = SupervisedConfig
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, config: SupervisedConfig | None = None) -> None:
         super().__init__()
         self.model = checked_model(model)
+        self.config = config or SupervisedConfig()
+
+    @staticmethod
+    def classes(config: SupervisedConfig, dataset: Any) -> list[str]:
+        return ["object"] if config.class_agnostic else list(dataset.classes)
 
     @classmethod
     def on(cls, model: nn.Module, config: SupervisedConfig, dataset: Any, seed: int) -> Supervised:
-        check_classes(dataset.classes, cast(QueryModel, model).num_classes)
-        return cls(model)
+        check_classes(cls.classes(config, dataset), cast(QueryModel, model).num_classes)
+        return cls(model, config)
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         return cast(QueryModel, self.model).parameter_groups()
@@ -42,9 +50,9 @@ class Supervised(nn.Module):
 
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(QueryModel, self.model)
-        targets = Targets(batch.masks, batch.labels, batch.counts)
-        outputs = model.decode(model.encode(batch.images), None, targets)
-        terms = model.losses(outputs, batch.masks, batch.labels, batch.counts).terms
+        labels = torch.zeros_like(batch.labels) if self.config.class_agnostic else batch.labels
+        outputs = model.decode(model.encode(batch.images), None, Targets(batch.masks, labels, batch.counts))
+        terms = model.losses(outputs, batch.masks, labels, batch.counts).terms
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()}
 
 

@@ -52,6 +52,22 @@ class Targets(NamedTuple):
     groups: Sequence[QueryGroup] = ()
 
 
+class Slots(NamedTuple):
+    """The truth of a group of queries. Each query of the group is a slot: it takes targets of its own class only, and predicts
+    objects of one class, whatever class that is."""
+
+    classes: Tensor  # (B, M) int64: the class of each slot
+    labels: Tensor  # (B, G) int64: the class of each target
+    truth: Tensor  # (B, M) int64: NOTHING, OBJECT, or IF_MATCHED: an object where a target is matched to the slot
+    compared: Tensor  # bool (B, G): targets whose mask is compared with that of their slot
+    rows: Tensor | None = (
+        None  # (B, G) int64: the slot of each target, -1 for none; None: slots are matched in every layer
+    )
+
+
+NOTHING, OBJECT, IF_MATCHED = 0, 1, 2
+
+
 class Matched(NamedTuple):
     """One decoder stage: its output queries, and the query that was matched to each target."""
 
@@ -118,6 +134,22 @@ class QueryModel(Protocol):
 
     def parameter_groups(self) -> Iterable[ParameterGroup]:
         """Parameters with factors of their own. All other parameters have factors of 1."""
+
+
+@runtime_checkable
+class GroupModel(QueryModel, Protocol):
+    """A model that can train with groups of extra queries (`Targets.groups`), and that has one class."""
+
+    def learned_queries(self) -> tuple[Tensor, Tensor]:
+        """Content and positions of the learned queries, (N, C) each, with gradient."""
+
+    def group_states(self, outputs: Any, group: int) -> Tensor:
+        """(B, M, C): the queries of a group behind the last layer."""
+
+    def group_losses(
+        self, outputs: Any, group: int, masks: BitMasks, counts: Tensor, slots: Slots
+    ) -> dict[str, Tensor]:
+        """Weighted terms (class, mask, dice) of a group, over all layers, against masks (B, G) of the size of the images."""
 
 
 def checked_model(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@ transformers' names."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ class Decoded(NamedTuple):
 
     hidden: list[Tensor]  # (B, Q, C), layer-normed
     embeddings: list[Tensor]  # (B, Q, C): their products with the mask features are mask logits
+    last: Tensor  # (B, Q, C), the queries behind the last layer, without the layer norm of `hidden`
 
 
 class SelfAttention(nn.Module):
@@ -125,10 +126,14 @@ class MaskedDecoder(nn.Module):
 
     def forward(
         self, content: Tensor, positions: Tensor, maps: Sequence[Tensor], level_embed: Tensor, mask_features: Tensor, *,
-        sees: Tensor | None = None,
+        sees: Tensor | None = None, given: Mapping[int, BitMasks] | None = None,
     ) -> Decoded:  # fmt: skip
         """content and positions (B, Q, C), maps (B, C, h, w) in the order in which layers read them, level_embed (maps, C), mask
         features (B, C, H, W).
+
+        `sees`, bool (Q, Q): the queries that each query attends to; None: all. `given`, {first query: masks (B, M) of any size}: these
+        M queries read the pixels of their mask in every layer, instead of those of their last prediction. A cell of a map belongs to
+        such a mask if one of its pixels does.
 
         The mask of a query at a level is the sign of its logits resized to the level. Resizing and the product are both linear, so the
         mask features are resized once for each level, and the logits of all queries at full resolution never exist.
@@ -140,16 +145,30 @@ class MaskedDecoder(nn.Module):
             v + sine_positions(m.shape[1], m.shape[2], m.shape[3], v).flatten(1).T
             for v, m in zip(values, maps, strict=True)
         ]
+        fixed = [
+            {first: masks.resize((m.shape[2], m.shape[3]), "any") for first, masks in (given or {}).items()}
+            for m in maps
+        ]
         x = content
-        decoded = Decoded([self.layernorm(x)], [])
-        decoded.embeddings.append(self.mask_predictor(decoded.hidden[0]))
+        hidden = [self.layernorm(x)]
+        embeddings = [self.mask_predictor(hidden[0])]
         for number, layer in enumerate(self.layers):
             level = number % len(maps)
-            masks = mask_bits(resized[level], decoded.embeddings[-1].detach())
+            masks = _with_given(mask_bits(resized[level], embeddings[-1].detach()), fixed[level])
             x = layer(x, positions, keys[level], values[level], masks, sees)
-            decoded.hidden.append(self.layernorm(x))
-            decoded.embeddings.append(self.mask_predictor(decoded.hidden[-1]))
-        return decoded
+            hidden.append(self.layernorm(x))
+            embeddings.append(self.mask_predictor(hidden[-1]))
+        return Decoded(hidden, embeddings, x)
+
+
+def _with_given(masks: BitMasks, given: Mapping[int, BitMasks]) -> BitMasks:
+    """Masks (B, Q), some of them replaced: see `MaskedDecoder.forward`."""
+    if not given:
+        return masks
+    words = masks.words.clone()
+    for first, others in given.items():
+        words[:, first : first + others.shape[1]] = others.words
+    return BitMasks(words, masks.size)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

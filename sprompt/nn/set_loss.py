@@ -27,9 +27,14 @@ def class_term(classes: Tensor, rows: Tensor, labels: Tensor, no_object: float) 
     batch, queries, last = classes.shape[0], classes.shape[1], classes.shape[2] - 1
     truth = labels.new_full((batch, queries + 1), last)
     truth.scatter_(1, torch.where(rows >= 0, rows, queries), labels)  # targets without a query go into an extra column
-    weight = classes.new_ones(last + 1)
-    weight[last] = no_object
-    return F.cross_entropy(classes.flatten(0, 1), truth[:, :queries].flatten(), weight)
+    return weighted_cross_entropy(classes, truth[:, :queries], no_object)
+
+
+def weighted_cross_entropy(classes: Tensor, truth: Tensor, no_object: float) -> Tensor:
+    """The weighted mean over queries, classes (B, Q, K + 1) and truth (B, Q). The last class is no object."""
+    weight = classes.new_ones(classes.shape[2])
+    weight[-1] = no_object
+    return F.cross_entropy(classes.flatten(0, 1), truth.flatten(), weight)
 
 
 def mask_terms(

@@ -65,6 +65,10 @@ class Pretraining(nn.Module):
             self.prompt_layer = nn.Linear(cast(Any, network.backbone).channels[-1], network.channels)
         self.train(self.training)
 
+    @staticmethod
+    def classes(config: SaliencyPromptConfig, dataset: Any) -> list[str]:
+        return ["object"]
+
     @classmethod
     def on(cls, model: nn.Module, config: SaliencyPromptConfig, dataset: Any, seed: int) -> Pretraining:
         if not dataset.has_seeds and config.kernel_weight > 0:

@@ -14,7 +14,17 @@ from sprompt.masks import BitMasks, Size
 from sprompt.models import query_inference
 from sprompt.models.mask2former import loss
 from sprompt.models.mask2former.config import Mask2FormerConfig
-from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
+from sprompt.models.protocol import (
+    Features,
+    Losses,
+    ParameterGroup,
+    Prediction,
+    Prompter,
+    Slots,
+    Targets,
+    check_images,
+)
+from sprompt.models.query_groups import join
 from sprompt.nn.masked_decoder import MaskedDecoder
 from sprompt.nn.pixel_decoder import LEVELS, PixelDecoder
 from sprompt.nn.resnet import ResNet
@@ -29,6 +39,8 @@ class Outputs(NamedTuple):
     hidden: list[Tensor]  # (B, Q, C)
     embeddings: list[Tensor]  # (B, Q, C): their products with the mask features are mask logits of stride 4
     mask_features: Tensor  # (B, C, H, W), stride 4
+    last: Tensor  # (B, Q, C), the queries behind the last layer
+    groups: tuple[Outputs, ...] = ()  # of extra queries, in the order of the groups
 
 
 class TransformerModule(nn.Module):
@@ -126,8 +138,6 @@ class Mask2Former(nn.Module):
         return Features(maps, self.pixel_decoder(maps))
 
     def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
-        if targets is not None and targets.groups:
-            raise ValueError("Mask2Former: targets.groups must be empty, got groups of queries")
         mask_features, *maps = features.maps
         module, batch = self.transformer_module, len(mask_features)
         content = module.queries_features.weight.expand(batch, -1, -1)
@@ -138,18 +148,36 @@ class Mask2Former(nn.Module):
                     f"Mask2Former: the prompter must return queries of shape {tuple(content.shape)}, got {tuple(prompted.shape)}"
                 )
             content = prompted
+        groups = () if targets is None else targets.groups
+        joined = join(content, module.queries_embedder.weight.expand(batch, -1, -1), groups)
         decoded = module.decoder(
-            content,
-            module.queries_embedder.weight.expand(batch, -1, -1),
-            maps[::-1],
-            module.level_embed.weight,
-            mask_features,
-        )
+            joined.content, joined.positions, maps[::-1], module.level_embed.weight, mask_features,
+            sees=joined.sees, given=joined.masks,
+        )  # fmt: skip
         classes = [self.class_predictor(hidden) for hidden in decoded.hidden]
-        return Outputs(classes, decoded.hidden, decoded.embeddings, mask_features)
+        own, *others = (
+            Outputs(
+                [x[:, place] for x in classes], [x[:, place] for x in decoded.hidden], [x[:, place] for x in decoded.embeddings],
+                mask_features, decoded.last[:, place],
+            )
+            for place in joined.places
+        )  # fmt: skip
+        return own._replace(groups=tuple(others))
 
     def losses(self, outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) -> Losses:
         return loss.losses(outputs, masks, labels, counts, self.config)
+
+    def learned_queries(self) -> tuple[Tensor, Tensor]:
+        module = self.transformer_module
+        return module.queries_features.weight, module.queries_embedder.weight
+
+    def group_states(self, outputs: Outputs, group: int) -> Tensor:
+        return outputs.groups[group].last
+
+    def group_losses(
+        self, outputs: Outputs, group: int, masks: BitMasks, counts: Tensor, slots: Slots
+    ) -> dict[str, Tensor]:
+        return loss.group_losses(outputs.groups[group], masks, counts, slots, self.config)
 
     def mask_logits(self, outputs: Outputs) -> Tensor:
         return mask_conv(outputs.mask_features, outputs.embeddings[-1])
