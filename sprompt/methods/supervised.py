@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sprompt.data.sample import Batch
 from sprompt.methods.registry import MethodConfig
-from sprompt.models.protocol import ParameterGroup, QueryModel, Targets, checked_model
+from sprompt.models.protocol import ParameterGroup, QueryModel, Targets, checked_model, features_of
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Supervised(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(QueryModel, self.model)
         targets = Targets(batch.masks, batch.labels, batch.counts)
-        outputs = model.decode(model.encode(batch.images), None, targets)
+        outputs = model.decode(features_of(model, batch.images, batch.sizes), None, targets)
         terms = model.losses(outputs, batch.masks, batch.labels, batch.counts).terms
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()}
 
