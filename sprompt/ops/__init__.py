@@ -42,6 +42,9 @@ from sprompt.ops.resize_masks import resize_masks
 # rle
 from sprompt.ops.rle import rle_decode, rle_encode
 
+# roi_align
+from sprompt.ops.roi_align import roi_align
+
 # saliency_masks
 from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
@@ -100,6 +103,9 @@ __all__ = [
     # rle
     "rle_decode",
     "rle_encode",
+    #
+    # roi_align
+    "roi_align",
     #
     # saliency_masks
     "SaliencyMasks",
