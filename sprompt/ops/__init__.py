@@ -3,6 +3,9 @@
 # activation_queries
 from sprompt.ops.activation_queries import activation_queries
 
+# box_masks
+from sprompt.ops.box_masks import crop_masks, paste_masks
+
 # deform_attn
 from sprompt.ops.deform_attn import deform_attn
 
@@ -48,6 +51,10 @@ from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_ma
 __all__ = [
     # activation_queries
     "activation_queries",
+    #
+    # box_masks
+    "crop_masks",
+    "paste_masks",
     #
     # deform_attn
     "deform_attn",
