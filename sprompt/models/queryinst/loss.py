@@ -63,7 +63,7 @@ def losses(
         place = rows[number].clamp(min=0)[..., None].expand(-1, -1, config.channels)
         pairs = [regions[:, :, number], stage.attended.gather(1, place), labels, real[number], cropped[:, :, number]]
         pairs = [each.flatten(0, 1) for each in pairs]
-        if labels.device.type == "cpu":
+        if _selects(labels.device):
             pairs = [each[pairs[3]] for each in pairs]
         features, attended, wanted, counted, target = pairs
         logits = full_precision(head(features, attended, wanted[:, None], counted)[:, 0])
@@ -107,6 +107,11 @@ def _read(outputs: Outputs, masks: BitMasks, boxes: Tensor, real: Tensor, counts
     return regions.unflatten(1, (targets, number)), cropped.unflatten(1, (targets, number))
 
 
+def _selects(device: torch.device) -> bool:
+    """Whether only the matched pairs are computed. A GPU would wait for their number."""
+    return device.type == "cpu"
+
+
 def _dice(logits: Tensor, target: Tensor) -> Tensor:
     """1 − 2Σpt / (Σp² + Σt² + 1e-5) of every mask (M, h, w)."""
     p, t = logits.sigmoid().flatten(1), target.flatten(1)
@@ -126,3 +131,11 @@ def _check(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) ->
             f"QueryInst.losses: labels must be int64 of shape {tuple(masks.shape)}, got {labels.dtype} of {tuple(labels.shape)}; give "
             "every mask a class"
         )
+    classes = outputs.stages[0].classes.shape[2]
+    if labels.device.type == "cpu":  # on a GPU this check would wait for the device
+        wrong = labels[(torch.arange(labels.shape[1]) < counts[:, None]) & ((labels < 0) | (labels >= classes))]
+        if len(wrong):
+            raise ValueError(
+                f"QueryInst.losses: labels must lie between 0 and {classes - 1}, got {int(wrong[0])}; was the model made for these "
+                "classes? (reset_classifier)"
+            )
