@@ -82,7 +82,7 @@ class BatchNormOfReal(nn.BatchNorm2d):
         mean = (wide * weight).sum((0, 2, 3)) / cells
         variance = ((wide - mean[:, None, None]).square() * weight).sum((0, 2, 3)) / cells
         with torch.no_grad():
-            share = enough * self.momentum
+            share = enough.to(mean.dtype) * self.momentum
             self.running_mean += share * (mean - self.running_mean)
             self.running_var += share * (variance * cells / (cells - 1).clamp(min=1) - self.running_var)
             self.num_batches_tracked += enough
