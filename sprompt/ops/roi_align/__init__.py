@@ -9,8 +9,10 @@ from torch import Tensor
 from sprompt.ops import checks
 from sprompt.ops.roi_align import op
 
-#: Levels of a pyramid (max_views of csrc/common/views.h), and sides of maps, which are exact in float32.
-LEVELS, SIDE = 8, 2**24
+#: Levels of a pyramid (max_views of csrc/common/views.h).
+LEVELS = 8
+#: Sides of maps, and samples of a side of a box: they and halves of them are exact in float32.
+SIDE = SAMPLES = 2**23
 
 
 def roi_align(
@@ -59,6 +61,8 @@ def roi_align(
     checks.shape(name, "boxes", boxes, "(B, N, 4)", (B, None, 4), "give x1, y1, x2, y2 of the boxes of each picture")
     checks.whole(name, "size", size, "be a whole number of at least 1", 1)
     checks.whole(name, "sampling", sampling, "be a whole number of at least 1", 1)
+    if size * sampling >= SAMPLES:
+        checks.bad_value(name, "size", f"give fewer than {SAMPLES} samples a side", size * sampling, "take fewer samples")
     checks.counts(name, counts, B)
     checks.same_device(name, maps=maps[0], boxes=boxes, counts=counts)
     boxes = boxes.detach().to(torch.float64 if maps[0].dtype is torch.float64 else torch.float32)
