@@ -78,7 +78,8 @@ def _check_maps(name: str, maps: Any, strides: Any) -> None:
         checks.tensor(name, "maps", level, checks.FLOATS)
         checks.shape(name, "maps", level, "(B, C, h, w)", (*maps[0].shape[:2], None, None), "levels share B and C")
         if level.dtype is not maps[0].dtype:
-            checks.bad_type(name, "maps", f"have one dtype ({maps[0].dtype})", level.dtype, "convert them")
+            first, other = (str(m.dtype).removeprefix("torch.") for m in (maps[0], level))
+            checks.bad_type(name, "maps", f"have one dtype ({first})", other, "convert them")
         if level.shape[2] >= SIDE or level.shape[3] >= SIDE:
             checks.bad_value(name, "maps", f"have sides below {SIDE}", tuple(level.shape[2:]))
         checks.same_device(name, **{"maps[0]": maps[0], "maps": level})
