@@ -1,7 +1,7 @@
-// Means of samples of a pyramid inside the bins of boxes. B pictures, N boxes, C channels, V levels, R x R bins of S x S samples.
-// T is f32, bf16 or f16, the same type for all arguments marked T.
+// Means of samples of a pyramid inside the bins of boxes. B pictures, N boxes, C channels, V levels, R x R bins of S x S
+// samples. T is f32, bf16 or f16, the same type for all arguments marked T.
 //
-//   maps    V tensors (B, C, h, w) T, with stride 1 along rows or along channels; h and w are below 2^23
+//   maps    V tensors (B, C, h, w) T; h and w are below 2^23
 //   boxes   (B, N, 4) f32, contiguous: x1, y1, x2, y2 in pixels
 //   counts  (B) i64, any stride, in [0, N], or none
 //   strides (V) i64, contiguous: pixels of a cell
@@ -14,7 +14,7 @@
 
 namespace sprompt {
 
-// out (B, N, C, R, R) T, contiguous.
+// out (B, N, C, R, R) T, contiguous. Maps have stride 1 along rows or along channels.
 SPROMPT_KERNEL(roi_align, const Views& maps, const View& boxes, const View& counts, const View& strides, int64_t sampling,
                const View& out, int threads)
 
@@ -22,5 +22,11 @@ SPROMPT_KERNEL(roi_align, const Views& maps, const View& boxes, const View& coun
 // increasing box.
 SPROMPT_KERNEL(roi_align_backward, const View& grad, const View& boxes, const View& counts, const View& strides,
                int64_t sampling, const Views& out, int threads)
+
+// CUDA: the same, and maps may have any strides. strides is in the host's memory. R is at most 256, and R * S at most 1024.
+SPROMPT_CUDA_KERNEL(roi_align, const Views& maps, const View& boxes, const View& counts, const View& strides, int64_t sampling,
+                    const View& out)
+SPROMPT_CUDA_KERNEL(roi_align_backward, const View& grad, const View& boxes, const View& counts, const View& strides,
+                    int64_t sampling, const Views& out)
 
 }  // namespace sprompt

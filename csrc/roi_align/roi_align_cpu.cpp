@@ -48,15 +48,15 @@ SPROMPT_INLINE void sum_rows(const T* p, const View& map, int64_t cells, const A
 
 // room.line <- the columns that the box needs, summed over the rows of one row of bins.
 template <class T>
-SPROMPT_INLINE void read_line(const T* plane, const View& map, int64_t channels, const Box& box, int64_t bin, const Room& room) {
+SPROMPT_INLINE void read_line(const T* plane, const View& map, int64_t channels, const Box& box, int64_t bin,
+                              const Room& room) {
     const Axis& rows = box.rows;
     for (int32_t b = 0; b < box.blocks.count; ++b) {
         const int64_t start = box.blocks.start[b], cells = map.size[3] - start;
         if (contiguous_rows(map)) {
             const T* p = plane + start;
             int64_t c = 0;
-            for (; c + 4 <= channels; c += 4)
-                sum_rows<4>(p + c * map.stride[1], map, cells, rows, bin, room.tile + c * W);
+            for (; c + 4 <= channels; c += 4) sum_rows<4>(p + c * map.stride[1], map, cells, rows, bin, room.tile + c * W);
             for (; c < channels; ++c) sum_rows<1>(p + c * map.stride[1], map, cells, rows, bin, room.tile + c * W);
             transpose(room.tile, W, room.line + b * W * W, W);
         } else {
@@ -98,8 +98,8 @@ static void forward(const Views& maps, const View& boxes, const View& counts, co
     const Box* located = locate_boxes(maps, boxes, counts, strides, sampling, threads, memory);
     const int64_t floats = Room::floats(sampling);
     float* scratch = memory.take<float>(threads, floats);
-    // The boxes of W channels follow each other, because they read the same planes. Where channels are contiguous, the groups of
-    // channels of one box follow each other.
+    // The boxes of W channels follow each other, because they read the same planes. Where channels are contiguous, the groups
+    // of channels of one box follow each other.
     const bool planes = contiguous_rows(maps.view[0]);
     parallel_for(out.size[0] * N * groups, 8, threads, [&](int64_t begin, int64_t end, int worker) {
         const Room room(scratch + worker * floats, sampling);
@@ -143,8 +143,8 @@ SPROMPT_INLINE void add_rows(const float* tile, const View& map, int64_t cells, 
 
 // Adds the gradients of one box and `channels` channels to their planes.
 template <class T>
-static void add_box(const T* grad, const View& map, int64_t channels, const Box& box, const Sampling& sampling, const Room& room,
-                    float* planes) {
+static void add_box(const T* grad, const View& map, int64_t channels, const Box& box, const Sampling& sampling,
+                    const Room& room, float* planes) {
     const int64_t R = sampling.size, P = R * R;
     for (int64_t k = 0; k < channels; ++k) row_to_float(grad + k * P, P, room.rows + k * padded(P));
     for (int64_t i = 0; i < P; i += W) transpose(room.rows + i, padded(P), room.bins + i * W, W);

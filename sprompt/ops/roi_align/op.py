@@ -12,7 +12,7 @@ from sprompt.ops.declare import Args, new, op
 from sprompt.ops.region_mean.op import lanes
 
 
-@op()
+@op("cuda")
 def roi_align(
     maps: list[Tensor], boxes: Tensor, counts: Tensor | None, size: int, sampling: int, strides: list[int]
 ) -> Tensor:
@@ -20,7 +20,7 @@ def roi_align(
 
 
 @functools.lru_cache(64)
-def _table(strides: tuple[int, ...]) -> Tensor:
+def table(strides: tuple[int, ...]) -> Tensor:
     """The strides as the kernels read them, (V,)."""
     return torch.tensor(strides, dtype=torch.int64, device="cpu")
 
@@ -29,7 +29,7 @@ def _table(strides: tuple[int, ...]) -> Tensor:
 def _(a: Args, out: Tensor) -> None:
     maps = [lanes(level) for level in a.maps]
     native._C.roi_align(
-        maps, a.boxes.contiguous(), a.counts, _table(tuple(a.strides)), a.sampling, out, native.threads()
+        maps, a.boxes.contiguous(), a.counts, table(tuple(a.strides)), a.sampling, out, native.threads()
     )
 
 
@@ -42,7 +42,7 @@ def _(ctx: Any, a: Args, out: Tensor) -> None:
     ctx.numbers = a.sampling, [int(n) for level in a.maps for n in level.shape[2:]], a.strides
 
 
-@op()
+@op("cuda")
 def roi_align_backward(
     grad: Tensor, boxes: Tensor, counts: Tensor | None, sampling: int, sizes: list[int], strides: list[int]
 ) -> list[Tensor]:
@@ -57,5 +57,5 @@ roi_align.backward(lambda ctx, _, grad: (roi_align_backward(grad, *ctx.saved_ten
 @roi_align_backward.native
 def _(a: Args, out: list[Tensor]) -> None:
     native._C.roi_align_backward(
-        a.grad.contiguous(), a.boxes.contiguous(), a.counts, _table(tuple(a.strides)), a.sampling, out, native.threads()
+        a.grad.contiguous(), a.boxes.contiguous(), a.counts, table(tuple(a.strides)), a.sampling, out, native.threads()
     )
