@@ -9,8 +9,12 @@ from torch import Tensor
 from sprompt.ops import checks
 from sprompt.ops.roi_align import op
 
-#: Levels of a pyramid (max_views of csrc/common/views.h), and sides of maps, which are exact in float32.
-LEVELS, SIDE = 8, 2**24
+#: Levels of a pyramid (max_views of csrc/common/views.h).
+LEVELS = 8
+#: Sides of maps: they and halves of them are exact in float32.
+SIDE = 2**23
+#: Bins and samples of a side of a box. A GPU kernel has a table of them in shared memory.
+BINS, SAMPLES = 256, 1024
 
 
 def roi_align(
@@ -37,9 +41,9 @@ def roi_align(
         boxes: (B, N, 4) float, in pixels of the padded input, in any order. They are used in float32 (float64 with maps of
             float64). They may leave the picture. A box without width or height, or with x2 < x1 or y2 < y1, is on the finest
             level. A box with a coordinate that is NaN or infinite is 0.
-        size: Bins of a side, at least 1.
+        size: Bins of a side, from 1 to 256.
         strides: Pixels of a cell of every map, as many as maps.
-        sampling: Samples of a side of a bin, at least 1.
+        sampling: Samples of a side of a bin, at least 1. size·sampling is at most 1024.
         counts: (B,) int64, the number of real boxes of each picture; None means all N.
 
     Returns: (B, N, C, size, size) in the dtype of the maps. Rows behind counts[b] are 0. Sums are in float32. Cells whose share
@@ -59,6 +63,10 @@ def roi_align(
     checks.shape(name, "boxes", boxes, "(B, N, 4)", (B, None, 4), "give x1, y1, x2, y2 of the boxes of each picture")
     checks.whole(name, "size", size, "be a whole number of at least 1", 1)
     checks.whole(name, "sampling", sampling, "be a whole number of at least 1", 1)
+    if size > BINS:
+        checks.bad_value(name, "size", f"be at most {BINS}", size, "resize the result of fewer bins")
+    if size * sampling > SAMPLES:
+        checks.bad_value(name, "sampling", f"give at most {SAMPLES} samples a side", size * sampling, "take fewer")
     checks.counts(name, counts, B)
     checks.same_device(name, maps=maps[0], boxes=boxes, counts=counts)
     boxes = boxes.detach().to(torch.float64 if maps[0].dtype is torch.float64 else torch.float32)
@@ -74,7 +82,8 @@ def _check_maps(name: str, maps: Any, strides: Any) -> None:
         checks.tensor(name, "maps", level, checks.FLOATS)
         checks.shape(name, "maps", level, "(B, C, h, w)", (*maps[0].shape[:2], None, None), "levels share B and C")
         if level.dtype is not maps[0].dtype:
-            checks.bad_type(name, "maps", f"have one dtype ({maps[0].dtype})", level.dtype, "convert them")
+            first, other = (str(m.dtype).removeprefix("torch.") for m in (maps[0], level))
+            checks.bad_type(name, "maps", f"have one dtype ({first})", other, "convert them")
         if level.shape[2] >= SIDE or level.shape[3] >= SIDE:
             checks.bad_value(name, "maps", f"have sides below {SIDE}", tuple(level.shape[2:]))
         checks.same_device(name, **{"maps[0]": maps[0], "maps": level})

@@ -66,7 +66,7 @@ def roi_align(a: Args) -> Tensor:
     N, S = a.boxes.shape[1], a.size * a.sampling
     out = wide(a.maps[0]).new_zeros(B, N, S, S, C)
     for v, around in levels(a, [(m.shape[2], m.shape[3]) for m in a.maps], a.size):
-        rows = wide(a.maps[v]).permute(0, 2, 3, 1).reshape(-1, C)
+        rows = wide(a.maps[v]).permute(0, 2, 3, 1).flatten(0, 2)
         for share in around:
             part = share.part[..., None]
             out += torch.where(part != 0, part * rows[share.row], 0)
@@ -83,7 +83,7 @@ def roi_align_backward(a: Args) -> list[Tensor]:
     for v, around in levels(a, sizes, size):
         for share in around:
             part = share.part[..., None]
-            add_rows(sums[v], share.row.flatten(), torch.where(part != 0, part * samples, 0).reshape(-1, C))
+            add_rows(sums[v], share.row.flatten(), torch.where(part != 0, part * samples, 0).flatten(0, 3))
     return [
         x.reshape(B, h, w, C).permute(0, 3, 1, 2).to(a.grad.dtype, memory_format=torch.contiguous_format)
         for x, (h, w) in zip(sums, sizes, strict=True)
