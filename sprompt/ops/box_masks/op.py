@@ -3,9 +3,12 @@
 import torch
 from torch import Tensor
 
+from sprompt import native
 from sprompt.masks import words_for
 from sprompt.ops import checks
 from sprompt.ops.declare import Args, new, op
+from sprompt.ops.masks.op import rows
+from sprompt.ops.region_mean.op import wide_boxes
 
 #: Parts of an axis of a crop, at most.
 MOST_PARTS = 2**15
@@ -30,3 +33,14 @@ def _(a: Args) -> None:
     if low < -1 or high >= masks:
         rule = f"lie in [0, {masks}), or be -1"
         checks.bad_value("crop_masks", "index", rule, low if low < -1 else high, "it counts the masks of one image")
+
+
+@crop_masks.native
+def _(a: Args, out: Tensor) -> None:
+    boxes, index = wide_boxes(a.boxes).contiguous(), a.index.contiguous().view(-1)
+    native._C.crop_masks(rows(a.words), boxes, index, a.words.shape[1], a.index.shape[1], *a[3:], out, native.threads())
+
+
+@paste_masks.native
+def _(a: Args, words: Tensor) -> None:
+    native._C.paste_masks(a.soft, wide_boxes(a.boxes).contiguous(), *a[2:], words, native.threads())

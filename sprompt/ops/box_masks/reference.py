@@ -22,7 +22,7 @@ def crop_weights(low: Tensor, high: Tensor, pixels: int, size: int) -> Tensor:
     usable = (low < high) & (low.abs() <= FARTHEST) & (high.abs() <= FARTHEST)
     low, high = (torch.where(usable, x, y)[:, None, None] for x, y in ((low, 0.0), (high, 1.0)))
     extent = high - low
-    g = (extent / size).ceil()
+    g = (extent / size).ceil().clamp(min=1)
     step = extent / (size * g)
     start = low - 0.5
     part = torch.arange(size, dtype=torch.float64, device=low.device)[:, None]
