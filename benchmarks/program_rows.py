@@ -15,6 +15,7 @@ from benchmarks.fastinst_rows import FASTINST
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
 from benchmarks.patched_rows import PATCHED
+from benchmarks.queryinst_rows import QUERYINST
 from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
 from sprompt.data.sample import Sample
@@ -220,6 +221,7 @@ PROGRAMS = [
     ),
     *MASK2FORMER,
     *FASTINST,
+    *QUERYINST,
     *DEFORMABLE,
     *PATCHED,
 ]

@@ -147,9 +147,7 @@ def mask_head(w: Weights, at: str, regions: list[Tensor], queries: list[Tensor],
             values = torch.cat([x[0].flatten(1) for x in xs], 1)
             mean, var = values.mean(1), values.var(1, unbiased=False)
             scale = w[f"{norm}.weight"] / torch.sqrt(var + 1e-5)
-            xs = [
-                (x - mean[:, None, None]) * scale[:, None, None] + w[f"{norm}.bias"][:, None, None] for x in xs
-            ]
+            xs = [(x - mean[:, None, None]) * scale[:, None, None] + w[f"{norm}.bias"][:, None, None] for x in xs]
         else:
             xs = [batchnorm(w, norm, x) for x in xs]
         xs = [F.relu(x) for x in xs]
@@ -225,7 +223,9 @@ def losses(
         own = [match(f.stages[s], b, c, size) for f, b, c, size in zip(found, boxes, labels, sizes, strict=True)]
         matches.append(own)
         positives = max(sum(len(pairs) for pairs in own), 1)
-        terms[f"stage{s}/class"] = terms[f"stage{s}/l1"] = terms[f"stage{s}/giou"] = torch.zeros((), dtype=torch.float64)
+        terms[f"stage{s}/class"] = terms[f"stage{s}/l1"] = terms[f"stage{s}/giou"] = torch.zeros(
+            (), dtype=torch.float64
+        )
         regions, queries, wanted = [], [], []
         for b, pairs in enumerate(own):
             stage = found[b].stages[s]
@@ -261,9 +261,7 @@ def predictions(
     """(score, class, probability of every pixel) of one image's best pairs of a query and a class."""
     last = found.stages[-1]
     at = f"roi_head.mask_head.{len(found.stages) - 1}"
-    pairs = [
-        (float(logits[k].sigmoid()), n, k) for n, logits in enumerate(last.classes) for k in range(len(logits))
-    ]
+    pairs = [(float(logits[k].sigmoid()), n, k) for n, logits in enumerate(last.classes) for k in range(len(logits))]
     results = []
     for score, n, k in sorted(pairs, key=lambda pair: -pair[0])[:number]:
         (logits,) = mask_head(w, at, [region(found.maps, last.boxes[n], 14)], [last.attended[n]], training=False)

@@ -92,7 +92,8 @@ def test_outputs_losses_and_gradients(size: Size, sizes: list[Size], counts: lis
     for (kernels, rows), stage, pairs_of in zip(found.matched, outputs.stages, matches, strict=True):
         assert kernels is stage.queries
         assert rows.tolist() == [
-            [next((q for q, g in own.items() if g == target), -1) for target in range(rows.shape[1])] for own in pairs_of
+            [next((q for q, g in own.items() if g == target), -1) for target in range(rows.shape[1])]
+            for own in pairs_of
         ]
     torch.stack(list(found.terms.values())).sum().backward()
     torch.stack(list(terms.values())).sum().backward()
@@ -131,7 +132,10 @@ def test_inference_equals_a_literal_paste() -> None:
             alone = model.decode(Features([], [x[b : b + 1] for x in features.maps], sizes[b : b + 1]))
             (single,) = model.predictions(alone, (64, 96), sizes[b : b + 1], originals[b : b + 1], max_per_image=7)
         close(single.scores, own.scores)
-        assert torch.equal(single.labels, own.labels) and single.masks.iou(own.masks).diagonal()[own.masks.area() > 0].min() == 1
+        assert (
+            torch.equal(single.labels, own.labels)
+            and single.masks.iou(own.masks).diagonal()[own.masks.area() > 0].min() == 1
+        )
 
 
 def test_the_mask_head_runs_once_for_a_query(monkeypatch: pytest.MonkeyPatch) -> None:
