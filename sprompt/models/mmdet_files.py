@@ -59,7 +59,7 @@ def import_checkpoint(model: Any, path: Path | str, title: str, classifiers: Col
 
 
 def export_checkpoint(model: Any, path: Path | str, classes: Sequence[str] | None = None) -> None:
-    """Writes a model in the form of the releases: a .pth file with "meta" and "state_dict", or a safetensors file with the tensors alone."""
+    """Writes a model as the releases do: a .pth file with "meta" and "state_dict", or a safetensors file with the tensors alone."""
     tensors: Mapping[str, Tensor] = model.state_dict()
     if Path(path).suffix == ".safetensors":
         write_tensors(path, tensors)

@@ -75,7 +75,8 @@ class BatchNormOfReal(nn.BatchNorm2d):
             return super().forward(x)
         if real is None:
             raise ValueError("BatchNormOfReal: real must be given in training, got None; mark the samples")
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
         wide, number = full_precision(x), real.sum()
         enough, weight = number >= 2, real.to(wide.dtype)[:, None, None, None]
         cells = (number * x.shape[2] * x.shape[3]).clamp(min=1)
