@@ -275,7 +275,9 @@ def test_it_is_a_model(tmp_path: Path) -> None:
     loaded, about = load_model(tmp_path / "model.safetensors")
     assert about["model"] == "queryinst" and loaded.config == TINY
     images = labelled((64, 96), [1])[0].float()
-    assert torch.equal(loaded(images).stages[-1].classes, model(images).stages[-1].classes)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    found, wanted = (m(images).stages[-1].classes for m in (loaded, model))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)  # torch's products depend on where weights lie in memory
     model.reset_classifier(5)
     assert model(images).stages[0].classes.shape == (1, 6, 5)
     assert all(head.conv_logits.weight.shape == (5, 16, 1, 1) for head in model.mask_heads)
