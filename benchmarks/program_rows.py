@@ -16,6 +16,7 @@ from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
 from benchmarks.open_world_rows import OPEN_WORLD
 from benchmarks.patched_rows import PATCHED
+from benchmarks.queryinst_rows import QUERYINST
 from benchmarks.rivals import Program, Rivals, regions
 from sprompt import use_backend
 from sprompt.data.sample import Sample
@@ -236,6 +237,7 @@ PROGRAMS = [
     ),
     *MASK2FORMER,
     *FASTINST,
+    *QUERYINST,
     *DEFORMABLE,
     *PATCHED,
     *OPEN_WORLD,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from benchmarks import measure, table
 from sprompt import backends
@@ -402,11 +403,11 @@ def forward_with_leaves(
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     bound = sample.bound(bench.function)
     for parameter in bench.gradients:
-        bound[parameter] = bound[parameter].detach().requires_grad_()
+        bound[parameter] = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(), bound[parameter])
     given = list(bound.items())
     positional, named = given[: len(sample.args)], given[len(sample.args) :]
     outputs = [t for t in tensors(function(*(value for _, value in positional), **dict(named))) if t.requires_grad]
-    return [bound[parameter] for parameter in bench.gradients], outputs
+    return tensors([bound[parameter] for parameter in bench.gradients]), outputs
 
 
 def timed(bench: Bench, function: Callable[..., Any], sample: Sample, mode: str) -> Callable[[], Any]:

@@ -17,6 +17,7 @@ from sprompt.data.synthetic import write_scenes
 from sprompt.data.transforms import Augment
 from sprompt.models.fastinst import FastInstConfig
 from sprompt.models.mask2former import Mask2FormerConfig
+from sprompt.models.queryinst import QueryInstConfig
 from sprompt.models.registry import MODELS
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.weights import save_backbone
@@ -245,7 +246,10 @@ def test_a_method_and_an_evaluator_by_name(chain: Path, tmp_path: Path, capsys: 
     assert sprompt(f"finetune {data} --method saliency-prompt --out {tmp_path}/f {NETWORK} {SMALL}") == 1
     assert "does not say where the seeds of its masks lay" in capsys.readouterr().err
     assert sprompt(f"finetune {data} --method magic --out {tmp_path}/f") == 1
-    assert "--method: must be one of saliency-prompt, segprompt, supervised, or package.module:Class" in capsys.readouterr().err
+    assert (
+        "--method: must be one of saliency-prompt, segprompt, supervised, or package.module:Class"
+        in capsys.readouterr().err
+    )
     line = f"evaluate --checkpoint {chain}/fine {data} --out {tmp_path}/e --cpu True {TEST}"
     assert sprompt(f"{line} --evaluator coco --evaluator.max-results 3") == 0
     few = json.loads((tmp_path / "e" / "metrics.json").read_text())
@@ -381,6 +385,22 @@ def test_the_presets_of_fastinst(preset: str, layers: int, short: int, long: int
     assert round(368_750 * 16 / 118_000) == 50  # COCO's training pictures: 118 thousand
     assert before.method.kernel_weight == pytest.approx(1 / layers, rel=2e-3)
     assert (after.test.short, after.test.long, after.test.threshold) == (short, long, 0.5)
+
+
+def test_the_paper_preset_of_queryinst() -> None:
+    """Values typed from the recipe. Its network is the default one, and its backbone is trained."""
+    common = ["--preset", "paper", "--model", "queryinst"]
+    before = parsing.parse("pretrain", [*common, *shlex.split("--images a --proposals b --backbone c")])
+    after = parsing.parse("finetune", common)
+    for settings, epochs, drops, warmup in ((before, 12, (8, 11), 1000), (after, 24 * 8, (18 * 8, 22 * 8), 0)):
+        train = settings.train
+        assert (train.epochs, train.drops, train.warmup_steps, train.drop_factor) == (epochs, drops, warmup, 0.1)
+        assert (train.optimiser, train.learning_rate, train.weight_decay, train.clip) == ("adamw", 1e-4, 1e-4, 0.1)
+        assert (train.backbone_lr_factor, train.batch_size) == (None, 16)
+        assert settings.model == QueryInstConfig()
+    assert before.augment == Augment(800, 1333, flip=0.1)
+    assert not before.method.freeze_backbone and before.method.dropout == 0.05
+    assert before.method.kernel_weight == pytest.approx(1 / before.model.stages, rel=3e-3)
 
 
 def test_later_settings_come_on_top(tmp_path: Path) -> None:

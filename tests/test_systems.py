@@ -30,10 +30,15 @@ FASTINST = (
     "--model fastinst --model.channels 16 --model.queries 8 --model.auxiliary-queries 2 --model.heads 2 --model.decoder-layers 2 "
     "--model.decoder-feedforward 32 --model.points 64"
 )
+QUERYINST = (
+    "--model queryinst --model.channels 16 --model.queries 8 --model.heads 2 --model.stages 2 --model.dynamic-channels 4 "
+    "--model.feedforward 32"
+)
 #: The smallest network of each model, and its backbone. tests/test_cli.py has K-Net's.
 NETWORKS = {
     "mask2former": (f"{MASK2FORMER} {RESNET}", lambda: ResNet(18, width=8)),
     "fastinst": (f"{FASTINST} {RESNET}", lambda: ResNet(18, width=8)),
+    "queryinst": (f"{QUERYINST} {RESNET}", lambda: ResNet(18, width=8)),
     "mask2former, swin": (f"{MASK2FORMER} {SWIN}", lambda: Swin(SwinConfig(8, (1, 2, 1, 1), (1, 2, 2, 2), 4))),
 }
 SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True --train.warmup-steps 0"

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/bits.h"
-#include "common/half.h"
+#include "common/cells.h"
 #include "resize_masks/taps.h"
 
 namespace sprompt {
@@ -36,29 +36,7 @@ struct Row {
     uint8_t common;                       // the state if all segments have the same, below or above; else 0
 };
 
-SPROMPT_INLINE vf held(vf x) {  // clamps to +-2^127; NaN stays
-    x = x > broadcast(0x1p127f) ? broadcast(0x1p127f) : x;
-    return x < broadcast(-0x1p127f) ? broadcast(-0x1p127f) : x;
-}
-
-// Sources. row() returns the first `used` cells of row y as contiguous floats, in place or in `buffer` (used, padded to 32).
-template <class T>
-struct Dense {
-    const T* data;
-    int64_t row_stride, column_stride;
-    SPROMPT_INLINE const float* row(int64_t y, int64_t used, float* buffer) const {
-        const T* p = data + y * row_stride;
-        if (column_stride == 1) return unit(p, used, buffer);
-        for (int64_t i = 0; i < used; ++i) buffer[i] = to_float(p[i * column_stride]);
-        return buffer;
-    }
-    static SPROMPT_INLINE const float* unit(const float* p, int64_t, float*) { return p; }
-    template <class U>
-    static SPROMPT_INLINE const float* unit(const U* p, int64_t used, float* buffer) {
-        row_to_float(p, used, buffer);
-        return buffer;
-    }
-};
+// A source of rows: bits as cells of 0 and 1. Dense (common/cells.h) is the other.
 struct Bits {
     const uint32_t* words;
     int64_t n, w;
@@ -128,17 +106,6 @@ static void read_row(const Plan& plan, const Source& source, int64_t y, Row& row
         const int64_t begin = plan.cell[0][s * segment], end = plan.cell[plan.taps - 1][s * segment + segment - 1] + 1;
         row.state[s] = all_set(row.below_cells, begin, end) ? below : all_set(row.above_cells, begin, end) ? above : 0;
     }
-}
-
-// cells[index[0 .. W)].
-SPROMPT_INLINE vf gather(const float* cells, const int32_t* index) {
-#if defined(__AVX512F__)
-    return (vf)_mm512_i32gather_ps((__m512i)load(index), cells, 4);
-#else
-    vf x;
-    for (int k = 0; k < W; ++k) x[k] = cells[index[k]];
-    return x;
-#endif
 }
 
 // The sum of the taps at output columns [x, x + W), where `of(t)` are the cells of tap t.

@@ -20,7 +20,7 @@ from sprompt.data.transforms import Augment, collate
 from sprompt.engine.processes import processes
 from sprompt.engine.progress import Progress
 from sprompt.masks import Size
-from sprompt.models.protocol import Prediction, QueryModel
+from sprompt.models.protocol import Prediction, QueryModel, features_of
 
 DIVISOR = 32  # the sides of a model's input are multiples of it
 
@@ -126,7 +126,7 @@ def predict(
 def _predicted(model: nn.Module, batch: Batch, threshold: float, max_per_image: int, clock: Clock) -> list[Prediction]:
     network = cast(QueryModel, model)
     height, width = batch.images.shape[2:]
-    outputs = network.decode(network.encode(batch.images))
+    outputs = network.decode(features_of(network, batch.images, batch.sizes))
     clock.lap("network", batch.images.device)
     found = network.predictions(
         outputs, (height, width), batch.sizes, batch.original_sizes, threshold=threshold, max_per_image=max_per_image

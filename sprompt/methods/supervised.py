@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sprompt.data.sample import Batch
 from sprompt.methods.registry import MethodConfig
-from sprompt.models.protocol import ParameterGroup, QueryModel, Targets, checked_model
+from sprompt.models.protocol import ParameterGroup, QueryModel, Targets, checked_model, features_of
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,8 @@ class Supervised(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model = cast(QueryModel, self.model)
         labels = torch.zeros_like(batch.labels) if self.config.class_agnostic else batch.labels
-        outputs = model.decode(model.encode(batch.images), None, Targets(batch.masks, labels, batch.counts))
+        features = features_of(model, batch.images, batch.sizes)
+        outputs = model.decode(features, None, Targets(batch.masks, labels, batch.counts))
         terms = model.losses(outputs, batch.masks, labels, batch.counts).terms
         return summed(terms.values()), {name: term.detach() for name, term in terms.items()}
 

@@ -1,7 +1,7 @@
 """The interface of a query-based model. A model with all members of `QueryModel` works with every method, the engine and every command.
 
 model = Model(Model.Config(...))
-features = model.encode(images)
+features = features_of(model, images, sizes)    # model.encode, and the sizes of the images before padding
 outputs = model.decode(features, prompter)      # at each of the model's sites, the prompter may change the queries
 losses = model.losses(outputs, masks, labels, counts)
 losses.terms, losses.matched                    # weighted terms; for each stage, the query of each target
@@ -23,6 +23,7 @@ class Features(NamedTuple):
 
     backbone: list[Tensor]  # C2, C3, C4, C5 of strides 4, 8, 16, 32; each with its own width
     maps: list[Tensor]  # P2, P3, P4, P5 of the same strides; their width is that of the queries
+    sizes: Sequence[Size] | None = None  # of each image before padding, from `features_of`; None: there is no padding
 
 
 class Prompter(Protocol):
@@ -165,6 +166,11 @@ def checked_model(model: nn.Module) -> nn.Module:
             f"model: must be an nn.Module with all of sprompt.models.protocol.QueryModel, got {type(model).__name__}, {lack}"
         )
     return model
+
+
+def features_of(model: QueryModel, images: Tensor, sizes: Sequence[Size]) -> Features:
+    """The features of padded images. Models whose queries have boxes read the sizes before padding from them."""
+    return model.encode(images)._replace(sizes=sizes)
 
 
 def check_images(name: str, images: Tensor) -> None:

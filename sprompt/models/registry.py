@@ -14,6 +14,7 @@ MODELS = Registry(
         "knet": "sprompt.models.knet:KNet",
         "mask2former": "sprompt.models.mask2former:Mask2Former",
         "fastinst": "sprompt.models.fastinst:FastInst",
+        "queryinst": "sprompt.models.queryinst:QueryInst",
     },
 )
 

@@ -16,6 +16,13 @@ def average_targets(counts: Tensor) -> Tensor:
     return (all_sum(counts.sum().float()) / world()).clamp(min=1)
 
 
+def query_labels(rows: Tensor, labels: Tensor, queries: int, background: int) -> Tensor:
+    """(B, Q) int64: the class of every query, `background` for a query without a target. rows, labels: (B, G)."""
+    truth = labels.new_full((len(rows), queries + 1), background)
+    truth.scatter_(1, torch.where(rows >= 0, rows, queries), labels)  # targets without a query go into an extra column
+    return truth[:, :queries]
+
+
 def class_term(classes: Tensor, rows: Tensor, labels: Tensor, no_object: float) -> Tensor:
     """Cross-entropy over all queries, as a weighted mean: queries without a target belong to the last class, of weight `no_object`.
 
@@ -24,10 +31,8 @@ def class_term(classes: Tensor, rows: Tensor, labels: Tensor, no_object: float) 
         rows: (B, G), the query of each target, negative for a target without a query.
         labels: (B, G).
     """
-    batch, queries, last = classes.shape[0], classes.shape[1], classes.shape[2] - 1
-    truth = labels.new_full((batch, queries + 1), last)
-    truth.scatter_(1, torch.where(rows >= 0, rows, queries), labels)  # targets without a query go into an extra column
-    return weighted_cross_entropy(classes, truth[:, :queries], no_object)
+    queries, last = classes.shape[1], classes.shape[2] - 1
+    return weighted_cross_entropy(classes, query_labels(rows, labels, queries, last), no_object)
 
 
 def weighted_cross_entropy(classes: Tensor, truth: Tensor, no_object: float) -> Tensor:

@@ -3,6 +3,9 @@
 # activation_queries
 from sprompt.ops.activation_queries import activation_queries
 
+# box_masks
+from sprompt.ops.box_masks import crop_masks, paste_masks
+
 # deform_attn
 from sprompt.ops.deform_attn import deform_attn
 
@@ -45,12 +48,19 @@ from sprompt.ops.resize_masks import resize_masks
 # rle
 from sprompt.ops.rle import rle_decode, rle_encode
 
+# roi_align
+from sprompt.ops.roi_align import roi_align
+
 # saliency_masks
 from sprompt.ops.saliency_masks import SaliencyMasks, saliency_maps, saliency_masks
 
 __all__ = [
     # activation_queries
     "activation_queries",
+    #
+    # box_masks
+    "crop_masks",
+    "paste_masks",
     #
     # deform_attn
     "deform_attn",
@@ -106,6 +116,9 @@ __all__ = [
     # rle
     "rle_decode",
     "rle_encode",
+    #
+    # roi_align
+    "roi_align",
     #
     # saliency_masks
     "SaliencyMasks",

@@ -56,6 +56,9 @@ class Op:
         typed = inspect.get_annotations(outputs)
         computing = computes if computes is not None else tuple(n for n in names if typed[n] in (Tensor, Tensor | None))
         self.computes = tuple(map(names.index, computing))
+        #: The parameters that are lists of tensors, and whether the result is one.
+        self.lists = tuple(i for i, n in enumerate(names) if typed[n] == list[Tensor])
+        self.returns_list = typed["return"] == list[Tensor]
         self.check_values: Function | None = None
         self.save: Function | None = None
         self.gradients: Function | None = None
@@ -117,7 +120,7 @@ class Op:
         ):
             return self._dispatch(args)
         recording = False
-        for x in args:
+        for x in self.spread(args) if self.lists else args:
             kind = type(x)
             if kind is Tensor or kind is Parameter:
                 if _keys(x).raw_repr() not in _PLAIN_KEYS and not _is_plain(x):
@@ -125,7 +128,7 @@ class Op:
                 if x.requires_grad:
                     recording = True
             elif kind not in _SCALARS and not (kind is list and _INTEGERS.issuperset(map(type, x))):
-                # a subclass, a symbol, or a list of tensors (autograd.Function ignores tensors in lists)
+                # a subclass or a symbol
                 return self._dispatch(args)
         if torch.autograd.profiler._is_profiler_enabled:
             with torch._C._profiler._RecordFunctionFast(f"sprompt::{self.name}"):
@@ -141,9 +144,24 @@ class Op:
         if not recording or not torch.is_grad_enabled():
             return self.run(*args)
         if self.differentiable:
-            return self.function.apply(*args)
+            if not self.lists and not self.returns_list:
+                return self.function.apply(*args)
+            out = self.function.apply(*self.spread(args), [len(args[i]) for i in self.lists])
+            return list(out) if self.returns_list else out
         with torch.no_grad():
             return self.run(*args)
+
+    def spread(self, args: Any) -> list[Any]:
+        """The arguments with the tensors of a list in place of the list, because autograd.Function ignores tensors in lists."""
+        return [each for i, x in enumerate(args) for each in (x if i in self.lists else (x,))]
+
+    def gathered(self, spread: Any, lengths: list[int]) -> tuple[Any, ...]:
+        """The arguments from `spread` and the lengths of their lists."""
+        rest, left = iter(spread), iter(lengths)
+        return tuple(
+            list(itertools.islice(rest, next(left))) if i in self.lists else next(rest)
+            for i in range(len(self.args._fields))
+        )
 
     def run(self, *args: Any) -> Any:
         """Runs the op on the first backend that can run it."""
@@ -173,12 +191,16 @@ class Op:
             self.save(ctx, self.args._make(inputs), *(output if isinstance(output, tuple) else (output,)))
 
     def _backward(self, ctx: Any, *grads: Any) -> Any:
+        return self._found(ctx, ctx.needs_input_grad, grads)
+
+    def _found(self, ctx: Any, flags: Any, grads: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The gradients of all parameters. `flags` says which are needed, with a list for a list of tensors."""
         if self.gradients is None:
             raise RuntimeError(f"double backward of {self.name.removesuffix('_backward')} is not supported")
-        needs = self.args._make(ctx.needs_input_grad)
+        needs = self.args._make(flags)
         found = self.gradients(ctx, needs, *grads)
         found = found if isinstance(found, tuple) else (found,)
-        return tuple(grad if need else None for need, grad in itertools.zip_longest(needs, found))
+        return tuple(_needed(need, grad) for need, grad in itertools.zip_longest(needs, found))
 
 
 def op(*gpu: str, computes: tuple[str, ...] | None = None, dynamic: bool = False) -> Callable[[Function], Op]:
@@ -222,13 +244,32 @@ def _lazy(module: str, function: str) -> Function:
     return run
 
 
+def _needed(need: Any, grad: Any) -> Any:
+    if isinstance(need, list):
+        return [_needed(*each) for each in zip(need, grad or [None] * len(need), strict=True)]
+    return grad if need else None
+
+
 def _autograd_function(op: Op) -> Any:
     def forward(ctx: Any, *args: Any) -> Any:
         out = op.run(*args)
         op._setup(ctx, args, out)
         return out
 
-    members = {"forward": staticmethod(forward), "backward": staticmethod(op._backward)}
+    def forward_of_lists(ctx: Any, *args: Any) -> Any:  # Op.spread, and the lengths of the lists
+        ctx.lengths = args[-1]
+        out = forward(ctx, *op.gathered(args[:-1], ctx.lengths))
+        return tuple(out) if op.returns_list else out
+
+    def backward_of_lists(ctx: Any, *grads: Any) -> Any:
+        flags = op.gathered(ctx.needs_input_grad[:-1], ctx.lengths)
+        return *op.spread(op._found(ctx, flags, grads)), None
+
+    has_lists = op.lists or op.returns_list
+    members = {
+        "forward": staticmethod(forward_of_lists if has_lists else forward),
+        "backward": staticmethod(backward_of_lists if has_lists else op._backward),
+    }
     return type(op.name, (torch.autograd.Function,), members)
 
 

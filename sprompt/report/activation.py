@@ -16,6 +16,7 @@ from sprompt.atomic import atomic_write
 from sprompt.data.draw import heat_map
 from sprompt.data.errors import DataError
 from sprompt.data.transforms import collate
+from sprompt.models.protocol import features_of
 from sprompt.report.album import Album
 from sprompt.report.page import Section, join, tag
 from sprompt.report.prompts import device_of, resized
@@ -48,7 +49,7 @@ def activation_maps(
             continue  # a broken picture; the predictions name it
         seen += 1
         batch = collate([resized(sample, short, long)]).to(device_of(model))
-        masks = model.mask_logits(model.decode(model.encode(batch.images))).float().sigmoid()
+        masks = model.mask_logits(model.decode(features_of(model, batch.images, batch.sizes))).float().sigmoid()
         own = _stretched(masks, batch.sizes[0], (batch.images.shape[2], batch.images.shape[3]))[0].cpu()
         total = own if total is None else total + own
     if total is None:

@@ -15,6 +15,7 @@ from sprompt.data.sample import Sample
 from sprompt.data.transforms import collate, resize, resized_size
 from sprompt.masks import BitMasks
 from sprompt.methods.saliency_prompt import Injection, SaliencyPromptConfig, prompts_of
+from sprompt.models.protocol import features_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def prompt_matches(
 
 def _matched(model: Any, sample: Sample, config: SaliencyPromptConfig, short: int, long: int, image_id: int) -> Matches:
     batch = collate([resized(sample, short, long)]).to(device_of(model))
-    features = model.encode(batch.images)
+    features = features_of(model, batch.images, batch.sizes)
     injection = Injection(prompts_of(batch, features, config), config, [image_id], sites=model.sites, seed=0, step=0)
     model.decode(features, injection)
     index: Tensor | None = injection.index

@@ -32,28 +32,24 @@ def as_dtype(sample: Sample, dtype: torch.dtype) -> Sample:
 
 
 def with_gradients(spec: OpSpec, sample: Sample, dtype: torch.dtype | None = None) -> tuple[Sample, list[Tensor]]:
-    """The sample with fresh leaf tensors in its differentiable parameters, and these leaves."""
+    """The sample with fresh leaf tensors in its differentiable parameters, and these leaves. A parameter may be a list."""
     bound = sample.bound(spec.function)
     leaves: list[Tensor] = []
 
-    def fresh(value: Any) -> Any:
+    def fresh(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
         leaf = value.detach().clone().to(dtype or value.dtype).requires_grad_()
         leaves.append(leaf)
         return leaf
 
+    def converted(value: Tensor) -> Tensor:
+        return value.to(dtype or value.dtype) if value.is_floating_point() else value
+
     changed = {
-        name: fresh(value)
-        if name in spec.gradients and isinstance(value, Tensor) and value.is_floating_point()
-        else value
+        name: torch.utils._pytree.tree_map_only(Tensor, fresh if name in spec.gradients else converted, value)
         for name, value in bound.items()
     }
-    if dtype is not None:
-        changed = {
-            name: value.to(dtype)
-            if isinstance(value, Tensor) and value.is_floating_point() and name not in spec.gradients
-            else value
-            for name, value in changed.items()
-        }
     return Sample(sample.name, (), changed), leaves
 
 

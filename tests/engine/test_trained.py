@@ -119,7 +119,7 @@ def test_an_official_file_needs_the_name_of_its_model(tmp_path: Path) -> None:
     assert trained.classes is None and trained.names == ["0", "1", "2"] and trained.size == (800, 1333)
     own, other = network.state_dict(), trained.model.state_dict()
     assert all(torch.equal(own[name], other[name]) for name in own)
-    with pytest.raises(ValueError, match="must be one of knet, mask2former, fastinst, got 'detr'"):
+    with pytest.raises(ValueError, match="must be one of knet, mask2former, fastinst, queryinst, got 'detr'"):
         sprompt.load(tmp_path / "official.pth", model="detr")
 
 

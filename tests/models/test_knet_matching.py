@@ -11,8 +11,9 @@ from torch import Tensor
 import sprompt
 from sprompt.masks import BitMasks
 from sprompt.models.knet import KNetConfig
-from sprompt.models.knet.matching import assignments, dense_labels, kernel_labels
+from sprompt.models.knet.matching import assignments, dense_labels
 from sprompt.models.knet.outputs import Outputs
+from sprompt.nn.set_loss import query_labels
 from sprompt.ops import match_cost
 
 
@@ -97,8 +98,8 @@ def test_equal_costs_have_one_answer() -> None:
 def test_labels_of_kernels() -> None:
     rows = torch.tensor([[3, -1, 0], [-1, 1, -2]])
     labels = torch.tensor([[5, 6, 7], [8, 2, 4]])
-    assert kernel_labels(rows, labels, 4, 9).tolist() == [[7, 9, 9, 5], [9, 2, 9, 9]]
-    assert kernel_labels(rows[:, :0], labels[:, :0], 2, 9).tolist() == [[9, 9], [9, 9]]
+    assert query_labels(rows, labels, 4, 9).tolist() == [[7, 9, 9, 5], [9, 2, 9, 9]]
+    assert query_labels(rows[:, :0], labels[:, :0], 2, 9).tolist() == [[9, 9], [9, 9]]
 
 
 def literally(dense: Tensor, rows: Tensor, truth: Tensor, background: int) -> Tensor:
@@ -116,7 +117,7 @@ def test_labels_of_pixels(size: tuple[int, int], density: float) -> None:
     torch.manual_seed(3)
     targets, labels = masks(3, 4, size, density), torch.randint(0, 5, (3, 4))
     rows = torch.tensor([[2, 0, 5, -1], [-1, -1, -1, -1], [6, 5, 1, 3]])
-    truth = kernel_labels(rows, labels, 7, 5)
+    truth = query_labels(rows, labels, 7, 5)
     got = dense_labels(targets, rows, truth, 5)
     expected = [literally(targets.to_dense()[b], rows[b], truth[b], 5) for b in range(3)]
     assert torch.equal(got, torch.stack(expected)) and (got[1] == 5).all()

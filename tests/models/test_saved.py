@@ -103,7 +103,7 @@ def test_wrong_descriptions(tmp_path: Path) -> None:
         ("[" * 100_000, "must say in JSON"),
         ([1], "got tensors without a description of their model"),
         (described(tmp_path, format=2), "format must be 1, got 2"),
-        (described(tmp_path, model="rnn"), "must be one of knet, mask2former, fastinst, got 'rnn'"),
+        (described(tmp_path, model="rnn"), "must be one of knet, mask2former, fastinst, queryinst, got 'rnn'"),
         (described(tmp_path, classes=["a"]), "must name as many classes as the model has, 3, got 1"),
         (described(tmp_path, classes="abc"), "classes must be a list of names"),
         (described(tmp_path, extra=3), "extra must be an object"),

@@ -17,6 +17,7 @@ from sprompt.data.coco import CocoDataset
 from sprompt.data.transforms import MEAN, STD, resize
 from sprompt.methods.saliency_prompt import SaliencyPromptConfig
 from sprompt.models.knet import KNet, KNetConfig
+from sprompt.models.protocol import Features
 from sprompt.report.activation import activation_maps, placed, read_activation, save_activation, scatter, spread
 from sprompt.report.prompts import prompt_matches
 
@@ -67,10 +68,11 @@ class Stub(nn.Module):
         super().__init__()
         self.parameter = nn.Parameter(torch.zeros(()))
 
-    def encode(self, images: Tensor) -> Tensor:
-        return images
+    def encode(self, images: Tensor) -> Features:
+        return Features([], [images])
 
-    def decode(self, images: Tensor) -> Any:
+    def decode(self, features: Features) -> Any:
+        (images,) = features.maps
         red = F.avg_pool2d(images[:, :1], 8)
         ramp = torch.linspace(-3, 3, red.shape[3]).expand_as(red)
         return torch.cat([red, ramp], 1)
@@ -88,7 +90,7 @@ def test_activation_is_the_mean_sigmoid_of_the_last_masks_without_padding(datase
         size = (80, 128) if k == 0 else (128, 80)
         mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
         padded = F.pad((resize(sample, size).image[None] - mean) / std, (0, -size[1] % 32, 0, -size[0] % 32))
-        logits = Stub().decode(padded).sigmoid()
+        logits = Stub().decode(Features([], [padded])).sigmoid()
         for n, y, x in [(n, y, x) for n in range(2) for y in range(0, 200, 37) for x in range(0, 200, 41)]:
             row, column = (y + 0.5) / 200 * size[0] / 8 - 0.5, (x + 0.5) / 200 * size[1] / 8 - 0.5
             row, column = (min(max(v, 0), top - 1) for v, top in ((row, logits.shape[2]), (column, logits.shape[3])))

@@ -248,7 +248,7 @@ def test_settings_for_a_gpu_are_told_of_on_a_cpu(
         (("--seeds", "1", "1"), "--seeds: must be different values"),
         (("--jobs", "0"), "--jobs: must be at least 1"),
         (("--images", "."), "--annotations: must be given with --images"),
-        (("--model", "mask2forner"), "--model: must be one of knet, mask2former, fastinst"),
+        (("--model", "mask2forner"), "--model: must be one of knet, mask2former, fastinst, queryinst"),
         (
             ("--model", "mask2former", "--variants", "site-late"),
             "--variants: site-late is not for this model: site: must be one of first, query",

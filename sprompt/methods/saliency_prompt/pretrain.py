@@ -16,7 +16,7 @@ from sprompt.methods.saliency_prompt.injection import Injection, places
 from sprompt.methods.saliency_prompt.prompts import prompts_of
 from sprompt.methods.saliency_prompt.supervision import Projection, kernel_loss, seed_vectors, target_cosine
 from sprompt.methods.supervised import summed
-from sprompt.models.protocol import Features, Losses, ParameterGroup, QueryModel, Targets, checked_model
+from sprompt.models.protocol import Features, Losses, ParameterGroup, QueryModel, Targets, checked_model, features_of
 
 
 class Pretraining(nn.Module):
@@ -97,7 +97,7 @@ class Pretraining(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, its terms and monitors for the log)."""
         model = self.network
-        features = model.encode(batch.images)
+        features = features_of(model, batch.images, batch.sizes)
         injection = self.injection(features, batch, step) if self.training else None
         labels = torch.zeros_like(batch.labels)
         outputs = model.decode(features, injection, Targets(batch.masks, labels, batch.counts))

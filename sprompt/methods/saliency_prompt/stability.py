@@ -15,6 +15,7 @@ from sprompt.data.reading import read_json
 from sprompt.data.sample import Batch
 from sprompt.data.transforms import Augment, collate
 from sprompt.methods.saliency_prompt.pretrain import Pretraining
+from sprompt.models.protocol import features_of
 
 FILE = "matching.json"  # in a run folder: the kernel matched to each proposal, after each epoch
 _BATCH, _BATCHES = 8, 4  # pictures of a batch, number of batches
@@ -58,7 +59,7 @@ class Stability:
         task.eval()
         for batch in islice(self.batches.epoch(0), _BATCHES):
             batch = batch.to(device)
-            outputs = model.decode(model.encode(batch.images))
+            outputs = model.decode(features_of(model, batch.images, batch.sizes))
             losses = model.losses(outputs, batch.masks, torch.zeros_like(batch.labels), batch.counts)
             rows = losses.matched[-1].rows
             found += rows[torch.arange(rows.shape[1], device=device) < batch.counts[:, None]].tolist()

@@ -24,6 +24,7 @@ from sprompt.models.protocol import (
     Slots,
     Targets,
     checked_model,
+    features_of,
 )
 from sprompt.seeding import generator
 
@@ -91,7 +92,7 @@ class SegPrompt(nn.Module):
     def forward(self, batch: Batch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         model = self.network
         choices = self._choices(batch, step)
-        features = model.encode(batch.images)
+        features = features_of(model, batch.images, batch.sizes)
         own = chosen(batch, [c.own for c in choices])
         groups: list[QueryGroup] = []
         if self.training:

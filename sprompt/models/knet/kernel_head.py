@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
 from sprompt.nn.conv import ConvGN
+from sprompt.nn.query_layers import RARE
 from sprompt.nn.semantic_fpn import SemanticFPN
-
-#: Initial bias of a classifier. It gives every class the probability 0.01.
-RARE = -math.log(99)
 
 
 class KernelHead(nn.Module):

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from sprompt.masks import BitMasks
 from sprompt.models.knet.config import KNetConfig
-from sprompt.models.knet.matching import assignments, dense_labels, kernel_labels
+from sprompt.models.knet.matching import assignments, dense_labels
 from sprompt.models.knet.outputs import Outputs
 from sprompt.models.protocol import Losses, Matched
 from sprompt.nn.distributed import all_sum, world
 from sprompt.nn.losses import dense_focal_sum, focal_sum
+from sprompt.nn.set_loss import query_labels
 from sprompt.ops import mask_loss
 
 
@@ -28,7 +29,7 @@ def losses(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor, co
     kernels, background = outputs.masks[0].shape[1], config.num_classes
     with torch.autocast(outputs.seg.device.type, enabled=False):
         rows = assignments(outputs, masks, labels, counts, config)
-        truth = [kernel_labels(r, labels, kernels, background) for r in rows]
+        truth = [query_labels(r, labels, kernels, background) for r in rows]
         pixels = dense_labels(masks, rows[0], truth[0], background)
         sizes = torch.stack([counts.clamp(max=kernels).sum(), (pixels < background).sum()])
         positives, foreground = (all_sum(sizes).clamp(min=1) / world()).unbind()

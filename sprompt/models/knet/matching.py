@@ -27,13 +27,6 @@ def assignments(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tenso
     return rows
 
 
-def kernel_labels(rows: Tensor, labels: Tensor, kernels: int, background: int) -> Tensor:
-    """(B, N) int64: the class of every kernel, `background` for a kernel without a target."""
-    truth = labels.new_full((len(rows), kernels + 1), background)
-    truth.scatter_(1, torch.where(rows >= 0, rows, kernels), labels)  # targets without a kernel go into an extra column
-    return truth[:, :kernels]
-
-
 def dense_labels(masks: BitMasks, rows: Tensor, truth: Tensor, background: int) -> Tensor:
     """(B, H/4, W/4) int64: the class of every pixel at stride 4. It is the class of the matched target that touches the pixel, or
     `background`.

@@ -8,33 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sprompt.models.knet.kernel_head import RARE
 from sprompt.nn.conv import Conv, full_precision
 from sprompt.nn.kernel_updator import KernelUpdator
-
-
-class SelfAttention(nn.Module):
-    """x + attention of x (B, N, C) to itself."""
-
-    def __init__(self, channels: int, heads: int) -> None:
-        super().__init__()
-        self.attn = nn.MultiheadAttention(channels, heads, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.attn(x, x, x, need_weights=False)[0]
-
-
-class FeedForward(nn.Module):
-    """x + two linear layers with a ReLU between them."""
-
-    def __init__(self, channels: int, hidden: int) -> None:
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Sequential(nn.Linear(channels, hidden), nn.ReLU(inplace=True)), nn.Linear(hidden, channels)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.layers(x)
+from sprompt.nn.query_layers import RARE, FeedForward, SelfAttention, branch
 
 
 class Update(NamedTuple):
@@ -59,9 +35,9 @@ class UpdateHead(nn.Module):
         self.feat_transform = Conv(channels, channels)
         self.ffn = FeedForward(channels, feedforward)
         self.ffn_norm = nn.LayerNorm(channels)
-        self.cls_fcs = _branch(channels)
+        self.cls_fcs = branch(channels)
         self.fc_cls = nn.Linear(channels, num_classes)
-        self.mask_fcs = _branch(channels)
+        self.mask_fcs = branch(channels)
         self.fc_mask = nn.Linear(channels, channels)
         for parameter in self.parameters():
             if parameter.dim() > 1:
@@ -92,7 +68,3 @@ class UpdateHead(nn.Module):
             transform = torch.cat([conv.weight.flatten(1), conv.bias[:, None]], 1)  # T
             update = self(F.linear(full_precision(pooled), transform), kernels)
             return update._replace(mask_kernels=update.mask_kernels @ transform)
-
-
-def _branch(channels: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(channels, channels, bias=False), nn.LayerNorm(channels), nn.ReLU(inplace=True))

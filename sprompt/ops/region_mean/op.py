@@ -10,7 +10,7 @@ from sprompt.ops import checks
 from sprompt.ops.declare import Args, new, op
 
 
-def _lanes(features: Tensor) -> Tensor:
+def lanes(features: Tensor) -> Tensor:
     """The map with stride 1 along rows or along channels, as the kernels read it. NCHW, NHWC and their slices are not
     copied."""
     along_x = features.stride(3) == 1 and features.stride(2) >= features.shape[3]
@@ -53,13 +53,13 @@ region_mean.values(lambda a: checks.counts_within("region_mean", a.counts, a.box
 @region_mean.native
 def _(a: Args, out: Tensor) -> None:
     boxes = wide_boxes(a.boxes).contiguous()
-    if native._C.region_mean(_lanes(a.features), boxes, a.counts, out, native.threads()) >= 0:
+    if native._C.region_mean(lanes(a.features), boxes, a.counts, out, native.threads()) >= 0:
         check_boxes(a.boxes, a.counts)
 
 
 @mask_mean.native
 def _(a: Args, out: Tensor) -> None:
-    native._C.mask_mean(_lanes(a.features), a.words.contiguous(), out, native.threads())
+    native._C.mask_mean(lanes(a.features), a.words.contiguous(), out, native.threads())
 
 
 @region_mean.saves

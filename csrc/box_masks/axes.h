@@ -1,0 +1,130 @@
+// One axis of a box, as box_masks.h defines it: the samples of a crop, and the cells under the pixels of a paste.
+#pragma once
+
+#include "common/isa.h"
+#include "common/views.h"
+
+#if defined(__CUDACC__)
+#define SPROMPT_AXIS __host__ __device__ __forceinline__
+#else
+#define SPROMPT_AXIS SPROMPT_INLINE
+#endif
+
+namespace sprompt {
+
+// Boxes (M, 4) f32 or f64, contiguous.
+struct Boxes {
+    const void* data;
+    bool wide;
+
+    SPROMPT_INLINE explicit Boxes(const View& view) : data(view.data), wide(view.dtype == DType::f64) {}
+    // Coordinate i: x1, y1, x2, y2.
+    SPROMPT_AXIS double operator()(int64_t box, int i) const {
+        return wide ? static_cast<const double*>(data)[4 * box + i]
+                    : static_cast<double>(static_cast<const float*>(data)[4 * box + i]);
+    }
+};
+
+// ---- crops
+
+constexpr double weight_unit = 0x1p26;
+
+SPROMPT_AXIS bool is_cropped(double low, double high) {
+    const double far = 0x1p24;
+    return low < high && low >= -far && low <= far && high >= -far && high <= far;
+}
+
+// Pixels [begin, end).
+struct Span {
+    int64_t begin, end;
+};
+
+// What a sample gives: `upper` to pixel + 1, the rest of weight_unit to `pixel`.
+struct Share {
+    int64_t pixel;
+    double upper;
+};
+
+// The samples of an axis of a box that is cropped.
+struct Samples {
+    double start, step;
+    int64_t size, g, pixels;  // pixels is at least 1
+
+    SPROMPT_AXIS Samples(double low, double high, int64_t size, int64_t pixels)
+        : start(low - 0.5), step(0.0), size(size), g(1), pixels(pixels) {
+        const double extent = high - low, part = extent / static_cast<double>(size);
+        if (part > 1.0) {
+            g = static_cast<int64_t>(part);
+            if (static_cast<double>(g) < part) ++g;
+        }
+        step = extent / static_cast<double>(size * g);
+    }
+
+    SPROMPT_AXIS double place(int64_t j) const { return start + (static_cast<double>(j) + 0.5) * step; }
+    SPROMPT_AXIS bool has_weight(double place) const { return place >= -1.0 && place <= static_cast<double>(pixels); }
+    SPROMPT_AXIS Share share(double place) const {
+        const double last = static_cast<double>(pixels - 1);
+        double s = place > 0.0 ? place : 0.0;
+        s = s < last ? s : last;
+        const int64_t k = static_cast<int64_t>(s);
+        const int64_t upper = static_cast<int64_t>((s - static_cast<double>(k)) * weight_unit + 0.5);
+        return {k, static_cast<double>(upper)};
+    }
+    // The weight of a pixel in a part, of the sum of its shares. The quotient is exact enough for its floor: it is below 2^29 /
+    // g, and at least 1 / (2 g) away from the next whole number, unless it is one.
+    SPROMPT_AXIS double mean(double sum) const {
+        const double samples = static_cast<double>(g);
+        return static_cast<double>(static_cast<int64_t>((2.0 * sum + samples) / (2.0 * samples)));
+    }
+
+    // A sample of [0, size * g] that is at most `pixel` - 1, or the first, up to rounding. A step of 0 gives NaN or infinity.
+    SPROMPT_AXIS int64_t near(int64_t pixel) const {
+        const double j = (static_cast<double>(pixel - 1) - start) / step - 1.5, all = static_cast<double>(size * g);
+        return j > 0.0 ? static_cast<int64_t>(j < all ? j : all) : 0;
+    }
+    // The pixels that get weight in a part, and perhaps some beside them.
+    SPROMPT_AXIS Span span(int64_t part) const {
+        const double first = place(part * g), last = place(part * g + g - 1);
+        if (last < -1.0 || first > static_cast<double>(pixels)) return {0, 0};
+        const int64_t begin = first > 0.0 ? static_cast<int64_t>(first) : 0,
+                      end = last > 0.0 ? static_cast<int64_t>(last) + 2 : 2;
+        return {begin < pixels ? begin : pixels - 1, end < pixels ? end : pixels};
+    }
+};
+
+// ---- pastes
+
+// The cells under a pixel and their weights.
+struct Cells {
+    int64_t first, second;
+    float w0, w1;
+};
+
+struct Paste {
+    double low, scale;
+    int64_t cells;
+
+    // Without an extent the axis has -1 cells, so that no place is inside.
+    SPROMPT_AXIS Paste(double low, double high, int64_t of_map) : low(low), scale(0.0), cells(-1) {
+        const double extent = high - low;
+        if (extent > 0.0 && extent <= 0x1.fffffffffffffp1023) {
+            scale = static_cast<double>(of_map) / extent;
+            cells = of_map;
+        }
+    }
+
+    SPROMPT_AXIS double place(int64_t x) const { return ((static_cast<double>(x) + 0.5) - low) * scale - 0.5; }
+    SPROMPT_AXIS bool inside(double place) const { return place > -1.0 && place < static_cast<double>(cells); }
+    // Of a place inside.
+    SPROMPT_AXIS Cells at(double place) const {
+        const int64_t k = place < 0.0 ? -1 : static_cast<int64_t>(place);
+        const float w1 = static_cast<float>(place - static_cast<double>(k)), w0 = 1.0f - w1;
+        Cells c{k, k + 1, k < 0 ? 0.0f : w0, k + 1 < cells ? w1 : 0.0f};
+        if (!(c.w0 > 0.0f)) c.first = k + 1;
+        if (!(c.w1 > 0.0f)) c.second = c.first;
+        if (c.first >= cells) c.first = c.second = cells - 1;  // both weights are 0
+        return c;
+    }
+};
+
+}  // namespace sprompt
