@@ -18,17 +18,18 @@ from sprompt.nn.resnet import ResNet
 from sprompt.nn.swin import Swin
 from sprompt.nn.tensor_files import read_tensors, write_tensors
 
-OPTIONS = ("--model.depth", "--model.backbone-width")  # of the commands that load a ResNet into a model
+#: Of the commands that load a ResNet into a model.
+OPTIONS = ("--model.depth", "--model.backbone-width", "--model.backbone-variant")
 
 
-def load_backbone(network: ResNet | Swin, path: Path | str, options: tuple[str, str] = OPTIONS) -> str:
+def load_backbone(network: ResNet | Swin, path: Path | str, options: tuple[str, str, str] = OPTIONS) -> str:
     """Copies the backbone of a checkpoint into `network`. Returns a sentence that names the loaded and the unused tensors.
 
-    Reads files of this library, as .pth or safetensors; for a ResNet also those of torchvision, MoCo v2, DenseCL (whole or extracted),
-    SwAV and K-Net; for a Swin those of its release, of transformers and of Mask2Former. The file of a classifier lacks the norms of a
-    Swin's maps; they start anew. Raises ValueError if a tensor is missing, has another shape, is not finite, or belongs to a larger
-    network; then `network` is unchanged. No code from the file is ever executed. `options` are the command line's names of a ResNet's
-    depth and width, for messages.
+    Reads files of this library, as .pth or safetensors; for a ResNet also those of torchvision, timm, MoCo v2, DenseCL (whole or
+    extracted), SwAV and K-Net; for a Swin those of its release, of transformers and of Mask2Former. The file of a classifier lacks the
+    norms of a Swin's maps, which start anew, and the offsets of deformable convolutions, which start at 0. Raises ValueError if another
+    tensor is missing, has another shape, is not finite, or belongs to a larger network; then `network` is unchanged. No code from the
+    file is ever executed. `options` are the command line's names of a ResNet's depth, width and variant, for messages.
     """
     given, said = _fitting(network, path, *_read(path), options)
     network.load_state_dict({**network.state_dict(), **given})
@@ -62,13 +63,17 @@ def save_backbone(path: Path | str, network: ResNet | Swin, dtype: torch.dtype =
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"save_backbone: tensors must be finite in {dtype}, got NaN or infinity in {name}")
             tensors[name] = tensor
-    sizes = asdict(network.config) if isinstance(network, Swin) else {"depth": network.depth, "width": network.width}
+    sizes = (
+        asdict(network.config)
+        if isinstance(network, Swin)
+        else {"depth": network.depth, "width": network.width, "variant": network.variant}
+    )
     write_tensors(path, tensors, {"sprompt": json.dumps({"backbone": sizes})})
 
 
 def _fitting(
     network: ResNet | Swin, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
-    options: tuple[str, str],
+    options: tuple[str, str, str],
 ) -> tuple[dict[str, Tensor], str]:  # fmt: skip
     """The tensors of a file that a network takes, and a sentence about them. Raises ValueError if they do not fit."""
     wanted = network.state_dict()
@@ -84,7 +89,9 @@ def _fitting(
         constants, fresh = swin_files.constants(held, network.config), swin_files.fresh_norms(held, wanted)
         title, advice = swin_files.title(network.config), swin_files.advice(held, network.config)
     else:
-        title, advice = resnet_files.title(network.depth, network.width), resnet_files.advice(held, network, options)
+        fresh = resnet_files.fresh_offsets(held, wanted)
+        title = resnet_files.title(network.depth, network.width, network.variant)
+        advice = resnet_files.advice(held, network, options)
     _check_fit(path, held | fresh, wanted | constants, title, advice)
     given = {name: tensor for name, tensor in held.items() if name not in constants}
     for name, tensor in given.items():
@@ -95,7 +102,8 @@ def _fitting(
     kind = f"a {'backbone' if 'backbone' in about else 'trained model'} of this library"
     origin = kind if {"backbone", "model"} & about.keys() else files.origin(tensors, prefix, about)
     said = f"{path}: {len(given)} tensors of {title} from {origin}"
-    said += "; the norms of its maps start anew" if fresh else ""
+    if fresh:
+        said += "; the norms of its maps start anew" if isinstance(network, Swin) else "; its offsets start at 0"
     return given | fresh, said + (f"; left out: {_summary(rest)}" if rest else "")
 
 

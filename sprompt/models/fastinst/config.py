@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sprompt.models.registry import ModelConfig
-from sprompt.nn.resnet import DEPTHS
-from sprompt.settings import check_sizes, check_weights
+from sprompt.nn.resnet import DEPTHS, Variant
+from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
@@ -31,6 +31,8 @@ class FastInstConfig(ModelConfig):
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
+    backbone_variant: Variant = "plain"
+    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     channels: int = 256
     """Width of the pixel decoder and the queries; a multiple of 4 and of the heads."""
     queries: int = 100
@@ -66,6 +68,7 @@ class FastInstConfig(ModelConfig):
     """Cost of a cell, or of a query chosen there, outside of the label's mask."""
 
     def __post_init__(self) -> None:
+        check_choices(type(self), vars(self))
         if self.depth not in DEPTHS:
             raise ValueError(f"FastInstConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
         check_sizes(self, _WHOLE)

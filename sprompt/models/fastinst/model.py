@@ -46,7 +46,7 @@ class FastInst(nn.Module):
         super().__init__()
         self.config = config = FastInstConfig() if config is None else config
         width, side = config.channels, round(config.queries**0.5)
-        self.backbone = ResNet(config.depth, width=config.backbone_width)
+        self.backbone = ResNet(config.depth, width=config.backbone_width, variant=config.backbone_variant)
         self.freeze_backbone(config.frozen_stages)
         self.pixel_decoder = PPMFPN(self.backbone.channels[1:], width)
         self.proposal_predictor = nn.Sequential(
