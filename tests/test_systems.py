@@ -32,7 +32,10 @@ FASTINST = (
 #: The smallest network of each model, and its backbone. tests/test_cli.py has K-Net's.
 NETWORKS = {
     "mask2former": (f"{MASK2FORMER} {RESNET}", lambda: ResNet(18, width=8)),
-    "fastinst": (f"{FASTINST} {RESNET}", lambda: ResNet(18, width=8)),
+    "fastinst": (
+        f"{FASTINST} --model.depth 50 --model.backbone-width 8 --model.backbone-variant d-dcn",
+        lambda: ResNet(50, width=8, variant="d-dcn"),
+    ),
     "mask2former, swin": (f"{MASK2FORMER} {SWIN}", lambda: Swin(SwinConfig(8, (1, 2, 1, 1), (1, 2, 2, 2), 4))),
 }
 SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True --train.warmup-steps 0"
