@@ -110,7 +110,9 @@ class ResNet(nn.Module):
             raise ValueError(f"ResNet: width must be at least {least}, got {width}; 64 is the normal network")
         block, counts = DEPTHS[depth]
         if variant == "d-dcn" and block is not Bottleneck:
-            raise ValueError(f"ResNet: variant must be plain or d at depth {depth}, got d-dcn; take a depth of 50 or 101")
+            raise ValueError(
+                f"ResNet: variant must be plain or d at depth {depth}, got d-dcn; take a depth of 50 or 101"
+            )
         self.depth, self.width, self.variant, self.train_batchnorm = depth, width, variant, train_batchnorm
         self.channels = [width * scale * block.expansion for scale in (1, 2, 4, 8)]
 

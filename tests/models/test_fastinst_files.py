@@ -102,7 +102,11 @@ def release(model: FastInst) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(
     "config",
-    [replace(TINY, decoder_layers=1), replace(TINY, decoder_layers=3), replace(TINY, depth=50, backbone_variant="d-dcn")],
+    [
+        replace(TINY, decoder_layers=1),
+        replace(TINY, decoder_layers=3),
+        replace(TINY, depth=50, backbone_variant="d-dcn"),
+    ],
     ids=["D1", "D3", "ResNet-D"],
 )
 def test_a_file_of_the_release(config: FastInstConfig, tmp_path: Path) -> None:
@@ -126,7 +130,6 @@ def test_a_file_of_the_release(config: FastInstConfig, tmp_path: Path) -> None:
         torch.rand(3, 50, 70), short=64, long=96
     )
     assert found.masks.size == (50, 70) and 0 < len(found) <= 21
-
 
     for name in ("own.pth", "own.safetensors"):
         export_checkpoint(model, tmp_path / name)

@@ -40,7 +40,9 @@ def drawn(
     x = torch.randn(batch, channels, *size, generator=generator)
     offsets = spread * torch.randn(batch, 18, h, w, generator=generator)
     if spread:
-        offsets[:, :, 0, 0] = torch.randint(-2, 3, (18,), generator=generator).float()  # centres of cells and the border
+        offsets[:, :, 0, 0] = torch.randint(
+            -2, 3, (18,), generator=generator
+        ).float()  # centres of cells and the border
         offsets[:, 3, -1, -1], offsets[:, 4, -1, -1] = 1e9, -1e9
     return x.double(), offsets.double(), torch.randn(outputs, channels, 3, 3, generator=generator).double() / 3
 
@@ -70,9 +72,7 @@ def direction(like: Tensor) -> Tensor:
 @pytest.mark.parametrize(("size", "stride"), [((5, 7), 1), ((6, 9), 2), ((7, 4), 2), ((1, 3), 1), ((8, 16), 2)])
 def test_the_formula(size: tuple[int, int], stride: int, spread: float) -> None:
     given = drawn(2, 3, 4, size, stride, spread)
-    for found, wanted in zip(
-        computed(*given, stride, torch.float64), literal(*given, stride), strict=True
-    ):
+    for found, wanted in zip(computed(*given, stride, torch.float64), literal(*given, stride), strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
@@ -81,9 +81,7 @@ def test_the_formula(size: tuple[int, int], stride: int, spread: float) -> None:
     ("channels", "size", "stride", "spread"),
     [(256, (40, 54), 1, 2), (256, (40, 54), 1, 0), (32, (37, 53), 2, 2), (32, (37, 53), 2, 0), (512, (20, 27), 1, 1)],
 )
-def test_float32(
-    channels: int, size: tuple[int, int], stride: int, spread: float, layout: torch.memory_format
-) -> None:
+def test_float32(channels: int, size: tuple[int, int], stride: int, spread: float, layout: torch.memory_format) -> None:
     """The bound of the result counts roundings of 2^-24: 9·C of the sum of products, 8 of a bilinear value, and 3 of a coordinate, where
     the map's slope is at most 2·max|x| along y and x. Gradients have the bound of usual rounding; at offsets of 0 those of the offsets
     are one-sided, so they show whether a coordinate keeps its digits."""

@@ -80,6 +80,7 @@ def functional(t: dict[str, Tensor], images: Tensor, depth: int) -> list[Tensor]
         x = norm(conv(x, "conv1.6", 1), "bn1").clamp(min=0)
     else:
         x = norm(conv(images, "conv1", 2), "bn1").clamp(min=0)
+
     def middle(x: Tensor, name: str, stride: int) -> Tensor:
         if f"{name}_offset.weight" not in t:
             return conv(x, name, stride)
@@ -175,7 +176,15 @@ def test_names_of_resnet_50_written_out():
 
 @pytest.mark.parametrize(
     ("depth", "width", "variant"),
-    [(18, 8, "plain"), (34, 4, "plain"), (50, 4, "plain"), (101, 4, "plain"), (18, 8, "d"), (50, 4, "d"), (50, 4, "d-dcn")],
+    [
+        (18, 8, "plain"),
+        (34, 4, "plain"),
+        (50, 4, "plain"),
+        (101, 4, "plain"),
+        (18, 8, "d"),
+        (50, 4, "d"),
+        (50, 4, "d-dcn"),
+    ],
 )
 def test_values(depth, width, variant):
     network = randomised(depth, width=width, variant=variant)

@@ -121,9 +121,7 @@ def test_own_files(depth, width, variant, dtype, tmp_path):
     rounded = {name: t.to(dtype).to(t.dtype) if t.is_floating_point() else t for name, t in right.state_dict().items()}
     right.load_state_dict(rounded)
     assert same(opened, right, counters=False)
-    assert "from a backbone of this library" in load_backbone(
-        ResNet(depth, width=width, variant=variant), path
-    )
+    assert "from a backbone of this library" in load_backbone(ResNet(depth, width=width, variant=variant), path)
     assert os.listdir(path.parent) == ["backbone.safetensors"]
 
 
@@ -168,7 +166,9 @@ def timm_file() -> dict[str, Tensor]:
     for layer, count in enumerate((3, 4, 6, 3), start=1):
         planes = 32 * 2**layer
         for i in range(count):
-            for number, (to, of, side) in enumerate(((planes, inputs, 1), (planes, planes, 3), (4 * planes, planes, 1)), start=1):
+            for number, (to, of, side) in enumerate(
+                ((planes, inputs, 1), (planes, planes, 3), (4 * planes, planes, 1)), start=1
+            ):
                 add(f"layer{layer}.{i}.conv{number}", "conv", to, of, side)
                 add(f"layer{layer}.{i}.bn{number}", "norm", to)
             inputs = 4 * planes
@@ -193,7 +193,9 @@ def test_a_file_of_timm(prefix, tmp_path):
     own = deformable.state_dict()
     offsets = {name for name in own if "conv2_offset" in name}
     assert own.keys() - held.keys() == offsets and len(offsets) == 18
-    assert all(torch.equal(tensor, torch.zeros_like(tensor) if name in offsets else held[name]) for name, tensor in own.items())
+    assert all(
+        torch.equal(tensor, torch.zeros_like(tensor) if name in offsets else held[name]) for name, tensor in own.items()
+    )
 
 
 def test_offsets_are_all_there_or_none(tmp_path):
@@ -233,9 +235,17 @@ def test_half_precision_must_hold_the_values(tmp_path):
             (18, 4),
             r"a ResNet-34 of width 8: --model\.depth 34 --model\.backbone-width 8 \(depth=34, width=8 in Python\)",
         ),
-        ((50, 4, "d-dcn"), (50, 4, "d"), r"18 too many .*with deformable convolutions: --model\.backbone-variant d-dcn \(variant='d-dcn'"),
+        (
+            (50, 4, "d-dcn"),
+            (50, 4, "d"),
+            r"18 too many .*with deformable convolutions: --model\.backbone-variant d-dcn \(variant='d-dcn'",
+        ),
         ((50, 4, "d"), (50, 4), r"a ResNet-50-D: --model\.backbone-variant d \("),
-        ((101, 4, "d"), (50, 4, "d-dcn"), r"a ResNet-101-D with deformable convolutions: --model\.depth 101 \(depth=101 in Python\)"),
+        (
+            (101, 4, "d"),
+            (50, 4, "d-dcn"),
+            r"a ResNet-101-D with deformable convolutions: --model\.depth 101 \(depth=101 in Python\)",
+        ),
         ((50, 4), (50, 4, "d-dcn"), r"a ResNet-50: --model\.backbone-variant plain"),
     ],
 )

@@ -36,7 +36,10 @@ _RULES = (
     (r"decoder\.layers\.(\d+)\.pixel_feedforward\.fc(\d)\.", "predictor.transformer_mask_ffn_layers.{0}.linear{1}."),
     (r"decoder\.layers\.(\d+)\.pixel_feedforward\.layer_norm\.", "predictor.transformer_mask_ffn_layers.{0}.norm."),
     (r"decoder\.layers\.(\d+)\.query_attn\.", "predictor.transformer_query_cross_attention_layers.{0}.multihead_attn."),
-    (r"decoder\.layers\.(\d+)\.query_attn_layer_norm\.", "predictor.transformer_query_cross_attention_layers.{0}.norm."),
+    (
+        r"decoder\.layers\.(\d+)\.query_attn_layer_norm\.",
+        "predictor.transformer_query_cross_attention_layers.{0}.norm.",
+    ),
     (r"decoder\.layers\.(\d+)\.self_attn\.", "predictor.transformer_query_self_attention_layers.{0}.self_attn."),
     (r"decoder\.layers\.(\d+)\.self_attn_layer_norm\.", "predictor.transformer_query_self_attention_layers.{0}.norm."),
     (r"decoder\.layers\.(\d+)\.query_feedforward\.fc(\d)\.", "predictor.transformer_query_ffn_layers.{0}.linear{1}."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sprompt.models.registry import ModelConfig
 from sprompt.nn.resnet import DEPTHS, Variant
@@ -39,6 +40,8 @@ class FastInstConfig(ModelConfig):
     """Number of queries: the largest number of masks in an image, and the least number of cells of stride 16."""
     auxiliary_queries: int = 8
     """Number of learned queries that take part in attention but predict nothing."""
+    selection: Literal["activation", "learned"] = "activation"
+    """The queries are the cells that are most likely objects, or learned vectors as in other models, for comparison."""
     heads: int = 8
     """Heads of every attention; they divide the channels."""
     decoder_layers: int = 3
@@ -47,6 +50,8 @@ class FastInstConfig(ModelConfig):
     """Hidden channels of the decoder's feed-forward layers."""
     points: int = 12544
     """Points of a mask at which costs and losses are computed."""
+    guided: bool = True
+    """Train with a second pass of every layer, in which a query reads the pixels of its label only."""
 
     loss_proposal: float = 20.0
     """Weight of the cross-entropy of the cells that queries are chosen from."""
@@ -76,4 +81,6 @@ class FastInstConfig(ModelConfig):
             raise ValueError(
                 f"FastInstConfig: channels must be a multiple of 4 and of heads = {self.heads}, got {self.channels}"
             )
+        if not isinstance(self.guided, bool):
+            raise ValueError(f"FastInstConfig: guided must be True or False, got {self.guided!r}")
         check_weights(self)
