@@ -43,7 +43,7 @@ class DeformConv(nn.Conv2d):
         rows, columns = self._taps(offsets)
         points = torch.stack([(columns + 0.5) / width, (rows + 0.5) / height], -1).flatten(1, 2)[:, :, None, None, None]
         read = deform_attn(values, [(height, width)], points, points.new_ones(1).expand(points.shape[:-1]))
-        # What the taps read is a map of three times the sides, in rows of channels. Its windows of 3×3 do not overlap.
+        # The values at the taps are a map of three times the sides. Its windows of 3×3 do not overlap.
         weight = self.weight.contiguous(memory_format=torch.channels_last)
         return F.conv2d(read.mT.unflatten(2, rows.shape[1:]), weight, stride=3)
 
