@@ -37,7 +37,10 @@ QUERYINST = (
 #: The smallest network of each model, and its backbone. tests/test_cli.py has K-Net's.
 NETWORKS = {
     "mask2former": (f"{MASK2FORMER} {RESNET}", lambda: ResNet(18, width=8)),
-    "fastinst": (f"{FASTINST} {RESNET}", lambda: ResNet(18, width=8)),
+    "fastinst": (
+        f"{FASTINST} --model.depth 50 --model.backbone-width 8 --model.backbone-variant d-dcn",
+        lambda: ResNet(50, width=8, variant="d-dcn"),
+    ),
     "queryinst": (f"{QUERYINST} {RESNET}", lambda: ResNet(18, width=8)),
     "mask2former, swin": (f"{MASK2FORMER} {SWIN}", lambda: Swin(SwinConfig(8, (1, 2, 1, 1), (1, 2, 2, 2), 4))),
 }

@@ -64,7 +64,9 @@ class Backbone:
         task = DenseCL(self.densecl)
         init = None if self.init is None else run_folder.backbone_file(self.init, "init")
         if init is not None:
-            run_folder.say(load_backbone(task.backbone, init, ("--densecl.depth", "--densecl.width")))
+            run_folder.say(
+                load_backbone(task.backbone, init, ("--densecl.depth", "--densecl.width", "--densecl.variant"))
+            )
         with run_folder.begun(self.out, self) as record:
             result = train(
                 task, partial(Batches, Unbroken(pictures), self.views, collate_views), self.train, self.out, cpu=self.cpu,

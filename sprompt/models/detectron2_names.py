@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import re
 
-#: Their names -> torchvision's, behind "backbone.". Their stage res2 is layer1.
+#: torchvision's names -> theirs, behind "backbone.". Their stage res2 is layer1.
 _RULES = (
-    (r"stem\.conv1\.norm\.", "bn1."),
-    (r"stem\.conv1\.", "conv1."),
-    (r"res(\d)\.(\d+)\.shortcut\.norm\.", "layer{0}.{1}.downsample.1."),
-    (r"res(\d)\.(\d+)\.shortcut\.", "layer{0}.{1}.downsample.0."),
-    (r"res(\d)\.(\d+)\.conv(\d)\.norm\.", "layer{0}.{1}.bn{2}."),
-    (r"res(\d)\.(\d+)\.conv(\d)\.", "layer{0}.{1}.conv{2}."),
+    (r"bn1\.", "stem.conv1.norm."),
+    (r"conv1\.", "stem.conv1."),
+    (r"layer(\d)\.(\d+)\.downsample\.1\.", "res{0}.{1}.shortcut.norm."),
+    (r"layer(\d)\.(\d+)\.downsample\.0\.", "res{0}.{1}.shortcut."),
+    (r"layer(\d)\.(\d+)\.bn(\d)\.", "res{0}.{1}.conv{2}.norm."),
+    (r"layer(\d)\.(\d+)\.conv(\d)\.", "res{0}.{1}.conv{2}."),
 )
 
 
-def resnet_name(name: str) -> str | None:
-    """Our name of a tensor of a model's ResNet, None for other names."""
+def released_name(name: str) -> str:
+    """Their name of a tensor of a model's plain ResNet. Other names stay."""
     for pattern, target in _RULES:
         if match := re.match(r"backbone\." + pattern, name):
             stage, *rest = match.groups() or ("",)
-            return "backbone." + target.format(stage and int(stage) - 1, *rest) + name[match.end() :]
-    return None
+            return "backbone." + target.format(stage and int(stage) + 1, *rest) + name[match.end() :]
+    return name

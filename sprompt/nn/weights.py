@@ -21,19 +21,22 @@ from sprompt.nn.vit import Vit
 
 Backbone = ResNet | Swin | Vit
 _FILES = {ResNet: resnet_files, Swin: swin_files, Vit: vit_files}
-OPTIONS = ("--model.depth", "--model.backbone-width")  # of the commands that load a ResNet into a model
+#: Of the commands that load a ResNet into a model.
+OPTIONS = ("--model.depth", "--model.backbone-width", "--model.backbone-variant")
 
 
-def load_backbone(network: Backbone, path: Path | str, options: tuple[str, str] = OPTIONS) -> str:
+def load_backbone(network: Backbone, path: Path | str, options: tuple[str, str, str] = OPTIONS) -> str:
     """Copies the backbone of a checkpoint into `network`. Returns a sentence that names the loaded and the unused tensors.
 
-    Reads files of this library, as .pth or safetensors; for a ResNet also those of torchvision, MoCo v2, DenseCL (whole or extracted),
-    SwAV and K-Net; for a Swin those of its release, of transformers and of Mask2Former; for a ViT those of MAE, DeiT, DINO, DINOv2, timm
-    and transformers. The file of a classifier lacks the norms of a Swin's maps; they start anew. Positions of a ViT are resized to the
-    grid of `network`; its convolutional stem keeps its values if the file has patches.
+    Reads files of this library, as .pth or safetensors; for a ResNet also those of torchvision, timm, MoCo v2, DenseCL (whole or
+    extracted), SwAV and K-Net; for a Swin those of its release, of transformers and of Mask2Former; for a ViT those of MAE, DeiT, DINO,
+    DINOv2, timm and transformers. The file of a classifier lacks the norms of a Swin's maps, which start anew, and the offsets of
+    deformable convolutions, which start at 0. Positions of a ViT are resized to the grid of `network`; its convolutional stem keeps its
+    values if the file has patches.
 
-    Raises ValueError if a tensor is missing, has another shape, is not finite, or belongs to a larger network; then `network` is unchanged.
-    No code from the file is ever executed. `options` are the command line's names of a ResNet's depth and width, for messages.
+    Raises ValueError if another tensor is missing, has another shape, is not finite, or belongs to a larger network; then `network` is
+    unchanged. No code from the file is ever executed. `options` are the command line's names of a ResNet's depth, width and variant, for
+    messages.
     """
     given, said = _fitting(network, path, *_read(path), options)
     network.load_state_dict({**network.state_dict(), **given})
@@ -73,13 +76,17 @@ def save_backbone(path: Path | str, network: Backbone, dtype: torch.dtype = torc
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"save_backbone: tensors must be finite in {dtype}, got NaN or infinity in {name}")
             tensors[name] = tensor
-    sizes = {"depth": network.depth, "width": network.width} if isinstance(network, ResNet) else asdict(network.config)
+    sizes = (
+        {"depth": network.depth, "width": network.width, "variant": network.variant}
+        if isinstance(network, ResNet)
+        else asdict(network.config)
+    )
     write_tensors(path, tensors, {"sprompt": json.dumps({"backbone": sizes})})
 
 
 def _fitting(
     network: Backbone, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
-    options: tuple[str, str],
+    options: tuple[str, str, str],
 ) -> tuple[dict[str, Tensor], str]:  # fmt: skip
     """The tensors of a file that a network takes, and a sentence about them. Raises ValueError if they do not fit."""
     wanted = network.state_dict()
@@ -104,7 +111,10 @@ def _fitting(
         changes = ["the norms of its maps start anew"] if fresh else []
         title, advice = swin_files.title(network.config), swin_files.advice(held, network.config)
     else:
-        title, advice = resnet_files.title(network.depth, network.width), resnet_files.advice(held, network, options)
+        fresh = resnet_files.fresh_offsets(held, wanted)
+        changes = ["its offsets start at 0"] if fresh else []
+        title = resnet_files.title(network.depth, network.width, network.variant)
+        advice = resnet_files.advice(held, network, options)
     _check_fit(path, held | fresh, wanted | constants, title, advice)
     given = {name: tensor for name, tensor in held.items() if name not in constants}
     for name, tensor in given.items():

@@ -128,11 +128,15 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 @pytest.mark.parametrize(("layers", "number"), [(1, 6_203_123), (3, 10_721_685)])
 def test_the_sizes_of_the_release(layers: int, number: int) -> None:
+    """The whole model is of 30 and 34 million parameters, with a deformable ResNet-D of 30 and 35."""
     with torch.device("meta"):
         model = FastInst(FastInstConfig(decoder_layers=layers))
     assert sum(p.numel() for n, p in model.named_parameters() if not n.startswith("backbone.")) == number
     convolutions = [m for m in model.backbone.modules() if isinstance(m, nn.Conv2d)]
     assert sum(m.weight.numel() for m in convolutions) == 23_454_912
+    with torch.device("meta"):
+        model = FastInst(FastInstConfig(decoder_layers=layers, backbone_variant="d-dcn"))
+    assert sum(p.numel() for p in model.parameters()) == number + 24_025_090
 
 
 def test_the_queries_of_a_picture_of_coco() -> None:
@@ -259,6 +263,38 @@ def test_float32_differs_by_rounding_only(seed: int) -> None:
             torch.testing.assert_close(gradients[name].double(), wanted, rtol=0, atol=1e-4 * scale)
 
 
+def test_what_can_be_left_out_for_comparison() -> None:
+    """The guided pass adds terms and changes no other. Learned queries are the same for all images; the proposals are trained as before."""
+    images, masks, labels = labelled((64, 96), [4, 2])
+    generator = torch.Generator().manual_seed(2)
+    points = [torch.rand(2, 60, 2, generator=generator) for _ in range(3)]
+    given = Points(points[0], points, [torch.rand(6, 195, 2, generator=generator) for _ in range(5)])
+    target = BitMasks.from_dense(masks), labels, torch.tensor([4, 2])
+    model = network()
+    outputs = model(images.float())
+    with_guide, without = (
+        losses(outputs, *target, replace(TINY, guided=guided), model.decoder, given).terms for guided in (True, False)
+    )
+    assert with_guide.keys() - without.keys() == {f"guided{k}/{t}" for k in (1, 2) for t in ("class", "mask", "dice")}
+    assert all(torch.equal(term, with_guide[name]) for name, term in without.items())
+
+    model = network(replace(TINY, selection="learned"))
+    outputs = model(images.float())
+    assert outputs.locations is None
+    for state, tables in (
+        (outputs.decoded.queries[0], (model.query_content, model.auxiliary_content)),
+        (outputs.decoded.query_positions, (model.query_positions, model.auxiliary_positions)),
+    ):
+        assert torch.equal(state, torch.cat([table.weight for table in tables]).expand(2, -1, -1))
+    found = losses(outputs, *target, model.config, model.decoder, given)
+    assert found.terms.keys() == with_guide.keys()
+    torch.stack(list(found.terms.values())).sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in (model.query_content.weight, model.query_positions.weight))
+    names = {p: n for n, p in model.named_parameters()}
+    still = {names[p] for p in model.parameter_groups()[0].parameters}
+    assert {"query_content.weight", "query_positions.weight"} <= still and "positions" not in still
+
+
 @pytest.mark.parametrize("counts", [[2, 1], [0, 0]])
 def test_losses_under_autocast(counts: list[int]) -> None:
     model = network().train()
@@ -334,6 +370,9 @@ def test_what_it_refuses() -> None:
         ("depth", 19, "depth must be one of 18, 34, 50, 101, got 19"),
         ("channels", 30, "channels must be a multiple of 4 and of heads = 4, got 30"),
         ("auxiliary_queries", -1, "auxiliary_queries must be a whole number from 0 to 100000, got -1"),
+        ("backbone_variant", "c", "backbone_variant must be one of 'plain', 'd', 'd-dcn', got 'c'"),
+        ("guided", 1, "guided must be True or False, got 1"),
+        ("selection", "any", "selection must be one of 'activation', 'learned', got 'any'"),
         ("cost_location", -1.0, "cost_location must be a number of at least 0, got -1.0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -343,14 +382,15 @@ def test_what_it_refuses() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("form", ["exported", "compiled"])
 def test_the_network_is_one_graph(form: str) -> None:
-    """The program gives the same bits. Other weights of the compiled module count at once."""
-    model = network()
+    """The program gives the same bits; the exported one has deformable convolutions. Other weights of the compiled module count at once."""
+    model = network(replace(TINY, depth=50, backbone_variant="d-dcn") if form == "exported" else TINY)
     images, others = torch.randn(2, 2, 3, 64, 96, generator=torch.Generator().manual_seed(4))
     expected = model(others)
     if form == "exported":
         program = torch.export.export(model, (images,))
         assert {node.target for node in program.graph.nodes if "sprompt" in str(node.target)} == {
-            getattr(torch.ops.sprompt, name).default for name in ("activation_queries", "mask_attention", "mask_bits")
+            getattr(torch.ops.sprompt, name).default
+            for name in ("activation_queries", "deform_attn", "mask_attention", "mask_bits")
         }
         forward = program.module()
     else:

@@ -12,9 +12,9 @@ from test_fastinst import TINY, network
 from torch import Tensor
 
 import sprompt
-from sprompt.models.fastinst import FastInst
-from sprompt.models.fastinst.checkpoint import import_checkpoint
-from sprompt.nn.tensor_files import write_tensors
+from sprompt.models.fastinst import FastInst, FastInstConfig
+from sprompt.models.fastinst.checkpoint import export_checkpoint, import_checkpoint
+from sprompt.nn.tensor_files import read_tensors, write_tensors
 
 #: Of everything but the backbone: the release's name of a module or parameter, and ours. L is a layer, H a head.
 NAMES = """
@@ -85,6 +85,9 @@ def release(model: FastInst) -> dict[str, Tensor]:
             name = f"transformer_query_self_attention_layers.{number}.self_attn.in_proj_{part}"
             found[f"sem_seg_head.predictor.{name}"] = torch.cat(thirds)
     for name in [n for n in own if n.startswith("backbone.")]:
+        if model.config.backbone_variant != "plain":  # the release has timm's names, which are ours
+            found[name] = own.pop(name)
+            continue
         theirs = name.replace("backbone.conv1", "backbone.stem.conv1").replace(
             "backbone.bn1", "backbone.stem.conv1.norm"
         )
@@ -93,18 +96,30 @@ def release(model: FastInst) -> dict[str, Tensor]:
         theirs = theirs.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
         found[theirs] = own.pop(name)
     assert not own
-    weights = torch.ones(model.num_classes + 1)
+    weights = torch.tensor([1.0, 1, 1, 0.1])
     return found | {"criterion.empty_weight": weights, "sem_seg_head.predictor.criterion.empty_weight": weights.clone()}
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_a_file_of_the_release(layers: int, tmp_path: Path) -> None:
-    model = network(replace(TINY, decoder_layers=layers), seed=1)
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(TINY, decoder_layers=1),
+        replace(TINY, decoder_layers=3),
+        replace(TINY, depth=50, backbone_variant="d-dcn"),
+    ],
+    ids=["D1", "D3", "ResNet-D"],
+)
+def test_a_file_of_the_release(config: FastInstConfig, tmp_path: Path) -> None:
+    model = network(config, seed=1)
     tensors = release(model)
-    assert (
-        "sem_seg_head.pixel_decoder.adapter_3.norm.bias" in tensors
-        and "backbone.res5.1.conv2.norm.running_var" in tensors
-    )
+    some = "backbone.res5.1.conv2.norm.running_var backbone.stem.conv1.norm.weight backbone.res3.0.shortcut.norm.bias"
+    if config.backbone_variant != "plain":
+        some = (
+            "backbone.conv1.0.weight backbone.conv1.4.running_mean backbone.conv1.6.weight backbone.bn1.weight "
+            "backbone.layer2.0.downsample.1.weight backbone.layer2.0.downsample.2.bias backbone.layer3.5.conv2_offset.weight "
+            "backbone.layer4.0.conv2_offset.bias backbone.layer4.2.conv2.weight backbone.layer4.2.bn3.running_var"
+        )
+    assert {*some.split(), "sem_seg_head.pixel_decoder.adapter_3.norm.bias"} <= tensors.keys()
     torch.save({"model": tensors}, tmp_path / "release.pth")
     fresh = FastInst(model.config)
     assert fresh.import_checkpoint(tmp_path / "release.pth") == (
@@ -115,6 +130,13 @@ def test_a_file_of_the_release(layers: int, tmp_path: Path) -> None:
         torch.rand(3, 50, 70), short=64, long=96
     )
     assert found.masks.size == (50, 70) and 0 < len(found) <= 21
+
+    for name in ("own.pth", "own.safetensors"):
+        export_checkpoint(model, tmp_path / name)
+        held, _ = read_tensors(tmp_path / name)
+        assert held.keys() == tensors.keys()
+        assert all(torch.equal(held[n], t) for n, t in tensors.items())
+    assert torch.load(tmp_path / "own.pth", weights_only=True).keys() == {"model"}
 
 
 def test_another_number_of_classes_starts_the_classifiers_anew(tmp_path: Path) -> None:
@@ -148,7 +170,7 @@ def test_another_number_of_classes_starts_the_classifiers_anew(tmp_path: Path) -
             r"decoder.layers.0.self_attn.v_proj.bias \(31,\) instead of \(32,\)",
         ),
         ("sem_seg_head.predictor.class_embed_layers.2.layers.2.bias", (9,), r"class_predictor.2.0.bias \(9,\) instead of \(4,\)"),
-        ("sem_seg_head.pixel_decoder.adapter_9.bias", (3,), "not of this model: pixel_decoder.lateral.8.conv.bias"),
+        ("sem_seg_head.pixel_decoder.adapter_9.bias", (3,), "not of this model: sem_seg_head.pixel_decoder.adapter_9.bias"),
     ],
 )  # fmt: skip
 def test_files_that_do_not_fit(name: str, value: tuple[int, ...] | None, message: str, tmp_path: Path) -> None:

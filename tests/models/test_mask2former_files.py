@@ -19,6 +19,16 @@ from sprompt.nn.tensor_files import read_tensors, write_tensors
 from sprompt.settings import from_plain, to_plain
 
 
+def test_transformers_has_no_resnet_d(tmp_path: Path) -> None:
+    model = Mask2Former(replace(TINY, depth=50, backbone_variant="d-dcn"))
+    with pytest.raises(ValueError, match="the ResNet must be plain for transformers, got d-dcn"):
+        export_checkpoint(model, tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+    save_model(tmp_path / "x.safetensors", model, ["a", "b", "c"])
+    images = labelled((64, 96), [1])[0].float()
+    assert torch.equal(load_model(tmp_path / "x.safetensors")[0].backbone(images)[3], model.eval().backbone(images)[3])
+
+
 @BOTH
 def test_files_go_there_and_back(config: Mask2FormerConfig, tmp_path: Path) -> None:
     other = theirs(config)

@@ -14,10 +14,10 @@ from sprompt.nn.resnet import ResNet
 from sprompt.nn.weights import load_backbone, open_backbone, save_backbone
 
 
-def network(depth: int = 18, width: int = 4, seed: int = 1) -> ResNet:
+def network(depth: int = 18, width: int = 4, variant: str = "plain", seed: int = 1) -> ResNet:
     """A ResNet with different values in all tensors."""
     generator = torch.Generator().manual_seed(seed)
-    made = ResNet(depth, width=width)
+    made = ResNet(depth, width=width, variant=variant)
     for tensor in made.state_dict().values():
         if tensor.is_floating_point():
             tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.5)
@@ -101,23 +101,109 @@ def test_foreign_checkpoints(kind, says, left_out, suffix, tmp_path):
     assert same(open_backbone(path), right, counters=kind != "torchvision")
 
 
-@pytest.mark.parametrize(("depth", "width"), [(18, 8), (34, 4), (50, 4), (101, 2)])
+@pytest.mark.parametrize(
+    ("depth", "width", "variant"),
+    [(18, 8, "plain"), (34, 4, "plain"), (50, 4, "plain"), (101, 2, "plain"), (18, 4, "d"), (50, 4, "d-dcn")],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_own_files(depth, width, dtype, tmp_path):
-    right, path = network(depth, width), tmp_path / "new" / "backbone.safetensors"
+def test_own_files(depth, width, variant, dtype, tmp_path):
+    right, path = network(depth, width, variant=variant), tmp_path / "new" / "backbone.safetensors"
     save_backbone(path, right, dtype)
     with safe_open(path, "pt") as file:
-        assert json.loads(file.metadata()["sprompt"]) == {"backbone": {"depth": depth, "width": width}}
+        assert json.loads(file.metadata()["sprompt"]) == {
+            "backbone": {"depth": depth, "width": width, "variant": variant}
+        }
         assert {file.get_tensor(name).dtype for name in file.keys()} == {dtype}  # noqa: SIM118  # not a dict
     opened = open_backbone(path)
-    assert (opened.depth, opened.width, opened.training) == (depth, width, False)
+    assert (opened.depth, opened.width, opened.variant, opened.training) == (depth, width, variant, False)
     assert not any(parameter.requires_grad for parameter in opened.parameters())
-    assert opened.conv1.weight.dtype == torch.float32
+    assert {p.dtype for p in opened.parameters()} == {torch.float32}
     rounded = {name: t.to(dtype).to(t.dtype) if t.is_floating_point() else t for name, t in right.state_dict().items()}
     right.load_state_dict(rounded)
     assert same(opened, right, counters=False)
-    assert "from a backbone of this library" in load_backbone(ResNet(depth, width=width), path)
+    assert "from a backbone of this library" in load_backbone(ResNet(depth, width=width, variant=variant), path)
     assert os.listdir(path.parent) == ["backbone.safetensors"]
+
+
+#: timm's resnet50d but for its blocks, typed from its modules: the name of a module, its kind, and its sizes at width 64.
+TIMM = """
+conv1.0              conv  32 3 3
+conv1.1              norm  32
+conv1.3              conv  32 32 3
+conv1.4              norm  32
+conv1.6              conv  64 32 3
+bn1                  norm  64
+layer1.0.downsample.1  conv  256 64 1
+layer1.0.downsample.2  norm  256
+layer2.0.downsample.1  conv  512 256 1
+layer2.0.downsample.2  norm  512
+layer3.0.downsample.1  conv  1024 512 1
+layer3.0.downsample.2  norm  1024
+layer4.0.downsample.1  conv  2048 1024 1
+layer4.0.downsample.2  norm  2048
+"""
+
+
+def timm_file() -> dict[str, Tensor]:
+    """A file of timm's resnet50d, with a sixteenth of its channels."""
+    generator = torch.Generator().manual_seed(5)
+
+    def add(name: str, kind: str, *sizes: int) -> None:
+        if kind == "conv":
+            outputs, inputs, side = sizes
+            shape = (outputs // 16, inputs if inputs == 3 else inputs // 16, side, side)
+            held[f"{name}.weight"] = torch.rand(shape, generator=generator)
+            return
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            held[f"{name}.{part}"] = torch.rand(sizes[0] // 16, generator=generator)
+        held[f"{name}.num_batches_tracked"] = torch.tensor(9)
+
+    held: dict[str, Tensor] = {}
+    for line in TIMM.strip().splitlines():
+        name, kind, *sizes = line.split()
+        add(name, kind, *map(int, sizes))
+    inputs = 64
+    for layer, count in enumerate((3, 4, 6, 3), start=1):
+        planes = 32 * 2**layer
+        for i in range(count):
+            for number, (to, of, side) in enumerate(
+                ((planes, inputs, 1), (planes, planes, 3), (4 * planes, planes, 1)), start=1
+            ):
+                add(f"layer{layer}.{i}.conv{number}", "conv", to, of, side)
+                add(f"layer{layer}.{i}.bn{number}", "norm", to)
+            inputs = 4 * planes
+    return held | {"fc.weight": torch.rand(1000, 128), "fc.bias": torch.rand(1000)}
+
+
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_file_of_timm(prefix, tmp_path):
+    """It goes into a network with deformable convolutions too, whose offsets start at 0."""
+    held, path = timm_file(), tmp_path / "resnet50d.pth"
+    torch.save(behind(prefix, held), path)
+    plain = open_backbone(path)
+    assert (plain.depth, plain.width, plain.variant) == (50, 4, "d")
+    assert plain.state_dict().keys() == held.keys() - {"fc.weight", "fc.bias"}
+    assert all(torch.equal(tensor, held[name]) for name, tensor in plain.state_dict().items())
+    deformable = network(50, 4, variant="d-dcn")
+    origin = "a checkpoint with names behind 'backbone.'" if prefix else "a timm checkpoint"
+    assert load_backbone(deformable, path) == (
+        f"{path}: 330 tensors of a ResNet-50-D of width 4 with deformable convolutions from {origin}; its offsets start at 0; "
+        f"left out: {'backbone' if prefix else 'fc'} (2)"
+    )
+    own = deformable.state_dict()
+    offsets = {name for name in own if "conv2_offset" in name}
+    assert own.keys() - held.keys() == offsets and len(offsets) == 18
+    assert all(
+        torch.equal(tensor, torch.zeros_like(tensor) if name in offsets else held[name]) for name, tensor in own.items()
+    )
+
+
+def test_offsets_are_all_there_or_none(tmp_path):
+    state = dict(network(50, variant="d-dcn").state_dict())
+    del state["layer4.2.conv2_offset.bias"]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(ValueError, match=r"1 tensors missing \(layer4.2.conv2_offset.bias\).*is it the right file"):
+        load_backbone(network(50, variant="d-dcn"), tmp_path / "x.pth")
 
 
 def test_half_precision_must_hold_the_values(tmp_path):
@@ -149,6 +235,18 @@ def test_half_precision_must_hold_the_values(tmp_path):
             (18, 4),
             r"a ResNet-34 of width 8: --model\.depth 34 --model\.backbone-width 8 \(depth=34, width=8 in Python\)",
         ),
+        (
+            (50, 4, "d-dcn"),
+            (50, 4, "d"),
+            r"18 too many .*with deformable convolutions: --model\.backbone-variant d-dcn \(variant='d-dcn'",
+        ),
+        ((50, 4, "d"), (50, 4), r"a ResNet-50-D: --model\.backbone-variant d \("),
+        (
+            (101, 4, "d"),
+            (50, 4, "d-dcn"),
+            r"a ResNet-101-D with deformable convolutions: --model\.depth 101 \(depth=101 in Python\)",
+        ),
+        ((50, 4), (50, 4, "d-dcn"), r"a ResNet-50: --model\.backbone-variant plain"),
     ],
 )
 def test_another_network_is_refused_with_advice(held, asked, message, tmp_path):

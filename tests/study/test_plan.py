@@ -7,7 +7,9 @@ import pytest
 
 from sprompt.commands.parsing import parse
 from sprompt.commands.study import lengthened
+from sprompt.models.fastinst import FastInstConfig
 from sprompt.models.mask2former import Mask2FormerConfig
+from sprompt.models.registry import ModelConfig
 from sprompt.study.plan import Cell, Inputs, Pretraining
 from sprompt.study.variants import VARIANTS
 
@@ -33,17 +35,18 @@ def test_without_drops_there_are_none(tmp_path: Path) -> None:
     assert (longer.epochs, longer.drops) == (6, ())
 
 
-def test_another_model_has_its_own_preset_and_only_its_own_variants() -> None:
+@pytest.mark.parametrize(("name", "config"), [("mask2former", Mask2FormerConfig), ("fastinst", FastInstConfig)])
+def test_another_model_has_its_own_preset_and_only_its_own_variants(name: str, config: type[ModelConfig]) -> None:
     """Every command names the model, so that the preset of that name is taken from the folder of the model."""
-    study = parse("study", ["--preset", "study-cpu", "--model", "mask2former"])
-    assert (study.model, study.settings, study.likeness) == ("mask2former", "study-cpu", 0.8)
-    given = replace(GIVEN, model=("--model", "mask2former"))
+    study = parse("study", ["--preset", "study-cpu", "--model", name])
+    assert (study.model, study.settings, study.likeness) == (name, "study-cpu", 0.8)
+    given = replace(GIVEN, model=("--model", name))
     pretraining = Pretraining(0, "prompts")
     commands = [*pretraining.commands(Path("out"), given), Cell(pretraining, 0.05).command(Path("out"), given, 5)]
-    for name, *options in commands:
-        model = parse(name, options).model
-        assert isinstance(model, Mask2FormerConfig)
-        assert model.queries == 20 or name == "evaluate"  # that takes the sizes from the checkpoint
+    for command, *options in commands:
+        model = parse(command, options).model
+        assert isinstance(model, config)
+        assert model.queries == 20 or command == "evaluate"  # that takes the sizes from the checkpoint
     assert study._variants(known=True) == [name for name in VARIANTS if name not in ("site-late", "site-proposal")]
 
 

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from sprompt.methods.densecl.views import Views
 from sprompt.nn.distributed import rank, world
-from sprompt.nn.resnet import ResNet
+from sprompt.nn.resnet import ResNet, Variant
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class DenseCLConfig:
     """Layers of the ResNet: 18, 34, 50 or 101 (50)."""
     width: int = 64
     """Channels of the ResNet's stem, at least 1; 64 is the normal network (64)."""
+    variant: Variant = "plain"
+    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too (plain)."""
     embedding: int = 128
     """Channels of the vectors that are compared, at least 1 (128)."""
     queue: int = 4096
@@ -94,7 +96,9 @@ class DenseCL(nn.Module):
         self._level = ("C2", "C3", "C4", "C5").index(config.dense_level)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.backbone = ResNet(config.depth, width=config.width, frozen_stages=-1, train_batchnorm=True)
+            self.backbone = ResNet(
+                config.depth, width=config.width, variant=config.variant, frozen_stages=-1, train_batchnorm=True
+            )
             channels = self.backbone.channels
             self.heads = Heads(channels[-1], channels[self._level], config.embedding)
             for name in ("queue", "dense_queue"):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from sprompt.models.registry import ModelConfig
-from sprompt.nn.resnet import DEPTHS
-from sprompt.settings import check_sizes, check_weights
+from sprompt.nn.resnet import DEPTHS, Variant
+from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
@@ -31,12 +32,16 @@ class FastInstConfig(ModelConfig):
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
+    backbone_variant: Variant = "plain"
+    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     channels: int = 256
     """Width of the pixel decoder and the queries; a multiple of 4 and of the heads."""
     queries: int = 100
     """Number of queries: the largest number of masks in an image, and the least number of cells of stride 16."""
     auxiliary_queries: int = 8
     """Number of learned queries that take part in attention but predict nothing."""
+    selection: Literal["activation", "learned"] = "activation"
+    """The queries are the cells that are most likely objects, or learned vectors as in other models, for comparison."""
     heads: int = 8
     """Heads of every attention; they divide the channels."""
     decoder_layers: int = 3
@@ -45,6 +50,8 @@ class FastInstConfig(ModelConfig):
     """Hidden channels of the decoder's feed-forward layers."""
     points: int = 12544
     """Points of a mask at which costs and losses are computed."""
+    guided: bool = True
+    """Train with a second pass of every layer, in which a query reads the pixels of its label only."""
 
     loss_proposal: float = 20.0
     """Weight of the cross-entropy of the cells that queries are chosen from."""
@@ -66,6 +73,7 @@ class FastInstConfig(ModelConfig):
     """Cost of a cell, or of a query chosen there, outside of the label's mask."""
 
     def __post_init__(self) -> None:
+        check_choices(type(self), vars(self))
         if self.depth not in DEPTHS:
             raise ValueError(f"FastInstConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
         check_sizes(self, _WHOLE)
@@ -73,4 +81,6 @@ class FastInstConfig(ModelConfig):
             raise ValueError(
                 f"FastInstConfig: channels must be a multiple of 4 and of heads = {self.heads}, got {self.channels}"
             )
+        if not isinstance(self.guided, bool):
+            raise ValueError(f"FastInstConfig: guided must be True or False, got {self.guided!r}")
         check_weights(self)

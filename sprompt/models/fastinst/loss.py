@@ -35,20 +35,21 @@ def losses(
     """Terms of the cells (proposal) and of every head and guided prediction (class, mask, dice), in float32 under autocast too.
 
     The guided predictions are those of `DualPathDecoder.again`, where a matched query reads the pixels of its target only. The matching
-    of the last head guides them, and is theirs. The last head itself is matched anew, at other points. Points, divisors and images without
-    targets are as in `sprompt.models.mask2former.loss`.
+    of the last head guides them, and is theirs. The last head itself is matched anew, at other points. Without `config.guided` there are
+    no such predictions. Points, divisors and images without targets are as in `sprompt.models.mask2former.loss`.
     """
     terms: dict[str, Tensor] = {}
     predicted = outputs.decoded.predicted
-    outside = _outside(masks, outputs.locations)
+    outside = None if outputs.locations is None else _outside(masks, outputs.locations)
     classes = [decoder.classes(number, found.hidden) for number, found in enumerate(predicted[:-1])]
     classes.append(outputs.classes)
-    guide = assignment(
-        classes[-1], predicted[-1], masks, labels, counts, outside, config, None if points is None else points.guide
-    )
-    number, (height, width) = outputs.decoded.queries[0].shape[1], predicted[0].features.shape[2:]
-    guided = decoder.again(outputs.decoded, guiding(masks, guide, number, (height, width)))
-    classes += [decoder.classes(number, found.hidden) for number, found in enumerate(guided, start=1)]
+    guided: list[Predicted] = []
+    if config.guided:
+        given = None if points is None else points.guide
+        guide = assignment(classes[-1], predicted[-1], masks, labels, counts, outside, config, given)
+        number, (height, width) = outputs.decoded.queries[0].shape[1], predicted[0].features.shape[2:]
+        guided = decoder.again(outputs.decoded, guiding(masks, guide, number, (height, width)))
+        classes += [decoder.classes(number, found.hidden) for number, found in enumerate(guided, start=1)]
 
     matched = []
     with torch.autocast(labels.device.type, enabled=False):
@@ -86,16 +87,17 @@ def cells_of_targets(
 
 @torch.no_grad()
 def assignment(
-    classes: Tensor, predicted: Predicted, masks: BitMasks, labels: Tensor, counts: Tensor, outside: Tensor,
+    classes: Tensor, predicted: Predicted, masks: BitMasks, labels: Tensor, counts: Tensor, outside: Tensor | None,
     config: FastInstConfig, points: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Rows (B, G): the query of each target, -1 for a target without a query. outside: bool (B, Q, G)."""
+    """Rows (B, G): the query of each target, -1 for a target without a query. outside: bool (B, Q, G), None for queries without a place."""
     with torch.autocast(labels.device.type, enabled=False):
         weights = (config.cost_mask, config.cost_dice)
         pair = (full_precision(predicted.features), full_precision(predicted.embeddings))
         cost = point_cost(pair, masks, counts, number=config.points, points=points, weights=weights)
         probability = full_precision(classes).softmax(-1).gather(2, labels[:, None].expand(-1, classes.shape[1], -1))
-        return linear_assignment(_located(cost - config.cost_class * probability, outside, config), counts)
+        cost = cost - config.cost_class * probability
+        return linear_assignment(cost if outside is None else _located(cost, outside, config), counts)
 
 
 def _located(cost: Tensor, outside: Tensor, config: FastInstConfig) -> Tensor:

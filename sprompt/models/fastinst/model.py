@@ -28,15 +28,17 @@ class Outputs(NamedTuple):
     decoded: Decoded  # its queries: first those chosen from cells, which predict, then the auxiliary ones
     classes: Tensor  # (B, Q, K + 1) logits of the last head; the last class is no object
     proposals: Tensor  # (B, K + 1, h, w): class logits of the cells of stride 16
-    locations: Tensor  # (B, Q, 2): x, y of the cells that became queries, see `_locations`
+    locations: (
+        Tensor | None
+    )  # (B, Q, 2): x, y of the cells that became queries, see `_locations`; None for learned queries
 
 
 class FastInst(nn.Module):
     """FastInst with a ResNet.
 
-    One site takes prompts: "query", the content of the queries that are chosen from cells; their positions and the auxiliary queries stay
-    as they are. `Features.maps` are the pixel decoder's maps of strides 8, 8, 16 and 32: it has no map of stride 4, so that of stride 8
-    stands for it too. Batch norm of the backbone keeps its statistics and is not trained.
+    One site takes prompts: "query", the content of the queries that predict; their positions and the auxiliary queries stay as they are.
+    `Features.maps` are the pixel decoder's maps of strides 8, 8, 16 and 32: it has no map of stride 4, so that of stride 8 stands for it
+    too. Batch norm of the backbone keeps its statistics and is not trained.
     """
 
     Config = FastInstConfig
@@ -46,13 +48,16 @@ class FastInst(nn.Module):
         super().__init__()
         self.config = config = FastInstConfig() if config is None else config
         width, side = config.channels, round(config.queries**0.5)
-        self.backbone = ResNet(config.depth, width=config.backbone_width)
+        self.backbone = ResNet(config.depth, width=config.backbone_width, variant=config.backbone_variant)
         self.freeze_backbone(config.frozen_stages)
         self.pixel_decoder = PPMFPN(self.backbone.channels[1:], width)
         self.proposal_predictor = nn.Sequential(
             nn.Conv2d(width, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, config.num_classes + 1, 1)
         )
         self.positions = nn.Parameter(GRID * torch.randn(1, width, side, side))  # resized to every map
+        if config.selection == "learned":
+            self.query_content = nn.Embedding(config.queries, width)
+            self.query_positions = nn.Embedding(config.queries, width)
         self.auxiliary_content = nn.Embedding(config.auxiliary_queries, width)
         self.auxiliary_positions = nn.Embedding(config.auxiliary_queries, width)
         self.decoder = DualPathDecoder(
@@ -86,10 +91,9 @@ class FastInst(nn.Module):
                 module.requires_grad_(False)
 
     def parameter_groups(self) -> list[ParameterGroup]:
-        """Norms and auxiliary queries do not decay, but the grid of positions does; the backbone has a tenth of the learning rate."""
-        still = {p for m in self.modules() if isinstance(m, (nn.LayerNorm, nn.GroupNorm)) for p in m.parameters()}
-        for table in (self.auxiliary_content, self.auxiliary_positions):
-            still.update(table.parameters())
+        """Norms and learned queries do not decay, but the grid of positions does; the backbone has a tenth of the learning rate."""
+        kinds = (nn.LayerNorm, nn.GroupNorm, nn.Embedding)
+        still = {p for m in self.modules() if isinstance(m, kinds) for p in m.parameters()}
         return [ParameterGroup(list(still), decay=0), ParameterGroup(list(self.backbone.parameters()), rate=0.1)]
 
     def import_checkpoint(self, path: Path) -> str:
@@ -120,8 +124,7 @@ class FastInst(nn.Module):
             raise ValueError("FastInst: targets.groups must be empty, got groups of queries")
         _, fine, middle, _ = features.maps
         proposals = self.proposal_predictor(middle)
-        index, _, _ = activation_queries(proposals.detach(), self.config.queries)
-        content = middle.flatten(2).mT.gather(1, index[..., None].expand(-1, -1, self.channels))
+        content, positions, locations = self._queries(proposals, middle)
         if prompter is not None:
             prompted = prompter("query", content)
             if prompted.shape != content.shape:
@@ -129,17 +132,17 @@ class FastInst(nn.Module):
                     f"FastInst: the prompter must return queries of shape {tuple(content.shape)}, got {tuple(prompted.shape)}"
                 )
             content = prompted
-        added = [t.weight.expand(len(index), -1, -1) for t in (self.auxiliary_content, self.auxiliary_positions)]
+        added = [t.weight.expand(len(content), -1, -1) for t in (self.auxiliary_content, self.auxiliary_positions)]
         decoded = self.decoder(
             torch.cat([content, added[0]], 1),
-            torch.cat([self._positions(middle)[index], added[1]], 1),
+            torch.cat([positions, added[1]], 1),
             fine.flatten(2).mT,
             self._positions(fine),
             (fine.shape[2], fine.shape[3]),
             self.config.queries,
         )
         classes = self.decoder.classes(-1, decoded.predicted[-1].hidden)
-        return Outputs(decoded, classes, proposals, _locations(index, middle))
+        return Outputs(decoded, classes, proposals, locations)
 
     def losses(self, outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) -> Losses:
         return loss.losses(outputs, masks, labels, counts, self.config, self.decoder)
@@ -157,6 +160,17 @@ class FastInst(nn.Module):
         return query_inference.predictions(
             "FastInst", last.features, last.embeddings, outputs.classes, input_size, sizes, original_sizes, threshold, max_per_image
         )  # fmt: skip
+
+    def _queries(self, proposals: Tensor, cells: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Content and positions (B, Q, C) of the queries that predict, and the locations of their cells."""
+        if self.config.selection == "learned":
+            content, positions = (
+                t.weight.expand(len(cells), -1, -1) for t in (self.query_content, self.query_positions)
+            )
+            return content, positions, None
+        index, _, _ = activation_queries(proposals.detach(), self.config.queries)
+        content = cells.flatten(2).mT.gather(1, index[..., None].expand(-1, -1, self.channels))
+        return content, self._positions(cells)[index], _locations(index, cells)
 
     def _positions(self, like: Tensor) -> Tensor:
         """(h·w, C): the position of every cell of a map."""

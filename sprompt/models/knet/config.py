@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sprompt.models.registry import ModelConfig
-from sprompt.settings import check_sizes, check_weights
+from sprompt.nn.resnet import DEPTHS, Variant
+from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that fits no machine.
 _WHOLE = {
@@ -18,7 +19,6 @@ _WHOLE = {
     "feedforward": (1, 65536),
     "frozen_stages": (-1, 4),
 }
-_DEPTHS = (18, 34, 50, 101)
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class KNetConfig(ModelConfig):
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
+    backbone_variant: Variant = "plain"
+    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     channels: int = 256
     """Width of the pyramid, the mask features and the kernels. It must be even and a multiple of heads."""
     kernels: int = 100
@@ -59,8 +61,9 @@ class KNetConfig(ModelConfig):
     """Weight of the masks' dice loss in the cost of matching."""
 
     def __post_init__(self) -> None:
-        if self.depth not in _DEPTHS:
-            raise ValueError(f"KNetConfig: depth must be one of {', '.join(map(str, _DEPTHS))}, got {self.depth!r}")
+        check_choices(type(self), vars(self))
+        if self.depth not in DEPTHS:
+            raise ValueError(f"KNetConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
         check_sizes(self, _WHOLE)
         if self.channels % 2 or self.channels % self.heads:
             raise ValueError(

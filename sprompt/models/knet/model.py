@@ -46,7 +46,12 @@ class KNet(nn.Module):
     def __init__(self, config: KNetConfig | None = None) -> None:
         super().__init__()
         self.config = config = KNetConfig() if config is None else config
-        self.backbone = ResNet(config.depth, width=config.backbone_width, frozen_stages=config.frozen_stages)
+        self.backbone = ResNet(
+            config.depth,
+            width=config.backbone_width,
+            variant=config.backbone_variant,
+            frozen_stages=config.frozen_stages,
+        )
         self.neck = FPN(self.backbone.channels, config.channels)
         self.rpn_head = KernelHead(config.channels, config.kernels, config.num_classes)
         self.roi_head = IterativeHead(config)

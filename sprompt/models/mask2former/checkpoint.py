@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sprompt.models.detectron2_names import resnet_name
+from sprompt.models.detectron2_names import released_name
 from sprompt.models.fit import check_fit
 from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.nn import swin_files
-from sprompt.nn.resnet import DEPTHS, Bottleneck
+from sprompt.nn.resnet import DEPTHS, Bottleneck, ResNet
 from sprompt.nn.swin import Swin, SwinConfig
 from sprompt.nn.tensor_files import read_config, read_tensors, write_tensors
 
@@ -105,7 +105,7 @@ def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
     }
     official = any(name.startswith("sem_seg_head.") for name in held)
     wanted = model.state_dict()
-    tensors = _from_release(held) if official else _from_transformers(held, model)
+    tensors = _from_release(held, model) if official else _from_transformers(held, model)
     tensors = {n: t for n, t in wanted.items() if n.endswith(".num_batches_tracked")} | tensors
     said = f"{path}: {len(held)} tensors of {'the release of Mask2Former' if official else 'Mask2Former, as transformers names them'}"
     classes = len(tensors.get("class_predictor.bias", wanted["class_predictor.bias"])) - 1
@@ -125,7 +125,10 @@ def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
 
 
 def export_checkpoint(model: Mask2Former, path: Path | str) -> None:
-    """Writes a model as safetensors with transformers' names. For `from_pretrained` of transformers put a config.json beside it."""
+    """Writes a model as safetensors with transformers' names. For `from_pretrained` of transformers put a config.json beside it.
+    Raises ValueError for a ResNet-D, which transformers does not have."""
+    if isinstance(model.backbone, ResNet) and model.backbone.variant != "plain":
+        raise ValueError(f"export_checkpoint: the ResNet must be plain for transformers, got {model.backbone.variant}")
     weight = torch.ones(model.num_classes + 1)
     weight[-1] = model.config.no_object
     write_tensors(path, _to_transformers(model) | {"criterion.empty_weight": weight}, {"format": "pt"})
@@ -211,7 +214,7 @@ def _resnet_sizes(about: Path, held: Mapping[str, Any]) -> dict[str, Any]:
     )
     if depth is None:
         raise ValueError(f"{about}: the ResNet must be of depth {', '.join(map(str, DEPTHS))}, got stages of {counts}")
-    return {"depth": depth, "backbone_width": held.get("embedding_size", 64)}
+    return {"depth": depth, "backbone_width": held.get("embedding_size", 64), "backbone_variant": "plain"}
 
 
 def _swin_sizes(about: Path, held: Mapping[str, Any]) -> SwinConfig:
@@ -234,11 +237,12 @@ def _swin_sizes(about: Path, held: Mapping[str, Any]) -> SwinConfig:
         raise ValueError(f"{about}: {error}") from None
 
 
-def _from_release(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _from_release(tensors: Mapping[str, Tensor], model: Mask2Former) -> dict[str, Tensor]:
     """Our names of the release's tensors. Its self-attention holds query, key and value in one tensor."""
     found: dict[str, Tensor] = {}
+    resnet = {} if isinstance(model.backbone, Swin) else {released_name(name): name for name in model.state_dict()}
     for name, tensor in tensors.items():
-        own = resnet_name(name) or _renamed(name, _RELEASE)
+        own = resnet.get(name) or _renamed(name, _RELEASE)
         if match := re.fullmatch(r"(.*\.self_attn)\.in_proj_(weight|bias)", own):
             for part, third in zip("qkv", tensor.chunk(3), strict=True):
                 found[f"{match[1]}.{part}_proj.{match[2]}"] = third.clone()

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from sprompt.models.registry import ModelConfig
-from sprompt.nn.resnet import DEPTHS
+from sprompt.nn.resnet import DEPTHS, Variant
 from sprompt.nn.swin import SwinConfig
 from sprompt.settings import check_choices, check_sizes, check_weights
 
@@ -31,11 +31,13 @@ class Mask2FormerConfig(ModelConfig):
     """The defaults are Mask2Former with ResNet-50 for the instances of COCO."""
 
     backbone: Literal["resnet", "swin"] = "resnet"
-    """A ResNet, with the two settings that follow, or a Swin, with those of `swin`."""
+    """A ResNet, with the three settings that follow, or a Swin, with those of `swin`."""
     depth: int = 50
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
+    backbone_variant: Variant = "plain"
+    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     swin: SwinConfig = field(default_factory=SwinConfig)
     """Sizes of the Swin."""
     channels: int = 256

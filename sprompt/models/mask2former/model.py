@@ -71,7 +71,9 @@ class Mask2Former(nn.Module):
         self.backbone = (
             Swin(config.swin, frozen_stages=frozen)
             if config.backbone == "swin"
-            else ResNet(config.depth, width=config.backbone_width, frozen_stages=frozen)
+            else ResNet(
+                config.depth, width=config.backbone_width, variant=config.backbone_variant, frozen_stages=frozen
+            )
         )
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, config.channels, config.heads, config.encoder_feedforward, config.encoder_layers

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sprompt.models.registry import ModelConfig
-from sprompt.nn.resnet import DEPTHS
-from sprompt.settings import check_sizes, check_weights
+from sprompt.nn.resnet import DEPTHS, Variant
+from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
@@ -30,6 +30,8 @@ class QueryInstConfig(ModelConfig):
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
+    backbone_variant: Variant = "plain"
+    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     channels: int = 256
     """Width of the pyramid, the queries and the mask heads; a multiple of the heads."""
     queries: int = 100
@@ -59,6 +61,7 @@ class QueryInstConfig(ModelConfig):
     """Weight of the boxes' generalised IoU in the cost of matching."""
 
     def __post_init__(self) -> None:
+        check_choices(type(self), vars(self))
         if self.depth not in DEPTHS:
             raise ValueError(f"QueryInstConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
         check_sizes(self, _WHOLE)

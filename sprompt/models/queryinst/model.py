@@ -62,7 +62,12 @@ class QueryInst(nn.Module):
     def __init__(self, config: QueryInstConfig | None = None) -> None:
         super().__init__()
         self.config = config = QueryInstConfig() if config is None else config
-        self.backbone = ResNet(config.depth, width=config.backbone_width, frozen_stages=config.frozen_stages)
+        self.backbone = ResNet(
+            config.depth,
+            width=config.backbone_width,
+            variant=config.backbone_variant,
+            frozen_stages=config.frozen_stages,
+        )
         self.neck = FPN(self.backbone.channels, config.channels)
         self.rpn_head = LearnedQueries(config.queries, config.channels)
         self.roi_head = StageHeads(config)

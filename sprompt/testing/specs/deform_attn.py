@@ -57,6 +57,7 @@ def _samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[Sample
         sample("32 channels", draw(1, 40, 1, 32, ((6, 7), (3, 3)), 2, low=0, high=1), ((6, 7), (3, 3))),
         sample("64 channels", draw(1, 3, 1, 64, ((4, 5),), 2), ((4, 5),)),
         sample("37 channels", draw(2, 3, 2, 37, ((4, 5), (2, 2)), 3), ((4, 5), (2, 2))),
+        sample("one point of 512 channels", draw(1, 9, 1, 512, ((4, 5),), 1), ((4, 5),)),  # a deformable convolution
         sample("one channel", draw(2, 3, 2, 1, ((4, 5), (2, 2)), 3), ((4, 5), (2, 2))),
         sample("maps of one cell, row and column", draw(1, 9, 2, 4, ((1, 1), (1, 6), (5, 1)), 2), ((1, 1), (1, 6), (5, 1))),
         sample("points far outside", draw(1, 9, 2, 4, THREE, 2, low=-1e30, high=1e30), THREE),
