@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(threads, 4) forward_kernel(Problem p, T* out) 
 
 template <class T>
 __global__ void __launch_bounds__(threads, 2) backward_kernel(Problem p, int64_t tiles_of_picture,
-                                                           const T* grad) {  // (B, N, C, size, size)
+                                                              const T* grad) {  // (B, N, C, size, size)
     // The weights of the tile's rows, then of its columns, in every bin of the box, (lines, size).
     SPROMPT_SHARED_DYNAMIC(float, table);
     SPROMPT_SHARED(unsigned, hits, threads / warp);  // boxes that reach the tile, one bit each
