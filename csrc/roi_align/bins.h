@@ -67,9 +67,9 @@ static void to_blocks(const Axis& columns, int64_t width, int64_t cells, Blocks&
         const int32_t cell = columns.cell[i];
         if (blocks.count == 0 || cell >= blocks.start[blocks.count - 1] + width)
             blocks.start[blocks.count++] = cell < last ? cell : last;
-        // A bin may begin one cell before the last cell of the bin before it.
-        const int32_t block = blocks.count - (cell < blocks.start[blocks.count - 1] ? 2 : 1);
-        columns.cell[i] = static_cast<int32_t>(block * width) + cell - blocks.start[block];
+        // A bin may begin one cell before the last cell of the bin before it. If that cell began a block, the block before
+        // it ends at this one, so the difference below is -1.
+        columns.cell[i] = static_cast<int32_t>((blocks.count - 1) * width) + cell - blocks.start[blocks.count - 1];
     }
 }
 

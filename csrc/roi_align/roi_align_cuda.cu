@@ -38,8 +38,10 @@ struct Axis {
     float start, step, unit;  // unit: the weight of a sample in a bin
     int32_t cells, samples;   // of the map; of a side of the box
 
-    __device__ Axis(float low, float high, float pixels, int32_t cells_, const Problem& p)
-        : cells(cells_), samples(p.size * p.sampling) {
+    // Of the columns of a box, or of its rows.
+    __device__ Axis(const Problem& p, const Map& map, const float* box, bool column)
+        : cells(column ? map.width : map.height), samples(p.size * p.sampling) {
+        const float low = column ? box[0] : box[1], high = column ? box[2] : box[3], pixels = map.pixels;
         const float extent = high > low ? high - low : 0.0f;
         start = low / pixels - 0.5f;
         step = extent / pixels / static_cast<float>(samples);
@@ -84,7 +86,7 @@ __device__ int32_t level_of(const Problem& p, int64_t b, int64_t n) {
 
 // `across`: neighbouring threads compute neighbouring channels, else neighbouring bins.
 template <class T>
-__global__ void __launch_bounds__(threads) forward_kernel(Problem p, T* out) {  // (B, N, C, size, size)
+__global__ void __launch_bounds__(threads, 4) forward_kernel(Problem p, T* out) {  // (B, N, C, size, size)
     // Of rows, then of columns: the number of cells of each bin, and 2 * sampling places for cells and weights.
     SPROMPT_SHARED_DYNAMIC(int32_t, numbers);
     const int32_t places = 2 * p.sampling, most = p.size * places;
@@ -103,7 +105,7 @@ __global__ void __launch_bounds__(threads) forward_kernel(Problem p, T* out) {  
     const float* corner = p.boxes + 4 * box;
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < 2 * p.size; i += threads) {
         const bool column = i >= p.size;
-        const Axis axis(corner[column ? 0 : 1], corner[column ? 2 : 3], map.pixels, column ? map.width : map.height, p);
+        const Axis axis(p, map, corner, column);
         const int32_t bin = column ? i - p.size : i;
         int32_t *own = cells + i * places, count = 0;
         float* own_weights = weights + i * places;
@@ -140,8 +142,8 @@ __global__ void __launch_bounds__(threads) forward_kernel(Problem p, T* out) {  
 }
 
 template <class T>
-__global__ void __launch_bounds__(threads) backward_kernel(Problem p, int64_t tiles_of_picture,
-                                                           const T* grad) {  // (B, N, C, size, size)
+__global__ void __launch_bounds__(threads, 2) backward_kernel(Problem p, int64_t tiles_of_picture,
+                                                              const T* grad) {  // (B, N, C, size, size)
     // The weights of the tile's rows, then of its columns, in every bin of the box, (lines, size).
     SPROMPT_SHARED_DYNAMIC(float, table);
     SPROMPT_SHARED(unsigned, hits, threads / warp);  // boxes that reach the tile, one bit each
@@ -158,14 +160,12 @@ __global__ void __launch_bounds__(threads) backward_kernel(Problem p, int64_t ti
     const int32_t left = static_cast<int32_t>((tile - map.tile) % tiles_across) * tile_columns;
     const int64_t channels = p.C - c < tile_channels ? p.C - c : tile_channels;
     const int64_t bins = static_cast<int64_t>(p.size) * p.size;
-    const auto rows_of = [&](const float* box) { return Axis(box[1], box[3], map.pixels, map.height, p); };
-    const auto columns_of = [&](const float* box) { return Axis(box[0], box[2], map.pixels, map.width, p); };
     float sum[tile_channels] = {};
     for (int64_t first = 0; first < p.N; first += threads) {
         const int64_t n = first + thread;
         const float* own = p.boxes + 4 * (b * p.N + n);
-        const bool hit = n < p.N && level_of(p, b, n) == v && rows_of(own).reaches(top, top + tile_rows) &&
-                         columns_of(own).reaches(left, left + tile_columns);
+        const bool hit = n < p.N && level_of(p, b, n) == v && Axis(p, map, own, false).reaches(top, top + tile_rows) &&
+                         Axis(p, map, own, true).reaches(left, left + tile_columns);
         const unsigned votes = __ballot_sync(whole_warp, hit);
         if (thread % warp == 0) hits[thread / warp] = votes;
         __syncthreads();
@@ -173,14 +173,14 @@ __global__ void __launch_bounds__(threads) backward_kernel(Problem p, int64_t ti
             for (unsigned left_over = hits[word]; left_over != 0; left_over &= left_over - 1) {
                 const int64_t index = b * p.N + first + word * warp + __ffs(static_cast<int>(left_over)) - 1;
                 const float* box = p.boxes + 4 * index;
-                const Axis rows = rows_of(box), columns = columns_of(box);
                 for (int32_t i = thread; i < lines * p.size; i += threads) {
                     const int32_t line = i / p.size, bin = i % p.size;
                     const bool of_row = line < tile_rows;
                     const int32_t wanted = of_row ? top + line : left + line - tile_rows;
+                    const Axis axis(p, map, box, !of_row);
                     float weight = 0.0f;
                     for (int32_t k = 0; k < p.sampling; ++k)
-                        (of_row ? rows : columns).cells_of(bin * p.sampling + k, [&](int32_t cell, float part) {
+                        axis.cells_of(bin * p.sampling + k, [&](int32_t cell, float part) {
                             if (cell == wanted) weight += part;
                         });
                     table[i] = weight;

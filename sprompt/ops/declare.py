@@ -100,7 +100,8 @@ class Op:
 
     def backward(self, function: Function) -> Function:
         """function(ctx, needs, *gradients of the outputs) -> the gradient of the first parameter, or a tuple of the gradients
-        of the first few parameters. None means no gradient. `needs` says which gradients are needed; the others are ignored."""
+        of the first few parameters. None means no gradient. `needs` says which gradients are needed; the others are ignored.
+        The gradient of a list of tensors is a list, and so is what `needs` says of it."""
         self.gradients, self.differentiable = function, True
         self._register_gradient()
         return function
@@ -207,7 +208,7 @@ def op(*gpu: str, computes: tuple[str, ...] | None = None, dynamic: bool = False
     """Declares an op. The decorated function allocates its outputs, and the function's annotated parameters are the schema.
 
     gpu: the op's GPU backends, "triton" and "cuda", in the order in which they are tried.
-    computes: compiled kernels do not run if one of these parameters is float64; default: every tensor.
+    computes: compiled kernels do not run if one of these parameters is float64; default: every tensor (no list of tensors).
     dynamic: the sizes of the outputs depend on values. Backends make and return the outputs, and the function is only the
         fake kernel.
     """

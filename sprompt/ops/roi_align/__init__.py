@@ -69,7 +69,9 @@ def roi_align(
         checks.bad_value(name, "sampling", f"give at most {SAMPLES} samples a side", size * sampling, "take fewer")
     checks.counts(name, counts, B)
     checks.same_device(name, maps=maps[0], boxes=boxes, counts=counts)
-    boxes = boxes.detach().to(torch.float64 if maps[0].dtype is torch.float64 else torch.float32)
+    wide = torch.float64 if maps[0].dtype is torch.float64 else torch.float32
+    if boxes.dtype is not wide or boxes.requires_grad:
+        boxes = boxes.detach().to(wide)
     return op.roi_align(list(maps), boxes, counts, size, sampling, list(strides))
 
 
@@ -78,15 +80,17 @@ def _check_maps(name: str, maps: Any, strides: Any) -> None:
         checks.bad_type(name, "maps", "be a list of maps", type(maps).__name__, "one map: put it into a list")
     if not 1 <= len(maps) <= LEVELS:
         checks.bad_value(name, "maps", f"be 1 to {LEVELS} maps", len(maps))
+    first = maps[0]
     for level in maps:
         checks.tensor(name, "maps", level, checks.FLOATS)
-        checks.shape(name, "maps", level, "(B, C, h, w)", (*maps[0].shape[:2], None, None), "levels share B and C")
-        if level.dtype is not maps[0].dtype:
-            first, other = (str(m.dtype).removeprefix("torch.") for m in (maps[0], level))
-            checks.bad_type(name, "maps", f"have one dtype ({first})", other, "convert them")
+        checks.shape(name, "maps", level, "(B, C, h, w)", (*first.shape[:2], None, None), "levels share B and C")
+        if level.dtype is not first.dtype:
+            wanted, got = (str(m.dtype).removeprefix("torch.") for m in (first, level))
+            checks.bad_type(name, "maps", f"have one dtype ({wanted})", got, "convert them")
         if level.shape[2] >= SIDE or level.shape[3] >= SIDE:
             checks.bad_value(name, "maps", f"have sides below {SIDE}", tuple(level.shape[2:]))
-        checks.same_device(name, **{"maps[0]": maps[0], "maps": level})
+        if level.device != first.device:
+            checks.same_device(name, **{"maps[0]": first, "maps": level})
     if not isinstance(strides, (list, tuple)):
         checks.bad_type(name, "strides", "be a list of whole numbers", type(strides).__name__)
     if len(strides) != len(maps):

@@ -125,13 +125,14 @@ def _bound(sample: Sample) -> tuple[float, float]:
     return 2 * 4 * 256 * 2.0**-24, 1e-6
 
 
-_good_maps, _good_boxes = [torch.zeros(2, 3, 8, 9), torch.zeros(2, 3, 4, 5)], torch.zeros(2, 5, 4)
+_fine, _coarse, _good_boxes = torch.zeros(2, 3, 8, 9), torch.zeros(2, 3, 4, 5), torch.zeros(2, 5, 4)
+_wide = torch.zeros(1).expand(2, 3, 1, 2**23)
 _refused = refusals(roi_align)
 
 
 def _bad(name: str, message: str, error: type[Exception] = ValueError, **changed: Any) -> ErrorCase:
     """A good call with these arguments changed."""
-    good = {"maps": _good_maps, "boxes": _good_boxes, "size": 7, "strides": (4, 8)}
+    good = {"maps": [_fine, _coarse], "boxes": _good_boxes, "size": 7, "strides": (4, 8)}
     return _refused(name, message, error=error, **{**good, **changed})
 
 
@@ -139,16 +140,16 @@ SPECS = [
     OpSpec(
         roi_align, _samples, ("roi_align",), gradients=("maps",), oracle=_oracle, bound=_bound,
         errors=(
-            _bad("one map", "maps must be a list of maps, got Tensor; one map: put it", TypeError, maps=_good_maps[0]),
+            _bad("one map", "maps must be a list of maps, got Tensor; one map: put it", TypeError, maps=_fine),
             _bad("no maps", "maps must be 1 to 8 maps, got 0", maps=[], strides=()),
-            _bad("nine maps", "maps must be 1 to 8 maps, got 9", maps=_good_maps[:1] * 9),
+            _bad("nine maps", "maps must be 1 to 8 maps, got 9", maps=[_fine] * 9),
             _bad("a list of numbers", "maps must be a tensor, got float", TypeError, maps=[1.0, 2.0]),
-            _bad("integers", "maps must have dtype float32, .*, got int64", TypeError, maps=[m.long() for m in _good_maps]),
-            _bad("no pictures", r"maps must have shape \(B, C, h, w\), got \(3, 8, 9\)", maps=[m[0] for m in _good_maps]),
-            _bad("other channels", r"maps must have shape \(B, C, h, w\), got \(2, 2, 4, 5\); levels share B and C", maps=[_good_maps[0], _good_maps[1][:, :2]]),
-            _bad("two dtypes", r"maps must have one dtype \(float32\), got float16; convert", TypeError, maps=[_good_maps[0], _good_maps[1].half()]),
-            _bad("two devices", r"maps must be on the device of maps\[0\] \(cpu\), got meta", maps=[_good_maps[0], _good_maps[1].to("meta")]),
-            _bad("a map too wide", r"maps must have sides below 8388608, got \(1, 8388608\)", maps=[torch.zeros(1).expand(2, 3, 1, 2**23)], strides=(4,)),
+            _bad("integers", "maps must have dtype float32, .*, got int64", TypeError, maps=[_fine.long()] * 2),
+            _bad("no pictures", r"maps must have shape \(B, C, h, w\), got \(3, 8, 9\)", maps=[_fine[0], _coarse[0]]),
+            _bad("other channels", r"maps must have shape \(B, C, h, w\), got \(2, 2, 4, 5\); levels share", maps=[_fine, _coarse[:, :2]]),
+            _bad("two dtypes", r"maps must have one dtype \(float32\), got float16; convert", TypeError, maps=[_fine, _coarse.half()]),
+            _bad("two devices", r"maps must be on the device of maps\[0\] \(cpu\), got meta", maps=[_fine, _coarse.to("meta")]),
+            _bad("a map too wide", r"maps must have sides below 8388608, got \(1, 8388608\)", maps=[_wide, _wide]),
             _bad("a list of boxes", "boxes must be a tensor, got list", TypeError, boxes=[_good_boxes]),
             _bad("integer boxes", "boxes must have dtype float32, .*, got int64", TypeError, boxes=_good_boxes.long()),
             _bad("flat boxes", r"boxes must have shape \(B, N, 4\), got \(10, 4\); give x1", boxes=_good_boxes.flatten(0, 1)),
