@@ -27,8 +27,6 @@ struct Boxes {
 
 // ---- crops
 
-constexpr double weight_unit = 0x1p26;
-
 SPROMPT_AXIS bool is_cropped(double low, double high) {
     const double far = 0x1p24;
     return low < high && low >= -far && low <= far && high >= -far && high <= far;
@@ -39,27 +37,31 @@ struct Span {
     int64_t begin, end;
 };
 
-// What a sample gives: `upper` to pixel + 1, the rest of weight_unit to `pixel`.
+// What a sample gives: `upper` to pixel + 1, `lower` to pixel. Their sum is Samples::unit.
 struct Share {
     int64_t pixel;
-    double upper;
+    double lower, upper;
 };
 
 // The samples of an axis of a box that is cropped.
 struct Samples {
     double start, step;
+    double unit;              // a power of 2, at least 2: the weight of a sample
     int64_t size, g, pixels;  // pixels is at least 1
 
     SPROMPT_AXIS Samples(double low, double high, int64_t size, int64_t pixels)
-        : start(low - 0.5), step(0.0), size(size), g(1), pixels(pixels) {
+        : start(low - 0.5), step(0.0), unit(0x1p26), size(size), g(1), pixels(pixels) {
         const double extent = high - low, part = extent / static_cast<double>(size);
         if (part > 1.0) {
             g = static_cast<int64_t>(part);
             if (static_cast<double>(g) < part) ++g;
         }
         step = extent / static_cast<double>(size * g);
+        while (whole() > 0x1p26) unit *= 0.5;
     }
 
+    // The weight of all samples of a part.
+    SPROMPT_AXIS double whole() const { return unit * static_cast<double>(g); }
     SPROMPT_AXIS double place(int64_t j) const { return start + (static_cast<double>(j) + 0.5) * step; }
     SPROMPT_AXIS bool has_weight(double place) const { return place >= -1.0 && place <= static_cast<double>(pixels); }
     SPROMPT_AXIS Share share(double place) const {
@@ -67,14 +69,8 @@ struct Samples {
         double s = place > 0.0 ? place : 0.0;
         s = s < last ? s : last;
         const int64_t k = static_cast<int64_t>(s);
-        const int64_t upper = static_cast<int64_t>((s - static_cast<double>(k)) * weight_unit + 0.5);
-        return {k, static_cast<double>(upper)};
-    }
-    // The weight of a pixel in a part, of the sum of its shares. The quotient is exact enough for its floor: it is below 2^29 /
-    // g, and at least 1 / (2 g) away from the next whole number, unless it is one.
-    SPROMPT_AXIS double mean(double sum) const {
-        const double samples = static_cast<double>(g);
-        return static_cast<double>(static_cast<int64_t>((2.0 * sum + samples) / (2.0 * samples)));
+        const double upper = static_cast<double>(static_cast<int64_t>((s - static_cast<double>(k)) * unit + 0.5));
+        return {k, unit - upper, upper};
     }
 
     // A sample of [0, size * g] that is at most `pixel` - 1, or the first, up to rounding. A step of 0 gives NaN or infinity.

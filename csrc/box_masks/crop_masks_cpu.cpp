@@ -20,10 +20,9 @@ SPROMPT_INLINE void weigh(const Samples& samples, int64_t part, Span span, doubl
         if (place > static_cast<double>(samples.pixels)) break;
         if (!samples.has_weight(place)) continue;
         const Share share = samples.share(place);
-        weights[share.pixel - span.begin] += weight_unit - share.upper;
+        weights[share.pixel - span.begin] += share.lower;
         if (share.upper > 0.0) weights[share.pixel + 1 - span.begin] += share.upper;
     }
-    for (int64_t i = 0; i < pixels; ++i) weights[i] = samples.mean(weights[i]);
 }
 
 // The column weights of a box, and the sums of its last two rows of pixels.
@@ -40,10 +39,11 @@ struct Crop {
     double* down;     // (height) row weights
     double* output;   // (size)
     int64_t size, left, right;
+    double whole;  // the weight of the samples of a part
 
     SPROMPT_INLINE void begin(const Samples& columns) {
         int64_t at = 0;
-        left = columns.pixels, right = 0;
+        left = columns.pixels, right = 0, whole = columns.whole();
         for (int64_t p = 0; p < size; ++p) {
             spans[p] = columns.span(p);
             places[p] = at;
@@ -92,6 +92,7 @@ struct Crop {
     }
 
     void write(const Samples& across, const uint32_t* mask, int64_t n, int64_t width, float* out) {
+        const double area = whole * across.whole();
         for (int64_t part = 0; part < size; ++part, out += size) {
             for (int64_t p = 0; p < size; ++p) output[p] = 0.0;
             const Span span = across.span(part);
@@ -102,7 +103,7 @@ struct Crop {
                 if (found == nullptr) continue;
                 for (int64_t p = 0; p < size; ++p) output[p] += weight * found[p];
             }
-            for (int64_t p = 0; p < size; ++p) out[p] = static_cast<float>(output[p] * 0x1p-52);
+            for (int64_t p = 0; p < size; ++p) out[p] = static_cast<float>(output[p] / area);
         }
     }
 };
