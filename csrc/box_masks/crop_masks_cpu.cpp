@@ -11,11 +11,11 @@ namespace SPROMPT_ISA {
 namespace {  // without it, member functions would be shared code (common/isa.h)
 
 // weights[span.end - span.begin] of the pixels of a span in a part.
-SPROMPT_INLINE void weigh(const Samples& samples, int64_t part, Span span, double* weights) {
+SPROMPT_INLINE void weigh(const Samples& samples, int32_t part, Span span, double* weights) {
     const int64_t pixels = span.end - span.begin;
     for (int64_t i = 0; i < pixels; ++i) weights[i] = 0.0;
-    const int64_t near = samples.near(0), begin = part * samples.g, end = begin + samples.g;
-    for (int64_t j = near > begin ? near : begin; j < end; ++j) {
+    const int32_t near = samples.near(0), begin = part * samples.g, end = begin + samples.g;
+    for (int32_t j = near > begin ? near : begin; j < end; ++j) {
         const double place = samples.place(j);
         if (place > static_cast<double>(samples.pixels)) break;
         if (!samples.has_weight(place)) continue;
@@ -38,13 +38,14 @@ struct Crop {
     uint32_t* line;   // the bits of a row, from pixel `left` on; two words more than needed are readable
     double* down;     // (height) row weights
     double* output;   // (size)
-    int64_t size, left, right;
+    int32_t size;
+    int64_t left, right;
     double whole;  // the weight of the samples of a part
 
     SPROMPT_INLINE void begin(const Samples& columns) {
         int64_t at = 0;
         left = columns.pixels, right = 0, whole = columns.whole();
-        for (int64_t p = 0; p < size; ++p) {
+        for (int32_t p = 0; p < size; ++p) {
             spans[p] = columns.span(p);
             places[p] = at;
             totals[p] = 0.0;
@@ -93,7 +94,7 @@ struct Crop {
 
     void write(const Samples& across, const uint32_t* mask, int64_t n, int64_t width, float* out) {
         const double area = whole * across.whole();
-        for (int64_t part = 0; part < size; ++part, out += size) {
+        for (int32_t part = 0; part < size; ++part, out += size) {
             for (int64_t p = 0; p < size; ++p) output[p] = 0.0;
             const Span span = across.span(part);
             weigh(across, part, span, down);
@@ -118,7 +119,7 @@ void crop_masks(const View& words, const View& boxes, const View& index, int64_t
     Crop* const crops = memory.take<Crop>(threads);
     for (int i = 0; i < threads; ++i) {
         Crop& crop = crops[i];
-        crop.size = size;
+        crop.size = static_cast<int32_t>(size);
         crop.spans = memory.take<Span>(size);
         crop.totals = memory.take<double>(size);
         crop.places = memory.take<int64_t>(size);
@@ -139,9 +140,9 @@ void crop_masks(const View& words, const View& boxes, const View& index, int64_t
                 __builtin_memset(pixels, 0, static_cast<size_t>(size * size) * sizeof(float));
                 continue;
             }
-            crop.begin(Samples(x1, x2, size, width));
+            crop.begin(Samples(x1, x2, crop.size, width));
             const int64_t row = i / boxes_per_image * masks_per_image + mask;
-            crop.write(Samples(y1, y2, size, height), words.as<const uint32_t>() + row * n, n, width, pixels);
+            crop.write(Samples(y1, y2, crop.size, height), words.as<const uint32_t>() + row * n, n, width, pixels);
         }
     });
 }

@@ -11,10 +11,10 @@ namespace {
 constexpr int threads = 256;
 
 // The weight of a pixel in a part. At most five samples of a part reach a pixel.
-__device__ inline int32_t weight_of(const Samples& samples, int64_t part, int64_t pixel) {
-    const int64_t near = samples.near(pixel), begin = part * samples.g, end = begin + samples.g;
+__device__ inline int32_t weight_of(const Samples& samples, int32_t part, int64_t pixel) {
+    const int32_t near = samples.near(pixel), begin = part * samples.g, end = begin + samples.g;
     double sum = 0.0;
-    for (int64_t j = near > begin ? near : begin; j < end; ++j) {
+    for (int32_t j = near > begin ? near : begin; j < end; ++j) {
         const double place = samples.place(j);
         if (place > static_cast<double>(pixel + 1)) break;
         if (!samples.has_weight(place)) continue;
@@ -29,13 +29,14 @@ __global__ void __launch_bounds__(threads)
     crop_masks_kernel(const uint32_t* words, int64_t n,  // (B * masks_per_image, n)
                       Boxes box,
                       const int64_t* index,  // of a box: its mask
-                      int64_t masks_per_image, int64_t boxes_per_image, int64_t height, int64_t width, int64_t size,
+                      int64_t masks_per_image, int64_t boxes_per_image, int64_t height, int64_t width, int32_t size,
                       float* out,       // (boxes, size, size)
                       int64_t total) {  // elements of out
     const int64_t job = (static_cast<int64_t>(blockIdx.x) * threads + threadIdx.x) / warp;
     if (job >= total) return;
     const int lane = static_cast<int>(threadIdx.x % warp);
     const int64_t i = job / (size * size), of = index[i];
+    const int32_t place = static_cast<int32_t>(job - i * (size * size)), row = place / size, column = place % size;
     const double x1 = box(i, 0), y1 = box(i, 1), x2 = box(i, 2), y2 = box(i, 3);
     int64_t sum = 0;
     double area = 1.0;
@@ -43,7 +44,6 @@ __global__ void __launch_bounds__(threads)
         const uint32_t* mask = words + (i / boxes_per_image * masks_per_image + of) * n;
         const Samples across(x1, x2, size, width), down(y1, y2, size, height);
         area = across.whole() * down.whole();
-        const int64_t column = job % size, row = job / size % size;
         const Span xs = across.span(column), ys = down.span(row);
         for (int64_t left = xs.begin; left < xs.end; left += warp) {
             const int64_t x = left + lane;
