@@ -108,7 +108,7 @@ def _crop_bound(sample: Sample) -> tuple[float, float]:
     return 0.0, 2 * math.ceil(max(sides, default=0)) * 2.0**-26 + 2.0**-25
 
 
-_masks = pack_masks(torch.zeros(2, 3, 4, 6))
+_masks = BitMasks(torch.zeros(2, 3, 1, dtype=torch.int32), (4, 6))
 _boxes, _index = torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
 _bad_crop = refusals(crop_masks)
 
