@@ -27,8 +27,6 @@ struct Boxes {
 
 // ---- crops
 
-constexpr double weight_unit = 0x1p26;
-
 SPROMPT_AXIS bool is_cropped(double low, double high) {
     const double far = 0x1p24;
     return low < high && low >= -far && low <= far && high >= -far && high <= far;
@@ -39,55 +37,59 @@ struct Span {
     int64_t begin, end;
 };
 
-// What a sample gives: `upper` to pixel + 1, the rest of weight_unit to `pixel`.
+// What a sample gives: `upper` to pixel + 1, `lower` to pixel. Their sum is Samples::unit.
 struct Share {
     int64_t pixel;
-    double upper;
+    double lower, upper;
 };
 
 // The samples of an axis of a box that is cropped.
 struct Samples {
     double start, step;
-    int64_t size, g, pixels;  // pixels is at least 1
+    double unit;      // a power of 2, at least 2: the weight of a sample
+    int32_t size, g;  // size * g is below 2^26
+    int32_t pixels;   // at least 1; no sample lies beyond 2^25
 
-    SPROMPT_AXIS Samples(double low, double high, int64_t size, int64_t pixels)
-        : start(low - 0.5), step(0.0), size(size), g(1), pixels(pixels) {
+    SPROMPT_AXIS Samples(double low, double high, int32_t size, int64_t of_mask)
+        : start(low - 0.5),
+          step(0.0),
+          unit(0x1p26),
+          size(size),
+          g(1),
+          pixels(static_cast<int32_t>(of_mask < (1 << 25) ? of_mask : 1 << 25)) {
         const double extent = high - low, part = extent / static_cast<double>(size);
         if (part > 1.0) {
-            g = static_cast<int64_t>(part);
+            g = static_cast<int32_t>(part);
             if (static_cast<double>(g) < part) ++g;
         }
         step = extent / static_cast<double>(size * g);
+        while (whole() > 0x1p26) unit *= 0.5;
     }
 
-    SPROMPT_AXIS double place(int64_t j) const { return start + (static_cast<double>(j) + 0.5) * step; }
+    // The weight of all samples of a part.
+    SPROMPT_AXIS double whole() const { return unit * static_cast<double>(g); }
+    SPROMPT_AXIS double place(int32_t j) const { return start + (static_cast<double>(j) + 0.5) * step; }
     SPROMPT_AXIS bool has_weight(double place) const { return place >= -1.0 && place <= static_cast<double>(pixels); }
     SPROMPT_AXIS Share share(double place) const {
         const double last = static_cast<double>(pixels - 1);
         double s = place > 0.0 ? place : 0.0;
         s = s < last ? s : last;
-        const int64_t k = static_cast<int64_t>(s);
-        const int64_t upper = static_cast<int64_t>((s - static_cast<double>(k)) * weight_unit + 0.5);
-        return {k, static_cast<double>(upper)};
-    }
-    // The weight of a pixel in a part, of the sum of its shares. The quotient is exact enough for its floor: it is below 2^29 /
-    // g, and at least 1 / (2 g) away from the next whole number, unless it is one.
-    SPROMPT_AXIS double mean(double sum) const {
-        const double samples = static_cast<double>(g);
-        return static_cast<double>(static_cast<int64_t>((2.0 * sum + samples) / (2.0 * samples)));
+        const int32_t k = static_cast<int32_t>(s);
+        const double upper = static_cast<double>(static_cast<int32_t>((s - static_cast<double>(k)) * unit + 0.5));
+        return {k, unit - upper, upper};
     }
 
     // A sample of [0, size * g] that is at most `pixel` - 1, or the first, up to rounding. A step of 0 gives NaN or infinity.
-    SPROMPT_AXIS int64_t near(int64_t pixel) const {
+    SPROMPT_AXIS int32_t near(int64_t pixel) const {
         const double j = (static_cast<double>(pixel - 1) - start) / step - 1.5, all = static_cast<double>(size * g);
-        return j > 0.0 ? static_cast<int64_t>(j < all ? j : all) : 0;
+        return j > 0.0 ? static_cast<int32_t>(j < all ? j : all) : 0;
     }
     // The pixels that get weight in a part, and perhaps some beside them.
-    SPROMPT_AXIS Span span(int64_t part) const {
+    SPROMPT_AXIS Span span(int32_t part) const {
         const double first = place(part * g), last = place(part * g + g - 1);
         if (last < -1.0 || first > static_cast<double>(pixels)) return {0, 0};
-        const int64_t begin = first > 0.0 ? static_cast<int64_t>(first) : 0,
-                      end = last > 0.0 ? static_cast<int64_t>(last) + 2 : 2;
+        const int32_t begin = first > 0.0 ? static_cast<int32_t>(first) : 0,
+                      end = last > 0.0 ? static_cast<int32_t>(last) + 2 : 2;
         return {begin < pixels ? begin : pixels - 1, end < pixels ? end : pixels};
     }
 };

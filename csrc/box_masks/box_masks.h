@@ -4,10 +4,11 @@
 // double:
 //   s(j) = (low - 1/2) + (j + 1/2) * step,   step = (high - low) / (size * g)
 // A sample below -1 or above `pixels` has no weight. Others are clamped to [0, pixels - 1]; k = floor(s), and the sample gives
-// pixel k + 1 the weight u = floor((s - k) * 2^26 + 1/2), and pixel k the weight 2^26 - u. The weight of a pixel in part p is
-// floor((2 * sum + g) / (2 * g)), where `sum` is of the samples [p * g, (p + 1) * g). An output is the sum of row weight *
-// column weight over the set pixels, a whole number below 2^53, times 2^-52, rounded to float. So every order of sums gives the
-// same bits. A box is not cropped, and its output is 0, unless low < high, |low| <= 2^24 and |high| <= 2^24 on both axes.
+// pixel k + 1 the weight u = floor((s - k) * unit + 1/2), and pixel k the weight unit - u. `unit` is the largest power of 2
+// with g * unit <= 2^26. The weight of a pixel in part p is the sum over the samples [p * g, (p + 1) * g). An output is the sum
+// of row weight * column weight over the set pixels, a whole number up to 2^52, divided in double by (g * unit of the rows) *
+// (g * unit of the columns), and rounded to float. So every order of sums gives the same bits. A box is not cropped, and its
+// output is 0, unless low < high, |low| <= 2^24 and |high| <= 2^24 on both axes.
 //
 // paste_masks. Pixel x of an axis lies over the map of `cells` cells at
 //   s(x) = ((x + 1/2) - low) * (cells / (high - low)) - 1/2   in double
@@ -32,5 +33,10 @@ SPROMPT_KERNEL(crop_masks, const View& words, const View& boxes, const View& ind
 // or f64, contiguous. threshold >= 0. Where words are not empty, s is at least 1.
 SPROMPT_KERNEL(paste_masks, const View& soft, const View& boxes, int64_t height, int64_t width, float threshold,
                const View& words, int threads)
+
+SPROMPT_CUDA_KERNEL(crop_masks, const View& words, const View& boxes, const View& index, int64_t masks_per_image,
+                    int64_t boxes_per_image, int64_t height, int64_t width, int64_t size, const View& out)
+SPROMPT_CUDA_KERNEL(paste_masks, const View& soft, const View& boxes, int64_t height, int64_t width, float threshold,
+                    const View& words)
 
 }  // namespace sprompt

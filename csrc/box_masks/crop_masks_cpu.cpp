@@ -11,19 +11,18 @@ namespace SPROMPT_ISA {
 namespace {  // without it, member functions would be shared code (common/isa.h)
 
 // weights[span.end - span.begin] of the pixels of a span in a part.
-SPROMPT_INLINE void weigh(const Samples& samples, int64_t part, Span span, double* weights) {
+SPROMPT_INLINE void weigh(const Samples& samples, int32_t part, Span span, double* weights) {
     const int64_t pixels = span.end - span.begin;
     for (int64_t i = 0; i < pixels; ++i) weights[i] = 0.0;
-    const int64_t near = samples.near(0), begin = part * samples.g, end = begin + samples.g;
-    for (int64_t j = near > begin ? near : begin; j < end; ++j) {
+    const int32_t near = samples.near(0), begin = part * samples.g, end = begin + samples.g;
+    for (int32_t j = near > begin ? near : begin; j < end; ++j) {
         const double place = samples.place(j);
         if (place > static_cast<double>(samples.pixels)) break;
         if (!samples.has_weight(place)) continue;
         const Share share = samples.share(place);
-        weights[share.pixel - span.begin] += weight_unit - share.upper;
+        weights[share.pixel - span.begin] += share.lower;
         if (share.upper > 0.0) weights[share.pixel + 1 - span.begin] += share.upper;
     }
-    for (int64_t i = 0; i < pixels; ++i) weights[i] = samples.mean(weights[i]);
 }
 
 // The column weights of a box, and the sums of its last two rows of pixels.
@@ -39,12 +38,14 @@ struct Crop {
     uint32_t* line;   // the bits of a row, from pixel `left` on; two words more than needed are readable
     double* down;     // (height) row weights
     double* output;   // (size)
-    int64_t size, left, right;
+    int32_t size;
+    int64_t left, right;
+    double whole;  // the weight of the samples of a part
 
     SPROMPT_INLINE void begin(const Samples& columns) {
         int64_t at = 0;
-        left = columns.pixels, right = 0;
-        for (int64_t p = 0; p < size; ++p) {
+        left = columns.pixels, right = 0, whole = columns.whole();
+        for (int32_t p = 0; p < size; ++p) {
             spans[p] = columns.span(p);
             places[p] = at;
             totals[p] = 0.0;
@@ -92,7 +93,8 @@ struct Crop {
     }
 
     void write(const Samples& across, const uint32_t* mask, int64_t n, int64_t width, float* out) {
-        for (int64_t part = 0; part < size; ++part, out += size) {
+        const double area = whole * across.whole();
+        for (int32_t part = 0; part < size; ++part, out += size) {
             for (int64_t p = 0; p < size; ++p) output[p] = 0.0;
             const Span span = across.span(part);
             weigh(across, part, span, down);
@@ -102,7 +104,7 @@ struct Crop {
                 if (found == nullptr) continue;
                 for (int64_t p = 0; p < size; ++p) output[p] += weight * found[p];
             }
-            for (int64_t p = 0; p < size; ++p) out[p] = static_cast<float>(output[p] * 0x1p-52);
+            for (int64_t p = 0; p < size; ++p) out[p] = static_cast<float>(output[p] / area);
         }
     }
 };
@@ -117,7 +119,7 @@ void crop_masks(const View& words, const View& boxes, const View& index, int64_t
     Crop* const crops = memory.take<Crop>(threads);
     for (int i = 0; i < threads; ++i) {
         Crop& crop = crops[i];
-        crop.size = size;
+        crop.size = static_cast<int32_t>(size);
         crop.spans = memory.take<Span>(size);
         crop.totals = memory.take<double>(size);
         crop.places = memory.take<int64_t>(size);
@@ -138,9 +140,9 @@ void crop_masks(const View& words, const View& boxes, const View& index, int64_t
                 __builtin_memset(pixels, 0, static_cast<size_t>(size * size) * sizeof(float));
                 continue;
             }
-            crop.begin(Samples(x1, x2, size, width));
+            crop.begin(Samples(x1, x2, crop.size, width));
             const int64_t row = i / boxes_per_image * masks_per_image + mask;
-            crop.write(Samples(y1, y2, size, height), words.as<const uint32_t>() + row * n, n, width, pixels);
+            crop.write(Samples(y1, y2, crop.size, height), words.as<const uint32_t>() + row * n, n, width, pixels);
         }
     });
 }

@@ -99,6 +99,15 @@ __device__ inline void from_float(float x, float* out) { *out = x; }
 __device__ inline void from_float(float x, bf16* out) { out->bits = __bfloat16_as_ushort(__float2bfloat16_rn(x)); }
 __device__ inline void from_float(float x, f16* out) { out->bits = __half_as_ushort(__float2half_rn(x)); }
 
+// Clamps to +-2^127. NaN stays.
+__device__ inline float held(float x) {
+    if (fabsf(x) > 0x1p127f) x = x > 0.0f ? 0x1p127f : -0x1p127f;
+    return x;
+}
+
+// Two cells by their weights, without fused operations.
+__device__ inline float blend(float a, float b, float w0, float w1) { return __fadd_rn(__fmul_rn(a, w0), __fmul_rn(b, w1)); }
+
 // Runs the statement with T as the element type of a float tensor.
 #define SPROMPT_DEVICE_FLOATS(dtype, T, ...)                      \
     do {                                                          \

@@ -79,14 +79,6 @@ __device__ inline Tile tile_of(const Plan& plan) {
 
 __device__ inline uint32_t low_bits(int count) { return count >= 32 ? ~0u : (1u << count) - 1; }
 
-// Clamps to +-2^127. NaN stays.
-__device__ inline float held(float x) {
-    if (fabsf(x) > largest) x = x > 0.0f ? largest : -largest;
-    return x;
-}
-
-__device__ inline float blend(float a, float b, float w0, float w1) { return __fadd_rn(__fmul_rn(a, w0), __fmul_rn(b, w1)); }
-
 __global__ void __launch_bounds__(threads)
     places_kernel(Place* places,  // (width + height): of columns, then of rows
                   int64_t width, int64_t height, int64_t w, int64_t h, double step_x, double step_y) {

@@ -29,10 +29,10 @@ def crop_masks(masks: BitMasks | Tensor, boxes: Tensor, index: Tensor, size: int
     Returns: (B, N, size, size) float32. Zeros where index is −1, where a side of the box is not > 0, and where a coordinate is NaN
     or lies beyond ±2²⁴. A box may leave the picture: its samples outside are 0. They cost no time, so a caller clips boxes only if
     the mean is to be over the inside. B, N, G, H or W of 0 are allowed.
-    Positions are in float64. Weights are whole numbers of 2⁻²⁶: a sample gives its upper pixel the fraction of its position,
-    rounded, and its lower pixel the rest; the weight of a pixel is the mean over the samples of a part, rounded. The sum of
-    products of the weights of rows and columns is exact, and is rounded once to float32. So every backend gives the same bits.
-    The result differs from real arithmetic by at most (g + g' + 6)·2⁻²⁷ + 2⁻²⁵.
+    Positions are in float64. A sample gives its upper pixel the fraction of its position as a weight, and its lower pixel the
+    rest. Weights are whole numbers of the smallest power of 2 that is at least g·2⁻²⁶. So sums of products of the weights of rows
+    and columns are exact, and every backend gives the same bits. A sum is divided in float64, and rounded once to float32. The
+    result differs from real arithmetic by at most (g + g')·2⁻²⁶ + 2⁻²⁵, besides the rounding of positions.
     Not differentiable. Autocast changes nothing.
 
     >>> masks = torch.tensor([[[[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]]])

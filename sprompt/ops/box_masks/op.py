@@ -1,5 +1,7 @@
 """The declarations of crop_masks and paste_masks."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,12 +16,12 @@ from sprompt.ops.region_mean.op import wide_boxes
 MOST_PARTS = 2**15
 
 
-@op(computes=())  # boxes are read as they are
+@op("cuda", computes=())  # boxes are read as they are
 def crop_masks(words: Tensor, boxes: Tensor, index: Tensor, height: int, width: int, size: int) -> Tensor:
     return new(words, *index.shape, size, size, dtype=torch.float32)
 
 
-@op(computes=("soft",))
+@op("cuda", computes=("soft",))
 def paste_masks(soft: Tensor, boxes: Tensor, height: int, width: int, threshold: float) -> Tensor:
     return new(soft, soft.shape[0], words_for(height * width), dtype=torch.int32)
 
@@ -35,10 +37,15 @@ def _(a: Args) -> None:
         checks.bad_value("crop_masks", "index", rule, low if low < -1 else high, "it counts the masks of one image")
 
 
+def kernel_arguments(a: Args) -> tuple[Any, ...]:
+    """What the kernels of crop_masks take before `out`."""
+    boxes, index = wide_boxes(a.boxes).contiguous(), a.index.contiguous().view(-1)
+    return rows(a.words), boxes, index, a.words.shape[1], a.index.shape[1], *a[3:]
+
+
 @crop_masks.native
 def _(a: Args, out: Tensor) -> None:
-    boxes, index = wide_boxes(a.boxes).contiguous(), a.index.contiguous().view(-1)
-    native._C.crop_masks(rows(a.words), boxes, index, a.words.shape[1], a.index.shape[1], *a[3:], out, native.threads())
+    native._C.crop_masks(*kernel_arguments(a), out, native.threads())
 
 
 @paste_masks.native

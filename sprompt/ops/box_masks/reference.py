@@ -7,8 +7,8 @@ from sprompt.masks import words_for
 from sprompt.ops.declare import Args
 from sprompt.ops.masks.reference import pack, unpack
 
-#: A weight of a crop is a whole number of 1 / UNIT. The sum of products of the weights of rows and columns stays below 2^53.
-UNIT = 2**26
+#: The whole weight of the samples of a part, at most. Products of the weights of rows and columns sum up to 2^52 at most.
+MOST_WEIGHT = 2**26
 #: A coordinate of a crop's box, at most.
 FARTHEST = 2.0**24
 #: Samples of a part that can give weight to a pixel, at most: they are more than 1/2 apart if they are several, and they reach
@@ -16,14 +16,16 @@ FARTHEST = 2.0**24
 NEAR = 7
 
 
-def crop_weights(low: Tensor, high: Tensor, pixels: int, size: int) -> Tensor:
-    """The weight of every pixel of an axis in every part of boxes from `low` to `high` (M,): float64 (M, size, pixels), in units
-    of 1 / UNIT. Zeros for boxes that are not cropped."""
+def crop_weights(low: Tensor, high: Tensor, pixels: int, size: int) -> tuple[Tensor, Tensor]:
+    """The weight of every pixel of an axis in every part of boxes from `low` to `high` (M,), and the weight of all samples of a
+    part: whole numbers as float64, (M, size, pixels) and (M, 1, 1). Zeros for boxes that are not cropped."""
     usable = (low < high) & (low.abs() <= FARTHEST) & (high.abs() <= FARTHEST)
     low, high = (torch.where(usable, x, y)[:, None, None] for x, y in ((low, 0.0), (high, 1.0)))
     extent = high - low
     g = (extent / size).ceil().clamp(min=1)
     step = extent / (size * g)
+    mantissa, exponent = torch.frexp(g)
+    unit = MOST_WEIGHT / 2.0 ** (exponent - (mantissa == 0.5).int())
     start = low - 0.5
     part = torch.arange(size, dtype=torch.float64, device=low.device)[:, None]
     pixel = torch.arange(pixels, dtype=torch.float64, device=low.device)
@@ -37,10 +39,10 @@ def crop_weights(low: Tensor, high: Tensor, pixels: int, size: int) -> Tensor:
         inside = (sample < (part + 1) * g) & (place >= -1) & (place <= pixels)
         place = place.clamp(0, max(pixels - 1, 0))
         lower = place.floor()
-        upper_weight = ((place - lower) * UNIT + 0.5).floor()
-        total += torch.where(inside & (lower == pixel), UNIT - upper_weight, 0)
+        upper_weight = ((place - lower) * unit + 0.5).floor()
+        total += torch.where(inside & (lower == pixel), unit - upper_weight, 0)
         total += torch.where(inside & (lower + 1 == pixel), upper_weight, 0)
-    return ((2 * total + g) / (2 * g)).floor() * usable[:, None, None]
+    return total * usable[:, None, None], g * unit
 
 
 def crop_masks(a: Args) -> Tensor:
@@ -54,11 +56,12 @@ def crop_masks(a: Args) -> Tensor:
     step = 1 + (1 << 21) // (1 + size * (a.height + a.width) + a.height * a.width)
     for i in range(0, B * N if len(words) else 0, step):
         x1, y1, x2, y2 = boxes[i : i + step].unbind(1)
-        rows, columns = crop_weights(y1, y2, a.height, size), crop_weights(x1, x2, a.width, size)
+        rows, down = crop_weights(y1, y2, a.height, size)
+        columns, across = crop_weights(x1, x2, a.width, size)
         mask = of[i : i + step]
         bits = unpack(words[mask.clamp(min=0)], a.height * a.width).unflatten(-1, (a.height, a.width)).double()
-        sums = rows @ bits @ columns.mT
-        out[i : i + step] = torch.where((mask >= 0)[:, None, None], sums / UNIT**2, 0).float()
+        shares = rows @ bits @ columns.mT / (down * across)
+        out[i : i + step] = torch.where((mask >= 0)[:, None, None], shares, 0).float()
     return out.reshape(B, N, size, size)
 
 

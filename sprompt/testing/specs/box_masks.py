@@ -55,7 +55,7 @@ def _crop_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[S
         Sample("noise, wide", (noise(1, 2, 9, 300), around(1, 6, 9, 300), of(1, 6, 2), 4)),
         Sample("noise, high", (noise(2, 1, 150, 3), around(2, 3, 150, 3), of(2, 3, 1), 5)),
         Sample("peculiar boxes", (smooth[:1], peculiar, one.expand(1, len(PECULIAR)), 6)),
-        Sample("whole numbers in bfloat16", (smooth, around(2, 4, 20, 34).round().bfloat16(), of(2, 4, 3), 7)),
+        Sample("whole numbers in bfloat16", (smooth, around(2, 4, 20, 34).round().clamp(0, 20).bfloat16(), of(2, 4, 3), 7)),
         Sample("float64 boxes", (smooth, around(2, 4, 20, 34).double() / 3, of(2, 4, 3), 7)),
         Sample("dense masks", (smooth.to_dense(), around(2, 4, 20, 34), of(2, 4, 3), 3)),
         Sample("one pixel", (noise(2, 2, 1, 1), around(2, 4, 1, 1), of(2, 4, 2), 3)),
@@ -102,13 +102,13 @@ def crop_oracle(masks: BitMasks | Tensor, boxes: Tensor, index: Tensor, size: in
 
 
 def _crop_bound(sample: Sample) -> tuple[float, float]:
-    """(g + g' + 6) 2^-27 for the weights of the largest box, and 2^-25 for the result."""
+    """(g + g') 2^-26 for the weights of the largest box, and 2^-25 for the result."""
     boxes, size = sample.args[1].double(), sample.args[3]
     sides = [(box[i + 2] - box[i]) / size for box in boxes.reshape(-1, 4).tolist() if _is_cropped(box) for i in (0, 1)]
-    return 0.0, (2 * math.ceil(max(sides, default=0)) + 6) * 2.0**-27 + 2.0**-25
+    return 0.0, 2 * math.ceil(max(sides, default=0)) * 2.0**-26 + 2.0**-25
 
 
-_masks = pack_masks(torch.zeros(2, 3, 4, 6))
+_masks = BitMasks(torch.zeros(2, 3, 1, dtype=torch.int32), (4, 6))
 _boxes, _index = torch.zeros(2, 5, 4), torch.zeros(2, 5, dtype=torch.int64)
 _bad_crop = refusals(crop_masks)
 
@@ -126,6 +126,7 @@ def _paste_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[
     special = 2 * uniform(6, 7, 7) - 0.5
     special[:, 2, 3:5], special[:, 5, 1], special[1:, 4, 6], special[3:, 0, 0] = INF, -INF, NAN, NAN
     peculiar = PECULIAR.to(device)
+    own_size = torch.tensor([[3.0, 2, 10, 9]], device=device).expand(6, 4)
     return [
         Sample("blobs", (blobs(9, 28, 28, seed).to(device, dtype), around(9, 75, 133), (75, 133))),
         Sample("noise", (uniform(5, 14, 14), around(5, 60, 90), (60, 90))),
@@ -134,7 +135,7 @@ def _paste_samples(device: torch.device, dtype: torch.dtype, seed: int) -> list[
         Sample("peculiar boxes", (uniform(len(PECULIAR), 6, 6), peculiar, (20, 34))),
         Sample("peculiar boxes, threshold 0", (uniform(len(PECULIAR), 2, 2), peculiar.double(), (20, 34)), {"threshold": 0.0}),
         Sample("infinities and NaN", (special, around(6, 40, 67) / 2 + 5, (40, 67))),
-        Sample("infinities and NaN, boxes of the map's size", (special, torch.tensor([[3, 2, 10, 9]], device=device).expand(6, 4).float(), (12, 40))),
+        Sample("infinities and NaN, boxes of the map's size", (special, own_size, (12, 40))),
         Sample("threshold inf", (special, around(6, 20, 34), (20, 34)), {"threshold": INF}),
         Sample("one cell", (uniform(4, 1, 1), around(4, 20, 34), (20, 34))),
         Sample("a column of pixels", (uniform(6, 5, 5), around(6, 99, 1), (99, 1))),
@@ -192,17 +193,17 @@ SPECS = [
         crop_masks, _crop_samples, ("crop_masks",), dtypes=(), oracle=crop_oracle, bound=_crop_bound,
         errors=(
             _bad_crop("a list", "masks must be a BitMasks or a dense tensor, got list", [1], _boxes, _index, 7, error=TypeError),
-            _bad_crop("masks of one image", r"masks must have batch dimensions \(B, G\), got \(3,\); give one", _masks[0], _boxes, _index, 7),
+            _bad_crop("masks of one image", r"masks must have batch dimensions \(B, G\), got \(3,\)", _masks[0], _boxes, _index, 7),
             _bad_crop("whole boxes", "boxes must have dtype float32, .*, got int64", _masks, _boxes.long(), _index, 7, error=TypeError),
             _bad_crop("boxes of one image", r"boxes must have shape \(B, N, 4\), got \(5, 4\); one image", _masks, _boxes[0], _index, 7),
             _bad_crop("boxes of other images", r"boxes must have shape \(B, N, 4\), got \(1, 5, 4\)", _masks, _boxes[:1], _index, 7),
             _bad_crop("int32 index", "index must have dtype int64, got int32", _masks, _boxes, _index.int(), 7, error=TypeError),
-            _bad_crop("an index too few", r"index must have shape \(B, N\) = \(2, 5\), got \(2, 4\); give", _masks, _boxes, _index[:, 1:], 7),
+            _bad_crop("an index too few", r"index must have shape \(B, N\) = \(2, 5\), got \(2, 4\)", _masks, _boxes, _index[:, 1:], 7),
             _bad_crop("index too high", r"index must lie in \[0, 3\), or be -1, got 3; it counts", _masks, _boxes, _index + 3, 7),
             _bad_crop("index too low", r"index must lie in \[0, 3\), or be -1, got -2; it counts", _masks, _boxes, _index - 2, 7),
             _bad_crop("no parts", "size must be a whole number from 1 to 32768, got 0", _masks, _boxes, _index, 0),
-            _bad_crop("too many parts", "size must be a whole number from 1 to 32768, got 32769", _masks, _boxes, _index, 32769),
-            _bad_crop("two sizes", r"size must be a whole number from 1 to 32768, got \(7, 7\)", _masks, _boxes, _index, (7, 7), error=TypeError),
+            _bad_crop("too many parts", "size must be a whole number .*, got 32769", _masks, _boxes, _index, 32769),
+            _bad_crop("two sizes", r"size must be a whole number .*, got \(7, 7\)", _masks, _boxes, _index, (7, 7), error=TypeError),
             _bad_crop("another device", r"boxes must be on the device of masks \(cpu\), got meta", _masks, _boxes.to("meta"), _index, 7),
         ),
     ),
@@ -212,9 +213,9 @@ SPECS = [
             _bad_paste("a list", "soft must be a tensor, got list", [1.0], _four, (8, 8), error=TypeError),
             _bad_paste("bits", "soft must have dtype float32, .*, got bool", _soft > 0, _four, (8, 8), error=TypeError),
             _bad_paste("one map", r"soft must have shape \(N, s, s\), got \(5, 5\); one mask: index", _soft[0], _four, (8, 8)),
-            _bad_paste("a map that is not square", r"soft must have shape \(N, s, s\) = \(3, 5, 5\), got \(3, 5, 4\)", _soft[:, :, 1:], _four, (8, 8)),
+            _bad_paste("not square", r"soft must have shape \(N, s, s\) = \(3, 5, 5\), got \(3, 5, 4\)", _soft[:, :, 1:], _four, (8, 8)),
             _bad_paste("whole boxes", "boxes must have dtype float32, .*, got int64", _soft, _four.long(), (8, 8), error=TypeError),
-            _bad_paste("boxes of other masks", r"boxes must have shape \(N, 4\) = \(3, 4\), got \(2, 4\); give one", _soft, _four[:2], (8, 8)),
+            _bad_paste("boxes of other masks", r"boxes must have shape \(N, 4\) = \(3, 4\), got \(2, 4\); give", _soft, _four[:2], (8, 8)),
             _bad_paste("size a number", r"size must be \(H, W\), got 8", _soft, _four, 8, error=TypeError),
             _bad_paste("size negative", "size must be two whole numbers, at least 0, got -1", _soft, _four, (8, -1)),
             _bad_paste("2^31 pixels", "size must have at most 2147483647 pixels, got 65536x32768", _soft, _four, (2**16, 2**15)),
