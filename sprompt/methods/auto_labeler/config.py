@@ -1,0 +1,104 @@
+"""Settings of Mask Auto-Labeler: its network, its crops, and its training."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sprompt.nn.resnet import DEPTHS
+from sprompt.settings import check_choices, check_sizes
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """Sizes of the network. The defaults are the paper's."""
+
+    backbone: Literal["resnet"] = "resnet"
+    """The encoder: a ResNet, with the two settings that follow."""
+    depth: int = 50
+    """Depth of the ResNet: 18, 34, 50 or 101."""
+    backbone_width: int = 64
+    """Channels of the ResNet's stem; 64 is the normal network."""
+    width: int = 256
+    """Channels of the heads."""
+    crop: int = 512
+    """Side of the square that every object is resized to, in pixels; a multiple of 32. The side of a mask is a quarter of it."""
+
+    def __post_init__(self) -> None:
+        check_choices(type(self), vars(self))
+        if self.depth not in DEPTHS:
+            raise ValueError(f"NetworkConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
+        check_sizes(self, {"backbone_width": (1, 1024), "width": (1, 8192), "crop": (32, 4096)})
+        if self.crop % 32:
+            raise ValueError(f"NetworkConfig: crop must be a multiple of 32, got {self.crop}")
+
+
+@dataclass(frozen=True)
+class CropConfig:
+    """The crops of training, and their random changes. The defaults are the paper's."""
+
+    min_area: float = 2048.0
+    """Objects are trained on if the area of their box exceeds this number of pixels."""
+    expansion: float = 1.2
+    """Largest margin on a side of a box, as a share of half of the box. The two sides of an axis share it at random, so the object
+    is rarely in the middle of its crop."""
+    flip: float = 0.5
+    """Probability that a crop is mirrored left to right."""
+    jitter: float = 0.5
+    """Probability that brightness, contrast, saturation and hue of the student's crop are changed."""
+    grey: float = 0.2
+    """Probability that the student's crop loses its colours."""
+    blur: float = 0.5
+    """Probability that the student's crop is blurred."""
+    together: int = 4
+    """Number of boxes of a picture that follow each other in an epoch, at least 1. The picture is decoded once for them."""
+
+    def __post_init__(self) -> None:
+        for name in ("flip", "jitter", "grey", "blur"):
+            _check(self, name, 0, 1)
+        _check(self, "min_area", 0, math.inf)
+        _check(self, "expansion", 0, 10)
+        check_sizes(self, {"together": (1, 1 << 20)})
+
+
+@dataclass(frozen=True)
+class AutoLabelerConfig:
+    """The losses and the teacher. The defaults are the paper's."""
+
+    momentum: float = 0.996
+    """Share of its weights that the teacher keeps in a step, from 0 to 1."""
+    mil_weight: float = 4.0
+    """Weight of the loss of the box: the mask must reach every row and column of its box, and none outside."""
+    crf_weight: float = 0.5
+    """Weight of the loss against the refined mask."""
+    mil_ramp: int = 1000
+    """Steps of the first epoch in which the weight of the box's loss rises linearly from 0; 0 starts with the full weight. From the
+    second epoch on the weight is full."""
+    crf_ramp: int = 4000
+    """The same for the loss against the refined mask."""
+    scale: float = 0.1
+    """Difference of colours, in units of the normalised picture, at which neighbours have a weight of exp(−½) in the refinement."""
+    iterations: int = 100
+    """Iterations of the refinement."""
+    low: float = 0.1
+    """Lower bound of the probabilities in the refinement."""
+    high: float = 0.9
+    """Upper bound of the probabilities in the refinement."""
+
+    def __post_init__(self) -> None:
+        _check(self, "momentum", 0, 1)
+        for name in ("mil_weight", "crf_weight"):
+            _check(self, name, 0, math.inf)
+        check_sizes(self, {"mil_ramp": (0, 1 << 40), "crf_ramp": (0, 1 << 40), "iterations": (0, 10_000)})
+        _check(self, "scale", 1e-6, math.inf)
+        if not 0 < self.low < self.high < 1:
+            raise ValueError(f"AutoLabelerConfig: low and high must be 0 < low < high < 1, got {self.low}, {self.high}")
+
+
+def _check(config: Any, name: str, low: float, high: float) -> None:
+    """Raises ValueError unless a field is a number between its bounds, both included; infinity is none."""
+    value = getattr(config, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or value == math.inf:
+        upper = f" and at most {high:g}" if high < math.inf else ""
+        raise ValueError(f"{type(config).__name__}: {name} must be at least {low:g}{upper}, got {value!r}")
