@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate, relu
 
-from sprompt.nn.resnet import STRIDES, ResNet
+from sprompt.nn.resnet import ResNet
+from sprompt.nn.vit import Vit
 
 STRIDE = 16  # of the encoder's map
 MASK_STRIDE = 4  # of the logits
@@ -50,16 +51,19 @@ class MaskLabeler(nn.Module):
     objects get pixel vectors of a coarse map, large objects those of a fine one; the logits of all are resized to S/4.
 
     Args:
-        backbone: a ResNet. Its layers behind the map of stride 16 neither run nor train.
+        backbone: the encoder: a Vit with patches of 16, or a ResNet, whose layers behind the map of stride 16 neither run nor train.
         width: length C of the vectors.
     """
 
-    def __init__(self, backbone: ResNet, width: int = 256) -> None:
+    def __init__(self, backbone: ResNet | Vit, width: int = 256) -> None:
         super().__init__()
+        if STRIDE not in backbone.strides:
+            raise ValueError(f"MaskLabeler: backbone must have a map of stride {STRIDE}, got {backbone.strides}")
         self.backbone = backbone
-        self.levels = STRIDES.index(STRIDE) + 1
-        backbone.layer4.requires_grad_(False)
-        channels = backbone.channels[self.levels - 1]
+        self._levels = backbone.strides.index(STRIDE) + 1
+        if isinstance(backbone, ResNet):
+            backbone.layer4.requires_grad_(False)
+        channels = backbone.channels[self._levels - 1]
         self.instance_head = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, width))
         self.pixel_head = PixelHead(channels, width)
 
@@ -71,7 +75,7 @@ class MaskLabeler(nn.Module):
                 "MaskLabeler: crops must have shape (B, 3, S, S), S a multiple of 32, and a size class each, got "
                 f"{tuple(crops.shape)} and {len(classes)} classes"
             )
-        features = self.backbone(crops, self.levels)[-1]
+        features = self._encoded(crops)
         objects = self.instance_head(features.mean((2, 3)))  # (B, C)
         order: list[int] = []
         logits: list[Tensor] = []
@@ -86,6 +90,12 @@ class MaskLabeler(nn.Module):
             return logits[0] if logits else crops.new_zeros(0, size // MASK_STRIDE, size // MASK_STRIDE).float()
         place_of = sorted(range(len(order)), key=order.__getitem__)
         return torch.cat(logits)[place_of]
+
+    def _encoded(self, crops: Tensor) -> Tensor:
+        """The encoder's map (B, D, S/16, S/16)."""
+        if isinstance(self.backbone, ResNet):
+            return self.backbone(crops, self._levels)[-1]
+        return self.backbone(crops)[-1]
 
     def _masks(self, features: Tensor, objects: Tensor, kind: int, size: int) -> Tensor:
         """The logits of objects of one size class."""

@@ -9,11 +9,14 @@ from torch import nn
 
 from sprompt.nn.mask_labeler import AREAS, MaskLabeler, size_class
 from sprompt.nn.resnet import ResNet
+from sprompt.nn.vit import Vit, VitConfig
+
+VIT = VitConfig(width=32, depth=2, heads=2, grid=3, conv_stem=True)
 
 
-def network(width: int = 12) -> MaskLabeler:
+def network(width: int = 12, vit: bool = False) -> MaskLabeler:
     torch.manual_seed(0)
-    made = MaskLabeler(ResNet(18, width=8, frozen_stages=-1), width)
+    made = MaskLabeler(Vit(VIT) if vit else ResNet(18, width=8, frozen_stages=-1), width)
     with torch.no_grad():
         for name, parameter in made.named_parameters():
             if "head" in name and name.endswith("bias"):
@@ -57,14 +60,14 @@ def literal(made: MaskLabeler, features: np.ndarray, kind: int, size: int) -> np
     return resized(np.einsum("c,chw->hw", kappa, pixels), size // 4)
 
 
-@pytest.mark.parametrize("size", [64, 96])
-def test_the_network_is_its_formulas(size: int) -> None:
-    made = network()
+@pytest.mark.parametrize(("size", "vit"), [(64, False), (96, True)])
+def test_the_network_is_its_formulas(size: int, vit: bool) -> None:
+    made = network(vit=vit)
     crops = torch.randn(5, 3, size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     classes = [2, 0, 1, 0, 2]
     with torch.no_grad():
         found = made(crops, classes).numpy()
-        features = made.backbone(crops)[2].numpy()
+        features = made.backbone(crops)[0 if vit else 2].numpy()
     assert features.shape == (5, 32, size // 16, size // 16)
     assert found.shape == (5, size // 4, size // 4) and found.dtype == np.float32
     for own, kind, logits in zip(features, classes, found, strict=True):
@@ -92,8 +95,9 @@ def test_the_pixel_head_runs_for_the_classes_that_are_there() -> None:
     assert made(crops[:0], []).shape == (0, 16, 16) and seen == []
 
 
-def test_gradients_reach_all_that_trains_and_only_that() -> None:
-    made = network()
+@pytest.mark.parametrize("vit", [False, True])
+def test_gradients_reach_all_that_trains_and_only_that(vit: bool) -> None:
+    made = network(vit=vit)
     made(torch.randn(2, 3, 64, 64, dtype=torch.float64), [0, 2]).sum().backward()
     for name, parameter in made.named_parameters():
         unused = name.startswith("backbone.layer4.")
@@ -104,3 +108,8 @@ def test_gradients_reach_all_that_trains_and_only_that() -> None:
 def test_other_crops_are_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="MaskLabeler: crops must have shape"):
         network()(torch.zeros(shape, dtype=torch.float64), [1])
+
+
+def test_an_encoder_without_a_map_of_stride_16_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"must have a map of stride 16, got \(8,\)"):
+        MaskLabeler(Vit(VitConfig(patch=8, width=32, depth=1, heads=2)))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sprompt.nn.mask_labeler import STRIDE
 from sprompt.nn.resnet import DEPTHS
+from sprompt.nn.vit import VitConfig
 from sprompt.settings import check_choices, check_sizes
 
 
@@ -14,8 +16,10 @@ from sprompt.settings import check_choices, check_sizes
 class NetworkConfig:
     """Sizes of the network. The defaults are the paper's."""
 
-    backbone: Literal["resnet"] = "resnet"
-    """The encoder: a ResNet, with the two settings that follow."""
+    backbone: Literal["vit", "resnet"] = "vit"
+    """The encoder: a Vision Transformer, with the settings of `vit`, or a ResNet, with the two settings that follow."""
+    vit: VitConfig = field(default_factory=lambda: VitConfig(conv_stem=True))
+    """Sizes of the Vision Transformer; its patches have 16 pixels."""
     depth: int = 50
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
@@ -30,6 +34,8 @@ class NetworkConfig:
         if self.depth not in DEPTHS:
             raise ValueError(f"NetworkConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
         check_sizes(self, {"backbone_width": (1, 1024), "width": (1, 8192), "crop": (32, 4096)})
+        if not isinstance(self.vit, VitConfig) or self.vit.patch != STRIDE:
+            raise ValueError(f"NetworkConfig: vit must be a VitConfig with patches of {STRIDE}, got {self.vit!r}")
         if self.crop % 32:
             raise ValueError(f"NetworkConfig: crop must be a multiple of 32, got {self.crop}")
 
