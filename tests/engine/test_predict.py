@@ -18,7 +18,8 @@ from sprompt.data.folder import PictureFolder
 from sprompt.data.synthetic import write_scenes
 from sprompt.engine import predict, write_results
 from sprompt.engine.evaluate import evaluate
-from sprompt.engine.predict import Clock, Predicted, _join, predict_to_file
+from sprompt.clock import Clock
+from sprompt.engine.predict import Predicted, _join, predict_to_file
 from sprompt.masks import BitMasks, Size
 from sprompt.models.protocol import Features, Prediction
 

@@ -102,6 +102,22 @@ class AutoLabelerConfig:
             raise ValueError(f"AutoLabelerConfig: low and high must be 0 < low < high < 1, got {self.low}, {self.high}")
 
 
+@dataclass(frozen=True)
+class LabelConfig:
+    """How masks become labels. The defaults are the paper's, except `area`."""
+
+    thresholds: tuple[float, float, float] = (0.1, 0.1, 0.1)
+    """Probabilities above which a pixel is in the mask, for boxes below 32² pixels, below 96², and larger ones; from 0 to below 1."""
+    area: Literal["mask", "box"] = "mask"
+    """Whether the area of an annotation is the number of pixels of its mask, or width times height of its box, as the paper's code
+    writes."""
+
+    def __post_init__(self) -> None:
+        check_choices(type(self), vars(self))
+        if len(self.thresholds) != 3 or not all(0 <= value < 1 for value in self.thresholds):
+            raise ValueError(f"LabelConfig: thresholds must be three numbers from 0 to below 1, got {self.thresholds}")
+
+
 def _check(config: Any, name: str, low: float, high: float) -> None:
     """Raises ValueError unless a field is a number between its bounds, both included; infinity is none."""
     value = getattr(config, name)

@@ -83,7 +83,7 @@ class AutoLabeler(nn.Module):
     @torch.no_grad()
     def _follow(self) -> None:
         """teacher = m · teacher + (1 − m) · student, for all weights. Running statistics of a ResNet never change."""
-        old, new = list(self.teacher.parameters()), list(self.student.parameters())
+        old, new = ([weight.data for weight in network.parameters()] for network in (self.teacher, self.student))
         torch._foreach_lerp_(old, new, 1 - self.config.momentum)
 
 
