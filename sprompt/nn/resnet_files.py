@@ -43,7 +43,7 @@ def origin(tensors: Mapping[str, Tensor], prefix: str, about: Mapping[str, Any])
     return f"a checkpoint with names behind {prefix!r}" if prefix else "a checkpoint with torchvision's names"
 
 
-def opened(held: Mapping[str, Tensor], frozen_stages: int) -> ResNet:
+def opened(held: Mapping[str, Tensor], about: Mapping[str, Any], frozen_stages: int) -> ResNet:
     """A new network of the sizes of these tensors. Raises ValueError if no known network fits."""
     depth, width = _sizes(held)
     if depth is None or width is None:

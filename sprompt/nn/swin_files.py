@@ -55,7 +55,12 @@ _BLOCK_OURS = {name: ours for ours, theirs in _BLOCK.items() for name in theirs}
 
 def from_transformers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a Swin of transformers by our names: query, key and value become one. Other names stay as they are."""
-    found = {_ours(name): tensor for name, tensor in tensors.items()}
+    return joined({_ours(name): tensor for name, tensor in tensors.items()})
+
+
+def joined(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Query, key and value of each attention (attn.q, attn.k, attn.v) as one tensor (attn.qkv), where all three are there and fit."""
+    found = dict(tensors)
     for query in [name for name in found if re.search(r"\.attn\.q\.(weight|bias)$", name)]:
         thirds = [query.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
         if found.keys() >= set(thirds) and len({found[third].shape for third in thirds}) == 1:
@@ -96,7 +101,7 @@ def origin(tensors: Mapping[str, Tensor], prefix: str, about: Mapping[str, Any])
     return f"a checkpoint with names behind {prefix!r}" if prefix else "a checkpoint with the names of Swin's release"
 
 
-def opened(held: Mapping[str, Tensor], frozen_stages: int) -> Swin:
+def opened(held: Mapping[str, Tensor], about: Mapping[str, Any], frozen_stages: int) -> Swin:
     """A new network of the sizes of these tensors. Raises ValueError if they are no sizes of a Swin."""
     config = _sizes(held)
     if config is None:

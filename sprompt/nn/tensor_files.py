@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,10 +17,14 @@ from sprompt.atomic import replacing
 
 _MAX_HEADER = 16 << 20  # bytes of names and shapes in a safetensors file; a network of 1000 tensors has 0.1 MB
 
+_MAX_CONFIG = 1 << 24  # bytes of a config.json; that of a network with 20 000 classes has 1 MB
+_KEYS = ("state_dict", "model", "teacher")  # under the first of them a file of torch.save may hold its tensors
+
 _CONVERT = (
     "if you trust where it comes from, convert it once:\n"
     "    import torch; from safetensors.torch import save_file; held = torch.load({path!r}, 'cpu', weights_only=False)\n"
-    "    save_file({{k: v.contiguous().clone() for k, v in held.get('state_dict', held).items()}}, {target!r})\n"
+    "    held = next((held[key] for key in {keys} if key in held), held)\n"
+    "    save_file({{k: v.contiguous().clone() for k, v in held.items()}}, {target!r})\n"
     "and give the new file instead"
 )
 
@@ -26,8 +32,8 @@ _CONVERT = (
 def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The tensors of a file by name, on the CPU, and the file's metadata.
 
-    Reads safetensors, and files of torch.save that hold a dict of tensors, bare or under "state_dict" or "model". The metadata
-    of a safetensors file are its own; the metadata of a file of torch.save are the strings beside "state_dict" or "model".
+    Reads safetensors, and files of torch.save that hold a dict of tensors, bare or under "state_dict", "model" or "teacher". The
+    metadata of a safetensors file are its own; the metadata of a file of torch.save are the strings beside that key.
     Raises ValueError for any other file; the message says what to do.
     """
     path = _existing(path)
@@ -50,7 +56,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         held = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         first = str(error).strip().splitlines()[0][:200]
-        convert = _CONVERT.format(path=str(path), target=str(path.with_suffix(".safetensors")))
+        convert = _CONVERT.format(path=str(path), keys=_KEYS, target=str(path.with_suffix(".safetensors")))
         raise ValueError(
             f"{path}: must hold tensors and plain values, got objects that only running code from the file can make; {convert}\n"
             f"(torch says: {first})"
@@ -59,7 +65,7 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"{path}: must be a whole file of torch.save, got {first}; fetch or write it again") from None
     about: dict[str, str] = {}
-    for key in ("state_dict", "model"):
+    for key in _KEYS:
         if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
             about = {str(name): value for name, value in held.items() if isinstance(value, str)}
             held = held[key]
@@ -84,6 +90,24 @@ def read_metadata(path: Path | str) -> dict[str, str]:
             return dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path}: must be a whole safetensors file, got {error}; fetch or write it again") from None
+
+
+def read_config(path: Path | str) -> dict[str, Any] | None:
+    """The content of the config.json in the folder of a file of tensors, where transformers puts it; None if there is none."""
+    path = Path(path).parent / "config.json"
+    if not path.is_file():
+        return None
+    if path.stat().st_size > _MAX_CONFIG:
+        raise ValueError(
+            f"{path}: must have at most {_MAX_CONFIG >> 20} MiB, got {path.stat().st_size} bytes; is it the right file?"
+        )
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: must be JSON, got {error}") from None
+    if not isinstance(held, dict):
+        raise ValueError(f"{path}: must be a JSON object, got {held!r:.40}")
+    return held
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

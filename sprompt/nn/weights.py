@@ -1,5 +1,5 @@
-"""Weights of a backbone in files: a ResNet or a Swin. Checkpoints of other projects are recognised by the names of their tensors; files
-of this library have metadata that say what they hold."""
+"""Weights of a backbone in files: a ResNet, a Swin or a ViT. Checkpoints of other projects are recognised by the names of their tensors;
+files of this library have metadata that say what they hold."""
 
 from __future__ import annotations
 
@@ -13,47 +13,58 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sprompt.nn import resnet_files, swin_files
+from sprompt.nn import resnet_files, swin_files, vit_files
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.swin import Swin
-from sprompt.nn.tensor_files import read_tensors, write_tensors
+from sprompt.nn.tensor_files import read_config, read_tensors, write_tensors
+from sprompt.nn.vit import Vit
 
+Backbone = ResNet | Swin | Vit
+_FILES = {ResNet: resnet_files, Swin: swin_files, Vit: vit_files}
 OPTIONS = ("--model.depth", "--model.backbone-width")  # of the commands that load a ResNet into a model
 
 
-def load_backbone(network: ResNet | Swin, path: Path | str, options: tuple[str, str] = OPTIONS) -> str:
+def load_backbone(network: Backbone, path: Path | str, options: tuple[str, str] = OPTIONS) -> str:
     """Copies the backbone of a checkpoint into `network`. Returns a sentence that names the loaded and the unused tensors.
 
     Reads files of this library, as .pth or safetensors; for a ResNet also those of torchvision, MoCo v2, DenseCL (whole or extracted),
-    SwAV and K-Net; for a Swin those of its release, of transformers and of Mask2Former. The file of a classifier lacks the norms of a
-    Swin's maps; they start anew. Raises ValueError if a tensor is missing, has another shape, is not finite, or belongs to a larger
-    network; then `network` is unchanged. No code from the file is ever executed. `options` are the command line's names of a ResNet's
-    depth and width, for messages.
+    SwAV and K-Net; for a Swin those of its release, of transformers and of Mask2Former; for a ViT those of MAE, DeiT, DINO, DINOv2, timm
+    and transformers. The file of a classifier lacks the norms of a Swin's maps; they start anew. Positions of a ViT are resized to the
+    grid of `network`; its convolutional stem keeps its values if the file has patches.
+
+    Raises ValueError if a tensor is missing, has another shape, is not finite, or belongs to a larger network; then `network` is unchanged.
+    No code from the file is ever executed. `options` are the command line's names of a ResNet's depth and width, for messages.
     """
     given, said = _fitting(network, path, *_read(path), options)
     network.load_state_dict({**network.state_dict(), **given})
     return said
 
 
-def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> ResNet | Swin:
-    """The backbone of a file, in eval mode. Its sizes follow from the tensors. Reads the same files as `load_backbone`."""
+def open_backbone(path: Path | str, *, frozen_stages: int = 4) -> Backbone:
+    """The backbone of a file, in eval mode. Reads the same files as `load_backbone`.
+
+    Its sizes follow from the tensors. The heads and the eps of a ViT follow from the file of this library or from the config.json beside a
+    file of transformers; in other files a head has 64 channels (80 in ViT-H) and eps is 1e-6. A ViT is frozen as a whole, unless
+    `frozen_stages` is -1.
+    """
     tensors, about = _read(path)
-    files = swin_files if swin_files.find(tensors) else resnet_files
-    found = files.find(tensors)
-    if found is None:
-        raise ValueError(f"{path}: must hold {resnet_files.EXPECTED} or {swin_files.EXPECTED}, got {_first(tensors)}")
+    files = next((files for files in _FILES.values() if files.find(tensors)), None)
+    if files is None:
+        expected = " or ".join(files.EXPECTED for files in _FILES.values())
+        raise ValueError(f"{path}: must hold {expected}, got {_first(tensors)}")
+    held = files.find(tensors)[1]
     try:
         with torch.device("meta"):  # takes no memory, whatever sizes the file claims
-            claimed = files.opened(found[1], frozen_stages)
+            claimed = files.opened(held, about, frozen_stages)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     given, _ = _fitting(claimed, path, tensors, about, OPTIONS)
-    network = files.opened(found[1], frozen_stages)
+    network = files.opened(held, about, frozen_stages)
     network.load_state_dict({**network.state_dict(), **given})
     return network.eval()
 
 
-def save_backbone(path: Path | str, network: ResNet | Swin, dtype: torch.dtype = torch.float32) -> None:
+def save_backbone(path: Path | str, network: Backbone, dtype: torch.dtype = torch.float32) -> None:
     """Writes a backbone as safetensors with its sizes, whole or not at all; float16 files have half the size."""
     tensors = {}
     for name, tensor in network.state_dict().items():
@@ -62,26 +73,35 @@ def save_backbone(path: Path | str, network: ResNet | Swin, dtype: torch.dtype =
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"save_backbone: tensors must be finite in {dtype}, got NaN or infinity in {name}")
             tensors[name] = tensor
-    sizes = asdict(network.config) if isinstance(network, Swin) else {"depth": network.depth, "width": network.width}
+    sizes = {"depth": network.depth, "width": network.width} if isinstance(network, ResNet) else asdict(network.config)
     write_tensors(path, tensors, {"sprompt": json.dumps({"backbone": sizes})})
 
 
 def _fitting(
-    network: ResNet | Swin, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
+    network: Backbone, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
     options: tuple[str, str],
 ) -> tuple[dict[str, Tensor], str]:  # fmt: skip
     """The tensors of a file that a network takes, and a sentence about them. Raises ValueError if they do not fit."""
     wanted = network.state_dict()
-    constants: dict[str, Tensor] = {}
-    fresh: dict[str, Tensor] = {}
-    files, other = (swin_files, resnet_files) if isinstance(network, Swin) else (resnet_files, swin_files)
+    constants: dict[str, Tensor] = {}  # tensors that the file may hold, and that the network makes itself
+    fresh: dict[str, Tensor] = {}  # tensors that the file lacks
+    changes: list[str] = []
+    files = _FILES[type(network)]
     found = files.find(tensors)
     if found is None:
-        hint = f"; the file holds {other.EXPECTED.split(' (')[0]}" if other.find(tensors) else ""
+        other = next((other for other in _FILES.values() if other.find(tensors)), None)
+        hint = f"; the file holds {other.EXPECTED.split(' (')[0]}" if other else ""
         raise ValueError(f"{path}: must hold {files.EXPECTED}, got {_first(tensors)}{hint}")
     prefix, held, rest = found
-    if isinstance(network, Swin):
+    if isinstance(network, Vit):
+        title, advice = vit_files.title(network.config), vit_files.advice(held, about, network.config)
+        try:
+            held, fresh, changes = vit_files.adapted(held, wanted, about, network.config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    elif isinstance(network, Swin):
         constants, fresh = swin_files.constants(held, network.config), swin_files.fresh_norms(held, wanted)
+        changes = ["the norms of its maps start anew"] if fresh else []
         title, advice = swin_files.title(network.config), swin_files.advice(held, network.config)
     else:
         title, advice = resnet_files.title(network.depth, network.width), resnet_files.advice(held, network, options)
@@ -95,15 +115,16 @@ def _fitting(
     kind = f"a {'backbone' if 'backbone' in about else 'trained model'} of this library"
     origin = kind if {"backbone", "model"} & about.keys() else files.origin(tensors, prefix, about)
     said = f"{path}: {len(given)} tensors of {title} from {origin}"
-    said += "; the norms of its maps start anew" if fresh else ""
-    return given | fresh, said + (f"; left out: {_summary(rest)}" if rest else "")
+    changes += [f"left out: {_summary(rest)}"] if rest else []
+    return given | fresh, "; ".join([said, *changes])
 
 
 def _read(path: Path | str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A file's tensors by name, and its metadata."""
+    """A file's tensors by name, and its metadata; for a ViT of transformers also "config", the config.json beside it."""
     tensors, metadata = read_tensors(path)
     if "sprompt" not in metadata:
-        return tensors, dict(metadata)
+        config = read_config(path) if vit_files.of_transformers(tensors) else None
+        return tensors, metadata | ({"config": config} if config else {})
     try:
         about = json.loads(metadata["sprompt"])
     except (ValueError, RecursionError):

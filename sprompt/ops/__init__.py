@@ -27,6 +27,9 @@ from sprompt.ops.mask_nms import batched_mask_nms, mask_nms, matrix_nms
 # match_cost
 from sprompt.ops.match_cost import match_cost
 
+# mean_field
+from sprompt.ops.mean_field import mean_field
+
 # points
 from sprompt.ops.points import point_cost, point_loss, sample_points
 
@@ -80,6 +83,9 @@ __all__ = [
     #
     # match_cost
     "match_cost",
+    #
+    # mean_field
+    "mean_field",
     #
     # points
     "point_cost",

@@ -105,7 +105,7 @@ def seed_addresses(masks: BitMasks, grid: SeedGrid) -> Tensor:
     """
     size = masks.size
     view = resized_size(size, grid.short, grid.long) if grid.keep_ratio else (grid.short, grid.long)
-    padded = padded_size(view)
+    padded = padded_size(view, grid.divisor)
     numbers = grid.grid or (padded[0] // grid.stride, padded[1] // grid.stride)
     cells = [side / number for side, number in zip(padded, numbers, strict=True)]
     centres = []  # centres of rows, then of columns, in pixels of the picture

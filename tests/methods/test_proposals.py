@@ -23,12 +23,12 @@ OPEN = {"centre": 0.0, "max_width": 2.0, "min_score": 0.0}  # no filter of whole
 class Maps(nn.Module):
     """A backbone that returns one fixed map for all of its levels and all images."""
 
-    def __init__(self, features: Tensor) -> None:
+    def __init__(self, features: Tensor, strides: tuple[int, ...] = (4, 8, 16, 32)) -> None:
         super().__init__()
-        self.features = features
+        self.features, self.strides = features, strides
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        return [self.features] * 4
+        return [self.features] * len(self.strides)
 
 
 def batch_of(cells: tuple[int, int], size: tuple[int, int], original: tuple[int, int], number: int = 1) -> Batch:
@@ -85,8 +85,10 @@ def oracle_seeds(x: np.ndarray, config: ProposalConfig) -> list[tuple[tuple[int,
     return seeds
 
 
-def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], original: tuple[int, int]) -> list[dict]:
-    """§2.2–2.9 for one picture with a view of size `size` and the map x (D, h, w) of stride 32, without padded cells."""
+def oracle(
+    x: np.ndarray, config: ProposalConfig, size: tuple[int, int], original: tuple[int, int], stride: int = 32
+) -> list[dict]:
+    """§2.2–2.9 for one picture with a view of size `size` and the map x (D, h, w) of this stride, without padded cells."""
     pixels = x.reshape(len(x), -1)
     found = []
     for address, seed in oracle_seeds(x, config):
@@ -127,8 +129,8 @@ def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], origina
     height, width = original
     for f in found[: config.max_masks]:
         grid = f["soft"].reshape(x.shape[1:])
-        rows = (np.arange(height) + 0.5) * (size[0] / 32) / height - 0.5
-        columns = (np.arange(width) + 0.5) * (size[1] / 32) / width - 0.5
+        rows = (np.arange(height) + 0.5) * (size[0] / stride) / height - 0.5
+        columns = (np.arange(width) + 0.5) * (size[1] / stride) / width - 0.5
         full = resized_half_pixel(grid, rows, columns)
         mask = full >= config.threshold
         if not mask.any():
@@ -144,14 +146,18 @@ def oracle(x: np.ndarray, config: ProposalConfig, size: tuple[int, int], origina
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 @pytest.mark.parametrize("nms", ["matrix", "matrix_linear", "greedy"])
 @pytest.mark.parametrize("seeds", ["pyramid", (3, 4)])
-def test_proposals_are_those_of_an_independent_implementation(similarity: str, nms: str, seeds: object) -> None:
+@pytest.mark.parametrize("strides", [(4, 8, 16, 32), (14,)], ids=["four maps", "one map"])
+def test_proposals_are_those_of_an_independent_implementation(
+    similarity: str, nms: str, seeds: object, strides: tuple[int, ...]
+) -> None:
     config = ProposalConfig(similarity=similarity, nms=nms, seeds=seeds, min_score=0.1, max_width=1.01)  # type: ignore[arg-type]  # a str
     compared = 0
     for seed in range(6):
         x = smooth(seed, 6, 9, 12)
-        size, original = (288 - 10, 384 - 7), (130, 170)  # padding cuts into the last cells, whose centre stays valid
-        (got,) = propose(Maps(x), batch_of((9, 12), size, original), config, vectors=True)
-        want = oracle(x[0].double().numpy(), config, size, original)
+        # padding cuts into the last cells, whose centre stays valid
+        size, original = (9 * strides[-1] - strides[-1] // 3, 12 * strides[-1] - strides[-1] // 4), (130, 170)
+        (got,) = propose(Maps(x, strides), batch_of((9, 12), size, original), config, vectors=True)
+        want = oracle(x[0].double().numpy(), config, size, original, strides[-1])
         assert got.scores.tolist() == sorted(got.scores.tolist(), reverse=True)
         by_seed = {tuple(s): i for i, s in enumerate(got.seeds.tolist())}
         assert set(by_seed) == {f["seed"] for f in want}
@@ -165,6 +171,11 @@ def test_proposals_are_those_of_an_independent_implementation(similarity: str, n
             np.testing.assert_allclose(got.vectors[i].numpy(), vectors[f["seed"]], atol=1e-6)
             compared += 1
     assert compared >= 3
+
+
+def test_a_level_that_the_backbone_lacks() -> None:
+    with pytest.raises(ValueError, match="ProposalConfig: level must be C5 for a backbone with one map, got C4"):
+        propose(Maps(torch.zeros(1, 2, 4, 4), (16,)), batch_of((4, 4), (64, 64), (64, 64)), ProposalConfig(level="C4"))
 
 
 # -- §16 --------------------------------------------------------------------------------------------------------------------------

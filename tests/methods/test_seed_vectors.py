@@ -22,13 +22,14 @@ class Cells(nn.Module):
     """Mean colour of the cells of stride 4 to 32, mixed into 8 channels: mirrored images give mirrored maps."""
 
     channels = (8, 8, 8, 8)
+    strides = (4, 8, 16, 32)
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mix", torch.randn(8, 3, generator=torch.Generator().manual_seed(0)))
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        maps = [avg_pool2d(images, stride) for stride in (4, 8, 16, 32)]
+        maps = [avg_pool2d(images, stride) for stride in self.strides]
         return [torch.einsum("dc,bchw->bdhw", self.mix, m).relu() + 0.1 for m in maps]
 
 

@@ -97,7 +97,8 @@ def _point(seed: list[int], size: tuple[int, int], record: dict[str, Any]) -> tu
     if record["seeds"] == "pyramid":
         cell = [record["stride"] * 2 ** seed[0]] * 2
     else:
-        cell = [math.ceil(side / 32) * 32 / number for side, number in zip(view, record["seeds"], strict=True)]
+        divisor = record.get("divisor", 32)
+        cell = [math.ceil(side / divisor) * divisor / n for side, n in zip(view, record["seeds"], strict=True)]
     y, x = ((seed[1 + i] + 0.5) * cell[i] * size[i] / view[i] for i in range(2))
     return y, x
 
@@ -124,7 +125,10 @@ def _expected_seed(mask: np.ndarray, record: dict[str, Any]) -> list[int]:
     return [0, *(cell[1 + i] for i, cell in enumerate(nearest))]
 
 
-RECORDS = [RECORD, {**RECORD, "stride": 32, "level": "C5"}, {**RECORD, "seeds": [5, 7]}]
+RECORDS = [
+    RECORD, {**RECORD, "stride": 32, "level": "C5"}, {**RECORD, "seeds": [5, 7]},
+    {**RECORD, "stride": 14, "level": "C5", "divisor": 14}, {**RECORD, "stride": 14, "level": "C5", "divisor": 14, "seeds": [5, 7]},
+]  # fmt: skip
 SIZES = [(60, 80), (60, 80), (60, 80), (120, 70), (60, 80), (90, 90), (60, 80), (31, 200), (60, 80)]
 
 

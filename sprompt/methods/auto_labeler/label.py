@@ -83,7 +83,9 @@ def label(
             f"label: unit, batch and of must be at least 1, and index lie in [0, of), got {unit=}, {batch=}, {of=}, {index=}"
         )
     clock = clock or Clock()
-    units = [range(start, min(start + unit, len(pictures.pictures))) for start in range(0, len(pictures.pictures), unit)]
+    units = [
+        range(start, min(start + unit, len(pictures.pictures))) for start in range(0, len(pictures.pictures), unit)
+    ]
     work = {"network": fingerprint(network), "crop": side, "boxes": digest, "unit": unit, "batch": batch}
     kept = data.get("info")
     info = {**(kept if isinstance(kept, dict) else {}), "labels": {**asdict(config), **work}}
@@ -165,7 +167,10 @@ class _Reader:
 
     def read(self, chunk: _Chunk) -> _Cropped:
         self.clock.start()
-        empty = torch.zeros(0, 3, self.side, self.side, dtype=torch.uint8), torch.zeros(0, 2, self.side, dtype=torch.uint8)
+        empty = (
+            torch.zeros(0, 3, self.side, self.side, dtype=torch.uint8),
+            torch.zeros(0, 2, self.side, dtype=torch.uint8),
+        )
         found = _Cropped([], [], [], *empty, {})
         crops, profiles = [], []
         for place, box in chunk.objects:
@@ -278,7 +283,9 @@ def _unit(
                 else:
                     annotations.append({**record, **own, "iscrowd": 0})
     skipped = [
-        {"file_name": pictures.pictures[place].file_name, "reason": broken[place]} for place in places if place in broken
+        {"file_name": pictures.pictures[place].file_name, "reason": broken[place]}
+        for place in places
+        if place in broken
     ]
     return {"annotations": annotations, "skipped": skipped, "unlabelled": unlabelled}
 

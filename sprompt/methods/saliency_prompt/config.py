@@ -12,7 +12,7 @@ from sprompt.methods.registry import MethodConfig
 from sprompt.settings import check_choices
 
 Level = Literal["C2", "C3", "C4", "C5"]
-#: Stride of the backbone's maps.
+#: Stride of the maps of a backbone that has four.
 STRIDES = {"C2": 4, "C3": 8, "C4": 16, "C5": 32}
 
 
@@ -27,7 +27,8 @@ class ProposalConfig:
     keep_ratio: bool = True
     """True keeps the aspect ratio. False stretches every picture to a width of `long` and a height of `short` pixels."""
     level: Level = "C5"
-    """The backbone's map that is searched. C2 to C5 have strides 4, 8, 16 and 32; finer maps than C5 suit small pictures."""
+    """The backbone's map that is searched. C2 to C5 have strides 4, 8, 16 and 32; finer maps than C5 suit small pictures. The only map
+    of a ViT is C5, with the stride of its patches."""
     seeds: Literal["pyramid"] | tuple[int, int] = "pyramid"
     """The seeds: features that are compared with all cells of the map. "pyramid": every cell, and the averages of the map at
     half and quarter scale. Two whole numbers, height and width, at least 1: the averages of a grid of height x width

@@ -21,7 +21,7 @@ from sprompt.data.sample import Batch, Sample
 from sprompt.data.transforms import collate
 from sprompt.methods.parts import Parts, ahead
 from sprompt.methods.saliency_prompt.config import ProposalConfig
-from sprompt.methods.saliency_prompt.proposals import padded_size, propose, view, view_size
+from sprompt.methods.saliency_prompt.proposals import DIVISOR, padded_size, propose, searched, view, view_size
 from sprompt.methods.saliency_prompt.records import annotation_records, image_record, merge, merge_vectors
 
 Progress = Callable[[int, int], None]
@@ -68,7 +68,7 @@ def generate(
         batch: upper bound of the pictures that go through the backbone together, at least 1.
         index: number of this process, from 0 to of - 1.
         of: number of processes.
-        backbone: images -> maps C2, C3, C4, C5. It is moved to `device`, and set to eval mode.
+        backbone: images -> maps of its `strides`. It is moved to `device`, and set to eval mode.
         vectors: whether to write the feature vectors of the seeds too, to OUT with the suffix .vectors.safetensors.
         progress: called after each unit with the number of finished pictures and of all pictures of this process. If an earlier
             call finished units, it is also called at the start.
@@ -79,6 +79,7 @@ def generate(
         raise ValueError(
             f"generate: unit, batch and of must be at least 1, and index lie in [0, of), got {unit=}, {batch=}, {of=}, {index=}"
         )
+    divisor = searched(backbone, config.level).divisor
     units = [range(start, min(start + unit, len(pictures))) for start in range(0, len(pictures), unit)]
     info = _info(pictures, backbone, config, unit, batch, vectors)
     parts = Parts(out, info, len(units), index=index, of=of, results=["skipped"])
@@ -93,7 +94,7 @@ def generate(
     worked = 0
     if progress is not None and done and todo:
         progress(done, total)
-    for u, (batches, broken) in ahead(todo, lambda u: _load(pictures, units[u], config, batch)):
+    for u, (batches, broken) in ahead(todo, lambda u: _load(pictures, units[u], config, batch, divisor)):
         _finish(parts, u, batches, broken, pictures, backbone, config, torch.device(device), vectors)
         skipped += broken
         worked += len(units[u])
@@ -125,7 +126,7 @@ def fingerprint(backbone: nn.Module) -> str:
 Loaded = tuple[list[Batch], list[dict[str, str]]]
 
 
-def _load(pictures: PictureFolder, places: Sequence[int], config: ProposalConfig, most: int) -> Loaded:
+def _load(pictures: PictureFolder, places: Sequence[int], config: ProposalConfig, most: int, divisor: int) -> Loaded:
     """(batches, broken pictures) of a unit."""
     groups: dict[tuple[int, int], list[Sample]] = defaultdict(list)
     skipped = []
@@ -136,9 +137,11 @@ def _load(pictures: PictureFolder, places: Sequence[int], config: ProposalConfig
             reason = str(error).removeprefix(f"{pictures.path}/")
             skipped.append({"file_name": _file_name(pictures, place), "reason": reason})
             continue
-        groups[padded_size(view_size(sample.size, config))].append(view(sample, config))
+        groups[padded_size(view_size(sample.size, config), divisor)].append(view(sample, config))
     batches = [
-        collate(samples[start : start + most]) for samples in groups.values() for start in range(0, len(samples), most)
+        collate(samples[start : start + most], divisor)
+        for samples in groups.values()
+        for start in range(0, len(samples), most)
     ]
     return batches, skipped
 
@@ -172,9 +175,13 @@ def _info(
     names = "\n".join(
         f"{i} {name} {_bytes(pictures.path / name)}" for i in pictures.image_ids for name in [pictures.file_names[i]]
     )
+    _, stride, divisor = searched(backbone, config.level)
+    made = config.record() | {"stride": stride, "backbone": fingerprint(backbone)}
+    if divisor != DIVISOR:  # others are left out, so that files written before are resumed
+        made["divisor"] = divisor
     return {
         "description": "Saliency mask proposals",
-        "proposals": config.record() | {"backbone": fingerprint(backbone)},
+        "proposals": made,
         "pictures": {"count": len(pictures), "names": _digest(names.encode(errors="surrogateescape"))},
         "work": {"unit": unit, "batch": batch, "vectors": vectors},
     }

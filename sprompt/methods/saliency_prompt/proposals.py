@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -14,12 +14,20 @@ from torch.nn.functional import pad
 from sprompt.data.sample import Batch, Sample
 from sprompt.data.transforms import resize, resized_size
 from sprompt.masks import BitMasks, Size
-from sprompt.methods.saliency_prompt.config import STRIDES, ProposalConfig
+from sprompt.methods.saliency_prompt.config import STRIDES, Level, ProposalConfig
 from sprompt.methods.saliency_prompt.precision import exact_products
 from sprompt.methods.saliency_prompt.seeds import pooled_at, windows_at
 from sprompt.ops import resize_masks, saliency_masks
 
-DIVISOR = 32  # the sides of the backbone's input are multiples of it
+DIVISOR = 32  # the sides of the input of a backbone with four maps are multiples of it
+
+
+class Searched(NamedTuple):
+    """The map of a backbone that is searched."""
+
+    place: int  # in the list of the backbone's maps, counted from its end: -1 is the last
+    stride: int
+    divisor: int  # the sides of the backbone's input are multiples of it
 
 
 class Proposals(NamedTuple):
@@ -29,6 +37,15 @@ class Proposals(NamedTuple):
     scores: Tensor  # (L,) float32
     seeds: Tensor  # (L, 3) int64: scale, row, column in the map of the view
     vectors: Tensor | None = None  # (L, D) feature vectors of the seeds
+
+
+def searched(backbone: nn.Module, level: Level) -> Searched:
+    """The map of this level. C5 is the last map of every backbone, C4 the map before it."""
+    strides: Sequence[int] = cast(Any, backbone).strides
+    place = list(STRIDES).index(level) - len(STRIDES)
+    if -place > len(strides):
+        raise ValueError(f"ProposalConfig: level must be C5 for a backbone with one map, got {level}")
+    return Searched(place, strides[place], max(strides))
 
 
 def view_size(size: Size, config: ProposalConfig) -> Size:
@@ -41,9 +58,9 @@ def view(sample: Sample, config: ProposalConfig) -> Sample:
     return resize(sample, view_size(sample.size, config))
 
 
-def padded_size(size: Size) -> Size:
+def padded_size(size: Size, divisor: int = DIVISOR) -> Size:
     height, width = size
-    return -(-height // DIVISOR) * DIVISOR, -(-width // DIVISOR) * DIVISOR
+    return -(-height // divisor) * divisor, -(-width // divisor) * divisor
 
 
 def valid_cells(sizes: Sequence[Size], cells: Size, stride: int) -> Tensor:
@@ -59,13 +76,14 @@ def propose(backbone: nn.Module, batch: Batch, config: ProposalConfig, *, vector
     """Proposals of every picture of a batch, on the CPU.
 
     Args:
-        backbone: images -> maps C2, C3, C4, C5; in eval mode.
-        batch: the result of `collate([view(sample, config), ...])`.
+        backbone: images -> maps of its `strides`; in eval mode.
+        batch: the result of `collate([view(sample, config), ...], divisor)`, with the divisor of `searched`.
         vectors: whether to return the feature vectors of the seeds too.
     """
+    place, stride, _ = searched(backbone, config.level)
     with exact_products(batch.images.device):
-        maps = backbone(batch.images)[list(STRIDES).index(config.level)].float()
-        valid = valid_cells(batch.sizes, (maps.shape[2], maps.shape[3]), config.stride).to(maps.device)
+        maps = backbone(batch.images)[place].float()
+        valid = valid_cells(batch.sizes, (maps.shape[2], maps.shape[3]), stride).to(maps.device)
         found = saliency_masks(
             maps,
             seeds=config.seeds,
@@ -83,7 +101,7 @@ def propose(backbone: nn.Module, batch: Batch, config: ProposalConfig, *, vector
     return [
         _of_picture(
             found.soft[number, :count], found.scores[number, :count], found.seeds[number, :count],
-            maps[number], valid[number], batch.sizes[number], batch.original_sizes[number], config, vectors,
+            maps[number], valid[number], batch.sizes[number], batch.original_sizes[number], stride, config, vectors,
         )
         for number, count in enumerate(found.counts.tolist())
     ]  # fmt: skip
@@ -91,13 +109,13 @@ def propose(backbone: nn.Module, batch: Batch, config: ProposalConfig, *, vector
 
 def _of_picture(
     soft: Tensor, scores: Tensor, seeds: Tensor, features: Tensor, valid: Tensor, size: Size, original: Size,
-    config: ProposalConfig, vectors: bool,
+    stride: int, config: ProposalConfig, vectors: bool,
 ) -> Proposals:  # fmt: skip
     """The masks, at the picture's own size, that pass the filters. The padding is cut off before the resize."""
     below = float(
         np.nextafter(np.float32(config.threshold), np.float32(0))
     )  # resize_masks uses >, but the threshold means >=
-    crop = tuple(side / config.stride for side in size)
+    crop = tuple(side / stride for side in size)
     masks = resize_masks(_continued(soft, valid), original, threshold=below, crop=(crop[0], crop[1]))
     keep = image_level(masks, scores, config)
     read = seed_vectors(features, valid, seeds[keep], config).cpu() if vectors else None

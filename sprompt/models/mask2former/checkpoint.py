@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +17,7 @@ from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.nn import swin_files
 from sprompt.nn.resnet import DEPTHS, Bottleneck
 from sprompt.nn.swin import Swin, SwinConfig
-from sprompt.nn.tensor_files import read_tensors, write_tensors
+from sprompt.nn.tensor_files import read_config, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from sprompt.models.mask2former.model import Mask2Former
@@ -135,13 +134,11 @@ def export_checkpoint(model: Mask2Former, path: Path | str) -> None:
 def released_config(path: Path, config: Mask2FormerConfig) -> Mask2FormerConfig:
     """The sizes of a file of transformers, by the config.json beside it; `config` where there is none. Loss weights stay as in `config`."""
     about = path.parent / "config.json"
-    if not about.is_file():
+    held = read_config(path)
+    if held is None:
         return config
-    held = _read_json(about)
-    if not isinstance(held, dict) or held.get("model_type") != "mask2former":
-        raise ValueError(
-            f"{about}: model_type must be mask2former, got {held.get('model_type') if isinstance(held, dict) else held!r}"
-        )
+    if held.get("model_type") != "mask2former":
+        raise ValueError(f"{about}: model_type must be mask2former, got {held.get('model_type')!r}")
     backbone = held.get("backbone_config") or {}
     kind = backbone.get("model_type") if isinstance(backbone, dict) else None
     if kind not in ("resnet", "swin"):
@@ -235,16 +232,6 @@ def _swin_sizes(about: Path, held: Mapping[str, Any]) -> SwinConfig:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{about}: {error}") from None
-
-
-def _read_json(path: Path) -> Any:
-    """The content of a small JSON file."""
-    if path.stat().st_size > 1 << 24:
-        raise ValueError(f"{path}: must have at most 16 MiB, got {path.stat().st_size} bytes; is it the right file?")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: must be JSON, got {error}") from None
 
 
 def _from_release(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
