@@ -112,7 +112,7 @@ def _with_annotations(
             else:
                 maskless.append(own)
             continue
-        if isinstance(segmentation, dict) and not _has_size(segmentation, picture.size):
+        if not is_mask_of(segmentation, picture.size):
             misfits.append(own)
             continue
         annotations[picture.id].append(record)
@@ -220,8 +220,11 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
 
 
-def _has_size(segmentation: dict[str, Any], size: Size) -> bool:
-    stated = segmentation["size"]
+def is_mask_of(segmentation: Any, size: Size) -> bool:
+    """Whether a segmentation is one by its form, and its run lengths, if it has any, state this size."""
+    if not is_segmentation(segmentation):
+        return False
+    stated = segmentation["size"] if isinstance(segmentation, dict) else size
     return isinstance(stated, (list, tuple)) and tuple(stated) == size
 
 

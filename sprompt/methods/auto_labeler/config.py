@@ -18,7 +18,7 @@ class NetworkConfig:
 
     backbone: Literal["vit", "resnet"] = "vit"
     """The encoder: a Vision Transformer, with the settings of `vit`, or a ResNet, with the two settings that follow."""
-    vit: VitConfig = field(default_factory=lambda: VitConfig(conv_stem=True))
+    vit: VitConfig = field(default_factory=lambda: VitConfig(grid=32, conv_stem=True))
     """Sizes of the Vision Transformer; its patches have 16 pixels."""
     depth: int = 50
     """Depth of the ResNet: 18, 34, 50 or 101."""
@@ -88,18 +88,18 @@ class AutoLabelerConfig:
     iterations: int = 100
     """Iterations of the refinement."""
     low: float = 0.1
-    """Lower bound of the probabilities in the refinement."""
+    """Lower bound of the probabilities in the refinement, below ½."""
     high: float = 0.9
-    """Upper bound of the probabilities in the refinement."""
+    """Upper bound of the probabilities in the refinement, above ½."""
 
     def __post_init__(self) -> None:
         _check(self, "momentum", 0, 1)
         for name in ("mil_weight", "crf_weight"):
             _check(self, name, 0, math.inf)
         check_sizes(self, {"mil_ramp": (0, 1 << 40), "crf_ramp": (0, 1 << 40), "iterations": (0, 10_000)})
-        _check(self, "scale", 1e-6, math.inf)
-        if not 0 < self.low < self.high < 1:
-            raise ValueError(f"AutoLabelerConfig: low and high must be 0 < low < high < 1, got {self.low}, {self.high}")
+        _check(self, "scale", 1e-6, 1e6)
+        _check(self, "low", 1e-6, 0.5)
+        _check(self, "high", 0.5, 1 - 1e-6)
 
 
 @dataclass(frozen=True)
