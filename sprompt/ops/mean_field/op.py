@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from sprompt import native
 from sprompt.masks import words_for
 from sprompt.ops.declare import Args, new, op
 
@@ -29,8 +30,14 @@ def numbers(a: Args) -> Numbers:
     return Numbers(-0.5 / a.scale**2, a.low, a.high, least, most, math.log(EPSILON))
 
 
-@op()
+@op("cuda")
 def mean_field(
     images: Tensor, start: Tensor, boxes: Tensor, iterations: int, scale: float, low: float, high: float
 ) -> Tensor:
     return new(images, images.shape[0], words_for(images.shape[2] * images.shape[3]), dtype=torch.int32)
+
+
+@mean_field.native
+def _(a: Args, words: Tensor) -> None:
+    maps = (native.rows(x) for x in (a.images, a.start, a.boxes))
+    native._C.mean_field(*maps, a.iterations, *numbers(a), words, native.threads())

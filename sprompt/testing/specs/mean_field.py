@@ -98,7 +98,7 @@ def products(
 
 
 def oracle(*inputs: Tensor, **options: Any) -> BitMasks:
-    return pack_masks(products(*inputs, **options), 0.5)
+    return pack_masks(products(*inputs, **options) > 0.5)
 
 
 def same_but_near(actual: BitMasks, expected: BitMasks, sample: Sample) -> None:
