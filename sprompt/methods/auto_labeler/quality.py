@@ -29,11 +29,8 @@ def quality(pictures: BoxedPictures, truth: dict[str, Any], labels: dict[str, An
     for picture, boxes in zip(pictures.pictures, pictures.boxes, strict=True):
         chosen = [box for box in boxes if is_mask_of(true[box.annotation].get("segmentation"), picture.size)]
         records = [true[box.annotation] for box in chosen]
-        masks = decode(
-            [r["segmentation"] for r in records],
-            picture.size,
-            lambda i: f"{pictures.source}: annotation {records[i]['id']}",
-        )
+        names = [f"{pictures.source}: annotation {record['id']}" for record in records]
+        masks = decode([record["segmentation"] for record in records], picture.size, names.__getitem__)
         labelled = [i for i, record in enumerate(records) if record["id"] in found]
         own = BitMasks.from_rle([found[records[i]["id"]]["segmentation"] for i in labelled], picture.size)
         ious = dict(zip(labelled, _pairwise(own, masks[labelled]), strict=True))
@@ -41,9 +38,9 @@ def quality(pictures: BoxedPictures, truth: dict[str, Any], labels: dict[str, An
             (record["category_id"], size_class(box.area), ious.get(i, 0.0))
             for i, (record, box) in enumerate(zip(records, chosen, strict=True))
         ]
-    names = dict(pictures.categories)
+    classes = dict(pictures.categories)
     means = _by_category(every)
-    result: dict[str, Any] = {"objects": len(every), "per_class": {names[own]: mean for own, mean in means.items()}}
+    result: dict[str, Any] = {"objects": len(every), "per_class": {classes[own]: mean for own, mean in means.items()}}
     if every:
         result["IoU"] = sum(means.values()) / len(means)
     for kind, name in enumerate(SIZE_CLASSES):
