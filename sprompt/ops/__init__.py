@@ -33,6 +33,9 @@ from sprompt.ops.mean_field import mean_field
 # points
 from sprompt.ops.points import point_cost, point_loss, sample_points
 
+# projection_loss
+from sprompt.ops.projection_loss import projection_loss
+
 # prompt_match
 from sprompt.ops.prompt_match import PromptMatch, prompt_match
 
@@ -91,6 +94,9 @@ __all__ = [
     "point_cost",
     "point_loss",
     "sample_points",
+    #
+    # projection_loss
+    "projection_loss",
     #
     # prompt_match
     "PromptMatch",
