@@ -86,7 +86,7 @@ def _fitting(
     constants: dict[str, Tensor] = {}  # tensors that the file may hold, and that the network makes itself
     fresh: dict[str, Tensor] = {}  # tensors that the file lacks
     changes: list[str] = []
-    files = _FILES[type(network)]
+    files = next(files for kind, files in _FILES.items() if isinstance(network, kind))
     found = files.find(tensors)
     if found is None:
         other = next((other for other in _FILES.values() if other.find(tensors)), None)

@@ -8,17 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers_vit import TINY, randomised, theirs
+from transformers_vit import TINY, by_our_names, randomised, theirs
 
 from sprompt.nn.vit import ConvStem, Vit, VitConfig, resized_positions
-from sprompt.nn.vit_files import find
-
-
-def by_our_names(tensors: dict[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
-    found = find(tensors)
-    assert found is not None
-    assert found[1].keys() == Vit(config).state_dict().keys()
-    return found[1]
 
 
 def compared(own: Vit, other: Any, images: Tensor, loose: tuple[str, ...] = (), **how: Any) -> None:

@@ -6,8 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from sprompt.nn.vit import VitConfig
+from sprompt.nn.vit import Vit, VitConfig
+from sprompt.nn.vit_files import find
 
 transformers = pytest.importorskip("transformers", reason="the independent truth of these tests")
 
@@ -34,3 +36,10 @@ def theirs(config: VitConfig = TINY, kind: str = "ViTModel", **more: Any) -> Any
     if not family.startswith("Dinov2"):
         sizes["intermediate_size"] = 4 * config.width
     return randomised(getattr(transformers, kind)(getattr(transformers, family + "Config")(**sizes | more)))
+
+
+def by_our_names(tensors: dict[str, Tensor], config: VitConfig) -> dict[str, Tensor]:
+    found = find(tensors)
+    assert found is not None
+    assert found[1].keys() == Vit(config).state_dict().keys()
+    return found[1]
