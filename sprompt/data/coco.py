@@ -283,8 +283,8 @@ def _refuse_boxes_alone(file: CocoFile) -> None:
     if boxes and not any(file.annotations[p.id] for p in file.pictures):
         raise DataError(
             f"{file.source}: must have masks, got only boxes (annotations: {boxes}); export the labels with polygons or run lengths "
-            "as `segmentation`, or draw masks in the boxes with a labelling tool. `sprompt propose` and `sprompt pretrain` need no "
-            "labels"
+            "as `segmentation`, or let `sprompt labeler` and `sprompt label` find masks in the boxes. `sprompt propose` and "
+            "`sprompt pretrain` need no labels"
         )
 
 
