@@ -80,8 +80,10 @@ def dice(a: np.ndarray, b: np.ndarray) -> float:
     return 1 - 2 * (a * b).sum() / ((a * a).sum() + (b * b).sum() + 0.002)
 
 
-def test_the_losses_are_their_formulas() -> None:
-    made = task(iterations=12)
+@pytest.mark.parametrize("iterations", [0, 12])
+def test_the_losses_are_their_formulas(iterations: int) -> None:
+    """Without iterations the label of a pixel is whether the mean of student and teacher, in the box, is above ½."""
+    made = task(iterations=iterations)
     draw = torch.Generator().manual_seed(10)
     with torch.no_grad():  # two networks that differ, and masks on both sides of ½
         for network in (made.student, made.teacher):
