@@ -34,7 +34,7 @@ def projection_loss(a: Args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def projection_loss_backward(a: Args) -> Tensor:
-    _, h, w = a.masks.shape
+    h = a.masks.shape[1]
     out = a.slopes.new_zeros(a.masks.shape)
     if out.numel() > 0:
         slopes, places = a.grad[:, None] * a.slopes, a.places.long()
