@@ -36,7 +36,7 @@ def _candidate(value, place, real):
     """int64 of float32 values at places (int32)."""
     bits = tl.where(value == 0, 0.0, value).to(tl.int32, bitcast=True)  # -0 as 0
     key = tl.where(value == value, bits ^ ((bits >> 31) & MOST), MOST)
-    return tl.where(real, (key.to(tl.int64) << 32) | (MOST - place).to(tl.int64), LEAST)
+    return tl.where(real, (key.to(tl.int64) << 32) | (place ^ MOST).to(tl.int64), LEAST)
 
 
 @triton.jit
@@ -105,7 +105,7 @@ def _axis(candidates, candidates_of_box, slopes, places, b, n, strips, BLOCK: tl
         t = tl.where(i < n, _value(_largest(candidates_of_box, b, i, n, strips)), 0.0)
         slope = 4.0 * m * (common / denominator) / denominator - 2.0 * t / denominator
         tl.store(slopes + i, slope, mask=i < n)
-        tl.store(places + i, MOST - (best & MOST).to(tl.int32), mask=i < n)
+        tl.store(places + i, (best & MOST).to(tl.int32) ^ MOST, mask=i < n)
     return 1.0 - 2.0 * common / denominator
 
 
