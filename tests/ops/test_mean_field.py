@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import sprompt
+from sprompt import cuda
 from sprompt.ops import mean_field
 from sprompt.testing.compare import assert_same_bits
 from sprompt.testing.specs.mean_field import oracle, products, scene
@@ -77,8 +78,9 @@ def test_flips_and_transposition(noise: float):
     assert 0.1 < plain.float().mean() < 0.6
     for rows, columns, transposed in itertools.product((False, True), repeat=3):
 
-        def moved(x: Tensor, dims: list[int] = [-2] * rows + [-1] * columns, swap: bool = transposed) -> Tensor:  # noqa: B006
-            return x.flip(dims).mT if swap else x.flip(dims)
+        def moved(x: Tensor, rows: bool = rows, columns: bool = columns, transposed: bool = transposed) -> Tensor:
+            x = x.flip([-2] * rows + [-1] * columns)
+            return x.mT if transposed else x
 
         assert torch.equal(mean_field(*map(moved, inputs), iterations=30).to_dense(), moved(plain))
 
@@ -143,9 +145,7 @@ def test_a_crop_does_not_depend_on_its_batch():
         assert_same_bits(mean_field(*(x[b : b + 1] for x in inputs), iterations=9), together[b : b + 1])
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
-@pytest.mark.parametrize(("h", "w"), ((45, 70), (3, 129), (64, 2)))
-def test_same_bits_on_every_backend(dtype: torch.dtype, h: int, w: int):
+def same_bits(backend: str, dtype: torch.dtype, h: int, w: int):
     """Labels after every number of iterations show the state: near ½, one rounding more decides them."""
     g = torch.Generator().manual_seed(h)
     images = (0.1 * torch.randn(4, 3, h, w, generator=g)).to(dtype)
@@ -153,9 +153,38 @@ def test_same_bits_on_every_backend(dtype: torch.dtype, h: int, w: int):
     boxes = (torch.rand(4, h, w, generator=g) * 1.5).clamp(max=1).to(dtype)
     boxes[1, : h // 3], boxes[2, :, : w // 2] = 0, 0
     for n, scale in ((0, 0.1), (1, 0.1), (2, 0.3), (5, 0.2), (17, 0.15)):
-        with sprompt.use_backend("reference", ["mean_field"]):
-            expected = mean_field(images, start, boxes, iterations=n, scale=scale)
-        assert_same_bits(mean_field(images, start, boxes, iterations=n, scale=scale), expected)
+        found = []
+        for name in (backend, "reference"):
+            with sprompt.use_backend(name, ["mean_field"]):
+                found.append(mean_field(images, start, boxes, iterations=n, scale=scale))
+        assert_same_bits(*found)
+
+
+once = pytest.mark.parametrize("backend", ["reference"], indirect=True)  # tests that choose their backends
+by_size = pytest.mark.parametrize(("h", "w"), ((45, 70), (3, 129), (64, 2)))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+@by_size
+def test_same_bits_on_every_backend(dtype: torch.dtype, h: int, w: int, backend: str):
+    same_bits(backend, dtype, h, w)
+
+
+@pytest.mark.skipif(bool(cuda.why_not(torch.empty(0))), reason="this build does not emulate the CUDA kernels")
+@once
+@by_size
+def test_same_bits_on_cuda(h: int, w: int, backend: str):
+    same_bits("cuda", torch.float32, h, w)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@once
+def test_same_bits_on_a_gpu(backend: str):
+    for noise in (0.03, 0.1):
+        inputs = scene(4, 128, 128, 7, noise)
+        expected = mean_field(*inputs)
+        with sprompt.use_backend("cuda", ["mean_field"]):
+            assert_same_bits(mean_field(*(x.cuda() for x in inputs)).to("cpu"), expected)
 
 
 def test_dtypes_may_differ():

@@ -53,7 +53,9 @@ def test_equal_maxima_go_to_the_lowest_place(dtype: torch.dtype, value: float):
 def test_zeros_of_both_signs_are_equal():
     masks = torch.zeros(1, 5, 40)
     masks[0, :, 0], masks[0, 0] = -0.0, -0.0
-    assert torch.equal(slopes(masks, torch.ones(1, 5, 40)) != 0, slopes(torch.zeros(1, 5, 40), torch.ones(1, 5, 40)) != 0)
+    assert torch.equal(
+        slopes(masks, torch.ones(1, 5, 40)) != 0, slopes(torch.zeros(1, 5, 40), torch.ones(1, 5, 40)) != 0
+    )
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)

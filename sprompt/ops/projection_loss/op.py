@@ -13,7 +13,7 @@ from sprompt.ops.soft_targets import loss_dtype
 EPSILON = 2e-3
 
 
-@op()
+@op("triton")
 def projection_loss(masks: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The loss (B,); its slopes by the maxima (B, h + w), rows first; the places int32 (B, h + w) of the maxima: the column of
     a row's maximum, the row of a column's."""
@@ -33,7 +33,7 @@ def _(ctx: Any, a: Args, loss: Tensor, slopes: Tensor, places: Tensor) -> None:
     ctx.mark_non_differentiable(slopes, places)
 
 
-@op()
+@op("triton")
 def projection_loss_backward(grad: Tensor, slopes: Tensor, places: Tensor, masks: Tensor) -> Tensor:
     """`masks` gives only the sizes and the dtype."""
     return new(masks, *masks.shape)

@@ -23,18 +23,18 @@ def projection_loss(a: Args) -> tuple[Tensor, Tensor, Tensor]:
     """d dice / da = −2b / D + 4a Σab / D² with the denominator D."""
     dtype = loss_dtype(a.masks, a.boxes)
     masks, boxes = (x.to(dtype).contiguous() for x in (a.masks, a.boxes))
-    loss, slopes, places = 0, [], []
+    losses, slopes, places = [], [], []
     for rows, rows_of_box in ((masks, boxes), (masks.mT, boxes.mT)):
         (m, place), (t, _) = maxima(rows), maxima(rows_of_box)
         product, denominator = (m * t).sum(1, keepdim=True), ((m * m).sum(1) + (t * t).sum(1) + EPSILON)[:, None]
-        loss = loss + (1 - 2 * product / denominator)[:, 0]
+        losses.append((1 - 2 * product / denominator)[:, 0])
         slopes.append(4 * m * product / denominator**2 - 2 * t / denominator)
         places.append(place)
-    return loss, torch.cat(slopes, 1), torch.cat(places, 1)
+    return losses[0] + losses[1], torch.cat(slopes, 1), torch.cat(places, 1)
 
 
 def projection_loss_backward(a: Args) -> Tensor:
-    _, h, w = a.masks.shape
+    h = a.masks.shape[1]
     out = a.slopes.new_zeros(a.masks.shape)
     if out.numel() > 0:
         slopes, places = a.grad[:, None] * a.slopes, a.places.long()
