@@ -86,15 +86,17 @@ def test_the_losses_are_their_formulas(iterations: int) -> None:
     made = task(iterations=iterations)
     draw = torch.Generator().manual_seed(10)
     with torch.no_grad():  # two networks that differ, and masks on both sides of ½
-        for network in (made.student, made.teacher):
+        for network, low, high in ((made.student, -20, 25), (made.teacher, -25, 20)):
             for conv in (*network.pixel_head.before, network.pixel_head.after):
                 conv.weight.mul_(2)
-            network.instance_head[2].bias.uniform_(-20, 25, generator=draw)
+            network.instance_head[2].bias.uniform_(low, high, generator=draw)
     given = batch(5)
     loss, logs = made.eval()(given, 7)
     with torch.no_grad():
         student = made.student(given.student, given.classes).double().sigmoid().numpy()
         teacher = made.teacher(given.teacher, given.classes).double().sigmoid().numpy()
+    mine, mean = (q * given.boxes.numpy() > 0.5 for q in (student, (student + teacher) / 2))
+    assert (mine != mean).sum() > 10
     mil, crf, areas = [], [], 0.0
     for m, t, box, image in zip(
         student, teacher, given.boxes.double().numpy(), given.student.double().numpy(), strict=True
