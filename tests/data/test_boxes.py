@@ -121,5 +121,5 @@ def test_missing_pictures_are_refused_if_they_have_boxes(folder: Path) -> None:
 
 def test_a_picture_of_another_size_is_refused(folder: Path) -> None:
     (folder / "a.png").write_bytes(png(torch.zeros(3, 61, 80, dtype=torch.uint8)))
-    with pytest.raises(DataError, match="must have the 60x80 pixels that boxes.json says, got 61x80"):
+    with pytest.raises(DataError, match=r"must have the 60x80 pixels that boxes\.json says, got 61x80"):
         read(folder, {"bbox": [1, 1, 9, 9]}).image(0)
