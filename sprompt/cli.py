@@ -16,6 +16,8 @@ COMMANDS = {
     "propose": "find saliency mask proposals in pictures without labels",
     "pretrain": "train a model on proposals, which prompt its queries (Saliency Prompt)",
     "finetune": "train on labelled pictures, from a pre-trained model, a backbone or scratch",
+    "labeler": "train a network that finds masks in boxes (Mask Auto-Labeler)",
+    "label": "write masks into the boxes of a COCO file, with a trained labeler",
     "evaluate": "COCO or open-world metrics of a model, or of a results file, on labelled pictures",
     "predict": "masks of a folder of pictures, as COCO results",
     "view": "a gallery of proposals, prompts, predictions and curves that opens in a browser",

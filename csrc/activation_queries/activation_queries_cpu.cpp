@@ -3,6 +3,7 @@
 #include "common/least.h"
 #include "common/scratch.h"
 #include "common/threads.h"
+#include "common/unfused.h"
 
 namespace sprompt {
 namespace SPROMPT_ISA {
@@ -12,24 +13,6 @@ namespace {
 constexpr int VECTORS = 4, TILE = VECTORS * W;
 
 SPROMPT_INLINE int64_t padded(int64_t n) { return (n + 15) / 16 * 16; }
-
-// exp of reference.py, with the same bits: no product is fused. x <= 0 or NaN.
-SPROMPT_INLINE vf exp_unfused(vf x) {
-    const vf least = broadcast(-80.0f), zero = {}, rounder = broadcast(12582912.0f);
-    const vi tiny = x < least;
-    x = select(tiny, least, x);
-    const vf shifted = x * 1.44269504f + rounder, n = shifted - rounder;
-    vf r = x - n * 0.693359375f;
-    r = r - n * -2.12194440e-4f;
-    vf power = broadcast(0.0013814598570010804f);
-    power = power * r + 0.00836871687872159f;
-    power = power * r + 0.04166838804685972f;
-    power = power * r + 0.1666652063172005f;
-    power = power * r + 0.49999993444788793f;
-    power = power * r + 1.0f;
-    power = power * r + 1.0f;
-    return select(tiny, zero, power * bits_to_float((bits_to_int(shifted) + 127) << 23));
-}
 
 // scores[TILE], labels[TILE] <- `real` cells, at most TILE, of C channels that lie `stride` apart. The rest of the tile has
 // some values. `values` (C, TILE) is a buffer.
@@ -58,9 +41,9 @@ void score_tile(const T* logits, int64_t stride, int64_t C, int64_t real, float*
         }
     }
     for (int64_t c = 0; c < C; ++c)
-        for (int v = 0; v < VECTORS; ++v) total[v] += exp_unfused(load(values + c * TILE + v * W) - most[v]);
+        for (int v = 0; v < VECTORS; ++v) total[v] += Exact::exp(load(values + c * TILE + v * W) - most[v]);
     for (int v = 0; v < VECTORS; ++v) {
-        store(scores + v * W, exp_unfused(best[v] - most[v]) / total[v]);
+        store(scores + v * W, Exact::exp(best[v] - most[v]) / total[v]);
         store(labels + v * W, label[v]);
     }
 }

@@ -49,7 +49,8 @@ class Predict:
     """Settings of the prediction."""
 
     def run(self) -> None:
-        from sprompt.engine.predict import Clock, predict_to_file
+        from sprompt.clock import Clock
+        from sprompt.engine.predict import predict_to_file
         from sprompt.engine.trained import load
 
         above = self.threshold or 0.0

@@ -8,7 +8,6 @@ from sprompt.commands import run_folder
 from sprompt.data.reading import read_json
 from sprompt.engine.progress import Progress
 from sprompt.methods.saliency_prompt import ProposalConfig, generate
-from sprompt.nn.distributed import launched
 from sprompt.nn.weights import open_backbone
 
 
@@ -44,7 +43,7 @@ class Propose:
     def run(self) -> None:
         import torch
 
-        index, count = self._share()
+        index, count = run_folder.share(self.shard)
         pictures = run_folder.folder_of(self.images, self.only)
         backbone = open_backbone(run_folder.backbone_file(self.backbone, "backbone"))
         cuda = torch.cuda.is_available() and not self.cpu
@@ -65,11 +64,3 @@ class Propose:
         else:
             found = len(read_json(done.out)["annotations"])
             print(f"{found} masks in {len(pictures)} pictures: the proposals are in {done.out}")
-
-    def _share(self) -> tuple[int, int]:
-        if self.shard is None:
-            return launched()
-        index, slash, count = self.shard.partition("/")
-        if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-            raise ValueError(f"--shard: must be index/count with index from 0 to count - 1, got {self.shard}")
-        return int(index), int(count)

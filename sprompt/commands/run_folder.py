@@ -21,12 +21,13 @@ from sprompt.data.transforms import Augment, collate
 from sprompt.engine.processes import processes
 from sprompt.engine.trained import MODEL
 from sprompt.models.saved import save_model
-from sprompt.nn.distributed import is_first
+from sprompt.nn.distributed import is_first, launched
 from sprompt.settings import read_yaml, to_yaml
 
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 BACKBONE = "backbone.safetensors"
+LABELER = "labeler.safetensors"
 PREDICTIONS = "predictions.json"
 _LOCK = ".lock"  # held by the run that writes into the folder
 
@@ -144,6 +145,23 @@ def backbone_file(path: Path, option: str) -> Path:
         if (path / name).is_file():
             return path / name
     raise ValueError(f"--{option}: {path} holds no {BACKBONE} and no {MODEL}; has its training finished?")
+
+
+def labeler_file(path: Path) -> Path:
+    """The file of a network of `labeler`: the path itself, or the file in its run folder."""
+    if path.is_dir() and not (path / LABELER).is_file():
+        raise ValueError(f"--checkpoint: {path} holds no {LABELER}; has its training finished?")
+    return existing(path / LABELER if path.is_dir() else path, "checkpoint", folder=False)
+
+
+def share(shard: str | None) -> tuple[int, int]:
+    """Number of this process and of all processes, from --shard index/count, or else from the launcher."""
+    if shard is None:
+        return launched()
+    index, slash, count = shard.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--shard: must be index/count with index from 0 to count - 1, got {shard}")
+    return int(index), int(count)
 
 
 def folder_of(images: Path, only: Path | None) -> PictureFolder:

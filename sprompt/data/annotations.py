@@ -9,7 +9,7 @@ in the ground truth, but no sample has them; `problems` names them too.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,6 +48,18 @@ class CocoFile:
 
 def parse(data: Any, source: str) -> CocoFile:
     """Checks the content of a COCO file; raises DataError. `source` is the name of the file in messages."""
+    pictures, named_so, problems = parse_head(data, source)
+    file = _with_annotations(data.get("annotations", []), pictures, named_so, data.get("info"), source)
+    file.problems[:0] = problems
+    for record in data.get("categories", []):
+        if isinstance(record.get("frequency"), str):
+            file.frequency[record["id"]] = record["frequency"]
+    return file
+
+
+def parse_head(data: Any, source: str) -> tuple[list[Picture], list[tuple[int, str]], list[str]]:
+    """The checked pictures and categories of a COCO file, as `CocoFile` has them, and problems. Annotations are a list, which is not
+    looked into."""
     if not isinstance(data, dict) or not isinstance(data.get("images"), list):
         raise DataError(
             f"{source}: must be a COCO file, an object with images, annotations and categories, "
@@ -60,14 +72,10 @@ def parse(data: Any, source: str) -> CocoFile:
     _refuse_twice(source, "pictures", (p.id for p in pictures))
     categories = sorted(parse_category(c, i, source) for i, c in enumerate(data.get("categories", [])))
     _refuse_twice(source, "categories", (c[0] for c in categories))
-    file = _with_annotations(data.get("annotations", []), pictures, distinct(categories), data.get("info"), source)
-    changed = [new for (_, old), (_, new) in zip(categories, file.categories, strict=True) if old != new]
-    for record in data.get("categories", []):
-        if isinstance(record.get("frequency"), str):
-            file.frequency[record["id"]] = record["frequency"]
-    if changed:
-        file.problems.insert(0, f"{source}: {len(changed)} categories share a name and are called {named(changed)}")
-    return file
+    named_so = distinct(categories)
+    changed = [new for (_, old), (_, new) in zip(categories, named_so, strict=True) if old != new]
+    said = f"{source}: {len(changed)} categories share a name and are called {named(changed)}"
+    return pictures, named_so, [said] if changed else []
 
 
 def distinct(categories: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
@@ -98,12 +106,56 @@ def leaves(name: str) -> bool:
 def _with_annotations(
     records: list[Any], pictures: list[Picture], categories: list[tuple[int, str]], info: Any, source: str
 ) -> CocoFile:
+    annotations: dict[int, list[dict[str, Any]]] = {p.id: [] for p in pictures}
+    homeless, maskless, boxed, crowds, empty, misfits = [], [], [], [], [], []
+    boxes: dict[int, int] = defaultdict(int)
+    for own, record, picture in each_annotation(records, pictures, categories, source):
+        segmentation = record.get("segmentation")
+        if picture is None:
+            homeless.append(own)
+            continue
+        if not is_segmentation(segmentation):
+            if _is_box(record.get("bbox")):
+                boxed.append(own)
+                boxes[picture.id] += 1
+            else:
+                maskless.append(own)
+            continue
+        if not is_mask_of(segmentation, picture.size):
+            misfits.append(own)
+            continue
+        annotations[picture.id].append(record)
+        if record.get("iscrowd", 0):
+            crowds.append(own)
+        elif _is_empty(record, picture, source):
+            empty.append(own)
+    if misfits:
+        raise DataError(
+            f"{source}: run lengths must have the size [height, width] of their picture, got others in annotations "
+            f"{named(misfits)}; were pictures or labels resized?"
+        )
+    reasons = [
+        (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
+        (maskless, "without a mask"), (crowds, "of crowds"), (empty, "whose mask has no pixel"),
+    ]  # fmt: skip
+    problems = [left_out(source, ids, why) for ids, why in reasons if ids]
+    info = info if isinstance(info, dict) else {}
+    no_instance = frozenset(crowds + empty)
+    return CocoFile(source, pictures, annotations, no_instance, categories, info, problems, dict(boxes))
+
+
+def each_annotation(
+    records: list[Any], pictures: Sequence[Picture], categories: Sequence[tuple[int, str]], source: str
+) -> Iterator[tuple[int, dict[str, Any], Picture | None]]:
+    """Id, record and picture of each annotation of a file, in order; None for a picture that is not in the file.
+
+    Raises DataError for a record without whole numbers as ids; after the last record also for ids that occur twice, and for unknown
+    categories in the pictures of the file.
+    """
     by_id = {p.id: p for p in pictures}
     known = {c[0] for c in categories}
-    annotations: dict[int, list[dict[str, Any]]] = {p.id: [] for p in pictures}
     ids: list[int] = []
-    homeless, maskless, boxed, crowds, empty, strange, misfits = [], [], [], [], [], [], []
-    boxes: dict[int, int] = defaultdict(int)
+    strange: list[int] = []
     for position, record in enumerate(records):
         if not isinstance(record, dict):
             raise DataError(f"{source}: annotation at place {position} must be an object, got {_kind(record)}")
@@ -115,49 +167,19 @@ def _with_annotations(
         crowd = record.get("iscrowd", 0)
         if crowd not in (0, 1):
             raise DataError(f"{source}: {what}: iscrowd must be 0 or 1, got {crowd!r:.40}")
-        segmentation = record.get("segmentation")
-        if picture is None:
-            homeless.append(own)
-            continue
-        if category not in known:
+        if picture is not None and category not in known:
             strange.append(own)
-        if not is_segmentation(segmentation):
-            if _is_box(record.get("bbox")):
-                boxed.append(own)
-                boxes[picture.id] += 1
-            else:
-                maskless.append(own)
-            continue
-        if isinstance(segmentation, dict) and not _has_size(segmentation, picture.size):
-            misfits.append(own)
-            continue
-        annotations[picture.id].append(record)
-        if crowd:
-            crowds.append(own)
-        elif _is_empty(record, picture, source):
-            empty.append(own)
+        yield own, record, picture
     _refuse_twice(source, "annotations", ids)
     if strange:
         raise DataError(
             f"{source}: categories of annotations must be in the list of categories, got others in annotations "
             f"{named(strange)}; complete the list"
         )
-    if misfits:
-        raise DataError(
-            f"{source}: run lengths must have the size [height, width] of their picture, got others in annotations "
-            f"{named(misfits)}; were pictures or labels resized?"
-        )
-    left_out = [
-        (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
-        (maskless, "without a mask"), (crowds, "of crowds"), (empty, "whose mask has no pixel"),
-    ]  # fmt: skip
-    problems = [_left_out(source, ids, why) for ids, why in left_out if ids]
-    info = info if isinstance(info, dict) else {}
-    no_instance = frozenset(crowds + empty)
-    return CocoFile(source, pictures, annotations, no_instance, categories, info, problems, dict(boxes))
 
 
-def _left_out(source: str, ids: Sequence[int], why: str) -> str:
+def left_out(source: str, ids: Sequence[int], why: str) -> str:
+    """A line about annotations that do not count."""
     if len(ids) == 1:
         return f"{source}: 1 annotation {why} is left out (annotation id {ids[0]})"
     return f"{source}: {len(ids)} annotations {why} are left out (annotation ids {named(ids)})"
@@ -224,8 +246,11 @@ def _is_box(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 4 and all(isinstance(v, (int, float)) for v in value)
 
 
-def _has_size(segmentation: dict[str, Any], size: Size) -> bool:
-    stated = segmentation["size"]
+def is_mask_of(segmentation: Any, size: Size) -> bool:
+    """Whether a segmentation is one by its form, and its run lengths, if it has any, state this size."""
+    if not is_segmentation(segmentation):
+        return False
+    stated = segmentation["size"] if isinstance(segmentation, dict) else size
     return isinstance(stated, (list, tuple)) and tuple(stated) == size
 
 

@@ -21,7 +21,7 @@ from sprompt.data.reading import read_json
 from sprompt.data.sample import Sample
 from sprompt.data.seeds import SeedGrid
 from sprompt.data.segmentation import decode
-from sprompt.masks import BitMasks
+from sprompt.masks import BitMasks, Size
 
 
 class CocoDataset(Dataset[Sample]):
@@ -96,7 +96,7 @@ class CocoDataset(Dataset[Sample]):
         if not self.positions:
             why = "pictures" if keep_empty or not file.pictures else "a picture with a mask of these categories"
             raise DataError(f"{file.source}: must have {why}, got none; is it the right file?")
-        _refuse_missing(folder, [file.pictures[p].file_name for p in self.positions], file.source)
+        refuse_missing(folder, [file.pictures[p].file_name for p in self.positions], file.source)
 
     def _choose(self, positions: Iterable[int]) -> None:
         chosen = list(positions)
@@ -172,20 +172,7 @@ class CocoDataset(Dataset[Sample]):
 
     def image(self, index: int) -> Tensor:
         """The pixels of a picture. Raises DataError if the file cannot be read, and SizeError if its size is not that of the record."""
-        path, size = self.path(index), self._file.pictures[self.positions[index]].size
-        image = read_picture(path)
-        if tuple(image.shape[1:]) != size:
-            (h, w), (height, width) = image.shape[1:], size
-            if stored_size(path) == size:
-                raise SizeError(
-                    f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w} after its EXIF orientation is "
-                    "applied; the labels were drawn on the unturned picture, so remove the orientation from the file "
-                    "(exiftool -Orientation= FILE), or turn the labels"
-                )
-            raise SizeError(
-                f"{path}: must have the {height}x{width} pixels that {self.source} says, got {h}x{w}; was it resized or turned?"
-            )
-        return image
+        return read_sized(self.path(index), self._file.pictures[self.positions[index]].size, self.source)
 
     def annotations(self, index: int) -> list[tuple[dict[str, Any], int | None]]:
         """Annotations of a picture as they stand in the file, each with its class; the class of a crowd, and of an annotation that is
@@ -271,6 +258,24 @@ class CocoDataset(Dataset[Sample]):
         ]
 
 
+def read_sized(path: Path, size: Size, source: str) -> Tensor:
+    """The pixels of a picture. Raises DataError if the file cannot be read, and SizeError if its size is not that of its record in
+    `source`."""
+    image = read_picture(path)
+    if tuple(image.shape[1:]) != size:
+        (h, w), (height, width) = image.shape[1:], size
+        if stored_size(path) == size:
+            raise SizeError(
+                f"{path}: must have the {height}x{width} pixels that {source} says, got {h}x{w} after its EXIF orientation is "
+                "applied; the labels were drawn on the unturned picture, so remove the orientation from the file "
+                "(exiftool -Orientation= FILE), or turn the labels"
+            )
+        raise SizeError(
+            f"{path}: must have the {height}x{width} pixels that {source} says, got {h}x{w}; was it resized or turned?"
+        )
+    return image
+
+
 def _limited(file: CocoFile, only: Path | str) -> CocoFile:
     """The file with the pictures of a list only."""
     wanted = read_list(only, [p.file_name for p in file.pictures], file.source)
@@ -296,12 +301,12 @@ def _refuse_boxes_alone(file: CocoFile) -> None:
     if boxes and not any(file.annotations[p.id] for p in file.pictures):
         raise DataError(
             f"{file.source}: must have masks, got only boxes (annotations: {boxes}); export the labels with polygons or run lengths "
-            "as `segmentation`, or draw masks in the boxes with a labelling tool. `sprompt propose` and `sprompt pretrain` need no "
-            "labels"
+            "as `segmentation`, or let `sprompt labeler` and `sprompt label` find masks in the boxes. `sprompt propose` and "
+            "`sprompt pretrain` need no labels"
         )
 
 
-def _refuse_missing(folder: Path, names: list[str], source: str) -> None:
+def refuse_missing(folder: Path, names: list[str], source: str) -> None:
     """Raises DataError for missing pictures. Listing each folder once is much faster than a query for every file."""
     by_parent: dict[str, list[str]] = defaultdict(list)
     for name in names:

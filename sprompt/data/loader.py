@@ -59,15 +59,15 @@ class Order:
     def indices(self, epoch: int) -> list[list[int]]:
         """The items of each global batch of an epoch."""
         number = self.number
-        order = (
-            torch.randperm(number, generator=generator(self.seed, epoch)).tolist()
-            if self.shuffle
-            else list(range(number))
-        )
+        order = self.order(epoch) if self.shuffle else list(range(number))
         ends = range(0, self.steps * self.batch_size, self.batch_size)
         if self.shuffle:
             return [[order[i % number] for i in range(a, a + self.batch_size)] for a in ends]
         return [order[a : a + self.batch_size] for a in ends]
+
+    def order(self, epoch: int) -> list[int]:
+        """The items in the order of an epoch, each once; with shuffle only."""
+        return torch.randperm(self.number, generator=generator(self.seed, epoch)).tolist()
 
     def own(self, epoch: int, start_step: int = 0) -> list[list[int]]:
         """This process's part of the batches of an epoch, from `start_step` on."""

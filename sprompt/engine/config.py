@@ -37,12 +37,13 @@ class TrainConfig:
     """Decay rates of AdamW's averages of the gradient and of its square."""
     clip: float | None = 1.0
     """Upper bound of the gradient's norm over all parameters, above 0. A longer gradient is scaled down. none: no bound."""
-    schedule: Literal["step", "cosine"] = "step"
-    """step: the learning rate drops after given epochs. cosine: it follows half a cosine down to 0 at the last step."""
+    schedule: Literal["step", "cosine", "epoch_cosine"] = "step"
+    """step: the learning rate drops after given epochs. cosine: it follows half a cosine down to 0 at the last step. epoch_cosine: it
+    rises linearly from 0 in the first epoch, and then follows half a cosine down to a fifth at the last step."""
     warmup_steps: int = 1000
-    """Number of steps in which the learning rate rises linearly to its full value."""
+    """Number of steps in which the learning rate rises linearly to its full value, for the schedules step and cosine."""
     warmup_factor: float = 0.001
-    """Factor on the learning rate at the start of the warm-up."""
+    """Factor on the learning rate at the start of these steps."""
     drops: tuple[int, ...] = (8, 11)
     """Epochs after which the learning rate drops, for schedule step."""
     drop_factor: float = 0.1
@@ -91,5 +92,5 @@ class TrainConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that a resumed run must share with the run that it goes on with."""
-        free = set(FREE) - ({"epochs"} if self.schedule == "cosine" else set())
+        free = set(FREE) - ({"epochs"} if self.schedule != "step" else set())
         return {name: value for name, value in asdict(self).items() if name not in free}

@@ -10,6 +10,7 @@ from torch import Tensor, nn, optim
 from sprompt.engine.config import TrainConfig
 
 MOMENTUM = 0.9
+LAST_FACTOR = 0.2  # on the learning rate at the end of the schedule epoch_cosine
 
 
 def make_optimiser(task: nn.Module, config: TrainConfig) -> optim.Optimizer:
@@ -48,6 +49,12 @@ def in_backbone(name: str) -> bool:
 
 def factor_at(config: TrainConfig, step: int, epoch_steps: int) -> float:
     """The factor on the learning rate in a step. Steps count from 0; an epoch has `epoch_steps` steps."""
+    if config.schedule == "epoch_cosine":
+        epoch = step / epoch_steps
+        if epoch < 1:
+            return epoch
+        share = min(1.0, (epoch - 1) / max(1, config.epochs - 1))
+        return LAST_FACTOR + (1 - LAST_FACTOR) * (0.5 + 0.5 * math.cos(math.pi * share))
     if config.schedule == "cosine":
         factor = 0.5 + 0.5 * math.cos(math.pi * min(1.0, step / (config.epochs * epoch_steps)))
     else:

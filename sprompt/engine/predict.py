@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -14,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from sprompt.atomic import replacing
+from sprompt.clock import Clock
 from sprompt.data.errors import DataError
 from sprompt.data.sample import Batch
 from sprompt.data.transforms import Augment, collate
@@ -23,31 +23,6 @@ from sprompt.masks import Size
 from sprompt.models.protocol import Prediction, QueryModel, features_of
 
 DIVISOR = 32  # the sides of a model's input are multiples of it
-
-
-class Clock:
-    """Seconds of the parts of this process's prediction: waiting for pictures, the network, and masks with their files."""
-
-    def __init__(self) -> None:
-        self.parts: dict[str, float] = {}
-        self.start()
-
-    def start(self) -> None:
-        self._since = time.monotonic()
-
-    def lap(self, part: str, device: torch.device | None = None) -> None:
-        """Adds the time since the last lap to a part. A lap waits for the work of a device."""
-        if device is not None and device.type == "cuda":
-            torch.cuda.synchronize(device)
-        now = time.monotonic()
-        self.parts[part] = self.parts.get(part, 0.0) + now - self._since
-        self._since = now
-
-    def summary(self, pictures: int) -> str:
-        """Pictures a second, and the share of each part."""
-        whole = max(sum(self.parts.values()), 1e-9)
-        shares = ", ".join(f"{part} {seconds / whole:.0%}" for part, seconds in self.parts.items())
-        return f"{pictures / whole:.3g} pictures a second ({shares})"
 
 
 class Predicted(NamedTuple):

@@ -171,7 +171,7 @@ class _Run:
             raise ValueError("train: the dataset must hold a picture to train on, got none")
         self.epoch_steps = self.loader.steps // config.accumulate
         whole = config.epochs * self.epoch_steps
-        if self.main and config.warmup_steps >= whole:
+        if self.main and config.schedule != "epoch_cosine" and config.warmup_steps >= whole:
             warnings.warn(
                 f"warmup_steps: should be well below the {whole} steps of the run, got {config.warmup_steps}: the learning rate "
                 f"never reaches its full value; try warmup_steps {whole // 10}, and a smaller batch_size or more epochs",

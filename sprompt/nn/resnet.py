@@ -144,10 +144,11 @@ class ResNet(nn.Module):
             module.requires_grad_(False)
         self.train(self.training)
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor, levels: int = 4) -> list[Tensor]:
+        """The first `levels` maps; the layers behind them do not run."""
         x = self.maxpool(relu(self.bn1(self.conv1(images))))
         maps = []
-        for layer in self._layers():
+        for layer in self._layers()[:levels]:
             x = layer(x)
             maps.append(x)
         return maps

@@ -33,8 +33,14 @@ from sprompt.ops.match_cost import match_cost
 # match_detections
 from sprompt.ops.match_detections import match_detections
 
+# mean_field
+from sprompt.ops.mean_field import mean_field
+
 # points
 from sprompt.ops.points import point_cost, point_loss, sample_points
+
+# projection_loss
+from sprompt.ops.projection_loss import projection_loss
 
 # prompt_match
 from sprompt.ops.prompt_match import PromptMatch, prompt_match
@@ -97,10 +103,16 @@ __all__ = [
     # match_detections
     "match_detections",
     #
+    # mean_field
+    "mean_field",
+    #
     # points
     "point_cost",
     "point_loss",
     "sample_points",
+    #
+    # projection_loss
+    "projection_loss",
     #
     # prompt_match
     "PromptMatch",

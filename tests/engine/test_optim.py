@@ -29,6 +29,17 @@ def test_cosine_by_hand() -> None:
         assert factor_at(c, step, 10) == pytest.approx(factor, abs=1e-12)
 
 
+def test_the_cosine_behind_one_epoch_of_warm_up_by_hand() -> None:
+    """Mask Auto-Labeler: 10 epochs, here of 2000 steps. Half-way between epochs 1 and 10 the rate is 0.2 + 0.8 / 2."""
+    c = TrainConfig(epochs=10, schedule="epoch_cosine", warmup_steps=500)
+    table = {0: 0, 500: 0.25, 1000: 0.5, 1999: 0.9995, 2000: 1, 11000: 0.6, 20000: 0.2, 30000: 0.2}
+    table |= {5000: 0.6 + 0.2 * 3**0.5}  # a sixth of the way: cos 30° = √3 / 2
+    for step, factor in table.items():
+        assert factor_at(c, step, 2000) == pytest.approx(factor, abs=1e-12), step
+    assert c.identity()["epochs"] == 10 and "epochs" not in TrainConfig().identity()
+    assert factor_at(TrainConfig(epochs=1, schedule="epoch_cosine"), 5, 10) == 0.5
+
+
 def test_the_recipe_of_the_paper_is_the_default() -> None:
     c = TrainConfig()
     assert (c.epochs, c.batch_size, c.learning_rate, c.weight_decay, c.clip, c.drops) == (
@@ -136,7 +147,7 @@ def test_foreign_state_is_refused() -> None:
         ({"learning_rate": float("nan")}, "learning_rate: must be at least 0, got nan"),
         ({"clip": 0.0}, "clip: must be above 0"),
         ({"batch_size": 10, "accumulate": 4}, "must be a multiple of accumulate, got 10 and 4; take 8"),
-        ({"schedule": "linear"}, "schedule must be one of 'step', 'cosine', got 'linear'"),
+        ({"schedule": "linear"}, "schedule must be one of 'step', 'cosine', 'epoch_cosine', got 'linear'"),
     ],
 )
 def test_settings_that_cannot_be(change: dict[str, object], message: str) -> None:

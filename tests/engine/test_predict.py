@@ -12,13 +12,14 @@ import torch
 from knet_run import run, tiny
 from torch import Tensor, nn
 
+from sprompt.clock import Clock
 from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
 from sprompt.data.folder import PictureFolder
 from sprompt.data.synthetic import write_scenes
 from sprompt.engine import predict, write_results
 from sprompt.engine.evaluate import evaluate
-from sprompt.engine.predict import Clock, Predicted, _join, predict_to_file
+from sprompt.engine.predict import Predicted, _join, predict_to_file
 from sprompt.masks import BitMasks, Size
 from sprompt.models.protocol import Features, Prediction
 

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Generator, Tensor
-from torch.nn.functional import conv2d, interpolate, pad
+from torch.nn.functional import interpolate
 
+from sprompt.data.colour import blurred, grey, normalised, recoloured, uniform
 from sprompt.data.sample import Sample
-from sprompt.data.transforms import MEAN, STD
-
-_LUMA = (0.299, 0.587, 0.114)
-_YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
 @dataclass(frozen=True)
@@ -81,16 +78,17 @@ class TwoViews:
         top, left, height, width = self._crop(image.shape[1], image.shape[2], generator)
         crop = image[:, top : top + height, left : left + width].float() / 255
         view = interpolate(crop[None], size=(self.size, self.size), mode="bilinear", antialias=True)[0].clamp(0, 1)
-        if _uniform(generator) < 0.5:
+        if uniform(generator) < 0.5:
             view = view.flip(2)
-        if self.jitter > 0 and _uniform(generator) < 0.8:
-            view = _recoloured(view, self.jitter, generator)
-        if _uniform(generator) < self.grey:
-            view = _grey(view).expand(3, -1, -1)
-        if _uniform(generator) < self.blur:
+        if self.jitter > 0 and uniform(generator) < 0.8:
+            strength = self.jitter
+            view = recoloured(view, (strength, strength, strength, strength / 4), generator)
+        if uniform(generator) < self.grey:
+            view = grey(view).expand(3, -1, -1)
+        if uniform(generator) < self.blur:
             # 0.1 to 2 pixels is the sigma for views of 224 pixels
-            view = _blurred(view, _uniform(generator, 0.1, 2.0) * self.size / 224)
-        return (view - torch.tensor(MEAN).view(3, 1, 1) / 255) / (torch.tensor(STD).view(3, 1, 1) / 255)
+            view = blurred(view, uniform(generator, 0.1, 2.0) * self.size / 224)
+        return normalised(view)
 
     def _crop(self, height: int, width: int, generator: Generator) -> tuple[int, int, int, int]:
         """Top, left, height and width of a random part with an aspect ratio of 3:4 to 4:3.
@@ -98,44 +96,12 @@ class TwoViews:
         If no part fits in ten draws, it is a square of the shorter side.
         """
         for _ in range(10):
-            area = height * width * _uniform(generator, *self.crop)
-            ratio = math.exp(_uniform(generator, math.log(3 / 4), math.log(4 / 3)))
+            area = height * width * uniform(generator, *self.crop)
+            ratio = math.exp(uniform(generator, math.log(3 / 4), math.log(4 / 3)))
             h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
             if 0 < h <= height and 0 < w <= width:
                 break
         else:
             h = w = min(height, width)
-        top = int(_uniform(generator) * (height - h + 1))
-        return top, int(_uniform(generator) * (width - w + 1)), h, w
-
-
-def _uniform(generator: Generator, low: float = 0.0, high: float = 1.0) -> float:
-    return low + (high - low) * float(torch.rand((), generator=generator))
-
-
-def _grey(view: Tensor) -> Tensor:
-    return (view * torch.tensor(_LUMA).view(3, 1, 1)).sum(0, keepdim=True)
-
-
-def _recoloured(view: Tensor, strength: float, generator: Generator) -> Tensor:
-    """Brightness, contrast and saturation times up to 1 ± strength, then the hue rotated by up to ± strength / 4 of the
-    circle."""
-    bright, contrast, saturation = (_uniform(generator, 1 - strength, 1 + strength) for _ in range(3))
-    view = (view * bright).clamp(0, 1)
-    mean = _grey(view).mean()
-    view = (mean + (view - mean) * contrast).clamp(0, 1)
-    grey = _grey(view)
-    view = (grey + (view - grey) * saturation).clamp(0, 1)
-    angle = 2 * math.pi * _uniform(generator, -strength / 4, strength / 4)
-    cos, sin = math.cos(angle), math.sin(angle)
-    to_yiq = torch.tensor(_YIQ)
-    turn = torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
-    return torch.einsum("ij,jhw->ihw", torch.linalg.inv(to_yiq) @ turn @ to_yiq, view).clamp(0, 1)
-
-
-def _blurred(view: Tensor, sigma: float) -> Tensor:
-    radius = max(1, math.ceil(3 * sigma))
-    window = torch.exp(-0.5 * (torch.arange(-radius, radius + 1) / sigma) ** 2)
-    window = (window / window.sum()).view(1, 1, 1, -1)
-    padded = pad(view[:, None], (radius, radius, radius, radius), mode="replicate")
-    return conv2d(conv2d(padded, window), window.transpose(2, 3))[:, 0]
+        top = int(uniform(generator) * (height - h + 1))
+        return top, int(uniform(generator) * (width - w + 1)), h, w

@@ -4,11 +4,8 @@ kill."""
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +17,9 @@ from torch import nn
 from sprompt.atomic import atomic_write
 from sprompt.data.errors import DataError
 from sprompt.data.folder import PictureFolder
-from sprompt.data.reading import read_json
 from sprompt.data.sample import Batch, Sample
 from sprompt.data.transforms import collate
+from sprompt.methods.parts import Parts, ahead
 from sprompt.methods.saliency_prompt.config import ProposalConfig
 from sprompt.methods.saliency_prompt.proposals import DIVISOR, padded_size, propose, searched, view, view_size
 from sprompt.methods.saliency_prompt.records import annotation_records, image_record, merge, merge_vectors
@@ -82,33 +79,35 @@ def generate(
         raise ValueError(
             f"generate: unit, batch and of must be at least 1, and index lie in [0, of), got {unit=}, {batch=}, {of=}, {index=}"
         )
-    out = Path(out)
     divisor = searched(backbone, config.level).divisor
-    info = json.loads(json.dumps(_info(pictures, backbone, config, unit, batch, vectors)))  # as it will be read again
-    folder = out.with_name(out.name + ".parts")
     units = [range(start, min(start + unit, len(pictures))) for start in range(0, len(pictures), unit)]
-    if out.exists():
-        skipped = _skipped_in(out, info)
-        shutil.rmtree(folder, ignore_errors=True)  # a kill may have left it behind
-        return Generated(out, 0, skipped)
-    _check_parts(folder, info)
-    mine = range(index, len(units), of)
-    todo = [u for u in mine if not _part(folder, u).exists()]
-    total = sum(len(units[u]) for u in mine)
+    info = _info(pictures, backbone, config, unit, batch, vectors)
+    parts = Parts(out, info, len(units), index=index, of=of, results=["skipped"])
+    if (finished := parts.finished()) is not None:
+        return Generated(parts.out, 0, finished["skipped"])
+    todo = parts.todo()
+    total = sum(len(units[u]) for u in parts.mine)
     done = total - sum(len(units[u]) for u in todo)
     backbone = backbone.to(device).eval()
     left = set(todo)
-    skipped = [entry for u in mine if u not in left for entry in read_json(_part(folder, u))["skipped"]]
+    skipped = [entry for u in parts.mine if u not in left for entry in parts.read(u)["skipped"]]
     worked = 0
     if progress is not None and done and todo:
         progress(done, total)
-    for u, (batches, broken) in _ahead(todo, lambda u: _load(pictures, units[u], config, batch, divisor)):
-        _finish(folder, u, batches, broken, pictures, backbone, config, torch.device(device), vectors)
+    for u, (batches, broken) in ahead(todo, lambda u: _load(pictures, units[u], config, batch, divisor)):
+        _finish(parts, u, batches, broken, pictures, backbone, config, torch.device(device), vectors)
         skipped += broken
         worked += len(units[u])
         if progress is not None:
             progress(done + worked, total)
-    return Generated(_merged(folder, len(units), out, info, vectors), worked, skipped)
+
+    def join() -> None:
+        if vectors:
+            files = [parts.path(u, ".safetensors") for u in range(len(units))]
+            merge_vectors(files, parts.out.with_suffix(".vectors.safetensors"))
+        merge([parts.path(u) for u in range(len(units))], parts.out, parts.info)
+
+    return Generated(parts.joined(join), worked, skipped)
 
 
 def fingerprint(backbone: nn.Module) -> str:
@@ -147,19 +146,8 @@ def _load(pictures: PictureFolder, places: Sequence[int], config: ProposalConfig
     return batches, skipped
 
 
-def _ahead(units: Sequence[int], load: Callable[[int], Loaded]) -> Iterator[tuple[int, Loaded]]:
-    """Pairs of a unit's number and its loaded content. The next unit is read while the caller works on this one."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(load, units[0]) if units else None
-        for place, number in enumerate(units):
-            assert coming is not None
-            loaded = coming.result()
-            coming = reader.submit(load, units[place + 1]) if place + 1 < len(units) else None
-            yield number, loaded
-
-
 def _finish(
-    folder: Path, number: int, batches: list[Batch], skipped: list[dict[str, str]], pictures: PictureFolder,
+    parts: Parts, number: int, batches: list[Batch], skipped: list[dict[str, str]], pictures: PictureFolder,
     backbone: nn.Module, config: ProposalConfig, device: torch.device, vectors: bool,
 ) -> None:  # fmt: skip
     """Writes the file of a unit, with its pictures in order."""
@@ -175,9 +163,8 @@ def _finish(
         rows = [found[i][1].vectors for i in order]
         stacked = torch.cat([r for r in rows if r is not None]) if rows else torch.zeros(0, 0)
         # written first: the unit's own file marks it as finished
-        atomic_write(_vector_part(folder, number), save({"vectors": stacked.half().contiguous()}), sync=True)
-    text = json.dumps({"images": images, "annotations": annotations, "skipped": skipped})
-    atomic_write(_part(folder, number), text, sync=True)
+        atomic_write(parts.path(number, ".safetensors"), save({"vectors": stacked.half().contiguous()}), sync=True)
+    parts.write(number, {"images": images, "annotations": annotations, "skipped": skipped})
 
 
 # -- all units
@@ -208,72 +195,8 @@ def _bytes(path: Path) -> int:
         return -1
 
 
-def _check_parts(folder: Path, info: dict[str, Any]) -> None:
-    path = folder / "info.json"
-    if not path.exists():
-        atomic_write(path, json.dumps(info, indent=1) + "\n", sync=True)
-    there = read_json(path, 1 << 20)
-    if there != info:
-        raise DataError(
-            f"{folder}: must hold parts of the same work, got other {_differing(there, info)}; "
-            "remove the folder to start anew, or give another output file"
-        )
-
-
-def _skipped_in(out: Path, info: dict[str, Any]) -> list[dict[str, str]]:
-    """`info.skipped` of a finished file; DataError if the rest of its info differs. `merge` writes the info into the first
-    line, so only that line is read."""
-    with open(out, "rb") as file:
-        line = file.readline(1 << 28)
-    try:
-        there = json.loads(line.rstrip().removesuffix(b",") + b"}")["info"]
-    except (ValueError, KeyError, TypeError):
-        there = {}
-    if not isinstance(there, dict) or {**there, "skipped": 0} != {**info, "skipped": 0}:
-        raise DataError(
-            f"{out}: is there already, with other {_differing(there, info)}; remove it, or give another output file"
-        )
-    return there["skipped"]
-
-
-def _differing(there: Any, wanted: dict[str, Any]) -> str:
-    """Names of the settings that differ from the wanted settings."""
-    there = there if isinstance(there, dict) else {}
-    names = []
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            inner = _differing(there.get(name), value) if isinstance(value, dict) else ""
-            names.append(f"{name} ({inner})" if inner else name)
-    return ", ".join(names)
-
-
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()[:32]
-
-
-def _merged(folder: Path, number: int, out: Path, info: dict[str, Any], vectors: bool) -> Path | None:
-    """OUT, written if all units are there. Another process may write it at the same time, with the same bytes."""
-    parts = [_part(folder, u) for u in range(number)]
-    if not out.exists():
-        if not all(part.exists() for part in parts):
-            return out if out.exists() else None
-        try:
-            if vectors:
-                merge_vectors([_vector_part(folder, u) for u in range(number)], out.with_suffix(".vectors.safetensors"))
-            merge(parts, out, info)
-        except (DataError, FileNotFoundError):
-            if not out.exists():  # otherwise another process was faster and has removed the parts
-                raise
-    shutil.rmtree(folder, ignore_errors=True)
-    return out
-
-
-def _part(folder: Path, number: int) -> Path:
-    return folder / f"unit-{number:06d}.json"
-
-
-def _vector_part(folder: Path, number: int) -> Path:
-    return folder / f"unit-{number:06d}.safetensors"
 
 
 def _file_name(pictures: PictureFolder, place: int) -> str:

@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
-import secrets
 import struct
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from sprompt.atomic import sync_folder
 from sprompt.data.errors import DataError
 from sprompt.data.reading import read_json
 from sprompt.masks import Size
+from sprompt.methods.parts import PART_BYTES, compact, write_entries, written
 from sprompt.methods.saliency_prompt.proposals import Proposals
-
-PART_BYTES = 1 << 30  # upper bound of the size of one unit's file
 
 
 def image_record(image_id: int, file_name: str, size: Size) -> dict[str, Any]:
@@ -43,12 +37,12 @@ def annotation_records(image_id: int, proposals: Proposals) -> list[dict[str, An
 def merge(parts: list[Path], out: Path, info: dict[str, Any]) -> None:
     """Writes the file of all parts, in order, with annotations numbered from 1. Only one part is in memory at a time."""
     skipped = [entry for part in parts for entry in read_json(part, PART_BYTES)["skipped"]]
-    with _written(out, parts[0].parent) as file:
-        file.write(b'{"info":' + _json({**info, "skipped": skipped}) + b',\n"images":[')
-        _list(file, (image for part in parts for image in read_json(part, PART_BYTES)["images"]))
+    with written(out, parts[0].parent) as file:
+        file.write(b'{"info":' + compact({**info, "skipped": skipped}) + b',\n"images":[')
+        write_entries(file, (image for part in parts for image in read_json(part, PART_BYTES)["images"]))
         file.write(b'],\n"annotations":[')
         every = (annotation for part in parts for annotation in read_json(part, PART_BYTES)["annotations"])
-        _list(file, ({"id": number, **annotation} for number, annotation in enumerate(every, start=1)))
+        write_entries(file, ({"id": number, **annotation} for number, annotation in enumerate(every, start=1)))
         file.write(b'],\n"categories":[{"id":1,"name":"object"}]}\n')
 
 
@@ -61,14 +55,14 @@ def merge_vectors(parts: list[Path], out: Path) -> None:
     rows = sum(shape[0] for _, shape in headers)
     width = max((shape[1] for _, shape in headers), default=0)
     size = 2 * rows * width
-    text = _json(
+    text = compact(
         {
             "annotation_ids": {"dtype": "I64", "shape": [rows], "data_offsets": [0, 8 * rows]},
             "vectors": {"dtype": "F16", "shape": [rows, width], "data_offsets": [8 * rows, 8 * rows + size]},
         }
     )
     text += b" " * (-len(text) % 8)
-    with _written(out, parts[0].parent) as file:
+    with written(out, parts[0].parent) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.write(b"".join(struct.pack("<q", number) for number in range(1, rows + 1)))
         for part, (start, (number, own)) in zip(parts, headers, strict=True):
@@ -86,28 +80,3 @@ def _header(part: Path) -> tuple[int, tuple[int, int]]:
         entry = json.loads(file.read(min(length, 1 << 16)))["vectors"]
     rows, width = entry["shape"]
     return 8 + length, (rows, width)
-
-
-def _list(file: BinaryIO, entries: Iterator[dict[str, Any]]) -> None:
-    for number, entry in enumerate(entries):
-        file.write((b",\n" if number else b"\n") + _json(entry))
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
-
-
-@contextmanager
-def _written(path: Path, folder: Path) -> Iterator[BinaryIO]:
-    """A file that gets its name `path` once it is complete and on the disk.
-
-    Until then it is a temporary file in `folder`, on the same file system. The caller removes `folder` in the end, and with it
-    the temporary files of killed processes.
-    """
-    temporary = folder / f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-    with open(temporary, "xb") as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)

@@ -8,33 +8,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sprompt.ops.declare import Args
+from sprompt.ops.unfused import exp
 
-#: Below this exponent a class counts as 0. So no number is subnormal.
-LEAST_EXPONENT = -80.0
 #: A local maximum has at least this score.
 LEAST_SCORE = 1e-6
-#: e^x = 2^n e^r, n = x / ln 2 rounded. Adding ROUNDER (1.5 · 2^23) rounds to an integer in the low bits. ln 2 is the sum of two
-#: floats, and the first has so few bits that its product with n is exact.
-LOG2_E, ROUNDER, LN2_HIGH, LN2_LOW = 1.44269504, 12582912.0, 0.693359375, -2.12194440e-4
-#: e^r for |r| ≤ ln 2 / 2, the highest power first; minimax in the relative error.
-EXP = (0.0013814598570010804, 0.00836871687872159, 0.04166838804685972, 0.1666652063172005, 0.49999993444788793, 1.0, 1.0)  # fmt: skip
-
-
-def exp(x: Tensor) -> Tensor:
-    """e^x for x ≤ 0, within 3 units in the last place in float32; 0 for x < LEAST_EXPONENT. NaN stays NaN."""
-    if x.dtype == torch.float64:
-        return x.exp()
-    tiny = x < LEAST_EXPONENT
-    x = torch.where(tiny, LEAST_EXPONENT, x)
-    shifted = x * LOG2_E + ROUNDER
-    n = shifted - ROUNDER
-    r = x - n * LN2_HIGH
-    r = r - n * LN2_LOW
-    power = torch.full_like(r, EXP[0])
-    for coefficient in EXP[1:]:
-        power = power * r + coefficient
-    two_to_n = (shifted.view(torch.int32) + 127 << 23).view(torch.float32)  # the shift drops the bits of ROUNDER
-    return torch.where(tiny, 0.0, power * two_to_n)
 
 
 def scores_and_labels(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sprompt.ops import triton_tile
+from sprompt.ops import triton_tile, unfused
 from sprompt.ops.activation_queries import reference
 from sprompt.ops.declare import Args
 from sprompt.ops.triton_launch import Cost, config, launch, tiles
@@ -21,17 +21,17 @@ CANDIDATES: dict[str, list[dict[str, int]]] = {
     ],
 }  # fmt: skip
 
-LEAST_EXPONENT, LEAST_SCORE = tl.constexpr(reference.LEAST_EXPONENT), tl.constexpr(reference.LEAST_SCORE)
-LOG2_E, ROUNDER = tl.constexpr(reference.LOG2_E), tl.constexpr(reference.ROUNDER)
-LN2_HIGH, LN2_LOW = tl.constexpr(reference.LN2_HIGH), tl.constexpr(reference.LN2_LOW)
-EXP_0, EXP_1, EXP_2, EXP_3, EXP_4, EXP_5, EXP_6 = (tl.constexpr(factor) for factor in reference.EXP)
+LEAST_EXPONENT, LEAST_SCORE = tl.constexpr(unfused.LEAST_EXPONENT), tl.constexpr(reference.LEAST_SCORE)
+LOG2_E, ROUNDER = tl.constexpr(unfused.LOG2_E), tl.constexpr(unfused.ROUNDER)
+LN2_HIGH, LN2_LOW = tl.constexpr(unfused.LN2_HIGH), tl.constexpr(unfused.LN2_LOW)
+EXP_0, EXP_1, EXP_2, EXP_3, EXP_4, EXP_5, EXP_6 = (tl.constexpr(factor) for factor in unfused.EXP)
 #: The bits of 1.0; the key of the first cell that is no maximum; the key of a cell without a score.
 ONE, NO_MAXIMUM, NO_SCORE = tl.constexpr(0x3F800000), tl.constexpr(1 << 30), tl.constexpr(0x7FFFFFFF)
 
 
 @triton.jit
 def _exp(x):
-    """exp of reference.py."""
+    """exp of unfused.py."""
     tiny = x < LEAST_EXPONENT
     x = tl.where(tiny, LEAST_EXPONENT, x)
     shifted = x * LOG2_E + ROUNDER
