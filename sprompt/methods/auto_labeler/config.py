@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from sprompt.nn.mask_labeler import STRIDE
-from sprompt.nn.resnet import DEPTHS
+from sprompt.nn.resnet import DEPTHS, Variant
 from sprompt.nn.vit import VitConfig
 from sprompt.settings import check_choices, check_sizes
 
@@ -24,6 +24,8 @@ class NetworkConfig:
     """Depth of the ResNet: 18, 34, 50 or 101."""
     backbone_width: int = 64
     """Channels of the ResNet's stem; 64 is the normal network."""
+    backbone_variant: Variant = "plain"
+    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     width: int = 256
     """Channels of the heads."""
     crop: int = 512

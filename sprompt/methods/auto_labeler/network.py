@@ -22,8 +22,11 @@ _FORMAT = 1
 
 def build_network(config: NetworkConfig) -> MaskLabeler:
     """A new network, from torch's global random numbers."""
-    resnet = config.backbone == "resnet"
-    backbone = ResNet(config.depth, width=config.backbone_width, frozen_stages=-1) if resnet else Vit(config.vit)
+    if config.backbone == "vit":
+        return MaskLabeler(Vit(config.vit), config.width)
+    backbone = ResNet(
+        config.depth, width=config.backbone_width, variant=config.backbone_variant, frozen_stages=-1
+    )  # fmt: skip
     return MaskLabeler(backbone, config.width)
 
 
