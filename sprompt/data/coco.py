@@ -249,7 +249,8 @@ class CocoDataset(Dataset[Sample]):
             ((x1, y1, x2, y2),) = mask.boxes().tolist()
             area, box = int(mask.area()), [x1, y1, x2 - x1, y2 - y1]
         return {
-            "id": number, "file_id": annotation["id"], "image_id": picture.id, "category_id": self.category_ids[self._class_of[annotation["category_id"]]],
+            "id": number, "file_id": annotation["id"], "image_id": picture.id,
+            "category_id": self.category_ids[self._class_of[annotation["category_id"]]],
             "iscrowd": int(annotation.get("iscrowd", 0)), "area": area, "bbox": box, "segmentation": segmentation,
         }  # fmt: skip
 
