@@ -139,6 +139,11 @@ class Finetune:
         count = len(classes)
         model: Any
         if self.checkpoint is None:
+            if self.backbone is None and self.model.frozen_stages == 4:  # all
+                raise ValueError(
+                    "--checkpoint: must be given, or --backbone, if --model.frozen-stages is 4; a backbone of random weights would never "
+                    "learn"
+                )
             model = build(dataclasses.replace(self.model, num_classes=count))
             if self.backbone is not None:
                 run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))

@@ -69,6 +69,13 @@ def test_the_measured_steps_are_those_of_the_method(folder: Path, capsys: pytest
     assert "--method.copies: must be at most the model's 20 queries, got 21" in capsys.readouterr().err
 
 
+def test_a_backbone_of_random_weights_is_not_frozen(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"finetune {named(folder, 'data')} --model mask2former --preset segprompt-tiny {SMALL} --train.max-steps 1 --out {folder}/out"
+    assert sprompt(line) == 1
+    assert "--checkpoint: must be given, or --backbone, if --model.frozen-stages is 4" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
 def test_groups_of_categories_are_read_before_the_first_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The classes of --val may be others, since open-world recall does not look at those of the results."""
     labels = json.loads((folder / "val/instances.json").read_text())
