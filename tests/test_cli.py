@@ -269,6 +269,7 @@ def test_recall_without_classes(chain: Path, tmp_path: Path, capsys: pytest.Capt
     assert all(word in shown for word in ("AR100", "hit rate", "all", "one", "others", "merged"))
     metrics = json.loads((tmp_path / "e/metrics.json").read_text())
     assert metrics["pictures"] == 8 and metrics["groups"].keys() == {"one", "others"} and metrics["AR100"] >= 0
+    assert metrics["class_agnostic"] is True, "for sprompt view"
     assert {r["category_id"] for r in json.loads((tmp_path / "e/predictions.json").read_text())} <= {1}
     again = f"evaluate --results {tmp_path}/e/predictions.json {data} {groups} --out {tmp_path}/again"
     assert sprompt(again) == 0

@@ -12,6 +12,8 @@ from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
 from sprompt.data.transforms import Augment
 from sprompt.engine.config import TrainConfig
+from sprompt.methods.registry import METHODS, MethodConfig
+from sprompt.methods.supervised import SupervisedConfig
 from sprompt.models.knet import KNetConfig
 from sprompt.models.registry import ModelConfig, build
 from sprompt.settings import Hidden
@@ -47,6 +49,8 @@ class Check:
         default_factory=lambda: Augment(800, 1333, rotate_probability=0.5, rotate_degrees=9.0)
     )
     """Random changes of the pictures in training."""
+    method: MethodConfig = dataclasses.field(default_factory=SupervisedConfig)
+    """The training method."""
     train: TrainConfig = dataclasses.field(
         default_factory=lambda: TrainConfig(epochs=48, drops=(36, 44), warmup_steps=100, clip=4.0)
     )
@@ -149,11 +153,12 @@ class Check:
         import torch
 
         from sprompt.engine.train import trial
-        from sprompt.methods.supervised import Supervised, SupervisedConfig
 
         torch.manual_seed(self.train.seed)
         print(f"measuring a few steps of training with --preset {self.preset}", flush=True)
-        task = Supervised.on(build(config), SupervisedConfig(), dataset, self.train.seed)
+        method = METHODS.owner(self.method)
+        config = dataclasses.replace(config, num_classes=len(method.classes(self.method, dataset)))
+        task = method.on(build(config), self.method, dataset, self.train.seed)
         batches = run_folder.batches(dataset, self.augment, keep=self.keep_pictures, cpu=self.cpu)
         result = trial(task, batches, self.train, cpu=self.cpu)
         where = "the GPU" if result.device.type == "cuda" else f"{torch.get_num_threads()} threads of this CPU"

@@ -61,6 +61,7 @@ class Evaluate:
         dataset = self.data.open("data", keep_empty=True, class_agnostic=self.class_agnostic and number == 1)
         if not self.evaluator.any_classes:
             self._check_classes(trained.classes or dataset.classes, dataset.classes, number)
+        self.evaluator.check(dataset.categories)
         with run_folder.begun(self.out, self) as text:
             report(
                 trained.model, dataset, self.out, self.test.sized(trained.size), evaluator=self.evaluator,

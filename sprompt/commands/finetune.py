@@ -81,8 +81,10 @@ class Finetune:
         method = METHODS.owner(self.method)
         classes = method.classes(self.method, dataset)
         agnostic = classes != dataset.classes
-        if val is not None and val.classes != dataset.classes and not agnostic:
-            raise ValueError(f"--val: must have the classes of --data, {dataset.classes}, got {val.classes}")
+        if val is not None:
+            if val.classes != dataset.classes and not (agnostic or self.evaluator.any_classes):
+                raise ValueError(f"--val: must have the classes of --data, {dataset.classes}, got {val.classes}")
+            self.evaluator.check(val.categories)
         run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
         for problem in dataset.problems:
             run_folder.say(f"  {problem}")
@@ -137,6 +139,11 @@ class Finetune:
         count = len(classes)
         model: Any
         if self.checkpoint is None:
+            if self.backbone is None and self.model.frozen_stages == 4:  # all
+                raise ValueError(
+                    "--checkpoint: must be given, or --backbone, if --model.frozen-stages is 4; a backbone of random weights would never "
+                    "learn"
+                )
             model = build(dataclasses.replace(self.model, num_classes=count))
             if self.backbone is not None:
                 run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))

@@ -9,6 +9,8 @@ import tyro
 
 from sprompt.commands import run_folder
 from sprompt.commands.parsing import read_record
+from sprompt.data.errors import DataError
+from sprompt.data.reading import read_json
 from sprompt.engine.trained import MODEL, model_file
 from sprompt.models.knet import KNetConfig
 from sprompt.models.registry import ModelConfig
@@ -64,6 +66,7 @@ class View:
         proposals = (self.images, self.proposals) if self.images and self.proposals else None
         predictions = (self.images, self.labels, self.predictions) if self.images and self.predictions else None
         prompts = activation = None
+        pooled = False
         if pretrained is not None:
             folder, settings = pretrained
             proposals = proposals or (settings.images, settings.proposals)
@@ -71,7 +74,8 @@ class View:
             prompts = self._prompts(folder, settings)
         if tested is not None:
             folder, settings = tested
-            predictions = predictions or (*_labelled(settings), folder / run_folder.PREDICTIONS)
+            if predictions is None:
+                predictions, pooled = (*_labelled(settings), folder / run_folder.PREDICTIONS), _pooled(folder)
         found = None
         if predicted is not None:
             folder, settings = predicted
@@ -85,7 +89,7 @@ class View:
             raise ValueError("view: needs a run folder, --proposals or --predictions; see --help")
         page = build(
             self.out, proposals=proposals, runs=self.runs, predictions=predictions, found=found, activation=activation,
-            prompts=prompts, title=self.title, limit=self.limit, tell=partial(print, flush=True),
+            prompts=prompts, pooled=pooled, title=self.title, limit=self.limit, tell=partial(print, flush=True),
         )  # fmt: skip
         print(f"open {page} in a browser")
 
@@ -138,6 +142,15 @@ class View:
             return None
         opened = load(file, self.model, "cuda" if torch.cuda.is_available() and not self.cpu else "cpu")
         return opened
+
+
+def _pooled(folder: Path) -> bool:
+    """Whether a run was measured without classes."""
+    try:
+        metrics = read_json(folder / run_folder.METRICS)
+    except DataError:
+        return False  # no metrics yet, or broken ones, which the page names
+    return isinstance(metrics, dict) and metrics.get("class_agnostic") is True
 
 
 def _labelled(settings: Any) -> tuple[Path, Path | None]:

@@ -204,16 +204,24 @@ class CocoDataset(Dataset[Sample]):
         return part
 
     # -- for evaluation
+    @property
+    def categories(self) -> list[dict[str, Any]]:
+        """The categories as records of a COCO file, with the ids of `category_ids`, and with their frequency if the file gives it."""
+        often = {} if self._class_agnostic else self._file.frequency
+        return [
+            {"id": i, "name": n} | ({"frequency": often[i]} if i in often else {})
+            for i, n in zip(self.category_ids, self.classes, strict=True)
+        ]
+
     def ground_truth(self) -> dict[str, Any]:
         """The ground truth of an evaluation, as the content of a COCO file, for all pictures of the dataset. Crowds are
         included.
 
         Categories have the ids of `category_ids`. Annotations are numbered from 1, since pycocotools reads a match with number
-        0 as no match. Area and bbox are copied from the file; if it has none, they are computed from the mask. Categories have
-        their frequency, if the file gives it.
+        0 as no match; `file_id` is their id in the file. Area and bbox are copied from the file; if it has none, they are
+        computed from the mask.
         """
         pictures = [self._file.pictures[p] for p in self.positions]
-        often = {} if self._class_agnostic else self._file.frequency
         annotations: list[dict[str, Any]] = []
         for picture in pictures:
             for a in self._file.annotations[picture.id]:
@@ -225,10 +233,7 @@ class CocoDataset(Dataset[Sample]):
                 {"id": p.id, "file_name": p.file_name, "height": p.size[0], "width": p.size[1]} for p in pictures
             ],
             "annotations": annotations,
-            "categories": [
-                {"id": i, "name": n} | ({"frequency": often[i]} if i in often else {})
-                for i, n in zip(self.category_ids, self.classes, strict=True)
-            ],
+            "categories": self.categories,
         }
 
     def _judged(self, annotation: dict[str, Any], picture: Picture, number: int) -> dict[str, Any]:
@@ -244,7 +249,8 @@ class CocoDataset(Dataset[Sample]):
             ((x1, y1, x2, y2),) = mask.boxes().tolist()
             area, box = int(mask.area()), [x1, y1, x2 - x1, y2 - y1]
         return {
-            "id": number, "image_id": picture.id, "category_id": self.category_ids[self._class_of[annotation["category_id"]]],
+            "id": number, "file_id": annotation["id"], "image_id": picture.id,
+            "category_id": self.category_ids[self._class_of[annotation["category_id"]]],
             "iscrowd": int(annotation.get("iscrowd", 0)), "area": area, "bbox": box, "segmentation": segmentation,
         }  # fmt: skip
 

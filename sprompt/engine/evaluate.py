@@ -58,11 +58,13 @@ def evaluate(
 
 
 def compare(dataset: Any, predictions: Path, evaluator: EvaluatorConfig, *, class_agnostic: bool) -> dict[str, Any]:
-    """The metrics of a file of COCO results on a labelled dataset."""
+    """The metrics of a file of COCO results on a labelled dataset. Their "class_agnostic" says whether the classes of the results had
+    no influence."""
     truth, results = dataset.ground_truth(), read_json(predictions)
     if not isinstance(results, list):
         raise ValueError(f"{predictions}: must hold a list of COCO results, got a {type(results).__name__}")
     metrics: dict[str, Any] = EVALUATORS.owner(evaluator)(evaluator).metrics(
         truth, results, class_agnostic=class_agnostic
     )
-    return metrics | {"pictures": len(truth["images"]), "results": len(results), "class_agnostic": class_agnostic}
+    pooled = class_agnostic or evaluator.any_classes
+    return metrics | {"pictures": len(truth["images"]), "results": len(results), "class_agnostic": pooled}

@@ -61,9 +61,7 @@ class Slots(NamedTuple):
     labels: Tensor  # (B, G) int64: the class of each target
     truth: Tensor  # (B, M) int64: NOTHING, OBJECT, or IF_MATCHED: an object where a target is matched to the slot
     compared: Tensor  # bool (B, G): targets whose mask is compared with that of their slot
-    rows: Tensor | None = (
-        None  # (B, G) int64: the slot of each target, -1 for none; None: slots are matched in every layer
-    )
+    rows: Tensor | None = None  # (B, G) int64: the slot of each target, -1 for none; None: matched anew in every layer
 
 
 NOTHING, OBJECT, IF_MATCHED = 0, 1, 2

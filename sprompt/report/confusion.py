@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from sprompt.report.compare import IOU, compare
 from sprompt.report.page import Html, Section, join, tag
-from sprompt.report.records import Instance, Records, masks_of, read_records
+from sprompt.report.records import Records, classless, masks_of, read_records
 
 SCORE = 0.3  # lower bound of the score of a prediction that counts
 MOST = 30  # largest number of classes in a table
@@ -51,7 +51,7 @@ def count(truth: Records, found: Records) -> Counts:
         masks, predicted, broken = masks_of(chosen, size)
         label_masks, labels, others = masks_of(entry.instances, size)
         unread += broken + others
-        compared = compare(masks, _classless(predicted), label_masks, _classless(labels))
+        compared = compare(masks, classless(predicted), label_masks, classless(labels))
         for prediction, match in zip(predicted, compared.found, strict=True):
             if match != -2:
                 counts[labels[match].category if match >= 0 else None, prediction.category] += 1
@@ -125,10 +125,6 @@ def section(labels: Path | None, file: Path) -> Section | None:
     body = join(tag("p", said), tag("p", note, class_="note"), _html(table), _remarks(found))
     total = sum(number for (true, _), number in counts.items() if true is not None)
     return Section("confusion", "Confusion of classes", body, f"{total:,} labels")
-
-
-def _classless(instances: Sequence[Instance]) -> list[Instance]:
-    return [replace(instance, category=0) for instance in instances]
 
 
 def _html(table: Table) -> Html:

@@ -29,6 +29,7 @@ def build(
     found: tuple[Path, Path] | None = None,
     activation: Path | Tensor | np.ndarray | None = None,
     prompts: Sequence[Matches] | None = None,
+    pooled: bool = False,
     title: str = "Gallery",
     limit: int = 24,
     tell: Callable[[str], None] | None = None,
@@ -45,6 +46,7 @@ def build(
         found: (folder of the pictures, COCO results) of pictures without labels, for a section beside that of `predictions`.
         activation: maps (N, h, w) of the kernels, or the .npz file of `save_activation`.
         prompts: the result of `prompt_matches`.
+        pooled: the classes of the predictions say nothing. A prediction finds labels of any class, and no class is confused.
         limit: upper bound of the pictures of a section; they are spread evenly over the input.
         tell: called with a line of text before each section is made.
 
@@ -67,9 +69,13 @@ def build(
         (
             "predictions",
             _MISSING["predictions"],
-            predictions and (lambda: sections.predictions(album, *predictions, limit)),
+            predictions and (lambda: sections.predictions(album, *predictions, limit, pooled)),
         ),
-        ("confusion", None, predictions and (lambda: confusion.section(predictions[1], predictions[2]))),
+        (
+            "confusion",
+            None,
+            None if predictions is None or pooled else lambda: confusion.section(predictions[1], predictions[2]),
+        ),
         (
             "predictions without labels",
             None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,11 @@ class Records:
     def instances(self) -> int:
         return sum(len(entry.instances) for entry in self.entries.values())
 
+    def pooled(self) -> Records:
+        """The same instances without classes."""
+        entries = {own: replace(e, instances=classless(e.instances)) for own, e in self.entries.items()}
+        return replace(self, entries=entries, categories={})
+
 
 def read_records(path: Path, images: Path | None = None, like: Records | None = None) -> Records:
     """Reads a COCO file or a list of COCO results. A list has the pictures of `like`, or else the files below `images`, in
@@ -97,6 +102,11 @@ def read_records(path: Path, images: Path | None = None, like: Records | None = 
             f"{path.name}: {skipped} of {len(annotations)} masks are left out: they are broken, or their picture is unknown"
         )
     return records
+
+
+def classless(instances: Iterable[Instance]) -> list[Instance]:
+    """The instances, all of one class."""
+    return [replace(instance, category=0) for instance in instances]
 
 
 def listed(results: Path) -> Records | None:

@@ -111,12 +111,18 @@ def prompts(album: Album, matches: Sequence[Matches]) -> Section:
     return Section("prompts", "Prompts", body, _many(len(matches), "picture"))
 
 
-def predictions(album: Album, images: Path, labels: Path | None, file: Path, limit: int) -> Section:
-    """Predictions, and the labels beside them where there are any; without labels see `unlabelled`."""
+def predictions(
+    album: Album, images: Path, labels: Path | None, file: Path, limit: int, pooled: bool = False
+) -> Section:
+    """Predictions, and the labels beside them where there are any; without labels see `unlabelled`. `pooled`: a prediction finds
+    labels of any class."""
     if labels is None:
         return unlabelled(album, images, file, limit)
     truth = read_records(labels)
-    records, names = read_records(file, images, truth), truth.categories
+    records = read_records(file, images, truth)
+    if pooled:
+        truth, records = truth.pooled(), records.pooled()
+    names = truth.categories
     records.problems += truth.problems
     known = [
         e for i, e in records.entries.items() if i in truth.entries and (e.instances or truth.entries[i].instances)
@@ -143,15 +149,15 @@ def predictions(album: Album, images: Path, labels: Path | None, file: Path, lim
     key = [
         tag("span", dot(hexadecimal(c), s), words)
         for c, s, words in (
-            (draw.TRUE, "solid", f"found: IoU of at least {IOU} with a label of its class"),
+            (draw.TRUE, "solid", f"found: IoU of at least {IOU} with a label{'' if pooled else ' of its class'}"),
             (draw.FALSE, "hatched", "false: a prediction without such a label"),
             (draw.MISSED, "dashed", "missed: a label without a matching prediction"),
         )
     ]
     note = (
         f"The pictures show predictions of {_of(file)} with a score of at least {threshold:.2f}. This threshold has the best F1 on these "
-        "pictures. Predictions are numbered by decreasing score. A label has the number of the prediction that found it; a missed "
-        "label has its class."
+        "pictures. Predictions are numbered by decreasing score. A label has the number of the prediction that found it"
+        + ("; classes are pooled." if pooled else "; a missed label has its class.")
     )
     buttons = [
         tag("button", words, type="button", data_kind=kind, aria_pressed="true" if kind == "all" else "false")

@@ -57,10 +57,41 @@ def test_a_preset_gives_the_settings_of_fine_tuning(folder: Path) -> None:
     line = f"--preset tiny {named(folder, 'data')}"
     check, finetune = (parse(name, shlex.split(line)) for name in ("check", "finetune"))
     assert check.preset == "tiny"
-    for name in ("data", "val", "cpu", "model", "augment", "train", "keep_pictures"):
+    for name in ("data", "val", "cpu", "model", "method", "augment", "train", "keep_pictures"):
         assert getattr(check, name) == getattr(finetune, name)
     plain, finetune = parse("check", []), parse("finetune", [])
     assert plain.preset is None and (plain.train, plain.augment) == (finetune.train, finetune.augment)
+
+
+def test_the_measured_steps_are_those_of_the_method(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"check {named(folder, 'data')} --model mask2former --preset segprompt-tiny {SMALL} --method.copies 21"
+    assert sprompt(line) == 1
+    assert "--method.copies: must be at most the model's 20 queries, got 21" in capsys.readouterr().err
+
+
+def test_a_backbone_of_random_weights_is_not_frozen(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = f"finetune {named(folder, 'data')} --model mask2former --preset segprompt-tiny {SMALL} --train.max-steps 1 --out {folder}/out"
+    assert sprompt(line) == 1
+    assert "--checkpoint: must be given, or --backbone, if --model.frozen-stages is 4" in capsys.readouterr().err
+    assert not (folder / "out").exists()
+
+
+def test_groups_of_categories_are_read_before_the_first_step(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The classes of --val may be others, since open-world recall does not look at those of the results."""
+    labels = json.loads((folder / "val/instances.json").read_text())
+    labels["categories"].append({"id": 70, "name": "a further one"})
+    (folder / "val/instances.json").write_text(json.dumps(labels))
+    (folder / "groups.json").write_text('{"unseen": [71]}')
+    line = f"finetune {named(folder, 'data', 'val')} --preset tiny {NETWORK} {SMALL} --out {folder}/out --evaluator open-world "
+    for groups, message in (
+        ("nowhere.json", "nowhere.json: no such file"),
+        ("groups.json", "group unseen must have categories of the annotations"),
+    ):
+        assert sprompt(f"{line} --evaluator.groups {folder}/{groups}") == 1
+        assert message in capsys.readouterr().err
+    assert sprompt(line.replace("open-world", "coco")) == 1
+    assert "--val: must have the classes of --data" in capsys.readouterr().err
+    assert not (folder / "out").exists()
 
 
 def test_names_of_classes_are_not_markup(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

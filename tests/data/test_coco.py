@@ -196,6 +196,7 @@ def test_ground_truth_judges_as_the_file_does(folder: Path) -> None:
     truth = dataset.ground_truth()
     assert [a["iscrowd"] for a in truth["annotations"]] == [0, 0, 1, 0, 0, 0]
     assert [a["id"] for a in truth["annotations"]] == [1, 2, 3, 4, 5, 6]
+    assert [a["file_id"] for a in truth["annotations"]] == [a["id"] for a in file["annotations"]]
     assert [i["id"] for i in dataset.subset([1]).ground_truth()["images"]] == [101]
     assert len(dataset.subset([1]).ground_truth()["annotations"]) == 2
 

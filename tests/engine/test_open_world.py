@@ -351,3 +351,11 @@ def test_metrics_are_json_and_the_table_shows_them() -> None:
     assert [cell for cell in rows["unseen"] if cell != "│"][1:] == ["50.0", "–", "100.0", "0.0", "50.0", "–", "1"]
     assert "known" in rows and "37.5" in rows["merged"]
     assert len(RANGES) == len(NUMBERS) == 4
+
+
+def test_a_broken_label_has_its_id_of_the_file() -> None:
+    """The ground truth of a data set numbers the annotations anew."""
+    truth, results = by_hand()
+    truth["annotations"][1] |= {"file_id": 9000, "segmentation": [[-9999, 0, 5, 0, 5, 5]]}
+    with pytest.raises(DataError, match="annotation 9000 of the labels: corners must lie in or near the picture"):
+        measured(truth, results)

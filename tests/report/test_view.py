@@ -54,3 +54,16 @@ def test_a_predict_run_alone(runs: dict[str, Path], tmp_path: Path) -> None:
     View((runs["predict"],), out=tmp_path / "site").run()
     page = (tmp_path / "site" / "index.html").read_text()
     assert 'id="predictions"' in page and 'id="found"' not in page and "lynx 0.90" in page and "p7.png" in page
+
+
+def test_a_run_that_was_measured_without_classes_is_shown_without(runs: dict[str, Path], tmp_path: Path) -> None:
+    """All results are cats, as those of a model of one class. One of them lies on a dog."""
+    found = {}
+    for pooled in (False, True):
+        (runs["evaluate"] / "metrics.json").write_text(json.dumps({"AP": 0.5, "class_agnostic": pooled}))
+        View((runs["evaluate"],), out=tmp_path / "site").run()
+        page = (tmp_path / "site" / "index.html").read_text()
+        assert ('id="confusion"' in page) != pooled and ("dog missed" in page) != pooled
+        assert ("classes are pooled" in page) == pooled
+        found[pooled] = int(page.split("</b>found")[0].rsplit(">", 1)[1])
+    assert found == {False: 2, True: 3}

@@ -43,6 +43,15 @@ class OpenWorldConfig(EvaluatorConfig):
     """JSON file of the groups: {name: [category ids]}. Default: known, seen and unseen of LVIS-OW, if the annotations are
     those of LVIS v1, whose categories have a frequency."""
 
+    def check(self, categories: Sequence[Mapping[str, Any]]) -> None:
+        self.groups_of(categories)
+
+    def groups_of(self, categories: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+        if self.groups is not None:
+            return read_groups(self.groups, [category["id"] for category in categories])
+        frequency = {c["id"]: c["frequency"] for c in categories if "frequency" in c}
+        return lvis_ow.groups(frequency, "the categories of the annotations") if frequency else {}
+
 
 class OpenWorld:
     """AR of all categories and of their groups, and the merged protocol."""
@@ -67,7 +76,7 @@ class OpenWorld:
         """
         categories = sorted(truth["categories"], key=lambda category: category["id"])
         place = {category["id"]: row for row, category in enumerate(categories)}
-        groups = self._groups(categories)
+        groups = self.config.groups_of(categories)
         counts = count(truth, results, place)
         recall, hit_rate = counts.recall(), counts.hit_rate()
         metrics = _numbers(recall[:-1], hit_rate[:-1])
@@ -96,12 +105,6 @@ class OpenWorld:
             shown = [row[n] for n in NUMBERS] + [row["hit_rate"], row.get("AP", -1)]
             table.add_row(name, *(f"{100 * v:.1f}" if v >= 0 else "–" for v in shown), str(row["categories"]))
         return table
-
-    def _groups(self, categories: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-        if self.config.groups is not None:
-            return read_groups(self.config.groups, [category["id"] for category in categories])
-        frequency = {c["id"]: c["frequency"] for c in categories if "frequency" in c}
-        return lvis_ow.groups(frequency, "the categories of the annotations") if frequency else {}
 
 
 def read_groups(path: Path, known: Sequence[int]) -> dict[str, list[int]]:

@@ -166,4 +166,7 @@ def count(truth: Mapping[str, Any], results: Sequence[Mapping[str, Any]], place:
 
 
 def _masks(targets: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> BitMasks:
-    return decode([a["segmentation"] for a in targets], size, lambda i: f"annotation {targets[i]['id']} of the labels")
+    def name(i: int) -> str:
+        return f"annotation {targets[i].get('file_id', targets[i]['id'])} of the labels"
+
+    return decode([a["segmentation"] for a in targets], size, name)

@@ -27,6 +27,9 @@ class EvaluatorConfig(Named):
     #: Whether the classes of the results have no influence, so that a model of any classes can be measured on any categories.
     any_classes: ClassVar[bool] = False
 
+    def check(self, categories: Sequence[Mapping[str, Any]]) -> None:
+        """Raises DataError if the settings do not fit the categories of a COCO file. Call it before a long prediction."""
+
 
 class Evaluator(Protocol):
     Config: ClassVar[type[EvaluatorConfig]]
