@@ -33,11 +33,12 @@ struct Maxima {
         : of_rows(memory), of_columns(of_rows + padded(h)), columns(of_columns + padded(w)), rows(columns + padded(h)) {}
 };
 
-template <class T>
+// Without PLACES only the keys are written.
+template <bool PLACES, class T>
 void find_maxima(const T* map, int64_t stride, int64_t h, int64_t w, const Maxima& out) {
     for (int64_t x = 0; x < Maxima::padded(w); ++x) {
         out.of_columns[x] = least;
-        out.rows[x] = 0;
+        if (PLACES) out.rows[x] = 0;
     }
     for (int64_t y = 0; y < h; ++y) {
         const T* row = map + y * stride;
@@ -48,8 +49,9 @@ void find_maxima(const T* map, int64_t stride, int64_t h, int64_t w, const Maxim
                                       : select_int(first_lanes(w - x), key_of(load_some(row + x, w - x)), broadcast(least));
             const vi in_row = key > best, known = load(out.of_columns + x), in_column = key > known;
             best = select_int(in_row, key, best);
-            place = select_int(in_row, column, place);
             store(out.of_columns + x, select_int(in_column, key, known));
+            if (!PLACES) continue;
+            place = select_int(in_row, column, place);
             store(out.rows + x, select_int(in_column, here, load(out.rows + x)));
             if (w - x > W) column += W;
         }
@@ -60,7 +62,7 @@ void find_maxima(const T* map, int64_t stride, int64_t h, int64_t w, const Maxim
                 at = place[i];
             }
         out.of_rows[y] = key;
-        out.columns[y] = at;
+        if (PLACES) out.columns[y] = at;
     }
 }
 
@@ -99,9 +101,9 @@ void projection_loss(const View& masks, const View& boxes, const View& loss, con
                 continue;
             }
             SPROMPT_FLOAT_TYPES(masks.dtype, T,
-                                find_maxima(masks.as<const T>() + b * masks.stride[0], masks.stride[1], h, w, mask))
+                                find_maxima<true>(masks.as<const T>() + b * masks.stride[0], masks.stride[1], h, w, mask))
             SPROMPT_FLOAT_TYPES(boxes.dtype, T,
-                                find_maxima(boxes.as<const T>() + b * boxes.stride[0], boxes.stride[1], h, w, box))
+                                find_maxima<false>(boxes.as<const T>() + b * boxes.stride[0], boxes.stride[1], h, w, box))
             loss.as<float>()[b] = static_cast<float>(dice(mask.of_rows, box.of_rows, h, slope) +
                                                      dice(mask.of_columns, box.of_columns, w, slope + h));
             __builtin_memcpy(place, mask.columns, 4 * h);

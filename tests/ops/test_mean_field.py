@@ -70,19 +70,19 @@ def test_labels_do_not_cross_a_colour_step():
     assert not found[:, 60:].any() and found[40:88, 40:60].all()
 
 
-@pytest.mark.parametrize("noise", (0.02, 0.1))
-def test_flips_and_transposition(noise: float):
+@pytest.mark.parametrize("iterations", (1, 30))
+def test_flips_and_transposition(iterations: int):
     """To the bit: the order of the sums has the symmetry of a square."""
-    inputs = scene(1, 40, 33, 1, noise)
-    plain = mean_field(*inputs, iterations=30).to_dense()
-    assert 0.1 < plain.float().mean() < 0.6
+    inputs = undecided(40, 33) if iterations == 1 else scene(1, 40, 33, 1, 0.1)
+    plain = mean_field(*inputs, iterations=iterations).to_dense()
+    assert 0.1 < plain.float().mean() < 0.8
     for rows, columns, transposed in itertools.product((False, True), repeat=3):
 
         def moved(x: Tensor, rows: bool = rows, columns: bool = columns, transposed: bool = transposed) -> Tensor:
             x = x.flip([-2] * rows + [-1] * columns)
             return x.mT if transposed else x
 
-        assert torch.equal(mean_field(*map(moved, inputs), iterations=30).to_dense(), moved(plain))
+        assert torch.equal(mean_field(*map(moved, inputs), iterations=iterations).to_dense(), moved(plain))
 
 
 def test_pixels_outside_the_map_contribute_nothing():
@@ -108,6 +108,20 @@ def test_an_early_end_changes_nothing():
         assert torch.equal(mean_field(*noisy, iterations=n).to_dense(), products(*noisy, iterations=n) > 0.5)
 
 
+@pytest.mark.parametrize(("h", "w", "t"), ((1, 210, 0.08), (210, 1, 0.08), (70, 150, 1e-3), (150, 70, 1e-3)))
+def test_a_front_crosses_settled_regions(h: int, w: int, t: float):
+    """Colours are equal, and t is so small that foreground needs more than half of its neighbours: a block of it loses a layer
+    of pixels in every few iterations, while all other pixels keep their states."""
+    start, box = torch.zeros(1, h, w), torch.full((1, h, w), t)
+    start[:, h // 8 : h - h // 8, w // 8 : w - w // 8] = 1 / t
+    areas = []
+    for n in (5, 11, 20):
+        found = mean_field(torch.zeros(1, 3, h, w), start, box, iterations=n)
+        assert torch.equal(found.to_dense(), products(torch.zeros(1, 3, h, w), start, box, iterations=n) > 0.5)
+        areas.append(found.area().item())
+    assert areas[0] > areas[1] > areas[2] > 0
+
+
 @pytest.mark.parametrize("noise", (0.03, 0.1))
 def test_labels_of_float64(noise: float):
     inputs = scene(1, 128, 128, 4, noise)
@@ -131,11 +145,10 @@ def test_what_is_not_a_number():
 
 
 def test_subnormal_boxes_are_background():
-    one = torch.ones(1, 1)
     tiny = torch.finfo(torch.float32).tiny
-    for t in (tiny / 2, 0.0, -0.0, -1.0):
-        assert not labels(one.expand(3, 1, 1), 2e38 * one, t * one, iterations=0)
-    assert labels(one.expand(3, 1, 1), 2e38 * one, tiny * one, iterations=0)
+    t = torch.tensor([[1.0, tiny / 2, 0.0, -0.0, -1.0, tiny, 1.0]])
+    found = labels(torch.zeros(3, 1, 7), torch.full((1, 7), 2e38), t, iterations=0)
+    assert found.tolist() == [[True, False, False, False, False, True, True]]
 
 
 def test_a_crop_does_not_depend_on_its_batch():
@@ -145,36 +158,51 @@ def test_a_crop_does_not_depend_on_its_batch():
         assert_same_bits(mean_field(*(x[b : b + 1] for x in inputs), iterations=9), together[b : b + 1])
 
 
-def same_bits(backend: str, dtype: torch.dtype, h: int, w: int):
-    """Labels after every number of iterations show the state: near ½, one rounding more decides them."""
+def undecided(h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Crops in which one iteration moves every pixel to x = ½, up to rounding. So a label is a sign of rounding errors, and
+    shows each of them. t is chosen by float64, and q so that q t is as drawn. Some t are above 1."""
     g = torch.Generator().manual_seed(h)
-    images = (0.1 * torch.randn(4, 3, h, w, generator=g)).to(dtype)
-    start = torch.rand(4, h, w, generator=g).to(dtype)
-    boxes = (torch.rand(4, h, w, generator=g) * 1.5).clamp(max=1).to(dtype)
-    boxes[1, : h // 3], boxes[2, :, : w // 2] = 0, 0
-    for n, scale in ((0, 0.1), (1, 0.1), (2, 0.3), (5, 0.2), (17, 0.15)):
-        found = []
-        for name in (backend, "reference"):
-            with sprompt.use_backend(name, ["mean_field"]):
-                found.append(mean_field(images, start, boxes, iterations=n, scale=scale))
-        assert_same_bits(*found)
+    images = 0.08 * torch.randn(4, 3, h, w, generator=g)
+    x = 0.1 + 0.8 * torch.rand(4, h, w, generator=g)
+    wide, z = (
+        torch.nn.functional.pad(images.double(), (1, 1, 1, 1), value=math.inf),
+        (x.double() / (1 - x.double())).log(),
+    )
+    sums = []
+    for u in (z, -(1 - x.double()).log()):
+        around, total = torch.nn.functional.pad(u, (1, 1, 1, 1)), u.clone()
+        for dy, dx in itertools.product(range(3), repeat=2):
+            if (dy, dx) != (1, 1):
+                d = (wide[..., dy : dy + h, dx : dx + w] - images.double()).square().sum(1)
+                total += (-50 * d).exp() * around[:, dy : dy + h, dx : dx + w]
+        sums.append(total)
+    t = ((1 + 1e-6 * sums[1].exp()).log() - sums[0]).exp().float()
+    return images, x / t, t
+
+
+def same_bits(backend: str, h: int, w: int):
+    inputs, found = undecided(h, w), []
+    for name in (backend, "reference"):
+        with sprompt.use_backend(name, ["mean_field"]):
+            found.append(mean_field(*inputs, iterations=1))
+    assert_same_bits(*found)
+    assert 0.2 < found[0].area().sum() / (4 * h * w) < 0.8
 
 
 once = pytest.mark.parametrize("backend", ["reference"], indirect=True)  # tests that choose their backends
 by_size = pytest.mark.parametrize(("h", "w"), ((45, 70), (3, 129), (64, 2)))
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @by_size
-def test_same_bits_on_every_backend(dtype: torch.dtype, h: int, w: int, backend: str):
-    same_bits(backend, dtype, h, w)
+def test_same_bits_on_every_backend(h: int, w: int, backend: str):
+    same_bits(backend, h, w)
 
 
 @pytest.mark.skipif(bool(cuda.why_not(torch.empty(0))), reason="this build does not emulate the CUDA kernels")
 @once
 @by_size
 def test_same_bits_on_cuda(h: int, w: int, backend: str):
-    same_bits("cuda", torch.float32, h, w)
+    same_bits("cuda", h, w)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
