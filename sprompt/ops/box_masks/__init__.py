@@ -32,7 +32,8 @@ def crop_masks(masks: BitMasks | Tensor, boxes: Tensor, index: Tensor, size: int
     Positions are in float64. A sample gives its upper pixel the fraction of its position as a weight, and its lower pixel the
     rest. Weights are whole numbers of the smallest power of 2 that is at least g·2⁻²⁶. So sums of products of the weights of rows
     and columns are exact, and every backend gives the same bits. A sum is divided in float64, and rounded once to float32. The
-    result differs from real arithmetic by at most (g + g')·2⁻²⁶ + 2⁻²⁵, besides the rounding of positions.
+    result differs from real arithmetic by at most (g + g')·2⁻²⁶ + 2⁻²⁵, besides the rounding of positions. This
+    rounding decides about samples at −1 and at the number of pixels, which only boxes that leave the picture have.
     Not differentiable. Autocast changes nothing.
 
     >>> masks = torch.tensor([[[[0, 0, 0, 0], [0, 1, 1, 1], [0, 1, 1, 1], [0, 1, 1, 1]]]])
