@@ -358,3 +358,22 @@ def test_what_it_refuses() -> None:
     for field, value in {"channels": 18, "queries": 0, "stages": 65, "depth": 20, "loss_giou": -1.0}.items():
         with pytest.raises(ValueError, match=f"QueryInstConfig: {field} must"):
             replace(TINY, **{field: value})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["exported", "compiled"])
+def test_the_network_is_one_graph(form: str) -> None:
+    """One exported program takes batches and images of any size. Results differ by rounding: outside of programs, torch's attention
+    has a kernel of its own for inference."""
+    model = network().double()
+    g = torch.Generator().manual_seed(4)
+    images = torch.randn(3, 3, 64, 96, generator=g, dtype=torch.float64)
+    if form == "exported":
+        shape = {0: torch.export.Dim("batch"), 2: 32 * torch.export.Dim("rows"), 3: 32 * torch.export.Dim("columns")}
+        forward = torch.export.export(model, (images,), dynamic_shapes=(shape,)).module()
+    else:
+        forward = torch.compile(model, fullgraph=True, backend="eager")
+    for batch in (images, torch.randn(1, 3, 128, 64, generator=g, dtype=torch.float64)):
+        for found, expected in zip(forward(batch).stages, model(batch).stages, strict=True):
+            for mine, theirs in zip(found, expected, strict=True):
+                close(mine, theirs)
