@@ -38,7 +38,7 @@ def losses(
     finite and still has a gradient to every parameter.
     """
     _check(outputs, masks, labels, counts)
-    labels = labels.clamp(0, config.num_classes - 1)  # those behind counts may be anything, and index classes all the same
+    labels = labels.clamp(0, config.num_classes - 1)  # labels behind counts may be anything, and they index too
     stages, queries = outputs.stages, config.queries
     with torch.autocast(labels.device.type, enabled=False):
         boxes = torch.stack([stage.boxes for stage in stages])  # (S, B, N, 4)
