@@ -16,19 +16,28 @@ from sprompt.nn.tensor_files import read_tensors, write_tensors
 #: Parts of Saliency Prompt's release that only pre-training needs.
 _PRETRAINING = {"patch2query", "gen_gt_kernel"}
 
+#: Prefix of all names in a file that was written from inside DistributedDataParallel.
+_WRAPPER = "module."
+
 
 def import_checkpoint(model: Any, path: Path | str, title: str, classifiers: Collection[str]) -> str:
     """Copies a file of a release (.pth with or without "state_dict", or safetensors) into a model. Returns a sentence about it.
 
-    The import is strict: the file must have every tensor of the model, with its shape, and no other tensor. There are three exceptions.
-    If the file has another number of classes, the classifiers start anew. Tensors that only pre-training needs are left out. The step
-    counters of batch norm may be missing. If the file does not fit, it raises ValueError and does not change the model.
+    The import is strict: the file must have every tensor of the model, with its shape, and no other tensor. There are exceptions. If
+    the file has another number of classes, the classifiers start anew. Tensors that only pre-training needs are left out. So are the
+    copies "ema_..." of a training with moving averages; the averages have the plain names. The step counters of batch norm may be
+    missing. All names may have the prefix "module.". If the file does not fit, it raises ValueError and does not change the model.
 
     Args:
         title: the model's name.
         classifiers: names of the layers that have an output for each class.
     """
     held, _ = read_tensors(path)
+    if all(name.startswith(_WRAPPER) for name in held):
+        held = {name.removeprefix(_WRAPPER): tensor for name, tensor in held.items()}
+    copies = {"ema_" + name.replace(".", "_") for name in held}
+    copies &= held.keys()
+    held = {name: tensor for name, tensor in held.items() if name not in copies}
     wanted = model.state_dict()
     left_out = sorted(name for name in held if _PRETRAINING & set(name.split(".")))
     tensors = {
@@ -55,6 +64,8 @@ def import_checkpoint(model: Any, path: Path | str, title: str, classifiers: Col
     model.load_state_dict(tensors, strict=False)
     if left_out:
         said += f"; left out tensors that only pre-training needs: {', '.join(left_out)}"
+    if copies:
+        said += f"; left out {len(copies)} copies of weights that were averaged"
     return said
 
 

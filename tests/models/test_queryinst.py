@@ -209,6 +209,21 @@ def test_pairs_without_a_query_count_for_nothing(monkeypatch: pytest.MonkeyPatch
             torch.testing.assert_close(found[1][kind][name], value, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("label", [-1, 3, 99])
+@pytest.mark.parametrize("selects", [True, False])
+def test_labels_behind_counts_do_not_matter(label: int, selects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sprompt.models.queryinst.loss._selects", lambda device: selects)
+    model = network()
+    images, masks, labels = labelled((64, 64), [3, 1])
+    labels[1, 1:] = 0
+    found = []
+    for _ in range(2):
+        outputs = model(images.float())
+        found.append(model.losses(outputs, BitMasks.from_dense(masks), labels, torch.tensor([3, 1])).terms)
+        labels[1, 1:] = label
+    assert found[0] == found[1]
+
+
 def test_the_sizes_of_the_release() -> None:
     with torch.device("meta"):
         model = QueryInst()
@@ -358,3 +373,22 @@ def test_what_it_refuses() -> None:
     for field, value in {"channels": 18, "queries": 0, "stages": 65, "depth": 20, "loss_giou": -1.0}.items():
         with pytest.raises(ValueError, match=f"QueryInstConfig: {field} must"):
             replace(TINY, **{field: value})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["exported", "compiled"])
+def test_the_network_is_one_graph(form: str) -> None:
+    """One exported program takes batches and images of any size. Results differ by rounding: outside of programs, torch's attention
+    has a kernel of its own for inference."""
+    model = network().double()
+    g = torch.Generator().manual_seed(4)
+    images = torch.randn(3, 3, 64, 96, generator=g, dtype=torch.float64)
+    if form == "exported":
+        shape = {0: torch.export.Dim("batch"), 2: 32 * torch.export.Dim("rows"), 3: 32 * torch.export.Dim("columns")}
+        forward = torch.export.export(model, (images,), dynamic_shapes=(shape,)).module()
+    else:
+        forward = torch.compile(model, fullgraph=True, backend="eager")
+    for batch in (images, torch.randn(1, 3, 128, 64, generator=g, dtype=torch.float64)):
+        for found, expected in zip(forward(batch).stages, model(batch).stages, strict=True):
+            for mine, theirs in zip(found, expected, strict=True):
+                close(mine, theirs)

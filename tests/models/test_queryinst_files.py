@@ -140,6 +140,19 @@ def test_a_file_of_a_release(head: str, tmp_path: Path) -> None:
     assert found.masks.size == (50, 70)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_file_of_a_training(wrapped: bool, tmp_path: Path) -> None:
+    """mmcv's hook of moving averages adds a copy of every tensor, without dots in its name. DistributedDataParallel adds a prefix."""
+    model = network(seed=1)
+    own = release(model)
+    tensors = own | {"ema_" + name.replace(".", "_"): torch.zeros_like(tensor) for name, tensor in own.items()}
+    torch.save({"state_dict": {"module." * wrapped + n: t for n, t in tensors.items()}}, tmp_path / "latest.pth")
+    fresh = QueryInst(model.config)
+    said = import_checkpoint(fresh, tmp_path / "latest.pth")
+    assert said.endswith(f": {len(own)} tensors of QueryInst; left out {len(own)} copies of weights that were averaged")
+    assert all(torch.equal(tensor, own[name]) for name, tensor in fresh.state_dict().items())
+
+
 @pytest.mark.parametrize("file", ["out.pth", "out.safetensors"])
 def test_there_and_back(file: str, tmp_path: Path) -> None:
     model = network()

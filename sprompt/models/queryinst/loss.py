@@ -31,13 +31,14 @@ def losses(
     The box of a target is the tight box of its mask. A stage is matched by its own predictions. Boxes are compared in shares of the image
     without padding. All terms are divided by the number of positives, Σ min(N, counts), as a mean over the processes and at least 1.
 
-    A mask head runs on the boxes of matched queries only. The target of a mask is what RoIAlign reads of the label's bits in the box, at
-    least ½; for that the box is clipped to the image without padding, while features are read from the whole box. All stages read features
+    A mask head runs on the boxes of matched queries only. The target of a mask is 1 where RoIAlign of the label's bits in the box is at
+    least ½. For targets the box is clipped to the image without padding; features are read from the whole box. All stages read features
     and targets together. A CPU computes the matched pairs; a GPU would wait for their number, so it computes all B·G pairs, and pairs
     without a query do not count, for batch norm neither. Batch norm has the statistics of its process. Without targets every term is
     finite and still has a gradient to every parameter.
     """
     _check(outputs, masks, labels, counts)
+    labels = labels.clamp(0, config.num_classes - 1)  # labels behind counts may be anything, and they index too
     stages, queries = outputs.stages, config.queries
     with torch.autocast(labels.device.type, enabled=False):
         boxes = torch.stack([stage.boxes for stage in stages])  # (S, B, N, 4)

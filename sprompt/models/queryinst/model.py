@@ -122,11 +122,13 @@ class QueryInst(nn.Module):
             raise ValueError("QueryInst: targets.groups must be empty, got groups of queries")
         maps = features.maps
         batch, _, height, width = maps[0].shape
-        sizes = [(4 * height, 4 * width)] * batch if features.sizes is None else features.sizes
-        if len(sizes) != batch:
+        sizes = features.sizes
+        if sizes is not None and len(sizes) != batch:
             raise ValueError(
                 f"QueryInst: features.sizes must have one entry an image, {batch}, got {len(sizes)}; take those of the batch"
             )
+        # Without padding one entry serves all images, so that an exported program can take batches of any size.
+        scale = scales([(4 * height, 4 * width)] if sizes is None else sizes, maps[0]).expand(batch, -1, -1)
         queries = self.rpn_head.init_proposal_features.weight.expand(batch, -1, -1)
         if prompter is not None:
             prompted = prompter("query", queries)
@@ -135,7 +137,6 @@ class QueryInst(nn.Module):
                     f"QueryInst: the prompter must return queries of shape {tuple(queries.shape)}, got {tuple(prompted.shape)}"
                 )
             queries = prompted
-        scale = scales(sizes, maps[0])
         boxes = corners(self.rpn_head.init_proposal_bboxes.weight) * scale
         stages: list[Stage] = []
         for head in self.roi_head.bbox_head:

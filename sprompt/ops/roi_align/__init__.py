@@ -11,7 +11,7 @@ from sprompt.ops.roi_align import op
 
 #: Levels of a pyramid (max_views of csrc/common/views.h).
 LEVELS = 8
-#: Sides of maps: they and halves of them are exact in float32.
+#: Sides of maps are below it and strides at most so large: they and halves of them are exact in float32.
 SIDE = 2**23
 #: Bins and samples of a side of a box. A GPU kernel has a table of them in shared memory.
 BINS, SAMPLES = 256, 1024
@@ -42,7 +42,7 @@ def roi_align(
             float64). They may leave the picture. A box without width or height, or with x2 < x1 or y2 < y1, is on the finest
             level. A box with a coordinate that is NaN or infinite is 0.
         size: Bins of a side, from 1 to 256.
-        strides: Pixels of a cell of every map, as many as maps.
+        strides: Pixels of a cell of every map, from 1 to 2²³, as many as maps.
         sampling: Samples of a side of a bin, at least 1. size·sampling is at most 1024.
         counts: (B,) int64, the number of real boxes of each picture; None means all N.
 
@@ -95,5 +95,8 @@ def _check_maps(name: str, maps: Any, strides: Any) -> None:
         checks.bad_type(name, "strides", "be a list of whole numbers", type(strides).__name__)
     if len(strides) != len(maps):
         checks.bad_value(name, "strides", f"have one number per map, {len(maps)}", len(strides))
+    rule = f"hold whole numbers from 1 to {SIDE}"
     for stride in strides:
-        checks.whole(name, "strides", stride, "hold whole numbers of at least 1", 1)
+        checks.whole(name, "strides", stride, rule, 1)
+        if stride > SIDE:
+            checks.bad_value(name, "strides", rule, stride)
