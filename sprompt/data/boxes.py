@@ -39,11 +39,9 @@ class BoxedPictures:
     source: str  # the file, for messages
     pictures: list[Picture]  # in the order of the file
     boxes: list[list[Box]]  # of each picture, in the order of the file
-    unusable: dict[
-        str, list[int]
-    ]  # reason -> ids of the annotations without a box that can be used; crowds are among them
+    unusable: dict[str, list[int]]  # reason -> ids of annotations whose box is not used; crowds are among them
     categories: list[tuple[int, str]]  # by ascending id
-    problems: list[str]
+    problems: list[str]  # without a line about crowds: those are no training objects, but a labelled file keeps them
 
     def image(self, place: int) -> Tensor:
         """The pixels of a picture, uint8 (3, H, W). Raises DataError if it cannot be read or has another size than its record."""
@@ -74,7 +72,7 @@ def read_boxes(folder: Path, data: Any, source: str) -> BoxedPictures:
         else:
             boxes[place_of[picture.id]].append(box)
     refuse_missing(folder, [p.file_name for p, own in zip(pictures, boxes, strict=True) if own], source)
-    problems += [left_out(source, ids, why) for why, ids in unusable.items() if ids]
+    problems += [left_out(source, ids, why) for why, ids in unusable.items() if ids and why != CROWD]
     return BoxedPictures(folder, source, pictures, boxes, unusable, categories, problems)
 
 
