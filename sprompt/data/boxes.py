@@ -78,7 +78,7 @@ def read_boxes(folder: Path, data: Any, source: str) -> BoxedPictures:
 
 def _box(value: Any, size: Size, annotation: int) -> Box | str:
     """The box of [x, y, width, height], or the reason why it cannot be used."""
-    if (numbers := _finite(value)) is None:
+    if (numbers := four_numbers(value)) is None:
         return NO_BOX
     x, y, width, height = numbers
     if min(width, height) <= LEAST:
@@ -93,8 +93,8 @@ def _box(value: Any, size: Size, annotation: int) -> Box | str:
     return Box(x1, y1, x2, y2, width * height, annotation)
 
 
-def _finite(value: Any) -> Sequence[float] | None:
-    """Four finite floats, or None."""
+def four_numbers(value: Any) -> Sequence[float] | None:
+    """The finite floats of a list of four, or None."""
     if not isinstance(value, list) or len(value) != 4:
         return None
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):

@@ -98,7 +98,9 @@ def adapted(
     given, kept, changes = dict(held), {}, []
     usual = _usual_heads(config.width)
     if heads is None and usual not in (None, config.heads):
-        changes.append(f"the file does not say its number of heads, released networks of width {config.width} have {usual}")
+        changes.append(
+            f"the file does not say its number of heads, released networks of width {config.width} have {usual}"
+        )
     table = held.get("pos_embed")
     grid = None if table is None else _grid(table)
     if table is not None and grid is not None and grid != config.grid:

@@ -23,7 +23,15 @@ from sprompt.data.errors import DataError
 from sprompt.data.pictures import png
 from sprompt.data.synthetic import write_scenes
 from sprompt.methods.auto_labeler.config import LabelConfig, NetworkConfig
-from sprompt.methods.auto_labeler.label import EMPTY, UNREADABLE, Labelled, label, normalised_crops, paste, probabilities
+from sprompt.methods.auto_labeler.label import (
+    EMPTY,
+    UNREADABLE,
+    Labelled,
+    label,
+    normalised_crops,
+    paste,
+    probabilities,
+)
 from sprompt.methods.auto_labeler.network import build_network, load_network, save_network
 from sprompt.methods.auto_labeler.quality import quality
 from sprompt.methods.auto_labeler.samples import LABEL_MARGINS, Window, box_profiles, cut, window_of
