@@ -231,6 +231,19 @@ def test_three_processes_and_restarts_give_the_file_of_one(scenes: Path, single:
     assert again.objects == 0 and again.out == out
 
 
+def test_a_large_info_is_kept(scenes: Path, single: Path, tmp_path: Path) -> None:
+    """The notes of a file may have megabytes. They are in the parts too, by which processes know their work."""
+    pictures, data = opened(scenes)
+    data = {**data, "info": {"note": ["a note"] * 150_000}}
+    arguments: dict[str, Any] = {"side": SIDE, "digest": "d", "unit": 2, "batch": 3, "of": 2}
+    out = tmp_path / "labels.json"
+    assert label(network(), pictures, data, out, LabelConfig(), index=0, **arguments).out is None
+    assert label(network(), pictures, data, out, LabelConfig(), index=1, **arguments).out == out
+    written = json.loads(out.read_text())
+    assert written["info"]["note"] == data["info"]["note"]
+    assert written["annotations"] == json.loads(single.read_text())["annotations"]
+
+
 def test_a_killed_process_goes_on_where_it_was(scenes: Path, single: Path, tmp_path: Path) -> None:
     out = tmp_path / "labels.json"
     script = f"import sys, time; sys.path.insert(0, {str(HERE)!r}); from pathlib import Path; import test_label as t\n"

@@ -161,7 +161,9 @@ def test_labels_are_shown_with_their_boxes(disk: Any, tmp_path: Path, monkeypatc
     """In a file of `sprompt label`. The boxes are clipped to the picture; one that is no box is not drawn, its mask is."""
     drawn: list[list[Any]] = []
     overlay = draw.overlay
-    monkeypatch.setattr(draw, "overlay", lambda p, m, marks: drawn.append([k.box for k in marks]) or overlay(p, m, marks))
+    monkeypatch.setattr(
+        draw, "overlay", lambda p, m, marks: drawn.append([k.box for k in marks]) or overlay(p, m, marks)
+    )
     truth = json.loads(disk.labels.read_text())
     first = truth["images"][0]
     own = next(a for a in truth["annotations"] if a["image_id"] == first["id"])
