@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from sprompt.commands import run_folder
-from sprompt.data.annotations import left_out
-from sprompt.data.boxes import read_boxes
+from sprompt.data.annotations import left_out, line_about
+from sprompt.data.boxes import CROWD, read_boxes
 from sprompt.data.reading import read_json
 from sprompt.methods.auto_labeler.config import LabelConfig
 
@@ -62,6 +62,9 @@ class Label:
         print(f"{boxes} boxes in {len(pictures.pictures)} pictures of {source}{share}", flush=True)
         for problem in pictures.problems:
             print(f"  {problem}")
+        if crowds := pictures.unusable[CROWD]:
+            stay = "stays as it is" if len(crowds) == 1 else "stay as they are"
+            print(f"  {line_about(str(source), crowds, f'{CROWD} {stay}')}")
         clock = Clock()
         with Progress("label", boxes) as bar:
             done = label(

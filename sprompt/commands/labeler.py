@@ -5,7 +5,8 @@ from functools import partial
 from pathlib import Path
 
 from sprompt.commands import run_folder
-from sprompt.data.boxes import read_boxes
+from sprompt.data.annotations import left_out
+from sprompt.data.boxes import CROWD, read_boxes
 from sprompt.data.reading import read_json
 from sprompt.engine.config import TrainConfig
 from sprompt.engine.train import train
@@ -70,6 +71,8 @@ class Labeler:
         run_folder.say(f"{len(objects)} objects to train on, of {boxes} in {len(pictures.pictures)} pictures")
         for problem in pictures.problems:
             run_folder.say(f"  {problem}")
+        if crowds := pictures.unusable[CROWD]:
+            run_folder.say(f"  {left_out(str(source), crowds, CROWD)}")
         if small := boxes - len(objects):
             run_folder.say(
                 f"  {source}: {small} boxes have at most {self.crops.min_area:g} pixels and are not trained on"

@@ -180,9 +180,14 @@ def each_annotation(
 
 def left_out(source: str, ids: Sequence[int], why: str) -> str:
     """A line about annotations that do not count."""
+    return line_about(source, ids, f"{why} {'is' if len(ids) == 1 else 'are'} left out")
+
+
+def line_about(source: str, ids: Sequence[int], what: str) -> str:
+    """A line that says something of these annotations."""
     if len(ids) == 1:
-        return f"{source}: 1 annotation {why} is left out (annotation id {ids[0]})"
-    return f"{source}: {len(ids)} annotations {why} are left out (annotation ids {named(ids)})"
+        return f"{source}: 1 annotation {what} (annotation id {ids[0]})"
+    return f"{source}: {len(ids)} annotations {what} (annotation ids {named(ids)})"
 
 
 def parse_picture(record: Any, position: int, source: str) -> Picture:

@@ -39,11 +39,9 @@ class BoxedPictures:
     source: str  # the file, for messages
     pictures: list[Picture]  # in the order of the file
     boxes: list[list[Box]]  # of each picture, in the order of the file
-    unusable: dict[
-        str, list[int]
-    ]  # reason -> ids of the annotations without a box that can be used; crowds are among them
+    unusable: dict[str, list[int]]  # reason -> ids of annotations whose box is not used; crowds are among them
     categories: list[tuple[int, str]]  # by ascending id
-    problems: list[str]
+    problems: list[str]  # without a line about crowds: those are no training objects, but a labelled file keeps them
 
     def image(self, place: int) -> Tensor:
         """The pixels of a picture, uint8 (3, H, W). Raises DataError if it cannot be read or has another size than its record."""
@@ -74,13 +72,13 @@ def read_boxes(folder: Path, data: Any, source: str) -> BoxedPictures:
         else:
             boxes[place_of[picture.id]].append(box)
     refuse_missing(folder, [p.file_name for p, own in zip(pictures, boxes, strict=True) if own], source)
-    problems += [left_out(source, ids, why) for why, ids in unusable.items() if ids]
+    problems += [left_out(source, ids, why) for why, ids in unusable.items() if ids and why != CROWD]
     return BoxedPictures(folder, source, pictures, boxes, unusable, categories, problems)
 
 
 def _box(value: Any, size: Size, annotation: int) -> Box | str:
     """The box of [x, y, width, height], or the reason why it cannot be used."""
-    if (numbers := _finite(value)) is None:
+    if (numbers := four_numbers(value)) is None:
         return NO_BOX
     x, y, width, height = numbers
     if min(width, height) <= LEAST:
@@ -95,8 +93,8 @@ def _box(value: Any, size: Size, annotation: int) -> Box | str:
     return Box(x1, y1, x2, y2, width * height, annotation)
 
 
-def _finite(value: Any) -> Sequence[float] | None:
-    """Four finite floats, or None."""
+def four_numbers(value: Any) -> Sequence[float] | None:
+    """The finite floats of a list of four, or None."""
     if not isinstance(value, list) or len(value) != 4:
         return None
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in value):

@@ -15,8 +15,9 @@ _YIQ = ((0.299, 0.587, 0.114), (0.596, -0.274, -0.322), (0.211, -0.523, 0.312))
 
 
 def normalised(view: Tensor) -> Tensor:
-    """By the mean and the standard deviation of ImageNet."""
-    return (view - torch.tensor(MEAN).view(3, 1, 1) / 255) / (torch.tensor(STD).view(3, 1, 1) / 255)
+    """By the mean and the standard deviation of ImageNet, on the view's device."""
+    mean, std = (torch.tensor(value, device=view.device).view(3, 1, 1) / 255 for value in (MEAN, STD))
+    return (view - mean) / std
 
 
 def uniform(generator: Generator, low: float = 0.0, high: float = 1.0) -> float:

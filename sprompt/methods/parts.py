@@ -16,7 +16,7 @@ from sprompt.atomic import atomic_write, sync_folder
 from sprompt.data.errors import DataError
 from sprompt.data.reading import read_json
 
-PART_BYTES = 1 << 30  # upper bound of the size of one unit's file
+PART_BYTES = 1 << 30  # upper bound of the size of one file of the folder of parts
 
 Item = TypeVar("Item")
 Content = TypeVar("Content")
@@ -53,7 +53,7 @@ class Parts:
         path = self.folder / "info.json"
         if not path.exists():
             atomic_write(path, json.dumps(self.info, indent=1) + "\n", sync=True)
-        there = read_json(path, 1 << 20)
+        there = read_json(path, PART_BYTES)
         if there != self.info:
             raise DataError(
                 f"{self.folder}: must hold parts of the same work, got other {_differing(there, self.info)}; "

@@ -90,12 +90,17 @@ def adapted(
     """A file's tensors for a network of these sizes, the tensors that the network keeps, and what has changed, in words.
 
     Positions are resized to the network's grid. A convolutional stem keeps its values if the file has patches. Raises ValueError if the
-    file says that it has another number of heads.
+    file says that it has another number of heads. If it says none, and the network's is not the usual one, the words say so.
     """
-    heads = _said(about).get("num_attention_heads", config.heads)
-    if heads != config.heads:
+    heads = _said(about).get("num_attention_heads")
+    if heads not in (None, config.heads):
         raise ValueError(f"must hold {title(config)}, got {heads} heads; VitConfig(heads={heads}) has as many")
     given, kept, changes = dict(held), {}, []
+    usual = _usual_heads(config.width)
+    if heads is None and usual not in (None, config.heads):
+        changes.append(
+            f"the file does not say its number of heads, released networks of width {config.width} have {usual}"
+        )
     table = held.get("pos_embed")
     grid = None if table is None else _grid(table)
     if table is not None and grid is not None and grid != config.grid:
@@ -122,6 +127,10 @@ def advice(held: Mapping[str, Tensor], about: Mapping[str, Any], config: VitConf
     except ValueError:
         return "is it the right file?"
     own = asdict(config) | {"grid": found.grid, "eps": found.eps}  # those two fit any file
+    if "num_attention_heads" not in _said(about):
+        own["heads"] = found.heads
+    if config.conv_stem and not found.conv_stem:  # `adapted` keeps the stem
+        own |= {"conv_stem": False, "patch": found.patch}
     other = ", ".join(f"{name}={value}" for name, value in asdict(found).items() if value != own[name])
     return f"the file holds {title(found)}: VitConfig({other}) in Python" if other else "is it the right file?"
 
@@ -137,8 +146,8 @@ def _sizes(held: Mapping[str, Tensor], about: Mapping[str, Any]) -> VitConfig:
             f"{_shape(patches)} for patch_embed.proj.weight and {_shape(table)} for pos_embed"
         )
     width, stem, said = int(patches.shape[0]), _has_stem(held), _said(about)
-    heads = said.get("num_attention_heads", _OTHER_HEADS.get(width, width // _HEAD))
-    if "num_attention_heads" not in said and width % _HEAD:
+    heads = said.get("num_attention_heads", _usual_heads(width))
+    if heads is None:
         raise ValueError(
             f"must say its number of heads unless its width is a multiple of {_HEAD}, got a ViT of width {width}; put the config.json of "
             "transformers beside the file, or write it by save_backbone"
@@ -153,6 +162,11 @@ def _sizes(held: Mapping[str, Tensor], about: Mapping[str, Any]) -> VitConfig:
         layer_scale="blocks.0.ls1.gamma" in held,
         eps=said.get("layer_norm_eps", VitConfig.eps),
     )
+
+
+def _usual_heads(width: int) -> int | None:
+    """The heads of released networks of this width; None where none is known."""
+    return None if width % _HEAD else _OTHER_HEADS.get(width, width // _HEAD)
 
 
 def _said(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ class Instance:
     score: float | None = None
     crowd: bool = False
     seed: Any = None  # [scale, row, column]
+    box: Any = None  # [x, y, width, height], as the file has it
 
 
 @dataclass
@@ -177,6 +178,7 @@ def _instance(annotation: Any) -> Instance | None:
         float(score) if isinstance(score, (int, float)) and math.isfinite(score) else None,
         annotation.get("iscrowd") in (1, True),
         annotation.get("seed"),
+        annotation.get("bbox"),
     )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from sprompt.data import draw
+from sprompt.data.boxes import four_numbers
 from sprompt.data.draw import Mark, hexadecimal
 from sprompt.data.errors import DataError
 from sprompt.masks import BitMasks
@@ -114,8 +115,8 @@ def prompts(album: Album, matches: Sequence[Matches]) -> Section:
 def predictions(
     album: Album, images: Path, labels: Path | None, file: Path, limit: int, pooled: bool = False
 ) -> Section:
-    """Predictions, and the labels beside them where there are any; without labels see `unlabelled`. `pooled`: a prediction finds
-    labels of any class."""
+    """Predictions, and the labels beside them where there are any; without labels see `unlabelled`. Masks of `sprompt label` have their
+    boxes. `pooled`: a prediction finds labels of any class."""
     if labels is None:
         return unlabelled(album, images, file, limit)
     truth = read_records(labels)
@@ -136,9 +137,10 @@ def predictions(
 
     _each(known, limit, images, records, add)
     threshold = best_threshold([c for _, _, c in compared])
+    made = "labels" in records.info  # by `sprompt label`, without scores
     figures, sums = [], [0, 0, 0]
     for number, (entry, picture, whole) in enumerate(compared):
-        figures.append(_pair(album, number, entry.name, picture, above(whole, threshold), names))
+        figures.append(_pair(album, number, entry.name, picture, above(whole, threshold), names, made))
         sums = [a + b for a, b in zip(sums, above(whole, threshold).counts, strict=True)]
     true, false, missed = sums
     stats = [
@@ -154,10 +156,14 @@ def predictions(
             (draw.MISSED, "dashed", "missed: a label without a matching prediction"),
         )
     ]
-    note = (
-        f"The pictures show predictions of {_of(file)} with a score of at least {threshold:.2f}. This threshold has the best F1 on these "
-        "pictures. Predictions are numbered by decreasing score. A label has the number of the prediction that found it"
-        + ("; classes are pooled." if pooled else "; a missed label has its class.")
+    shown = (
+        f"The pictures show masks of {_of(file)}, and the boxes that they were made from. Masks are numbered in the order of the file."
+        if made
+        else f"The pictures show predictions of {_of(file)} with a score of at least {threshold:.2f}. This threshold has the best F1 on "
+        "these pictures. Predictions are numbered by decreasing score."
+    )
+    note = f"{shown} A label has the number of the prediction that found it" + (
+        "; classes are pooled." if pooled else "; a missed label has its class."
     )
     buttons = [
         tag("button", words, type="button", data_kind=kind, aria_pressed="true" if kind == "all" else "false")
@@ -177,12 +183,15 @@ def predictions(
 
 
 # -- parts
-def _pair(album: Album, number: int, name: str, picture: Image.Image, c: Compared, classes: dict[int, str]) -> Html:
-    """Predictions on the left, labels on the right."""
+def _pair(
+    album: Album, number: int, name: str, picture: Image.Image, c: Compared, classes: dict[int, str], made: bool
+) -> Html:
+    """Predictions on the left, labels on the right. `made` predictions are masks that were made from boxes."""
     looks = {-1: (draw.FALSE, "hatched"), -2: (draw.IGNORED, "solid")}
     styles = [looks.get(f, (draw.TRUE, "solid")) for f in c.found]
     numbered = len(c.predictions) <= _BADGES and len(c.labels) <= _BADGES
-    left = [Mark(shade, str(i + 1) if numbered else "", style) for i, (shade, style) in enumerate(styles)]
+    boxes = [_box(p, picture) if made and numbered else None for p in c.predictions]
+    left = [Mark(shade, str(i + 1) if numbered else "", style, boxes[i]) for i, (shade, style) in enumerate(styles)]
     finder = {g: i for i, g in enumerate(c.found) if g >= 0}
     right, lost = [], []
     many = len(classes) > 1
@@ -201,8 +210,8 @@ def _pair(album: Album, number: int, name: str, picture: Image.Image, c: Compare
     chips = [
         join(
             dot(hexadecimal(styles[i][0]), styles[i][1]),
-            f"{classes.get(p.category, p.category)} " if many else None, _score(p),
-            f" · IoU {c.ious[i]:.2f}" if c.found[i] >= 0 else None,
+            f"{classes.get(p.category, p.category)} " if many else None, None if made else _score(p),
+            f"{'' if made else ' · '}IoU {c.ious[i]:.2f}" if c.found[i] >= 0 else None,
         )
         for i, p in enumerate(c.predictions)
     ]  # fmt: skip
@@ -326,6 +335,15 @@ def _masks(
             f"{entry.name}: {_many(broken, 'mask')} broken, or not of its size, {picture.height}x{picture.width}"
         )
     return masks, kept
+
+
+def _box(instance: Instance, picture: Image.Image) -> tuple[float, float, float, float] | None:
+    """The corners of an instance's box, clipped to its picture; None where nothing of it is there."""
+    if (numbers := four_numbers(instance.box)) is None:
+        return None
+    x, y, width, height = numbers
+    x1, y1, x2, y2 = max(x, 0.0), max(y, 0.0), min(x + width, picture.width), min(y + height, picture.height)
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
 def _of(file: Path) -> str:

@@ -171,6 +171,11 @@ def test_boxes_that_cannot_be_used_are_said(folder: Path, tmp_path: Path, capsys
         "of crowds",
     ):
         assert said.count(why) == 1, why
+    line = f"label {data} --checkpoint {tmp_path}/run --out {tmp_path}/labels.json --cpu True"
+    assert sprompt(line) == 0
+    said = capsys.readouterr().out
+    assert "boxes.json: 1 annotation of crowds stays as it is (annotation id " in said
+    assert "of crowds is left out" not in said and "outside of its picture is left out" in said
 
 
 def test_the_paper_preset_is_the_default_and_the_paper() -> None:

@@ -23,7 +23,15 @@ from sprompt.data.errors import DataError
 from sprompt.data.pictures import png
 from sprompt.data.synthetic import write_scenes
 from sprompt.methods.auto_labeler.config import LabelConfig, NetworkConfig
-from sprompt.methods.auto_labeler.label import EMPTY, UNREADABLE, Labelled, label, paste, probabilities
+from sprompt.methods.auto_labeler.label import (
+    EMPTY,
+    UNREADABLE,
+    Labelled,
+    label,
+    normalised_crops,
+    paste,
+    probabilities,
+)
 from sprompt.methods.auto_labeler.network import build_network, load_network, save_network
 from sprompt.methods.auto_labeler.quality import quality
 from sprompt.methods.auto_labeler.samples import LABEL_MARGINS, Window, box_profiles, cut, window_of
@@ -108,6 +116,14 @@ def test_probabilities_by_the_formula() -> None:
         want = np.zeros((SIDE, SIDE))
         want[4:20, 8:30] = (1 / (1 + np.exp(-resized(z, SIDE, SIDE))))[4:20, 8:30]
         np.testing.assert_allclose(own, want, rtol=0, atol=1e-5)
+
+
+def test_crops_are_normalised_where_they_are() -> None:
+    """A tensor of the CPU that meets crops of another device raises. Meta tensors show this without a GPU."""
+    assert normalised_crops(torch.zeros(2, 3, 4, 4, dtype=torch.uint8, device="meta")).device.type == "meta"
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    white = normalised_crops(torch.full((1, 3, 1, 1), 255, dtype=torch.uint8))
+    torch.testing.assert_close(white[0, :, 0, 0], (1 - mean) / std)
 
 
 @pytest.mark.parametrize(
@@ -213,6 +229,19 @@ def test_three_processes_and_restarts_give_the_file_of_one(scenes: Path, single:
     assert out.read_bytes() == single.read_bytes()
     again = run(scenes, out)
     assert again.objects == 0 and again.out == out
+
+
+def test_a_large_info_is_kept(scenes: Path, single: Path, tmp_path: Path) -> None:
+    """The notes of a file may have megabytes. They are in the parts too, by which processes know their work."""
+    pictures, data = opened(scenes)
+    data = {**data, "info": {"note": ["a note"] * 150_000}}
+    arguments: dict[str, Any] = {"side": SIDE, "digest": "d", "unit": 2, "batch": 3, "of": 2}
+    out = tmp_path / "labels.json"
+    assert label(network(), pictures, data, out, LabelConfig(), index=0, **arguments).out is None
+    assert label(network(), pictures, data, out, LabelConfig(), index=1, **arguments).out == out
+    written = json.loads(out.read_text())
+    assert written["info"]["note"] == data["info"]["note"]
+    assert written["annotations"] == json.loads(single.read_text())["annotations"]
 
 
 def test_a_killed_process_goes_on_where_it_was(scenes: Path, single: Path, tmp_path: Path) -> None:

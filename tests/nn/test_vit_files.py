@@ -266,6 +266,27 @@ def test_another_network_is_refused_with_advice(tmp_path: Path) -> None:
         load_backbone(ResNet(18, width=4), tmp_path / "vit.safetensors")
 
 
+def test_advice_names_no_setting_that_fits_already(tmp_path: Path) -> None:
+    """A file that does not say its heads fits any number of them, and one with patches fits a convolutional stem."""
+    held = dict(network().state_dict())
+    del held["norm.weight"]
+    torch.save(held, tmp_path / "vit.pth")
+    target = network(VitConfig(width=128, depth=1, heads=4, grid=3, conv_stem=True))
+    with pytest.raises(ValueError, match=r"1 tensors missing \(norm.weight\); is it the right file\?$"):
+        load_backbone(target, tmp_path / "vit.pth")
+
+
+def test_unusual_heads_are_said(tmp_path: Path) -> None:
+    """Heads are in no tensor. A wrong number would load without an error, and give other maps."""
+    torch.save(network().state_dict(), tmp_path / "vit.pth")
+    said = load_backbone(network(VitConfig(width=128, depth=1, heads=4, grid=3)), tmp_path / "vit.pth")
+    assert said.endswith("; the file does not say its number of heads, released networks of width 128 have 2")
+    assert "does not say" not in load_backbone(network(), tmp_path / "vit.pth")
+    save_backbone(tmp_path / "own.safetensors", network(VitConfig(width=128, depth=1, heads=4, grid=3)))
+    target = network(VitConfig(width=128, depth=1, heads=4, grid=3))
+    assert "does not say" not in load_backbone(target, tmp_path / "own.safetensors")
+
+
 def test_a_small_file_cannot_ask_for_much_memory(tmp_path: Path) -> None:
     held = {
         "patch_embed.proj.weight": torch.zeros(4096, 3, 1, 1),

@@ -157,6 +157,30 @@ def test_missed_labels_have_their_class(disk: Any, tmp_path: Path, monkeypatch: 
     )
 
 
+def test_labels_are_shown_with_their_boxes(disk: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a file of `sprompt label`. The boxes are clipped to the picture; one that is no box is not drawn, its mask is."""
+    drawn: list[list[Any]] = []
+    overlay = draw.overlay
+    monkeypatch.setattr(
+        draw, "overlay", lambda p, m, marks: drawn.append([k.box for k in marks]) or overlay(p, m, marks)
+    )
+    truth = json.loads(disk.labels.read_text())
+    first = truth["images"][0]
+    own = next(a for a in truth["annotations"] if a["image_id"] == first["id"])
+    boxes = [[-3, 2, 10.5, 4], [1e308, 0, 1e308, 4], [0, 0, "5", 5], None, [-9, -9, 1e300, 1e300]]
+    truth["annotations"] = [{**own, "id": n, "bbox": box} for n, box in enumerate(boxes)]
+    labels = tmp_path / "labels.json"
+    labels.write_text(json.dumps({**truth, "info": {"labels": {"area": "mask"}}}))
+    reader = read(build(tmp_path / "site", predictions=(disk.images, disk.labels, labels)))
+    want = [(0, 2, 7.5, 6), None, None, None, (0, 0, first["width"], first["height"])]
+    assert want in drawn and "the boxes that they were made from" in reader.text["predictions"]
+    assert "score" not in reader.text["predictions"]
+    drawn.clear()
+    labels.write_text(json.dumps(truth))  # of another program
+    build(tmp_path / "site", predictions=(disk.images, disk.labels, labels))
+    assert not any(any(marks) for marks in drawn)
+
+
 def test_predictions_of_a_folder_have_the_names_in_pictures_json(disk: Any, tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
