@@ -227,8 +227,8 @@ def test_official_with_foreign_objects(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="objects that only running code from the file can make") as error:
         import_checkpoint(model, path)
     lines = [line for line in str(error.value).splitlines() if line.startswith("    ")]
-    assert len(lines) == 2
-    exec("\n".join(line.strip() for line in lines))  # the code in the message works
+    assert len(lines) == 3
+    exec("\n".join(line.strip() for line in lines), {})  # the code in the message works
     import_checkpoint(model, tmp_path / "k.safetensors")
     assert same(model, tiny())
 
