@@ -1,4 +1,4 @@
-"""Random changes of colours, for training on pictures without labels. A view is float32 (3, H, W) of 0 to 1."""
+"""Random changes of colours, for training without masks. A view is float32 (3, H, W) of 0 to 1."""
 
 from __future__ import annotations
 
