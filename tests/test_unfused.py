@@ -35,7 +35,7 @@ def test_logarithm() -> None:
 def test_softplus() -> None:
     x = torch.linspace(-79, 200, 200_001)
     y = unfused.softplus(x)
-    assert last_places(y, torch.logaddexp(x.double(), torch.zeros(1, dtype=torch.float64))) < 5
+    assert last_places(y, torch.logaddexp(x.double(), torch.zeros(1, dtype=torch.float64))) < 4
     assert unfused.softplus(torch.tensor(-81.0)) == 0
 
 
