@@ -37,7 +37,7 @@ struct Span {
     int64_t begin, end;
 };
 
-// What a sample gives: `upper` to pixel + 1, `lower` to pixel. Their sum is Samples::unit.
+// A sample adds `lower` to the weight of its pixel and `upper` to that of the next pixel. The sum of both is Samples::unit.
 struct Share {
     int64_t pixel;
     double lower, upper;
@@ -117,7 +117,7 @@ struct Paste {
 
     SPROMPT_AXIS double place(int64_t x) const { return ((static_cast<double>(x) + 0.5) - low) * scale - 0.5; }
     SPROMPT_AXIS bool inside(double place) const { return place > -1.0 && place < static_cast<double>(cells); }
-    // Of a place inside.
+    // The two cells around a place that is inside, and their weights.
     SPROMPT_AXIS Cells at(double place) const {
         const int64_t k = place < 0.0 ? -1 : static_cast<int64_t>(place);
         const float w1 = static_cast<float>(place - static_cast<double>(k)), w0 = 1.0f - w1;

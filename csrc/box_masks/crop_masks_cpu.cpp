@@ -27,7 +27,7 @@ SPROMPT_INLINE void weigh(const Samples& samples, int32_t part, Span span, doubl
 
 // The column weights of a box, and the sums of its last two rows of pixels.
 struct Crop {
-    // Of every part: its pixels, the sum of its weights, and the place of its weights in `weights`.
+    // Each part has its pixels, the sum of its weights, and the place of its weights in `weights`.
     Span* spans;      // (size)
     double* totals;   // (size)
     int64_t* places;  // (size)

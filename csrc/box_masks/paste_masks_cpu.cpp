@@ -31,7 +31,7 @@ SPROMPT_INLINE Span over_map(const Paste& axis, int64_t begin, int64_t end) {
 
 // One mask: the cells under its columns, and two rows of cells interpolated there.
 struct Columns {
-    // Of column begin + i, padded to 32 with weights of 0.
+    // Entry i holds the two cells and weights of column begin + i. Entries up to a multiple of 32 have weights of 0.
     int32_t *first, *second;  // (width)
     float *w0, *w1;           // (width)
     float* wide[2];           // (width) each: row y of cells at y % 2

@@ -102,7 +102,7 @@ void fill_weights(const View& images, int64_t b, const Window& window, const Num
             store(crop.east + at, weight(here + x, here + x + 1, line, factor));
             store(crop.south + at, weight(here + x, below + x, line, factor));
             store(crop.south_east + at, weight(here + x, below + x + 1, line, factor));
-            // Those of the pixels to the right: column 0 has no neighbour in the south-west.
+            // The weights belong to the pixels one column to the right, since column 0 has no neighbour in the south-west.
             store(crop.south_west + at + 1, weight(here + x + 1, below + x, line, factor));
         }
     }

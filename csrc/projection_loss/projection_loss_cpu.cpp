@@ -23,7 +23,8 @@ SPROMPT_INLINE float value_of(int32_t key) {
     return x;
 }
 
-// The maxima of a map (h, w): keys, and the lowest places. Arrays over columns have room for whole vectors.
+// The largest key of every row and column of a map (h, w), and the lowest place that has it. Arrays over columns have room for
+// whole vectors.
 struct Maxima {
     int32_t *of_rows, *of_columns, *columns, *rows;  // (h), (w), and the column (h) and the row (w) of each
 

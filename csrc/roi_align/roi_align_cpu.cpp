@@ -46,7 +46,7 @@ SPROMPT_INLINE void sum_rows(const T* p, const View& map, int64_t cells, const A
     for (int k = 0; k < K; ++k) store(out + k * W, sum[k]);
 }
 
-// room.line <- the columns that the box needs, summed over the rows of one row of bins.
+// Fills room.line with the columns that the box needs, each summed over the rows of one row of bins.
 template <class T>
 SPROMPT_INLINE void read_line(const T* plane, const View& map, int64_t channels, const Box& box, int64_t bin,
                               const Room& room) {

@@ -171,6 +171,27 @@ def features_of(model: QueryModel, images: Tensor, sizes: Sequence[Size]) -> Fea
     return model.encode(images)._replace(sizes=sizes)
 
 
+def prompted(name: str, prompter: Prompter | None, site: str, queries: Tensor) -> Tensor:
+    """What a prompter makes of the queries (B, N, C) at a site; the queries themselves without a prompter. Raises ValueError, in the name
+    of a model, for another shape."""
+    if prompter is None:
+        return queries
+    found = prompter(site, queries)
+    if found.shape != queries.shape:
+        raise ValueError(
+            f"{name}: the prompter must return queries of shape {tuple(queries.shape)}, got {tuple(found.shape)}"
+        )
+    return found
+
+
+def refuse_groups(name: str, targets: Targets | None) -> None:
+    """Raises ValueError, in the name of a model that cannot train with groups of extra queries, if there are any."""
+    if targets is not None and targets.groups:
+        raise ValueError(
+            f"{name}: targets.groups must be empty, got groups of queries; train a model that takes extra queries"
+        )
+
+
 def check_images(name: str, images: Tensor) -> None:
     """Raises ValueError, in the name of a model, for images that its `encode` cannot take."""
     if images.dim() != 4 or images.shape[1] != 3 or images.shape[2] % 32 or images.shape[3] % 32:

@@ -17,7 +17,7 @@ class NetworkConfig:
     """Sizes of the network. The defaults are the paper's."""
 
     backbone: Literal["vit", "resnet"] = "vit"
-    """The encoder: a Vision Transformer, with the settings of `vit`, or a ResNet, with the two settings that follow."""
+    """The encoder: a Vision Transformer, with the settings of `vit`, or a ResNet, with the settings `depth` and `backbone_…`."""
     vit: VitConfig = field(default_factory=lambda: VitConfig(grid=32, conv_stem=True))
     """Sizes of the Vision Transformer; its patches have 16 pixels."""
     depth: int = 50

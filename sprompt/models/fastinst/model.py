@@ -15,7 +15,17 @@ from sprompt.masks import BitMasks, Size
 from sprompt.models import query_inference
 from sprompt.models.fastinst import loss
 from sprompt.models.fastinst.config import FastInstConfig
-from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
+from sprompt.models.protocol import (
+    Features,
+    Losses,
+    ParameterGroup,
+    Prediction,
+    Prompter,
+    Targets,
+    check_images,
+    prompted,
+    refuse_groups,
+)
 from sprompt.nn.dual_path import Decoded, DualPathDecoder
 from sprompt.nn.ppm_fpn import PPMFPN
 from sprompt.nn.resnet import ResNet
@@ -120,18 +130,11 @@ class FastInst(nn.Module):
         return Features(maps, [fine, fine, middle, coarse])
 
     def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
-        if targets is not None and targets.groups:
-            raise ValueError("FastInst: targets.groups must be empty, got groups of queries")
+        refuse_groups("FastInst", targets)
         _, fine, middle, _ = features.maps
         proposals = self.proposal_predictor(middle)
         content, positions, locations = self._queries(proposals, middle)
-        if prompter is not None:
-            prompted = prompter("query", content)
-            if prompted.shape != content.shape:
-                raise ValueError(
-                    f"FastInst: the prompter must return queries of shape {tuple(content.shape)}, got {tuple(prompted.shape)}"
-                )
-            content = prompted
+        content = prompted("FastInst", prompter, "query", content)
         added = [t.weight.expand(len(content), -1, -1) for t in (self.auxiliary_content, self.auxiliary_positions)]
         decoded = self.decoder(
             torch.cat([content, added[0]], 1),

@@ -15,7 +15,16 @@ from sprompt.models.knet.config import KNetConfig
 from sprompt.models.knet.kernel_head import KernelHead
 from sprompt.models.knet.outputs import Outputs
 from sprompt.models.knet.update_head import UpdateHead
-from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
+from sprompt.models.protocol import (
+    Features,
+    Losses,
+    ParameterGroup,
+    Prediction,
+    Prompter,
+    Targets,
+    check_images,
+    refuse_groups,
+)
 from sprompt.nn.fpn import FPN
 from sprompt.nn.resnet import ResNet
 from sprompt.ops import mask_conv, mask_pool, mask_update
@@ -104,10 +113,7 @@ class KNet(nn.Module):
         return Features(maps, self.neck(maps))
 
     def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
-        if targets is not None and targets.groups:
-            raise ValueError(
-                "KNet: targets.groups must be empty, got groups of queries; train a model that takes extra queries"
-            )
+        refuse_groups("KNet", targets)
         loc, sem = self.rpn_head(features.maps)
         kernels = self._prompted(prompter, "kernel", self.rpn_head.kernels(len(loc)), loc)
         masks = [mask_conv(loc, kernels)]

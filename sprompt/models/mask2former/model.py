@@ -23,6 +23,7 @@ from sprompt.models.protocol import (
     Slots,
     Targets,
     check_images,
+    prompted,
 )
 from sprompt.models.query_groups import join
 from sprompt.nn.masked_decoder import MaskedDecoder
@@ -143,13 +144,7 @@ class Mask2Former(nn.Module):
         mask_features, *maps = features.maps
         module, batch = self.transformer_module, len(mask_features)
         content = module.queries_features.weight.expand(batch, -1, -1)
-        if prompter is not None:
-            prompted = prompter("query", content)
-            if prompted.shape != content.shape:
-                raise ValueError(
-                    f"Mask2Former: the prompter must return queries of shape {tuple(content.shape)}, got {tuple(prompted.shape)}"
-                )
-            content = prompted
+        content = prompted("Mask2Former", prompter, "query", content)
         groups = () if targets is None else targets.groups
         joined = join(content, module.queries_embedder.weight.expand(batch, -1, -1), groups)
         decoded = module.decoder(

@@ -121,7 +121,7 @@ class MaskHead(nn.Module):
         like = self.conv_logits.weight
         self.conv_logits = nn.Conv2d(like.shape[1], num_classes, 1, device=like.device, dtype=like.dtype)
         _xavier(self.conv_logits)
-        nn.init.zeros_(self.conv_logits.bias)  # type: ignore[arg-type]
+        nn.init.zeros_(self.conv_logits.bias)  # type: ignore[arg-type]  # it has a bias
 
     def forward(self, regions: Tensor, queries: Tensor, classes: Tensor, real: Tensor | None = None) -> Tensor:
         """The last convolution is 1×1: a class is a row of its weights. The rows of the wanted classes are gathered, and each box is

@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from sprompt.masks import BitMasks, Size
-from sprompt.models.protocol import Features, Losses, ParameterGroup, Prediction, Prompter, Targets, check_images
+from sprompt.models.protocol import (
+    Features,
+    Losses,
+    ParameterGroup,
+    Prediction,
+    Prompter,
+    Targets,
+    check_images,
+    prompted,
+    refuse_groups,
+)
 from sprompt.models.queryinst import inference, loss
 from sprompt.models.queryinst.boxes import corners, scales
 from sprompt.models.queryinst.config import QueryInstConfig
@@ -118,8 +128,7 @@ class QueryInst(nn.Module):
         return Features(maps, self.neck(maps))
 
     def decode(self, features: Features, prompter: Prompter | None = None, targets: Targets | None = None) -> Outputs:
-        if targets is not None and targets.groups:
-            raise ValueError("QueryInst: targets.groups must be empty, got groups of queries")
+        refuse_groups("QueryInst", targets)
         maps = features.maps
         batch, _, height, width = maps[0].shape
         sizes = features.sizes
@@ -130,13 +139,7 @@ class QueryInst(nn.Module):
         # Without padding one entry serves all images, so that an exported program can take batches of any size.
         scale = scales([(4 * height, 4 * width)] if sizes is None else sizes, maps[0]).expand(batch, -1, -1)
         queries = self.rpn_head.init_proposal_features.weight.expand(batch, -1, -1)
-        if prompter is not None:
-            prompted = prompter("query", queries)
-            if prompted.shape != queries.shape:
-                raise ValueError(
-                    f"QueryInst: the prompter must return queries of shape {tuple(queries.shape)}, got {tuple(prompted.shape)}"
-                )
-            queries = prompted
+        queries = prompted("QueryInst", prompter, "query", queries)
         boxes = corners(self.rpn_head.init_proposal_bboxes.weight) * scale
         stages: list[Stage] = []
         for head in self.roi_head.bbox_head:
