@@ -51,7 +51,7 @@ class Released(nn.Module):
             blocked = blocked[:, None].repeat(1, model.config.heads, 1, 1).flatten(0, 1)
             blocked[torch.where(blocked.sum(-1) == blocked.shape[-1])] = False
             queries, pixels = layer(queries, query_positions, pixels, positions, blocked)
-            hidden, logits = predicted(head, queries[:number], pixels, fine)  # type: ignore[arg-type]
+            hidden, logits = predicted(head, queries[:number], pixels, fine)  # type: ignore[arg-type]  # a Head
         return model.decoder.classes(-1, hidden)[:, 0], logits[0]
 
 

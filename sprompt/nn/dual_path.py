@@ -139,7 +139,7 @@ class DualPathDecoder(nn.Module):
         predicting, size = decoded.predicted[0].hidden.shape[1], masks.size
         found = []
         for layer, head, queries, pixels in zip(
-            self.layers, self.heads[1:], decoded.queries[1:], decoded.pixels[1:], strict=True  # type: ignore[arg-type]
+            self.layers, self.heads[1:], decoded.queries[1:], decoded.pixels[1:], strict=True  # type: ignore[arg-type]  # a slice of a ModuleList
         ):  # fmt: skip
             queries, pixels = layer(queries, decoded.query_positions, pixels, decoded.pixel_positions, masks)
             found.append(head(queries[:, :predicting], pixels, size))
