@@ -31,8 +31,8 @@ class Pretrain:
     proposals: Path
     """File written by `sprompt propose`."""
     backbone: Path
-    """The backbone that the proposals were made with: a file, or a run folder with a backbone. The method decides whether
-    the backbone stays frozen."""
+    """The model's backbone: a file, or a run folder with a backbone. Kernel supervision needs the backbone that the proposals
+    were made with. The method decides whether the backbone stays frozen."""
     out: Path = Path("runs/pretrain")
     """Run folder."""
     keep_empty: bool = False
@@ -70,13 +70,9 @@ class Pretrain:
         model = build(dataclasses.replace(self.model, num_classes=1))
         run_folder.say_if_crowded(dataset, model.num_queries)
         run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))
-        made_with = dataset.info["proposals"] if dataset.has_seeds else {}
-        if made_with.get("backbone", fingerprint(model.backbone)) != fingerprint(model.backbone):
-            raise ValueError(
-                f"--backbone: must be the backbone that {self.proposals} was made with, got another; give that backbone, or "
-                "make the proposals again with this one"
-            )
         task = METHODS.owner(self.method).on(model, self.method, dataset, self.train.seed)
+        if isinstance(self.method, SaliencyPromptConfig) and self.method.uses_seeds:
+            self._check_backbone(dataset, fingerprint(model.backbone))
         settings = dataclasses.replace(self, model=model.config)
         with run_folder.begun(self.out, settings) as record:
             train(
@@ -91,3 +87,11 @@ class Pretrain:
                 },
             )  # fmt: skip
             run_folder.save(self.out, model, ["object"], self.augment, half=self.half)
+
+    def _check_backbone(self, dataset: CocoDataset, own: str) -> None:
+        """Kernels are pulled to features of the model's own backbone, at the seeds that the backbone of the proposals chose."""
+        if dataset.info["proposals"].get("backbone", own) != own:
+            raise ValueError(
+                f"--backbone: kernel supervision needs the backbone that {self.proposals} was made with, got another; give that "
+                "backbone, make the proposals again with this one, or give --method.kernel-weight 0"
+            )

@@ -24,6 +24,7 @@ from sprompt.commands import parsing
 from sprompt.commands.run_folder import backbone_file
 from sprompt.data.synthetic import write_scenes
 from sprompt.nn.resnet import ResNet
+from sprompt.nn.vit import Vit, VitConfig
 from sprompt.nn.weights import save_backbone
 from sprompt.registry import Named
 
@@ -64,6 +65,27 @@ def test_a_run_folder_is_a_backbone(folder: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert sprompt(f"propose --images {folder}/images --backbone {folder}/images --out {folder}/r.json") == 1
     assert "images holds no backbone.safetensors and no model.safetensors" in capsys.readouterr().err
+
+
+def test_only_kernel_supervision_needs_the_backbone_of_the_proposals(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Proposals of a ViT, whose map has a stride of its own, and a model with a ResNet."""
+    save_backbone(folder / "vit.safetensors", Vit(VitConfig(patch=16, width=16, depth=1, heads=2, grid=3)))
+    search = (
+        "--proposals.short 64 --proposals.long 64 --proposals.min-score 0 --proposals.centre 0 --proposals.max-width 2"
+    )
+    made = f"propose --images {folder}/images --backbone {folder}/vit.safetensors --out {folder}/p.json --cpu True {search}"
+    assert sprompt(made) == 0
+    line = f"pretrain --images {folder}/images --proposals {folder}/p.json --backbone {folder}/run --train.epochs 1 {NETWORK} {SMALL}"
+    capsys.readouterr()
+    assert sprompt(f"{line} --out {folder}/supervised-kernels") == 1
+    assert "--backbone: kernel supervision needs the backbone that" in capsys.readouterr().err
+    assert not (folder / "supervised-kernels").exists()
+    ways = ["--method.kernel-weight 0", "--method.kernel-weight 0 --method.assign none", "--method supervised"]
+    for number, way in enumerate(ways):
+        assert sprompt(f"{line} --out {folder}/{number} {way}") == 0, capsys.readouterr().err
+        assert (folder / f"{number}/model.safetensors").is_file()
 
 
 def test_the_same_backbone_by_file_and_by_folder_is_the_same_run(folder: Path) -> None:

@@ -155,6 +155,12 @@ class SaliencyPromptConfig(MethodConfig):
         if not (_number(self.kernel_weight) and self.kernel_weight >= 0):
             raise ValueError(f"SaliencyPromptConfig: kernel_weight must be at least 0, got {self.kernel_weight!r}")
 
+    @property
+    def uses_seeds(self) -> bool:
+        """Whether the seeds of proposals teach. Only kernel supervision reads them: prompts are means over proposals, of the
+        model's own maps."""
+        return self.kernel_weight > 0
+
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

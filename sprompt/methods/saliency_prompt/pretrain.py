@@ -57,7 +57,7 @@ class Pretraining(nn.Module):
         if config.freeze_backbone:
             network.freeze_backbone(4)
         self.projection: Projection | None = None
-        if config.kernel_weight > 0:
+        if config.uses_seeds:
             width = cast(Any, network.backbone).channels[self._level]
             self.projection = Projection(width, network.channels, config.projection, seed)
         self.prompt_layer: nn.Linear | None = None
@@ -71,7 +71,7 @@ class Pretraining(nn.Module):
 
     @classmethod
     def on(cls, model: nn.Module, config: SaliencyPromptConfig, dataset: Any, seed: int) -> Pretraining:
-        if not dataset.has_seeds and config.kernel_weight > 0:
+        if config.uses_seeds and not dataset.has_seeds:
             raise ValueError(
                 "--proposals: the file does not say where the seeds of its masks lay; make it by `sprompt propose`, or give "
                 "--method.kernel-weight 0"
