@@ -16,6 +16,22 @@ def average_targets(counts: Tensor) -> Tensor:
     return (all_sum(counts.sum().float()) / world()).clamp(min=1)
 
 
+def real_labels(name: str, labels: Tensor, counts: Tensor, classes: int) -> Tensor:
+    """The labels (B, G), with 0 behind counts (B,). There they may be anything, and they index too.
+
+    On a CPU it raises ValueError for the label of a target that is no class; a GPU would wait for the check.
+    """
+    labels = torch.where(torch.arange(labels.shape[1], device=labels.device) < counts[:, None], labels, 0)
+    if labels.device.type == "cpu":
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if len(wrong):
+            raise ValueError(
+                f"{name}: labels must lie between 0 and {classes - 1}, got {int(wrong[0])}; was the model made for these classes? "
+                "(reset_classifier)"
+            )
+    return labels
+
+
 def query_labels(rows: Tensor, labels: Tensor, queries: int, background: int) -> Tensor:
     """(B, Q) int64: the class of every query, `background` for a query without a target. rows, labels: (B, G)."""
     truth = labels.new_full((len(rows), queries + 1), background)

@@ -209,21 +209,6 @@ def test_pairs_without_a_query_count_for_nothing(monkeypatch: pytest.MonkeyPatch
             torch.testing.assert_close(found[1][kind][name], value, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("label", [-1, 3, 99])
-@pytest.mark.parametrize("selects", [True, False])
-def test_labels_behind_counts_do_not_matter(label: int, selects: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sprompt.models.queryinst.loss._selects", lambda device: selects)
-    model = network()
-    images, masks, labels = labelled((64, 64), [3, 1])
-    labels[1, 1:] = 0
-    found = []
-    for _ in range(2):
-        outputs = model(images.float())
-        found.append(model.losses(outputs, BitMasks.from_dense(masks), labels, torch.tensor([3, 1])).terms)
-        labels[1, 1:] = label
-    assert found[0] == found[1]
-
-
 def test_the_sizes_of_the_release() -> None:
     with torch.device("meta"):
         model = QueryInst()

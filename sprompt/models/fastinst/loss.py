@@ -13,7 +13,7 @@ from sprompt.models.fastinst.config import FastInstConfig
 from sprompt.models.protocol import Losses, Matched
 from sprompt.nn.conv import full_precision
 from sprompt.nn.dual_path import DualPathDecoder, Predicted
-from sprompt.nn.set_loss import average_targets, class_term, mask_terms
+from sprompt.nn.set_loss import average_targets, class_term, mask_terms, real_labels
 from sprompt.ops import linear_assignment, point_cost, sample_points
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def losses(
     of the last head guides them, and is theirs. The last head itself is matched anew, at other points. Without `config.guided` there are
     no such predictions. Points, divisors and images without targets are as in `sprompt.models.mask2former.loss`.
     """
+    labels = real_labels("FastInst.losses", labels, counts, config.num_classes)
     terms: dict[str, Tensor] = {}
     predicted = outputs.decoded.predicted
     outside = None if outputs.locations is None else _outside(masks, outputs.locations)

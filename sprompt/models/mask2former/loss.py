@@ -11,7 +11,7 @@ from sprompt.masks import BitMasks
 from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.models.protocol import IF_MATCHED, OBJECT, Losses, Matched, Slots
 from sprompt.nn.conv import full_precision
-from sprompt.nn.set_loss import average_targets, class_term, mask_terms, weighted_cross_entropy
+from sprompt.nn.set_loss import average_targets, class_term, mask_terms, real_labels, weighted_cross_entropy
 from sprompt.ops import linear_assignment, point_cost
 
 
@@ -36,6 +36,7 @@ def losses(
     The mask terms are divided by the number of targets, as the mean over the processes and at least 1. Logits at full resolution exist
     for matched pairs only. Without targets every term is finite and has a gradient to every parameter.
     """
+    labels = real_labels("Mask2Former.losses", labels, counts, config.num_classes)
     terms: dict[str, Tensor] = {}
     matched = []
     with torch.autocast(labels.device.type, enabled=False):

@@ -16,7 +16,7 @@ from sprompt.models.queryinst.heads import MASK_CELLS, MASK_SIDE, MaskHead
 from sprompt.nn.conv import full_precision
 from sprompt.nn.distributed import all_sum, world
 from sprompt.nn.losses import focal_sum
-from sprompt.nn.set_loss import query_labels
+from sprompt.nn.set_loss import query_labels, real_labels
 from sprompt.ops import crop_masks, linear_assignment, roi_align
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def losses(
     finite and still has a gradient to every parameter.
     """
     _check(outputs, masks, labels, counts)
-    labels = labels.clamp(0, config.num_classes - 1)  # labels behind counts may be anything, and they index too
+    labels = real_labels("QueryInst.losses", labels, counts, config.num_classes)
     stages, queries = outputs.stages, config.queries
     with torch.autocast(labels.device.type, enabled=False):
         boxes = torch.stack([stage.boxes for stage in stages])  # (S, B, N, 4)
@@ -132,11 +132,3 @@ def _check(outputs: Outputs, masks: BitMasks, labels: Tensor, counts: Tensor) ->
             f"QueryInst.losses: labels must be int64 of shape {tuple(masks.shape)}, got {labels.dtype} of {tuple(labels.shape)}; give "
             "every mask a class"
         )
-    classes = outputs.stages[0].classes.shape[2]
-    if labels.device.type == "cpu":  # on a GPU this check would wait for the device
-        wrong = labels[(torch.arange(labels.shape[1]) < counts[:, None]) & ((labels < 0) | (labels >= classes))]
-        if len(wrong):
-            raise ValueError(
-                f"QueryInst.losses: labels must lie between 0 and {classes - 1}, got {int(wrong[0])}; was the model made for these "
-                "classes? (reset_classifier)"
-            )
