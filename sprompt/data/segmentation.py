@@ -28,7 +28,7 @@ def decode(segmentations: Sequence[Any], size: Size, name: Callable[[int], str])
 
     DataError refuses a segmentation that is broken, of another size, or far outside the picture, and calls the i-th `name(i)`.
     """
-    rles = [_filled(s, size, name, i) if isinstance(s, list) else s for i, s in enumerate(segmentations)]
+    rles = [_filled(s, size, name(i)) if isinstance(s, list) else s for i, s in enumerate(segmentations)]
     try:
         return BitMasks.from_rle(rles, size)
     except (ValueError, TypeError):
@@ -41,9 +41,8 @@ def decode(segmentations: Sequence[Any], size: Size, name: Callable[[int], str])
         raise
 
 
-def _filled(polygons: list[Any], size: Size, name: Callable[[int], str], index: int) -> dict[str, Any]:
-    """Run lengths of the union of polygons [x, y, x, y, …]."""
-    height, width = size
+def outlines(polygons: list[Any], size: Size, name: str) -> list[np.ndarray]:
+    """The corners [x, y, x, y, …] of the polygons that have at least three. DataError calls their annotation `name`."""
     parts = []
     reach = max(size)
     for polygon in polygons:
@@ -52,15 +51,22 @@ def _filled(polygons: list[Any], size: Size, name: Callable[[int], str], index: 
         except (TypeError, ValueError, OverflowError):
             points = np.empty((0, 0))
         if points.ndim != 1 or len(points) % 2:
-            raise DataError(f"{name(index)}: polygons must be lists of numbers x, y, x, y, …, got {polygon!r:.60}")
+            raise DataError(f"{name}: polygons must be lists of numbers x, y, x, y, …, got {polygon!r:.60}")
         # pycocotools walks along every edge, so one distant corner could take any amount of memory
         if not ((points >= -reach) & (points <= 2 * reach)).all():
             raise DataError(
-                f"{name(index)}: corners must lie in or near the picture of {height}x{width}, got {polygon!r:.60}; "
+                f"{name}: corners must lie in or near the picture of {size[0]}x{size[1]}, got {polygon!r:.60}; "
                 "were the labels made for another size?"
             )
         if len(points) >= 6:  # pycocotools takes four numbers for a box
             parts.append(points)
+    return parts
+
+
+def _filled(polygons: list[Any], size: Size, name: str) -> dict[str, Any]:
+    """Run lengths of the union of polygons [x, y, x, y, …]."""
+    height, width = size
+    parts = outlines(polygons, size, name)
     if not parts:
         return {"size": list(size), "counts": [height * width]}
     return coco_mask.merge(coco_mask.frPyObjects(parts, height, width))

@@ -202,3 +202,26 @@ def test_masks_that_are_not_are_refused_not_believed() -> None:
         record = {"image_id": 7, "category_id": 1, "score": 0.5, "segmentation": {"size": [10, 10], "counts": counts}}
         with pytest.raises(DataError, match="results of picture 7, from record 0 on: rle_decode"):
             coco_metrics(truth, [record])
+
+
+@pytest.mark.parametrize("crowd", [0, 1])
+def test_polygons_far_outside_a_picture_do_not_reach_pycocotools(crowd: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, results = random_case(0)
+    corners = {
+        "near": [-5.0, 3.0, 90.0, 4.0, 80.0, 165.0],
+        "far": [0.0, 0.0, 1e9, 0.0, 1e9, 5.0],
+        "nan": [0, 0, float("nan"), 1, 2, 2],
+    }
+    truth["annotations"][0] |= {"iscrowd": crowd, "segmentation": [corners["near"]]}
+    assert coco_metrics(truth, results)["AP"] >= 0
+
+    def no_metrics(*arguments: Any) -> None:
+        raise AssertionError("pycocotools was called")
+
+    monkeypatch.setattr(COCO, "createIndex", no_metrics)
+    for name in ("far", "nan"):
+        truth["annotations"][0]["segmentation"] = [corners["near"], corners[name]]
+        with pytest.raises(
+            DataError, match=r"labels: annotation 1: corners must lie in or near the picture of 160x160"
+        ):
+            coco_metrics(truth, results)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from rich.table import Table
 
+from sprompt.data.segmentation import outlines
 from sprompt.engine.evaluators import results as checked
 from sprompt.engine.evaluators.registry import EvaluatorConfig
 
@@ -94,6 +95,8 @@ def coco_metrics(
     images = [dict(image) for image in truth["images"]]
     categories = [dict(category) for category in truth["categories"]]
     annotations = [dict(annotation) for annotation in truth["annotations"]]  # pycocotools writes into them
+    if kind == "segm":
+        _check_polygons(annotations, checked.sizes(truth))
     found = _detections(truth, results, kind)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = judge(
@@ -134,6 +137,13 @@ def _engine(name: str) -> tuple[Any, Any]:
             ) from None
         return COCO, COCOeval_faster
     raise ValueError(f"engine: must be pycocotools or faster, got {name!r}")
+
+
+def _check_polygons(annotations: Sequence[Mapping[str, Any]], sizes: checked.Sizes) -> None:
+    """Raises DataError for polygons that are broken or lie far outside their picture. pycocotools would walk along their edges."""
+    for a in annotations:
+        if isinstance(a.get("segmentation"), list) and a["image_id"] in sizes:
+            outlines(a["segmentation"], sizes[a["image_id"]], f"labels: annotation {a.get('file_id', a['id'])}")
 
 
 def _indexed(coco: Any, images: list[Any], categories: list[Any], annotations: list[Any]) -> Any:
