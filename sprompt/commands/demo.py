@@ -47,8 +47,8 @@ class Demo:
 
     def run(self) -> None:
         began = time.monotonic()
+        out = run_folder.to_write(self.out, folder=True)
         self._scenes()
-        out = self.out
         images, proposals = out / "unlabelled" / "images", out / "proposals.json"
         self._sprompt(f"propose --preset tiny --images {images} --backbone {WEIGHTS} --out {proposals}")
         self._sprompt(

@@ -50,6 +50,7 @@ class Label:
         from sprompt.methods.auto_labeler.network import load_network
 
         index, count = run_folder.share(self.shard)
+        out = run_folder.to_write(self.out, folder=False)
         images = run_folder.existing(self.images, "images", folder=True)
         source = run_folder.existing(self.annotations, "annotations", folder=False)
         network, sizes = load_network(run_folder.labeler_file(self.checkpoint))
@@ -68,7 +69,7 @@ class Label:
         clock = Clock()
         with Progress("label", boxes) as bar:
             done = label(
-                network, pictures, data, self.out, self.labels, side=sizes.crop, digest=str(run_folder.digest(source)),
+                network, pictures, data, out, self.labels, side=sizes.crop, digest=str(run_folder.digest(source)),
                 batch=self.batch_size, index=index, of=count, device=device, clock=clock, progress=bar.reach,
             )  # fmt: skip
         for broken in done.skipped:

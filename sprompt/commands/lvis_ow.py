@@ -38,7 +38,7 @@ class LvisOw:
             given(self.lvis_train, "lvis-train"),
             given(self.lvis_val, "lvis-val"),
             given(self.coco_train, "coco-train"),
-            self.out,
+            run_folder.to_write(self.out, folder=True),
             duplicates=self.duplicates,
         )
         show(built)

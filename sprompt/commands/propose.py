@@ -44,6 +44,7 @@ class Propose:
         import torch
 
         index, count = run_folder.share(self.shard)
+        out = run_folder.to_write(self.out, folder=False)
         pictures = run_folder.folder_of(self.images, self.only)
         backbone = open_backbone(run_folder.backbone_file(self.backbone, "backbone"))
         cuda = torch.cuda.is_available() and not self.cpu
@@ -54,7 +55,7 @@ class Propose:
             print(f"  {problem}")
         with Progress("propose", len(pictures)) as bar:
             done = generate(
-                pictures, backbone, self.proposals, self.out, index=index, of=count, device=device,
+                pictures, backbone, self.proposals, out, index=index, of=count, device=device,
                 vectors=self.vectors, progress=bar.reach,
             )  # fmt: skip
         for broken in done.skipped:

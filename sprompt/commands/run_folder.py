@@ -34,8 +34,7 @@ _LOCK = ".lock"  # held by the run that writes into the folder
 
 def prepared(out: Path, settings: Any) -> str:
     """Makes the run folder. Returns the text of its config.yaml. Raises ValueError for the folder of another command."""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out: must be a folder, got the file {out}")
+    to_write(out, folder=True)
     text = record(settings)
     if (out / CONFIG).is_file():
         there = read_yaml(out / CONFIG).get("command", text["command"])
@@ -134,6 +133,14 @@ def existing(path: Path, option: str, *, folder: bool) -> Path:
     if path.is_dir() != folder:
         raise ValueError(f"--{option}: must be a {'folder' if folder else 'file'}, got {path}")
     return path
+
+
+def to_write(out: Path, *, folder: bool) -> Path:
+    """The path of --out, unless it is there and of the other kind."""
+    if out.exists() and out.is_dir() != folder:
+        kinds = ("folder", "file") if folder else ("file", "folder")
+        raise ValueError(f"--out: must be a {kinds[0]}, got the {kinds[1]} {out}")
+    return out
 
 
 def backbone_file(path: Path, option: str) -> Path:

@@ -32,7 +32,8 @@ class Split:
         from sprompt.data.split import split
 
         annotations = run_folder.existing(self.annotations, "annotations", folder=False)
-        parts = split(annotations, self.out, val_share=self.val_share, seed=self.seed, together=self.together)
+        out = run_folder.to_write(self.out, folder=True)
+        parts = split(annotations, out, val_share=self.val_share, seed=self.seed, together=self.together)
         show(*parts)
 
 

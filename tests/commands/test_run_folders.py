@@ -73,6 +73,33 @@ def test_a_checkpoint_that_cannot_be_written(folder: Path, capsys: pytest.Captur
     assert "goes on at step 2 of 4" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("line", "got"),
+    [
+        ("propose --images {0}/scenes/images --backbone {0}/none --out {0}/scenes", "file, got the folder"),
+        (
+            "label --images {0}/scenes/images --annotations {1} --checkpoint {0}/none --out {0}/scenes",
+            "file, got the folder",
+        ),
+        ("split --annotations {1} --out {1}", "folder, got the file"),
+        ("lvis-ow --lvis-train {1} --lvis-val {1} --coco-train {1} --out {1}", "folder, got the file"),
+        ("predict --images {0}/scenes/images --checkpoint {0}/model.safetensors --out {1}", "folder, got the file"),
+        ("demo --out {1}", "folder, got the file"),
+    ],
+    ids=lambda text: text.split()[0],
+)
+def test_out_of_the_wrong_kind(folder: Path, line: str, got: str, capsys: pytest.CaptureFixture[str]) -> None:
+    saved(folder)
+    labels = folder / "scenes/instances.json"
+    before = labels.read_bytes()
+    assert sprompt(line.format(folder, labels)) == 1
+    said = capsys.readouterr().err
+    assert (
+        said.startswith(f"sprompt {line.split()[0]}: --out: must be a {got} {folder}/scenes") and said.count("\n") == 1
+    )
+    assert labels.read_bytes() == before
+
+
 def test_a_model_that_cannot_be_written(folder: Path) -> None:
     with files_of_at_most(10_000), pytest.raises(OSError, match=r"model\.safetensors: cannot be written \("):
         saved(folder)
