@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+#: The largest whole number that an op takes.
+INT64 = 2**63 - 1
 INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
@@ -98,6 +100,8 @@ def whole(op: str, arg: str, value: Any, rule: str, low: int = 0) -> None:
         bad_type(op, arg, rule, repr(value))
     if value < low:
         bad_value(op, arg, rule, value)
+    if type(value) is int and value > INT64:  # a SymInt has 64 bits
+        bad_value(op, arg, f"be at most {INT64}", value)
 
 
 def counts(op: str, value: Any, batch: int) -> None:

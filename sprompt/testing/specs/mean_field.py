@@ -132,6 +132,8 @@ SPECS = [
                 _images[:, :, :1, :1].expand(2, 3, 2**14, 2**14), *[_map[:, :1, :1].expand(2, 2**14, 2**14)] * 2),
             _bad("half an iteration", r"iterations must be a whole number of at least 0, got 0.5", _images, _map, _map,
                 iterations=0.5, error=TypeError),
+            _bad("iterations beyond 64 bits", r"iterations must be at most 9223372036854775807, got 1180591620717411303424", _images,
+                _map, _map, iterations=2**70),
             _bad("negative iterations", r"iterations must be a whole number of at least 0, got -1", _images, _map, _map, iterations=-1),
             _bad("scale 0", r"scale must be a number between 1e-06 and 1000000, got 0", _images, _map, _map, scale=0),
             _bad("low above", r"low must be a number between 1e-06 and 0.5, got 0.6", _images, _map, _map, low=0.6),
