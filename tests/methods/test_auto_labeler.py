@@ -26,6 +26,7 @@ from sprompt.methods.auto_labeler.config import AutoLabelerConfig, CropConfig, N
 from sprompt.methods.auto_labeler.network import build_network
 from sprompt.methods.auto_labeler.samples import BoxedObjects, CropBatch, CropBatches, Cropped
 from sprompt.methods.auto_labeler.task import AutoLabeler, dice_loss
+from sprompt.ops import mean_field
 
 HERE = Path(__file__).parent
 NETWORK = NetworkConfig(backbone="resnet", depth=18, backbone_width=4, width=8, crop=32)
@@ -288,3 +289,35 @@ def test_two_processes_are_one(scenes: Path, single: tuple[AutoLabeler, Path], t
     one, two = losses(single[1]), losses(tmp_path)
     np.testing.assert_allclose(two[:3], one[:3], rtol=1e-4, atol=1e-7)
     np.testing.assert_allclose(two, one, rtol=0.05)  # rounding moves labels of the refinement
+
+
+@pytest.mark.parametrize("name", ["low", "high", "scale"])
+def test_settings_are_those_that_the_refinement_takes(name: str) -> None:
+    colours, maps = torch.zeros(1, 3, 2, 2), torch.full((1, 2, 2), 0.5)
+
+    def takes(function: Any, value: float) -> bool:
+        try:
+            function(**{name: value})
+        except (ValueError, TypeError):
+            return False
+        return True
+
+    tried = [
+        0,
+        9e-7,
+        1e-6,
+        0.5 - 1e-6,
+        0.5,
+        0.5 + 1e-6,
+        1 - 1e-6,
+        1 - 9e-7,
+        1,
+        1e6,
+        1.1e6,
+        float("nan"),
+        float("inf"),
+        True,
+    ]
+    settings = [takes(AutoLabelerConfig, value) for value in tried]
+    assert settings == [takes(partial(mean_field, colours, maps, maps), value) for value in tried]
+    assert settings[4] and not all(settings)

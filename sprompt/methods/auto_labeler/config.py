@@ -9,6 +9,7 @@ from typing import Any, Literal
 from sprompt.nn.mask_labeler import STRIDE
 from sprompt.nn.resnet import DEPTHS, Variant
 from sprompt.nn.vit import VitConfig
+from sprompt.ops.mean_field import LEAST
 from sprompt.settings import check_choices, check_sizes
 
 
@@ -90,18 +91,18 @@ class AutoLabelerConfig:
     iterations: int = 100
     """Iterations of the refinement."""
     low: float = 0.1
-    """Lower bound of the probabilities in the refinement, below ½."""
+    """Lower bound of the probabilities in the refinement, from 1e-6 to ½."""
     high: float = 0.9
-    """Upper bound of the probabilities in the refinement, above ½."""
+    """Upper bound of the probabilities in the refinement, from ½ to 1 − 1e-6."""
 
     def __post_init__(self) -> None:
         _check(self, "momentum", 0, 1)
         for name in ("mil_weight", "crf_weight"):
             _check(self, name, 0, math.inf)
         check_sizes(self, {"mil_ramp": (0, 1 << 40), "crf_ramp": (0, 1 << 40), "iterations": (0, 10_000)})
-        _check(self, "scale", 1e-6, 1e6)
-        _check(self, "low", 1e-6, 0.5)
-        _check(self, "high", 0.5, 1 - 1e-6)
+        _check(self, "scale", LEAST, 1 / LEAST)
+        _check(self, "low", LEAST, 0.5)
+        _check(self, "high", 0.5, 1 - LEAST)
 
 
 @dataclass(frozen=True)
