@@ -12,6 +12,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing
 from hypothesis import given, settings
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
@@ -21,7 +23,7 @@ from sprompt.data.errors import DataError
 from sprompt.data.sample import Batch
 from sprompt.data.synthetic import write_scenes
 from sprompt.masks import BitMasks
-from sprompt.methods.segprompt import SegPrompt, SegPromptConfig, prompts
+from sprompt.methods.segprompt import SegPrompt, SegPromptConfig
 from sprompt.methods.segprompt.choice import Choice, Lists, choose
 from sprompt.methods.segprompt.prompts import PromptCache
 from sprompt.methods.segprompt.task import EXTRACT, PROMPT, chosen
@@ -215,20 +217,38 @@ def test_prompts_by_hand() -> None:
     torch.testing.assert_close(cache.prompts, torch.tensor([[0.0, 0.0], [5.0, 0.0], [3.0, 4.0], [0.0, 0.0]]))
 
 
-def test_prompts_of_two_processes_are_those_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def drawn_vectors() -> tuple[Tensor, Tensor, Tensor]:
     random = generator(3)
     vectors = torch.randn(4, 3, 5, generator=random)
-    labels, real = torch.randint(0, 4, (4, 3), generator=random), torch.rand(4, 3, generator=random) < 0.7
-    one = PromptCache(4, 5, 0.8)
-    one.update(vectors, labels, real)
-    parts: list[Tensor] = []
-    monkeypatch.setattr(prompts, "all_sum", lambda own: parts.append(own) or own)
-    for half in (slice(0, 2), slice(2, 4)):
-        PromptCache(4, 5, 0.8).update(vectors[half], labels[half], real[half])
-    monkeypatch.setattr(prompts, "all_sum", lambda own: parts[0] + parts[1])
-    two = PromptCache(4, 5, 0.8)
-    two.update(vectors[:2], labels[:2], real[:2])
-    torch.testing.assert_close(two.prompts, one.prompts)
+    return vectors, torch.randint(0, 4, (4, 3), generator=random), torch.rand(4, 3, generator=random) < 0.7
+
+
+def update_part(rank: int, folder: str) -> None:
+    """A process with one or three of the four pictures; it writes its cache after two updates."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    own = slice(0, 1) if rank == 0 else slice(1, 4)
+    cache = PromptCache(4, 5, 0.8)
+    vectors, labels, real = drawn_vectors()
+    for step in range(2):
+        cache.update(vectors[own] + step, labels[own], real[own])
+    torch.save(cache.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_prompts_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
+    """A category that only one process sees has the same prompt in both."""
+    vectors, labels, real = drawn_vectors()
+    seen = [set(labels[part][real[part]].tolist()) for part in (slice(0, 1), slice(1, 4))]
+    assert seen[0] and seen[0] != seen[1]
+    cache = PromptCache(4, 5, 0.8)
+    for step in range(2):
+        cache.update(vectors + step, labels, real)
+    torch.multiprocessing.start_processes(update_part, args=(str(tmp_path),), nprocs=2, start_method="spawn")
+    for rank in range(2):
+        own = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(own["seen"], cache.seen)
+        torch.testing.assert_close(own["prompts"], cache.prompts)
 
 
 def test_a_step_uses_the_prompts_before_it_and_updates_them_after() -> None:
