@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from sprompt.report.curves import curves, is_rate, key, metric_bars
 from sprompt.report.page import Html, Section, check_place, join, tag, write_page
 from sprompt.report.prompts import Matches
 from sprompt.report.runs import Run, read_runs
+
+CATEGORIES = 50  # largest number of categories in the table of metrics
 
 
 def build(
@@ -120,9 +123,34 @@ def _metrics(runs: Sequence[Run]) -> Section:
     bars = metric_bars(runs)
     body = join(
         key(runs) if len(runs) > 1 else None, bars,
-        tag("details", tag("summary", "All numbers"), table, open=not bars),
+        tag("details", tag("summary", "All numbers"), table, open=not bars), _categories(runs),
     )  # fmt: skip
     return Section("metrics", "Metrics", body)
+
+
+def _categories(runs: Sequence[Run]) -> Html | None:
+    """A table of the categories with the most objects: their AP, or their AR in a run whose classes did not count."""
+    measured = [run for run in runs if run.categories]
+    objects: Counter[str] = Counter()
+    for run in measured:
+        for name, category in run.categories.items():
+            objects[name] = max(objects[name], category.objects)
+    there = [name for name in objects if any(name in r.categories and r.categories[name].rate >= 0 for r in measured)]
+    shown = sorted(there, key=lambda name: -objects[name])[:CATEGORIES]
+    if not shown:
+        return None
+    rows = []
+    for name in shown:
+        rates = (run.categories[name].rate if name in run.categories else -1 for run in measured)
+        cells = [f"{objects[name]:,}" if objects[name] else "", *(f"{rate:.3f}" if rate >= 0 else "" for rate in rates)]
+        rows.append(tag("tr", tag("th", name, scope="row"), [tag("td", cell, class_="n") for cell in cells]))
+    others = [f"{len(there) - len(shown):,} with objects"] if len(there) > len(shown) else []
+    others += [f"{len(objects) - len(there):,} without objects"] if len(objects) > len(there) else []
+    note = "The AP of a category, or its AR in a run whose classes did not count."
+    if others:
+        note += f" Other categories are in metrics.json: {', '.join(others)}."
+    table = _table(["", "objects", *(run.name for run in measured)], rows, numbers=True)
+    return tag("details", tag("summary", "Categories"), tag("p", note, class_="note"), table)
 
 
 def _value(name: str, metrics: dict[str, float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,24 @@ from sprompt.engine.log import read_log
 _MAX_BYTES = 1 << 26
 
 
+@dataclass(frozen=True)
+class Category:
+    """The result of a category: its AP, or its AR if classes did not count."""
+
+    rate: float  # −1 without objects
+    objects: int  # 0 if the file does not give their number
+
+
 @dataclass
 class Run:
     name: str
     log: list[dict[str, Any]]  # lines of log.jsonl by step
-    metrics: dict[str, float]  # numbers of metrics.json; parts of nested objects are joined by a slash
+    metrics: dict[
+        str, float
+    ]  # numbers of metrics.json without its categories; parts of nested objects are joined by a slash
     words: dict[str, str]  # texts of metrics.json, by name
     config: dict[str, str]  # settings of config.yaml, without its folder; names of nested ones are joined by a dot
+    categories: dict[str, Category] = field(default_factory=dict)  # of metrics.json, by name
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -58,7 +69,10 @@ def _read(folder: Path, name: str) -> Run:
         run.problems.append(str(error))
     if (folder / "metrics.json").exists():
         try:
-            flat = _flat(read_json(folder / "metrics.json", _MAX_BYTES), "/")
+            content = read_json(folder / "metrics.json", _MAX_BYTES)
+            run.categories = _categories(content)
+            flat = _flat(content, "/")
+            flat = {key: v for key, v in flat.items() if not key.startswith(("per_class/", "per_category/"))}
             run.metrics = {key: float(v) for key, v in flat.items() if _number(v) and math.isfinite(v)}
             run.words = {key: str(v) for key, v in flat.items() if isinstance(v, str)}
         except DataError as error:
@@ -80,6 +94,25 @@ def _merged(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for line in lines:
         steps.setdefault(line["step"], {}).update(line)
     return list(steps.values())
+
+
+def _categories(metrics: Any) -> dict[str, Category]:
+    """The categories of the COCO protocol (`per_class`: {name: AP}) or of the open-world protocol (`per_category`)."""
+    if not isinstance(metrics, dict):
+        return {}
+    found = {}
+    for name, rate in _items(metrics.get("per_class")):
+        if _number(rate):
+            found[name] = Category(float(rate), 0)
+    for name, numbers in _items(metrics.get("per_category")):
+        rate, objects = map(dict(_items(numbers)).get, ("AR", "objects"))
+        if isinstance(rate, (int, float)) and isinstance(objects, int):
+            found[name] = Category(float(rate), objects)
+    return found
+
+
+def _items(value: Any) -> Iterable[tuple[str, Any]]:
+    return value.items() if isinstance(value, dict) else ()
 
 
 def _flat(value: Any, mark: str, before: str = "") -> dict[str, Any]:

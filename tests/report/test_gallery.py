@@ -215,6 +215,47 @@ def test_a_bar_of_nothing_has_no_width(disk: Any, tmp_path: Path) -> None:
             )
 
 
+def test_many_categories_are_a_short_table(disk: Any, tmp_path: Path) -> None:
+    """A run with the 1203 categories of LVIS, in the form of either evaluator: category c has c % 100 objects."""
+    objects = {f"thing {c}": c % 100 for c in range(1203)}
+    open_world = {
+        name: {"group": "seen", "objects": n, "hit_rate": 0.5 if n else -1, "AR": n / 1000 if n else -1, "ARs": 0.25}
+        for name, n in objects.items()
+    }
+    average = {name: n / 1000 if n else -1.0 for name, n in objects.items()}
+    for content, first, wanted in (
+        (
+            {"AR": 0.2, "per_category": open_world},
+            [f"thing {c}" for c in range(99, 1203, 100)],
+            {"thing 99": ["99", "0.099"]},
+        ),
+        ({"AP": 0.2, "per_class": average}, ["thing 1", "thing 2"], {"thing 1": ["", "0.001"]}),
+    ):
+        (disk.runs[0] / "metrics.json").write_text(json.dumps(content))
+        page = build(tmp_path / "site", runs=disk.runs[:1]).read_text()
+        rows = re.findall(r'<tr><th scope="row">(thing [^<]*)</th>(.*?)</tr>', page)
+        assert len(rows) == page.count("thing ") == 50
+        assert [name for name, _ in rows][: len(first)] == first
+        for name, cells in wanted.items():
+            assert re.findall(r"<td[^>]*>([^<]*)</td>", dict(rows)[name]) == cells
+        assert "in metrics.json: 1,140 with objects, 13 without objects." in page
+        assert page.count("<tr") < 120
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        {"per_class": 3, "per_category": {"a": 1}},
+        {"per_class": {"a": "b"}},
+        {"per_category": {"a": {"AR": 1, "objects": "9"}}},
+    ],
+)
+def test_categories_that_are_none_are_left_out(content: Any, disk: Any, tmp_path: Path) -> None:
+    (disk.runs[0] / "metrics.json").write_text(json.dumps(content))
+    assert "Categories" not in build(tmp_path / "site", runs=disk.runs[:1]).read_text()
+
+
 HOSTILE = "<script>alert(1)</script>\"><img src=x onerror=alert(2)>&amp;'</style>\u202e"
 
 
