@@ -95,7 +95,7 @@ def measure_growth(device: torch.device, seconds: float) -> list[dict[str, Any]]
 
 
 def check(bench: Bench, calls: dict[str, Callable[[], Any]], sample: Any) -> None:
-    from benchmarks.run import agree
+    from benchmarks.row import agree
 
     agree(bench, sample, torch.float32, calls["ours"](), calls["eager"]())
 

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -18,24 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from benchmarks import measure, table
-from sprompt import backends
+from benchmarks.apart import apart, in_process
+from benchmarks.empty_calls import empty_calls
+from benchmarks.row import NOT_INSTALLED, empty_row, row
 from sprompt.machine import machine
-from sprompt.testing.calls import with_gradients
-from sprompt.testing.compare import assert_close, held_bytes, tensors
-from sprompt.testing.spec import HALVES, Bench, Sample
-from sprompt.testing.specs import BENCHES, SPECS
+from sprompt.testing.specs import BENCHES
 
-#: The goal of eager / ours on a GPU, for every op.
-GPU_GOAL = 5.0
-NOT_INSTALLED = "which is not installed"
 MODES = ("forward", "full", "memory", "backward")
 #: Ops that are timed first on a GPU, since GPU time may be short.
 FLAGSHIPS = ("saliency_masks", "match_cost", "mask_update", "mask_nms", "resize_masks")
-#: The process of an op is given up after so many seconds without a new row.
-SILENCE = 120.0
 
 #: A row to be timed: number of its bench in BENCHES, dtype, mode.
 Job = tuple[int, torch.dtype, str]
@@ -114,60 +105,6 @@ def describe(result: dict[str, Any], device: torch.device) -> None:
         result["ceilings"][name] = max(rate, result["ceilings"].get(name, 0.0))
 
 
-# -- processes: after an illegal access a process cannot use CUDA any more, so on a GPU every op has its own process
-
-
-def processes() -> Any:
-    """Forks of a process that has imported torch and the ops, but has run nothing, so a fork starts at once.
-
-    Only the forks import the specs. A thread that worked before a fork is missing after it, and a wait for it would never end.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "sprompt.ops", "benchmarks.measure", "benchmarks.table"])
-    return context
-
-
-def _answer(connection: Any, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    for value in function(*args):
-        connection.send(value)
-
-
-def _once(function: Callable[..., Any], *args: Any) -> Iterator[Any]:
-    yield function(*args)
-
-
-def in_process(function: Callable[..., Iterator[Any]], *args: Any) -> Iterator[Any]:
-    """Runs the generator function(*args) in a process of its own and yields its values. If it fails, the last value is a
-    sentence."""
-    ours, theirs = processes().Pipe(duplex=False)
-    process = processes().Process(target=_answer, args=(theirs, function, args), daemon=True)
-    process.start()
-    theirs.close()
-    silent = False
-    try:
-        while not silent:
-            if ours.poll(SILENCE):
-                yield ours.recv()
-            else:
-                silent = True
-                process.kill()
-    except EOFError:
-        pass
-    process.join()
-    if silent:
-        yield f"nothing was heard of its process for {SILENCE:.0f} s"
-    elif process.exitcode:
-        yield f"its process ended with status {process.exitcode}"
-
-
-def apart(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:
-    """The result of function(*args); on a GPU it runs in a process of its own. None if the process fails."""
-    if device.type == "cpu":
-        return function(*args)
-    values = list(in_process(_once, function, *args))
-    return values[0] if len(values) == 1 else None
-
-
 def rows(
     options: argparse.Namespace, device: torch.device, end: float, show: Callable[[str], None]
 ) -> Iterator[dict[str, Any]]:
@@ -176,16 +113,16 @@ def rows(
     how = (device, options.seconds, not options.no_compile, end)
     if device.type == "cpu":
         for job in wanted:
-            show(title(empty_row(job)))
+            show(title(untimed(job)))
             yield from timed_rows([job], *how)
         return
     for op in dict.fromkeys(BENCHES[number].function.__name__ for number, _, _ in wanted):
         left = [job for job in wanted if BENCHES[job[0]].function.__name__ == op]
         while left:  # a job that ends its process becomes an error; the jobs after it get a new process
-            show(title(empty_row(left[0])))
+            show(title(untimed(left[0])))
             for line in in_process(timed_rows, left, *how):
                 if isinstance(line, str):
-                    line = empty_row(left[0]) | {"error": line}
+                    line = untimed(left[0]) | {"error": line}
                 yield line
                 left = left[1:]
                 if not left:
@@ -197,17 +134,17 @@ def timed_rows(
 ) -> Iterator[dict[str, Any]]:
     sample, made = None, None
     for job in wanted:
-        number, dtype, _ = job
+        number, dtype, mode = job
         if time.monotonic() > end:
-            yield empty_row(job) | {"late": True}
+            yield untimed(job) | {"late": True}
             continue
         try:
             if sample is None or made != (number, dtype):
                 sample, made = BENCHES[number].make(device, dtype, 0), (number, dtype)
-            yield row(job, sample, device, seconds, compiled)
+            yield row(BENCHES[number], sample, dtype, mode, device, seconds, compiled)
         except Exception as failure:  # a failed row must not end the run
             text = f"{type(failure).__name__}: {failure}".splitlines()[0][:300]
-            yield empty_row(job) | {"error": text}
+            yield untimed(job) | {"error": text}
             if "CUDA error" in text:
                 os._exit(0)  # the other jobs get a new process
 
@@ -231,6 +168,11 @@ def jobs(options: argparse.Namespace, device: torch.device) -> list[Job]:
     return sorted(found, key=lambda job: (order.index(BENCHES[job[0]].function.__name__), job[2] != "forward"))
 
 
+def untimed(job: Job) -> dict[str, Any]:
+    number, dtype, mode = job
+    return empty_row(BENCHES[number], dtype, mode)
+
+
 def title(line: dict[str, Any]) -> str:
     return f"{line['op']} {line['shape']} {line['dtype']} {line['mode']}"
 
@@ -242,17 +184,6 @@ def write(file: Path | None, result: dict[str, Any]) -> None:
         file.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def empty_row(job: Job) -> dict[str, Any]:
-    bench, dtype, mode = BENCHES[job[0]], job[1], job[2]
-    name = str(dtype).removeprefix("torch.")
-    return {
-        "op": bench.function.__name__, "shape": bench.shape, "dtype": name, "mode": mode, "error": "",
-        "flops": bench.flops, "bytes": bench.bytes,
-        "goal": bench.goals.get(f"{mode} {name}", bench.goals.get(mode) if dtype not in HALVES else None),
-        "libraries": {},
-    }  # fmt: skip
-
-
 def commit() -> str:
     """The measured commit, with a mark if files differ from it; empty outside of a repository."""
     asked = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12")
@@ -262,112 +193,6 @@ def commit() -> str:
         return ""
 
 
-def row(job: Job, sample: Sample, device: torch.device, seconds: float, compiled: bool) -> dict[str, Any]:
-    """One line of the table: times in ms, peaks in bytes. If there are none, `error` has the reason.
-
-    `libraries` maps a name to its ratio to ours and the goal of that ratio, or to the missing module.
-    """
-    bench, dtype, mode = BENCHES[job[0]], job[1], job[2]
-    line = empty_row(job)
-    if device.type == "cuda":
-        line["goal"] = GPU_GOAL if mode == "forward" else None
-        line["bytes"] = held_bytes((sample.args, sample.kwargs, bench.function(*sample.args, **sample.kwargs)))
-    rivals: dict[str, Callable[..., Any]] = {"ours": bench.function, "eager": bench.eager}
-    if mode in ("forward", "memory"):
-        rivals |= bench.libraries
-        line["libraries"] = {name: {"goal": bench.goals.get(name)} for name in bench.libraries}
-    try:
-        for rival in list(rivals)[1:]:
-            try:
-                theirs = rivals[rival](*sample.args, **sample.kwargs)
-            except ModuleNotFoundError as missing:
-                if rival == "eager":
-                    raise
-                line["libraries"][rival]["missing"] = missing.name
-                rivals.pop(rival)
-                continue
-            agree(bench, sample, dtype, bench.function(*sample.args, **sample.kwargs), theirs)
-        if mode in ("backward", "full"):
-            for ours, eager in zip(
-                gradient(bench, bench.function, sample)(), gradient(bench, bench.eager, sample)(), strict=True
-            ):
-                assert_close(ours, eager, *closeness(dtype, gradients=True))
-    except AssertionError as failure:
-        line["error"] = f"outputs disagree with {rival}: {failure}"
-        return line
-    except ModuleNotFoundError as missing:
-        line["error"] = f"eager needs {missing.name}, {NOT_INSTALLED}"
-        return line
-    if compiled and mode != "memory" and bench.vectorised is not False:
-        torch._dynamo.reset()
-        source = bench.vectorised if callable(bench.vectorised) else bench.eager
-        try:
-            rivals["compiled"] = torch.compile(source)
-            agree(
-                bench,
-                sample,
-                dtype,
-                bench.function(*sample.args, **sample.kwargs),
-                rivals["compiled"](*sample.args, **sample.kwargs),
-            )
-        except Exception as failure:  # a baseline that does not compile, or gives other results, is left out and named
-            line["compiled_error"] = f"{type(failure).__name__}: {failure}".splitlines()[0][:200]
-            rivals.pop("compiled")
-
-    calls = {rival: timed(bench, function, sample, mode) for rival, function in rivals.items()}
-    turns = 1
-    if mode == "memory":
-        line["peak_bytes"] = {rival: measure.peak_bytes(call, device) for rival, call in calls.items()}
-        peaks = line["peak_bytes"]
-        if peaks["ours"] is not None:
-            line["ratio"] = peaks["eager"] / max(peaks["ours"], 4096)
-        return line
-    if device.type == "cuda":
-        with measure.side_stream():  # a capture needs one, and a backward runs on the stream of its forward
-            calls, turns, line["timing"] = on_gpu(bench, rivals, sample, mode)
-            line["cached"] = measure.fits_l2(sample, turns)
-            times = measure.interleaved(calls, device, seconds)
-    else:
-        times = measure.interleaved(calls, device, seconds)
-    times = {rival: [t / turns for t in each] for rival, each in times.items()}
-    line["ms"] = {rival: statistics.median(t) for rival, t in times.items()}
-    line["rounds"] = len(times["ours"])
-    line["ratio"] = measure.median_ratio(times["eager"], times["ours"])
-    if "compiled" in times:
-        line["compiled_ratio"] = measure.median_ratio(times["compiled"], times["ours"])
-    for name in line["libraries"].keys() & times.keys():
-        line["libraries"][name]["ratio"] = measure.median_ratio(times[name], times["ours"])
-    return line
-
-
-def on_gpu(
-    bench: Bench, rivals: dict[str, Callable[..., Any]], sample: Sample, mode: str
-) -> tuple[dict[str, Callable[[], Any]], int, str]:
-    """(calls over several copies of the sample, number of copies, kind of launch).
-
-    If all rivals can be captured, each is replayed as a graph, without the cost of Python ("graph"). Otherwise calls are
-    launched one by one ("calls"); if ours can be captured, its replay is added as "device".
-    """
-    slowest = max(
-        measure.once(timed(bench, function, sample, mode), sample_device(sample)) for function in rivals.values()
-    )
-    samples = measure.copies(sample, most=max(1, int(50 / slowest)))
-    calls = {rival: [timed(bench, function, s, mode) for s in samples] for rival, function in rivals.items()}
-    replays = {rival: measure.replay(each) for rival, each in calls.items()}
-    if all(replays.values()):
-        return replays, len(samples), "graph"  # type: ignore[return-value]  # all() has excluded None
-    in_turn: dict[str, Any] = {}
-    for rival, each in calls.items():
-        in_turn[rival] = lambda each=each: [call() for call in each]
-    if replays["ours"]:
-        in_turn["device"] = replays["ours"]
-    return in_turn, len(samples), "calls"
-
-
-def sample_device(sample: Sample) -> torch.device:
-    return tensors((sample.args, sample.kwargs))[0].device
-
-
 def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:
     """Adds the lower bound of the time of a forward, and its share of our time if the inputs come from memory."""
     if line["mode"] != "forward" or line["error"] or not ceilings:
@@ -375,85 +200,6 @@ def put_floor(line: dict[str, Any], ceilings: dict[str, float]) -> None:
     line["floor_ms"] = measure.floor(line["flops"], line["bytes"], line["dtype"], ceilings)
     if not line.get("cached"):
         line["floor_share"] = line["floor_ms"] / line["ms"].get("device", line["ms"]["ours"])
-
-
-def closeness(dtype: torch.dtype, gradients: bool = False) -> tuple[float, float]:
-    """(relative, absolute) tolerance: rivals sum in other orders, and in half types they round intermediate results."""
-    if dtype in HALVES:
-        return (6e-2 if gradients else 3e-2), 1e-3
-    return 2e-4, 1e-6
-
-
-def agree(bench: Bench, sample: Sample, dtype: torch.dtype, ours: Any, theirs: Any) -> None:
-    if bench.agree is not None:
-        bench.agree(ours, theirs, sample)
-    else:
-        assert_close(ours, theirs, *closeness(dtype))
-
-
-def gradient(bench: Bench, function: Callable[..., Any], sample: Sample) -> Callable[[], Any]:
-    """A call of the backward only: the forward has run before, and its graph is kept."""
-    leaves, outputs = forward_with_leaves(bench, function, sample)
-    weights = [torch.ones_like(o) for o in outputs]
-    return lambda: torch.autograd.grad(outputs, leaves, weights, retain_graph=True)
-
-
-def forward_with_leaves(
-    bench: Bench, function: Callable[..., Any], sample: Sample
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    bound = sample.bound(bench.function)
-    for parameter in bench.gradients:
-        bound[parameter] = pytree.tree_map_only(torch.Tensor, lambda t: t.detach().requires_grad_(), bound[parameter])
-    given = list(bound.items())
-    positional, named = given[: len(sample.args)], given[len(sample.args) :]
-    outputs = [t for t in tensors(function(*(value for _, value in positional), **dict(named))) if t.requires_grad]
-    return tensors([bound[parameter] for parameter in bench.gradients]), outputs
-
-
-def timed(bench: Bench, function: Callable[..., Any], sample: Sample, mode: str) -> Callable[[], Any]:
-    if mode == "backward":
-        return gradient(bench, function, sample)
-    if mode == "full" or (mode == "memory" and bench.gradients):
-
-        def full() -> Any:
-            leaves, outputs = forward_with_leaves(bench, function, sample)
-            return torch.autograd.grad(outputs, leaves, [torch.ones_like(o) for o in outputs])
-
-        return full
-    return lambda: function(*sample.args, **sample.kwargs)
-
-
-def empty_calls(device: torch.device) -> list[dict[str, Any]]:
-    """The cost of a call with almost no work: checks, choice of a backend, allocation. It is measured with and without a
-    gradient.
-
-    The unit is the time of a torch.mul of two tiny tensors on one thread.
-    """
-    lines = []
-    a = torch.ones(1, 4, 8, device=device)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    for spec in SPECS:
-        if device.type == "cuda" and spec.ops[0] in backends.HOST_ONLY:
-            continue
-        samples = spec.samples(device, spec.dtypes[0] if spec.dtypes else torch.float32, 0)
-        full = [s for s in samples if all(t.numel() for t in tensors((s.args, s.kwargs)))]
-        smallest = min(full, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
-        recorded, leaves = with_gradients(spec, smallest)
-        calls = {
-            "mul": lambda: torch.mul(a, a),
-            "call": lambda: spec.function(*smallest.args, **smallest.kwargs),  # noqa: B023  # called within this turn
-        }
-        if leaves:
-            calls["recording"] = lambda: spec.function(**recorded.kwargs)  # noqa: B023  # called within this turn
-        times = measure.interleaved(calls, device, 0.2)
-        line = {"op": spec.name, "sample": smallest.name, "microseconds": 1e3 * statistics.median(times["call"])}
-        line |= {
-            name: measure.median_ratio(times[name], times["mul"]) for name in ("call", "recording") if name in times
-        }
-        lines.append(line)
-    torch.set_num_threads(before)
-    return lines
 
 
 if __name__ == "__main__":

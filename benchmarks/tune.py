@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure
-from benchmarks.run import agree, timed
+from benchmarks.row import agree, timed
 from sprompt.ops import triton_launch
 from sprompt.testing.spec import Bench, Sample
 from sprompt.testing.specs import BENCHES

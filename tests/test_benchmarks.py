@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import run, table
+from benchmarks import apart, run, table
 from sprompt.ops import mask_area
 from sprompt.testing.spec import Bench, Prepared, Sample
 
@@ -25,7 +25,7 @@ def counted(number: int, fatal: int) -> Iterator[int]:
 
 
 def test_values_of_a_process_come_back() -> None:
-    assert list(run.in_process(counted, 3, -1)) == [0, 1, 2]
+    assert list(apart.in_process(counted, 3, -1)) == [0, 1, 2]
 
 
 def busy(size: int) -> Iterator[float]:
@@ -36,8 +36,8 @@ def busy(size: int) -> Iterator[float]:
 
 
 def test_a_process_may_use_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "SILENCE", 60.0)
-    assert list(run.in_process(busy, 300)) == [300.0**3, 64 * 300.0**2]
+    monkeypatch.setattr(apart, "SILENCE", 60.0)
+    assert list(apart.in_process(busy, 300)) == [300.0**3, 64 * 300.0**2]
 
 
 def test_specs_run_nothing_when_they_are_imported() -> None:
@@ -49,14 +49,14 @@ def test_specs_run_nothing_when_they_are_imported() -> None:
 
 
 def test_a_process_that_ends_badly_says_so() -> None:
-    assert list(run.in_process(counted, 3, 2)) == [0, 1, "its process ended with status 7"]
+    assert list(apart.in_process(counted, 3, 2)) == [0, 1, "its process ended with status 7"]
 
 
 def test_a_process_that_hangs_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     import time
 
-    monkeypatch.setattr(run, "SILENCE", 1.0)
-    assert list(run.in_process(time.sleep, 60)) == ["nothing was heard of its process for 1 s"]
+    monkeypatch.setattr(apart, "SILENCE", 1.0)
+    assert list(apart.in_process(time.sleep, 60)) == ["nothing was heard of its process for 1 s"]
 
 
 def test_a_row_that_ends_its_process_costs_itself_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_a_row_that_ends_its_process_costs_itself_only(monkeypatch: pytest.Monke
                 deaths.append(job)
                 yield "its process ended with status -6"
                 return
-            yield run.empty_row(job)
+            yield run.untimed(job)
 
     monkeypatch.setattr(run, "in_process", die_at_full)
     monkeypatch.setattr(run, "jobs", lambda options, device: wanted)
