@@ -95,10 +95,11 @@ def number(op: str, arg: str, value: Any, rule: str, low: float | None = None, h
         bad_value(op, arg, rule, value)
 
 
-def whole(op: str, arg: str, value: Any, rule: str, low: int = 0) -> None:
+def whole(op: str, arg: str, value: Any, rule: str, low: int = 0, high: int | None = None) -> None:
+    """Checks for a whole number in [low, high]. `rule` says this in words. Without `high`, the number must fit into 64 bits."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         bad_type(op, arg, rule, repr(value))
-    if value < low:
+    if value < low or (high is not None and value > high):
         bad_value(op, arg, rule, value)
     if type(value) is int and value > INT64:  # a SymInt has 64 bits
         bad_value(op, arg, f"be at most {INT64}", value)

@@ -154,15 +154,17 @@ class Op:
 
     def spread(self, args: Any) -> list[Any]:
         """The arguments with the tensors of a list in place of the list, because autograd.Function ignores tensors in lists."""
-        return [each for i, x in enumerate(args) for each in (x if i in self.lists else (x,))]
+        spread = list(args)
+        for i in reversed(self.lists):
+            spread[i : i + 1] = spread[i]
+        return spread
 
     def gathered(self, spread: Any, lengths: list[int]) -> tuple[Any, ...]:
         """The arguments from `spread` and the lengths of their lists."""
-        rest, left = iter(spread), iter(lengths)
-        return tuple(
-            list(itertools.islice(rest, next(left))) if i in self.lists else next(rest)
-            for i in range(len(self.args._fields))
-        )
+        args = list(spread)
+        for i, length in zip(self.lists, lengths, strict=True):
+            args[i : i + length] = [args[i : i + length]]
+        return tuple(args)
 
     def run(self, *args: Any) -> Any:
         """Runs the op on the first backend that can run it."""

@@ -48,10 +48,7 @@ def crop_masks(masks: BitMasks | Tensor, boxes: Tensor, index: Tensor, size: int
     checks.shape(name, "boxes", boxes, "(B, N, 4)", (bits.shape[0], None, 4), "one image: index it with [None]")
     checks.tensor(name, "index", index, (torch.int64,), "say which mask each box belongs to, or -1")
     checks.shape(name, "index", index, "(B, N)", (bits.shape[0], boxes.shape[1]), "give one mask per box")
-    rule = f"be a whole number from 1 to {op.MOST_PARTS}"
-    checks.whole(name, "size", size, rule, 1)
-    if size > op.MOST_PARTS:
-        checks.bad_value(name, "size", rule, size)
+    checks.whole(name, "size", size, f"be a whole number from 1 to {op.MOST_PARTS}", 1, op.MOST_PARTS)
     checks.same_device(name, masks=bits.words, boxes=boxes, index=index)
     return op.crop_masks(bits.words, boxes, index, *bits.size, size)
 

@@ -13,8 +13,9 @@ from sprompt.ops.declare import Args, new, op
 def lanes(features: Tensor) -> Tensor:
     """The map with stride 1 along rows or along channels, as the kernels read it. NCHW, NHWC and their slices are not
     copied."""
-    along_x = features.stride(3) == 1 and features.stride(2) >= features.shape[3]
-    return features if along_x or features.stride(1) == 1 else features.contiguous()
+    _, channel, row, column = features.stride()
+    along_x = column == 1 and row >= features.shape[3]
+    return features if along_x or channel == 1 else features.contiguous()
 
 
 def wide_boxes(boxes: Tensor) -> Tensor:

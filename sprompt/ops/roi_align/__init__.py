@@ -81,15 +81,18 @@ def _check_maps(name: str, maps: Any, strides: Any) -> None:
     if not 1 <= len(maps) <= LEVELS:
         checks.bad_value(name, "maps", f"be 1 to {LEVELS} maps", len(maps))
     first = maps[0]
+    checks.tensor(name, "maps", first, checks.FLOATS)
+    dtype, device, sizes = first.dtype, first.device, (*first.shape[:2], None, None)
     for level in maps:
         checks.tensor(name, "maps", level, checks.FLOATS)
-        checks.shape(name, "maps", level, "(B, C, h, w)", (*first.shape[:2], None, None), "levels share B and C")
-        if level.dtype is not first.dtype:
+        checks.shape(name, "maps", level, "(B, C, h, w)", sizes, "levels share B and C")
+        if level.dtype is not dtype:
             wanted, got = (str(m.dtype).removeprefix("torch.") for m in (first, level))
             checks.bad_type(name, "maps", f"have one dtype ({wanted})", got, "convert them")
-        if level.shape[2] >= SIDE or level.shape[3] >= SIDE:
-            checks.bad_value(name, "maps", f"have sides below {SIDE}", tuple(level.shape[2:]))
-        if level.device != first.device:
+        _, _, height, width = level.shape
+        if height >= SIDE or width >= SIDE:
+            checks.bad_value(name, "maps", f"have sides below {SIDE}", (height, width))
+        if level.device != device:
             checks.same_device(name, **{"maps[0]": first, "maps": level})
     if not isinstance(strides, (list, tuple)):
         checks.bad_type(name, "strides", "be a list of whole numbers", type(strides).__name__)
@@ -97,6 +100,4 @@ def _check_maps(name: str, maps: Any, strides: Any) -> None:
         checks.bad_value(name, "strides", f"have one number per map, {len(maps)}", len(strides))
     rule = f"hold whole numbers from 1 to {SIDE}"
     for stride in strides:
-        checks.whole(name, "strides", stride, rule, 1)
-        if stride > SIDE:
-            checks.bad_value(name, "strides", rule, stride)
+        checks.whole(name, "strides", stride, rule, 1, SIDE)

@@ -16,7 +16,8 @@ from sprompt.ops.region_mean.op import lanes
 def roi_align(
     maps: list[Tensor], boxes: Tensor, counts: Tensor | None, size: int, sampling: int, strides: list[int]
 ) -> Tensor:
-    return new(maps[0], *boxes.shape[:2], maps[0].shape[1], size, size)
+    B, N, _ = boxes.shape
+    return new(maps[0], B, N, maps[0].shape[1], size, size)
 
 
 @functools.lru_cache(64)
