@@ -27,9 +27,8 @@ class Category:
 class Run:
     name: str
     log: list[dict[str, Any]]  # lines of log.jsonl by step
-    metrics: dict[
-        str, float
-    ]  # numbers of metrics.json without its categories; parts of nested objects are joined by a slash
+    #: Numbers of metrics.json without its categories; parts of nested objects are joined by a slash.
+    metrics: dict[str, float]
     words: dict[str, str]  # texts of metrics.json, by name
     config: dict[str, str]  # settings of config.yaml, without its folder; names of nested ones are joined by a dot
     categories: dict[str, Category] = field(default_factory=dict)  # of metrics.json, by name
