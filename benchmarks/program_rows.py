@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from benchmarks import released_knet
 from benchmarks.deformable_rows import DEFORMABLE
 from benchmarks.fastinst_rows import FASTINST
+from benchmarks.mal_rows import AUTO_LABELER
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
 from benchmarks.open_world_rows import OPEN_WORLD
@@ -241,4 +242,5 @@ PROGRAMS = [
     *DEFORMABLE,
     *PATCHED,
     *OPEN_WORLD,
+    *AUTO_LABELER,
 ]

@@ -37,6 +37,8 @@ class Program:
     images: int = 1
     #: Whether it is also replayed from a CUDA graph on a GPU.
     captures: bool = False
+    #: The things that `images` counts.
+    unit: str = "images"
 
 
 def regions(channels: int, size: Size, images: int, seed: int) -> Tensor:
