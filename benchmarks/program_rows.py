@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,12 +11,13 @@ from torch import Tensor, nn
 from benchmarks import released_knet
 from benchmarks.deformable_rows import DEFORMABLE
 from benchmarks.fastinst_rows import FASTINST
+from benchmarks.mal_rows import AUTO_LABELER
 from benchmarks.mask2former_rows import MASK2FORMER
 from benchmarks.measure import Call
 from benchmarks.open_world_rows import OPEN_WORLD
 from benchmarks.patched_rows import PATCHED
 from benchmarks.queryinst_rows import QUERYINST
-from benchmarks.rivals import Program, Rivals, regions
+from benchmarks.rivals import Program, Rivals, Step, regions, same_step, step
 from sprompt import use_backend
 from sprompt.data.sample import Sample
 from sprompt.data.synthetic import scene
@@ -76,32 +76,18 @@ def head_step(
     def released() -> dict[str, Tensor]:
         return released_knet.losses(model, maps, bytes_, list(labels))
 
-    def step(losses: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        terms = losses()
-        gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves)
-        return {name: term.detach() for name, term in terms.items()}, gradients
-
-    def reference() -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    def reference() -> Step:
         with use_backend("reference"):
-            return step(ours)
+            return step(ours(), leaves)
 
-    calls: dict[str, Call] = {"ours": lambda: step(ours), "released": lambda: step(released)}
+    calls: dict[str, Call] = {"ours": lambda: step(ours(), leaves), "released": lambda: step(released(), leaves)}
     if decoder:  # ours and the released code differ in the decoder only
         calls["reference"] = reference
 
     def check() -> str:
-        terms, gradients = step(ours)
+        found = calls["ours"]()
         for rival in list(calls)[1:]:
-            known, theirs = calls[rival]()
-            assert terms.keys() == known.keys(), f"terms {sorted(terms)}, {rival} {sorted(known)}"
-            for term, value in terms.items():
-                off = abs(float(value) - float(known[term]))
-                assert off <= 1e-3 * abs(float(known[term])), (
-                    f"{term} {float(value):.6g}, {rival} {float(known[term]):.6g}"
-                )
-            apart = sum(float((a - b).square().sum()) for a, b in zip(gradients, theirs, strict=True))
-            whole = sum(float(b.square().sum()) for b in theirs)
-            assert apart <= 1e-4 * whole, f"gradients are {(apart / whole) ** 0.5:.2g} from those of {rival}"
+            same_step(found, calls[rival](), rival)
         with torch.no_grad():
             masks = model.decode(Features([], maps)).masks
         shares = ", ".join(f"{float((logits > 0).float().mean()):.0%}" for logits in masks)
@@ -241,4 +227,5 @@ PROGRAMS = [
     *DEFORMABLE,
     *PATCHED,
     *OPEN_WORLD,
+    *AUTO_LABELER,
 ]

@@ -60,7 +60,13 @@ def main() -> int:
 
 def row(program: Program, device: torch.device, seconds: float, quick: bool) -> dict[str, Any]:
     """One line of the table: times in ms, peaks in bytes. If there are none, `error` has the reason."""
-    line: dict[str, Any] = {"program": program.name, "shape": program.shape, "error": "", "goals": program.goals}
+    line: dict[str, Any] = {
+        "program": program.name,
+        "shape": program.shape,
+        "error": "",
+        "goals": program.goals,
+        "unit": program.unit,
+    }
     if quick:
         line |= {"shape": f"toy size of: {program.shape}", "goals": {}}
     try:
@@ -76,7 +82,7 @@ def row(program: Program, device: torch.device, seconds: float, quick: bool) -> 
     line["ms"] = {rival: statistics.median(times[rival]) for rival in calls}
     line["parts"] = {name: statistics.median(times[f"part: {name}"]) for name in parts}
     line["rounds"] = len(times["ours"])
-    line["images_per_second"] = 1e3 * program.images / line["ms"]["ours"]
+    line["per_second"] = 1e3 * program.images / line["ms"]["ours"]
     line["peak_bytes"] = {
         rival: measure.peak_bytes(call, device) for rival, call in calls.items() if rival != "captured"
     }
@@ -137,7 +143,7 @@ def cells(line: dict[str, Any]) -> tuple[str, ...]:
 
 
 def remarks(line: dict[str, Any]) -> str:
-    told = [f"{line['images_per_second']:.3g} images/s"]
+    told = [f"{line['per_second']:.3g} {line['unit']}/s"]
     if "captured" in line["ms"]:
         told.append(f"replayed from a CUDA graph {table.milliseconds(line['ms']['captured'])}")
     if "share" in line:

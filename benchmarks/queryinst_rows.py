@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from benchmarks import released_queryinst
 from benchmarks.fastinst_rows import Found, same
 from benchmarks.measure import Call
-from benchmarks.rivals import Program, Rivals, regions
+from benchmarks.rivals import Program, Rivals, regions, same_step, step
 from sprompt.masks import BitMasks, Size
 from sprompt.models.protocol import Features
 from sprompt.models.queryinst import QueryInst, QueryInstConfig
@@ -91,25 +90,13 @@ def head_step(
     def released() -> dict[str, Tensor]:
         return released_queryinst.losses(model, model.decode(Features([], maps)), bytes_, list(labels))
 
-    def step(losses: Callable[[], dict[str, Tensor]]) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
-        terms = losses()
-        gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves)
-        return {name: term.detach() for name, term in terms.items()}, gradients
+    calls: dict[str, Call] = {"ours": lambda: step(ours(), leaves), "released": lambda: step(released(), leaves)}
 
     def check() -> str:
-        (terms, gradients), (known, theirs) = step(ours), step(released)
-        assert terms.keys() == known.keys(), f"terms {sorted(terms)}, released {sorted(known)}"
-        for term, value in terms.items():
-            off = abs(float(value) - float(known[term]))
-            assert off <= 1e-3 * abs(float(known[term])), (
-                f"{term} {float(value):.6g}, released {float(known[term]):.6g}"
-            )
-        apart = sum(float((a - b).square().sum()) for a, b in zip(gradients, theirs, strict=True))
-        whole = sum(float(b.square().sum()) for b in theirs)
-        assert apart <= 1e-4 * whole, f"gradients are {(apart / whole) ** 0.5:.2g} from the released ones"
+        same_step(calls["ours"](), calls["released"](), "released")
         return f"{targets} targets an image"
 
-    return Rivals({"ours": lambda: step(ours), "released": lambda: step(released)}, check)
+    return Rivals(calls, check)
 
 
 _SMALL: dict[str, Any] = {

