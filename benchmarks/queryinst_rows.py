@@ -59,7 +59,7 @@ def inference(device: torch.device, *, view: Size, picture: Size, **config: Any)
 
     @torch.inference_mode()
     def released() -> Found:
-        return released_queryinst.results(model, model.decode(features), view, picture)
+        return released_queryinst.results(model, released_queryinst.decode(model, maps, view), view, picture)
 
     parts: dict[str, Call] = {
         "stages": torch.inference_mode()(lambda: model.decode(features)),
@@ -88,7 +88,7 @@ def head_step(
         return model.losses(model.decode(Features([], maps)), bits, labels, counts).terms
 
     def released() -> dict[str, Tensor]:
-        return released_queryinst.losses(model, model.decode(Features([], maps)), bytes_, list(labels))
+        return released_queryinst.losses(model, released_queryinst.decode(model, maps), bytes_, list(labels))
 
     calls: dict[str, Call] = {"ours": lambda: step(ours(), leaves), "released": lambda: step(released(), leaves)}
 

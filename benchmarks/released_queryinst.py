@@ -1,8 +1,9 @@
-"""QueryInst's mask heads, losses and results in eager PyTorch, written as in the released code: a rival in `benchmarks.programs`.
+"""QueryInst's heads, losses and results in eager PyTorch, written as in the released code: a rival in `benchmarks.programs`.
 
-It runs on the parameters of a `sprompt.models.queryinst.QueryInst`. Box heads and RoIAlign, a compiled kernel in the release, are the
-same in both, so it calls those of the library. It differs from this library in these points:
+It runs on the parameters of a `sprompt.models.queryinst.QueryInst`. RoIAlign is a compiled kernel in the release, so it calls that of
+the library. It differs from this library in these points:
 
+- each stage reads the maps by itself, and their gradients, of the size of the pyramid, are summed;
 - in training, each stage and image is matched by itself, by scipy on the host, and each stage reads features and targets by itself;
 - targets are float pictures, copied for every box and sampled there; the samples of an axis are a matrix here;
 - batch norm is nn.BatchNorm2d, and all classes have masks of which one is taken;
@@ -12,6 +13,7 @@ same in both, so it calls those of the library. It differs from this library in 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -24,7 +26,42 @@ from sprompt.masks import Size
 from sprompt.models.queryinst import QueryInst
 from sprompt.models.queryinst.heads import MaskHead, Stage
 from sprompt.models.queryinst.model import Outputs
+from sprompt.nn.dynamic_interaction import DynamicInteraction
 from sprompt.ops import roi_align
+
+LARGEST = math.log(62.5)  # change of a side's logarithm
+
+
+def decode(model: QueryInst, maps: list[Tensor], view: Size | None = None) -> Outputs:
+    """The stages on maps (B, C, h, w). view: the size of the images without padding; None means that there is none."""
+    height, width = view or (4 * maps[0].shape[2], 4 * maps[0].shape[3])
+    scale = maps[0].new_tensor([width, height, width, height]).expand(len(maps[0]), 1, 4)
+    centre, side = (model.rpn_head.init_proposal_bboxes.weight * scale).split(2, -1)
+    boxes, queries = torch.cat([centre - side / 2, centre + side / 2], -1), model.rpn_head.init_proposal_features.weight
+    queries, stages = queries.expand(len(boxes), -1, -1), []
+    head: Any  # a BoxHead, which a ModuleList does not say
+    for head in model.roi_head.bbox_head:
+        attended = head.attention_norm(head.attention(queries))
+        read = interaction(
+            head.instance_interactive_conv, roi_align(maps, boxes, 7).flatten(0, 1), attended.flatten(0, 1)
+        )
+        queries = head.instance_interactive_conv_norm(attended + read.view_as(attended))
+        queries = head.ffn_norm(head.ffn(queries))
+        classes, deltas = head.fc_cls(head.cls_fcs(queries)), head.fc_reg(head.reg_fcs(queries))
+        centre, side = (boxes[..., :2] + boxes[..., 2:]) / 2, boxes[..., 2:] - boxes[..., :2]
+        centre = centre + side * deltas[..., :2] / 2
+        half = side * deltas[..., 2:].clamp(-LARGEST, LARGEST).exp() / 2
+        stages.append(Stage(attended, queries, classes, torch.cat([centre - half, centre + half], -1)))
+        boxes = stages[-1].boxes.detach()
+    return Outputs(maps, scale, stages)
+
+
+def interaction(conv: DynamicInteraction, regions: Tensor, queries: Tensor) -> Tensor:
+    first, second = conv.dynamic_layer(queries).chunk(2, 1)
+    x = torch.bmm(regions.flatten(2).permute(0, 2, 1), first.view(len(queries), -1, conv.norm_in.normalized_shape[0]))
+    x = F.relu_(conv.norm_in(x))
+    x = F.relu_(conv.norm_out(torch.bmm(x, second.view(len(queries), x.shape[2], -1))))
+    return F.relu_(conv.fc_norm(conv.fc_layer(x.flatten(1)))) if conv.joins else x
 
 
 def all_masks(head: MaskHead, maps: list[Tensor], boxes: Tensor, queries: Tensor) -> Tensor:
@@ -35,7 +72,7 @@ def all_masks(head: MaskHead, maps: list[Tensor], boxes: Tensor, queries: Tensor
 
 
 def mask_logits(head: MaskHead, regions: Tensor, queries: Tensor) -> Tensor:
-    x: Any = head.instance_interactive_conv(regions, queries).mT.unflatten(2, (14, 14))
+    x: Any = interaction(head.instance_interactive_conv, regions, queries).mT.unflatten(2, (14, 14))
     for block in head.convs:
         norm: Any = block.bn
         trains = head.training and len(x) >= 2

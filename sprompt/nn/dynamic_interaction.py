@@ -10,6 +10,7 @@ class DynamicInteraction(nn.Module):
     """Features r (M, C, h, w) and queries q (M, C) -> (M, h·w, C), or (M, C) if the number of cells is given.
 
     [U | V] = dynamic_layer(q), U (C, D) and V (D, C); x = ReLU(norm_out(ReLU(norm_in(r U)) V)), for each cell of r, row by row.
+    U and V of all queries are made at once: a block of queries that stays in a cache would read all weights of dynamic_layer again.
     With `cells`, the number of cells, all x of a box become one vector: ReLU(fc_norm(fc_layer(x))), where x is flattened cell by
     cell.
     """
@@ -28,6 +29,6 @@ class DynamicInteraction(nn.Module):
     def forward(self, features: Tensor, queries: Tensor) -> Tensor:
         first, second = self.dynamic_layer(queries).chunk(2, -1)
         channels, dynamic = self.shape
-        x = relu(self.norm_in(features.flatten(2).mT @ first.unflatten(1, (channels, dynamic))))
-        x = relu(self.norm_out(x @ second.unflatten(1, (dynamic, channels))))
-        return relu(self.fc_norm(self.fc_layer(x.flatten(1)))) if self.joins else x
+        x = relu(self.norm_in(features.flatten(2).mT @ first.unflatten(1, (channels, dynamic))), inplace=True)
+        x = relu(self.norm_out(x @ second.unflatten(1, (dynamic, channels))), inplace=True)
+        return relu(self.fc_norm(self.fc_layer(x.flatten(1))), inplace=True) if self.joins else x

@@ -110,8 +110,10 @@ def close(found: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
-def test_inference_equals_a_literal_paste() -> None:
-    """Of two padded images of other sizes than their pictures. A batch gives what its images give one by one."""
+@pytest.mark.parametrize("together", [32, 2])
+def test_inference_equals_a_literal_paste(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two padded images have other sizes than their pictures. A batch gives what its images give one by one."""
+    monkeypatch.setattr("sprompt.models.queryinst.inference._TOGETHER", together)
     model = network().double()
     images = labelled((64, 96), [1, 1])[0]
     sizes, originals = [(64, 90), (50, 96)], [(100, 61), (25, 48)]
@@ -187,8 +189,10 @@ def test_batch_norm_of_real_samples(number: int) -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, wanted)), rtol=1e-12, atol=1e-12
     )
-    with pytest.raises(ValueError, match="real must be given in training"):
-        own(x)
+    found, wanted = own(x[real]), plain(x[real])
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for name, value in plain.state_dict().items():
+        torch.testing.assert_close(own.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
 def test_pairs_without_a_query_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,22 +66,33 @@ class BatchNormOfReal(nn.BatchNorm2d):
     """Batch norm whose statistics are those of the samples marked as real. It computes in float32 under autocast too.
 
     The mask heads of a batch may get no sample or one. One object says little about the others, so with fewer than two samples
-    training uses the running statistics and leaves them as they are. Nothing waits for the number of samples.
+    training uses the running statistics and leaves them as they are. Nothing waits for the number of marked samples.
     """
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
-        """x: (M, C, h, w). real: bool (M,), for training; the values of other samples have no meaning."""
-        if not self.training:
-            return super().forward(x)
-        if real is None:
-            raise ValueError("BatchNormOfReal: real must be given in training, got None; mark the samples")
+        """x: (M, C, h, w). real: bool (M,), for training; the values of other samples have no meaning. None means all."""
+        wide = full_precision(x)
+        if real is not None and self.training:
+            return self._marked(wide, real).to(x.dtype)
+        if self.training and len(x) >= 2:
+            return super().forward(wide).to(x.dtype)
+        factor, bias = self.of_running()
+        return (wide * factor[:, None, None] + bias[:, None, None]).to(x.dtype)
+
+    def of_running(self) -> tuple[Tensor, Tensor]:
+        """Factors (C,) and biases (C,): the norm by the running statistics."""
+        assert self.running_mean is not None and self.running_var is not None
+        factor = self.weight * (self.running_var + self.eps).rsqrt()
+        return factor, self.bias - self.running_mean * factor
+
+    def _marked(self, x: Tensor, real: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
         assert self.num_batches_tracked is not None and self.momentum is not None
-        wide, number = full_precision(x), real.sum()
-        enough, weight = number >= 2, real.to(wide.dtype)[:, None, None, None]
+        number = real.sum()
+        enough, weight = number >= 2, real.to(x.dtype)[:, None, None, None]
         cells = (number * x.shape[2] * x.shape[3]).clamp(min=1)
-        mean = (wide * weight).sum((0, 2, 3)) / cells
-        variance = ((wide - mean[:, None, None]).square() * weight).sum((0, 2, 3)) / cells
+        mean = (x * weight).sum((0, 2, 3)) / cells
+        variance = ((x - mean[:, None, None]).square() * weight).sum((0, 2, 3)) / cells
         with torch.no_grad():
             share = enough.to(mean.dtype) * self.momentum
             self.running_mean += share * (mean - self.running_mean)
@@ -90,19 +101,24 @@ class BatchNormOfReal(nn.BatchNorm2d):
         mean = torch.where(enough, mean, self.running_mean)
         variance = torch.where(enough, variance, self.running_var)
         factor = self.weight * (variance + self.eps).rsqrt()
-        return ((wide - mean[:, None, None]) * factor[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+        return (x - mean[:, None, None]) * factor[:, None, None] + self.bias[:, None, None]
 
 
 class ConvBN(nn.Module):
-    """A 3×3 convolution with bias, batch norm and a ReLU."""
+    """A 3×3 convolution with bias, batch norm and a ReLU. Outside of training the norm is a part of the convolution's weights."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.bn = BatchNormOfReal(channels)
 
-    def forward(self, x: Tensor, real: Tensor | None) -> Tensor:
-        return F.relu(self.bn(self.conv(x), real), inplace=True)
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
+        if self.training:
+            return F.relu(self.bn(self.conv(x), real), inplace=True)
+        factor, bias = self.bn.of_running()
+        assert self.conv.bias is not None
+        weight = self.conv.weight * factor[:, None, None, None]
+        return F.relu(F.conv2d(x, weight, self.conv.bias * factor + bias, padding=1), inplace=True)
 
 
 class MaskHead(nn.Module):
@@ -130,7 +146,7 @@ class MaskHead(nn.Module):
         Args:
             regions: (M, C, 14, 14). queries: (M, C), attended.
             classes: int64 (M, k).
-            real: bool (M,), in training: the boxes that count for batch norm.
+            real: bool (M,), in training: the boxes that count for batch norm; None means all.
 
         Returns: (M, k, 28, 28).
         """
@@ -140,7 +156,9 @@ class MaskHead(nn.Module):
         x = F.relu(self.upsample(x), inplace=True)
         weight, bias = self.conv_logits.weight.flatten(1)[classes], self.conv_logits.bias
         assert bias is not None
-        return torch.baddbmm(bias[classes][..., None], weight, x.flatten(2)).unflatten(2, x.shape[2:])
+        # Cells come first, so that the gradient has the layout of x: channels last.
+        logits = torch.baddbmm(bias[classes][:, None], x.flatten(2).mT, weight.mT)
+        return logits.mT.unflatten(2, x.shape[2:])
 
 
 def _xavier(module: nn.Module) -> None:

@@ -18,6 +18,7 @@ from sprompt.ops import paste_masks, roi_align
 if TYPE_CHECKING:
     from sprompt.models.queryinst.model import Outputs
 
+_TOGETHER = 32  # boxes that the mask head computes together: the maps of more do not stay in a cache
 _STRIDE = 8  # of `mask_logits`
 _OUTSIDE = 1e-6  # the probability of a pixel outside of a query's box, in `mask_logits`
 
@@ -75,15 +76,15 @@ def mask_logits(outputs: Outputs, head: MaskHead) -> Tensor:
 
 def _soft(outputs: Outputs, head: MaskHead, image: int, queries: Tensor, place: Tensor, classes: Tensor) -> Tensor:
     """Probabilities (P, 28, 28) of pairs of a query, queries[place], and a class, of one image."""
-    last = outputs.stages[-1]
-    regions = roi_align(
-        [each[image : image + 1] for each in outputs.maps], last.boxes[image : image + 1, queries], MASK_CELLS
-    )
+    last, maps = outputs.stages[-1], [each[image : image + 1] for each in outputs.maps]
     repeats = torch.bincount(place, minlength=len(queries))
     order = place.argsort(stable=True)
     rank = torch.empty_like(place)  # of a pair among those of its query
     rank[order] = torch.arange(len(place), device=place.device) - (repeats.cumsum(0) - repeats)[place[order]]
     wanted = classes.new_zeros(len(queries), int(repeats.max()) if len(queries) else 0)
     wanted[place, rank] = classes
-    logits = head(regions[0], last.attended[image, queries], wanted)
-    return full_precision(logits[place, rank]).sigmoid()
+    logits = [
+        head(roi_align(maps, last.boxes[image : image + 1, some], MASK_CELLS)[0], last.attended[image, some], kinds)
+        for some, kinds in zip(queries.split(_TOGETHER), wanted.split(_TOGETHER), strict=True)
+    ]
+    return full_precision(torch.cat(logits)[place, rank]).sigmoid()

@@ -58,16 +58,17 @@ def losses(
         regions, cropped = _read(outputs, masks, taken.detach(), real, counts)
 
     terms: dict[str, Tensor] = {}
+    selects = _selects(labels.device)
     known = torch.arange(config.num_classes, device=labels.device)
     for number, (stage, head) in enumerate(zip(stages, heads, strict=True)):
         own = query_labels(rows[number], labels, queries, config.num_classes)
         place = rows[number].clamp(min=0)[..., None].expand(-1, -1, config.channels)
-        pairs = [regions[:, :, number], stage.attended.gather(1, place), labels, real[number], cropped[:, :, number]]
+        pairs = [regions[number], stage.attended.gather(1, place), labels, real[number], cropped[number]]
         pairs = [each.flatten(0, 1) for each in pairs]
-        if _selects(labels.device):
+        if selects:
             pairs = [each[pairs[3]] for each in pairs]
         features, attended, wanted, counted, target = pairs
-        logits = full_precision(head(features, attended, wanted[:, None], counted)[:, 0])
+        logits = full_precision(head(features, attended, wanted[:, None], None if selects else counted)[:, 0])
         with torch.autocast(labels.device.type, enabled=False):
             dice = torch.where(counted, _dice(logits, target), otherwise).sum() / positives
             focal = focal_sum(classes[number], own[..., None] == known) / positives
@@ -97,15 +98,17 @@ def assignments(
     return linear_assignment(cost.flatten(0, 1), counts.repeat(number)).unflatten(0, (number, batch))
 
 
-def _read(outputs: Outputs, masks: BitMasks, boxes: Tensor, real: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """The features (B, G, S, C, 14, 14) and the targets (B, G, S, 28, 28), 0 or 1, of boxes (S, B, G, 4)."""
+def _read(
+    outputs: Outputs, masks: BitMasks, boxes: Tensor, real: Tensor, counts: Tensor
+) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The features (B, G, C, 14, 14) and the targets (B, G, 28, 28), 0 or 1, of boxes (S, B, G, 4), for each stage."""
     number, _, targets = boxes.shape[:3]
     together = boxes.permute(1, 2, 0, 3).flatten(1, 2)  # the boxes of a target in all stages stand together
     regions = roi_align(outputs.maps, together, MASK_CELLS, counts=number * counts)
     index = torch.where(real, torch.arange(targets, device=real.device), -1).permute(1, 2, 0).flatten(1)
     inside = torch.minimum(together.clamp(min=0), outputs.scale)
     cropped = (crop_masks(masks, inside, index, MASK_SIDE) >= 0.5).to(boxes.dtype)
-    return regions.unflatten(1, (targets, number)), cropped.unflatten(1, (targets, number))
+    return regions.unflatten(1, (targets, number)).unbind(2), cropped.unflatten(1, (targets, number)).unbind(2)
 
 
 def _selects(device: torch.device) -> bool:
