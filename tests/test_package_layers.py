@@ -11,13 +11,14 @@ ROOT = Path(__file__).parents[1] / "sprompt"
 #: {module beside the layers: parts of the package that it may import}. A layer may import the modules that are listed for it.
 BASE = {"native": set(), "backends": {"native"}, "atomic": set(), "registry": set(), "seeding": set(), "clock": set()}
 BASE |= {"masks": {"ops", "backends"}, "cuda": {"native"}, "machine": {"native"}, "settings": {"registry"}}
+BASE |= {"normalisation": set()}
 SHARED = {"native", "backends", "masks", "cuda"}
 #: {layer: parts of the package that it may import}. A layer may import all that the layers below it may import.
 LAYERS: dict[str, set[str]] = {"ops": {*SHARED}}
-LAYERS["nn"] = LAYERS["ops"] | {"ops", "atomic"}
+LAYERS["nn"] = LAYERS["ops"] | {"ops", "atomic", "normalisation"}
 LAYERS["patch"] = {*SHARED, "ops"}
 LAYERS["models"] = LAYERS["nn"] | {"nn", "registry", "settings"}
-LAYERS["data"] = LAYERS["ops"] | {"ops", "atomic", "seeding"}
+LAYERS["data"] = LAYERS["ops"] | {"ops", "atomic", "seeding", "normalisation"}
 LAYERS["methods"] = LAYERS["models"] | LAYERS["data"] | {"models", "data", "clock"}
 LAYERS["engine"] = LAYERS["models"] | LAYERS["data"] | {"models", "data", "machine", "clock"}
 LAYERS["report"] = LAYERS["engine"] | LAYERS["methods"] | {"engine", "methods"}

@@ -65,7 +65,11 @@ class Backbone:
         init = None if self.init is None else run_folder.backbone_file(self.init, "init")
         if init is not None:
             run_folder.say(
-                load_backbone(task.backbone, init, ("--densecl.depth", "--densecl.width", "--densecl.variant"))
+                load_backbone(
+                    task.backbone,
+                    init,
+                    ("--densecl.backbone", "--densecl.depth", "--densecl.width", "--densecl.variant"),
+                )
             )
         with run_folder.begun(self.out, self) as record:
             result = train(

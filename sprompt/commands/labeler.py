@@ -86,7 +86,12 @@ class Labeler:
         network = build_network(self.network)
         init = None if self.backbone is None else run_folder.backbone_file(self.backbone, "backbone")
         if init is not None:
-            options = ("--network.depth", "--network.backbone-width", "--network.backbone-variant")
+            options = (
+                "--network.backbone",
+                "--network.depth",
+                "--network.backbone-width",
+                "--network.backbone-variant",
+            )
             run_folder.say(load_backbone(network.backbone, init, options))
         task = AutoLabeler(network, self.losses, self.train.accumulate)
         batches = partial(CropBatches, objects, Cropped(self.crops, self.network.crop))

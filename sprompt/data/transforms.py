@@ -16,9 +16,7 @@ from torch import Tensor
 
 from sprompt.data.sample import Batch, Sample
 from sprompt.masks import BitMasks, Size
-
-MEAN = (123.675, 116.28, 103.53)  # mean of R, G and B over ImageNet
-STD = (58.395, 57.12, 57.375)  # standard deviation of R, G and B over ImageNet
+from sprompt.normalisation import MEAN, STD
 
 
 def resized_size(size: Size, short: float, long: float) -> Size:

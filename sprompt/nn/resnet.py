@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
 from sprompt.nn.deform_conv import DeformConv, Offsets
+from sprompt.nn.stages import Staged
 
-STRIDES = (4, 8, 16, 32)
 Variant = Literal["plain", "d", "d-dcn"]
 
 
@@ -81,7 +81,7 @@ DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
 }
 
 
-class ResNet(nn.Module):
+class ResNet(Staged):
     """Images (B, 3, H, W), normalised -> [C2, C3, C4, C5], each after its ReLU. Tensors have torchvision's names, those of the variants
     timm's.
 
@@ -90,12 +90,8 @@ class ResNet(nn.Module):
         width: channels of the stem; every other width is a multiple of it. 64 is the normal network.
         variant: "d" is ResNet-D: three 3×3 convolutions at the start instead of one of 7×7, and in a shortcut the mean of 2×2 cells
             instead of a stride. "d-dcn" has deformable 3×3 convolutions too, in all blocks of layer3 and layer4.
-        frozen_stages: -1 trains all, 0 freezes the stem, 1 the stem and layer1, ... 4 everything.
-        train_batchnorm: False: batch norm uses its running statistics, also after `.train()`. True: batch norm of the layers
-            that are not frozen follows the mode, for training from scratch.
+        frozen_stages, train_batchnorm: see `Staged`.
     """
-
-    strides = STRIDES
 
     def __init__(
         self, depth: int = 50, *, width: int = 64, variant: Variant = "plain", frozen_stages: int = 1,
@@ -134,16 +130,6 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         self.freeze(frozen_stages)
 
-    def freeze(self, stages: int) -> None:
-        """Freezes this number of stages, counted as in `frozen_stages`, and makes all others trainable."""
-        if not -1 <= stages <= 4:
-            raise ValueError(f"ResNet: frozen_stages must be from -1 (none) to 4 (all), got {stages}")
-        self.frozen_stages = stages
-        self.requires_grad_(True)
-        for module in self._frozen():
-            module.requires_grad_(False)
-        self.train(self.training)
-
     def forward(self, images: Tensor, levels: int = 4) -> list[Tensor]:
         """The first `levels` maps; the layers behind them do not run."""
         x = self.maxpool(relu(self.bn1(self.conv1(images))))
@@ -153,23 +139,11 @@ class ResNet(nn.Module):
             maps.append(x)
         return maps
 
-    def train(self, mode: bool = True) -> ResNet:
-        super().train(mode)
-        for module in self._frozen():
-            module.eval()
-        if not self.train_batchnorm:
-            for module in self.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
-        return self
+    def parts(self) -> list[list[nn.Module]]:
+        return [[self.conv1, self.bn1], *([layer] for layer in self._layers())]
 
     def _layers(self) -> list[nn.Module]:
         return [cast(nn.Module, getattr(self, f"layer{number}")) for number in (1, 2, 3, 4)]
-
-    def _frozen(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        return [self.conv1, self.bn1, *self._layers()[: self.frozen_stages]]
 
 
 def _conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sprompt.nn.resnet import STRIDES
+from sprompt.nn.stages import Staged
 
 _APART = (
     -100.0
@@ -185,15 +185,13 @@ class Stage(nn.Module):
         return x
 
 
-class Swin(nn.Module):
+class Swin(Staged):
     """Images (B, 3, H, W), normalised, H and W multiples of 32 -> [C2, C3, C4, C5], each after its layer norm.
 
     Tensors have the names of the official release, and `norm0` to `norm3` those of its detectors. Maps are padded to multiples of the
-    window on the right and below. `frozen_stages` counts as for a ResNet: -1 trains all, 0 freezes the patch embedding, 1 also the first
-    stage with its norm and its downsampling, ... 4 everything.
+    window on the right and below. `frozen_stages`: see `Staged`; the stem is the patch embedding, and a stage has its norm and its
+    downsampling.
     """
-
-    strides = STRIDES
 
     def __init__(self, config: SwinConfig | None = None, *, frozen_stages: int = 1) -> None:
         super().__init__()
@@ -214,16 +212,6 @@ class Swin(nn.Module):
                     nn.init.zeros_(module.bias)
         self.freeze(frozen_stages)
 
-    def freeze(self, stages: int) -> None:
-        """Freezes this number of stages, counted as in `frozen_stages`, and makes all others trainable."""
-        if not -1 <= stages <= 4:
-            raise ValueError(f"Swin: frozen_stages must be from -1 (none) to 4 (all), got {stages}")
-        self.frozen_stages = stages
-        self.requires_grad_(True)
-        for module in self._frozen():
-            module.requires_grad_(False)
-        self.train(self.training)
-
     def forward(self, images: Tensor) -> list[Tensor]:
         if images.shape[-2] % 32 or images.shape[-1] % 32:
             raise ValueError(
@@ -238,21 +226,12 @@ class Swin(nn.Module):
                 x = stage.downsample(x)
         return maps
 
-    def train(self, mode: bool = True) -> Swin:
-        super().train(mode)
-        for module in self._frozen():
-            module.eval()
-        return self
-
     def norms(self) -> list[nn.LayerNorm]:
         """The norms of the four maps."""
         return [cast(nn.LayerNorm, getattr(self, f"norm{stage}")) for stage in range(4)]
 
-    def _frozen(self) -> list[nn.Module]:
-        if self.frozen_stages < 0:
-            return []
-        stages = zip(self.layers, self.norms(), strict=True)
-        return [self.patch_embed, *(m for pair in list(stages)[: self.frozen_stages] for m in pair)]
+    def parts(self) -> list[list[nn.Module]]:
+        return [[self.patch_embed], *map(list, zip(self.layers, self.norms(), strict=True))]
 
 
 def padded(size: int, window: int) -> int:

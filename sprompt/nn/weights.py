@@ -1,5 +1,5 @@
-"""Weights of a backbone in files: a ResNet, a Swin or a ViT. Checkpoints of other projects are recognised by the names of their tensors;
-files of this library have metadata that say what they hold."""
+"""Weights of a backbone in files: a ResNet, an EfficientNet-Lite, a Swin or a ViT. Checkpoints of other projects are recognised by the
+names of their tensors; files of this library have metadata that say what they hold."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sprompt.nn import resnet_files, swin_files, vit_files
+from sprompt.nn import efficientnet_files, resnet_files, swin_files, vit_files
+from sprompt.nn.efficientnet import EfficientNet
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.swin import Swin
 from sprompt.nn.tensor_files import read_config, read_tensors, write_tensors
 from sprompt.nn.vit import Vit
 
-Backbone = ResNet | Swin | Vit
-_FILES = {ResNet: resnet_files, Swin: swin_files, Vit: vit_files}
-#: Of the commands that load a ResNet into a model.
-OPTIONS = ("--model.depth", "--model.backbone-width", "--model.backbone-variant")
+Backbone = ResNet | EfficientNet | Swin | Vit
+_FILES = {ResNet: resnet_files, EfficientNet: efficientnet_files, Swin: swin_files, Vit: vit_files}
+#: Of the commands that load a backbone into a model.
+OPTIONS = ("--model.backbone", "--model.depth", "--model.backbone-width", "--model.backbone-variant")
 
 
-def load_backbone(network: Backbone, path: Path | str, options: tuple[str, str, str] = OPTIONS) -> str:
+def load_backbone(network: Backbone, path: Path | str, options: tuple[str, str, str, str] = OPTIONS) -> str:
     """Copies the backbone of a checkpoint into `network`. Returns a sentence that names the loaded and the unused tensors.
 
     Reads files of this library, as .pth or safetensors; for a ResNet also those of torchvision, timm, MoCo v2, DenseCL (whole or
-    extracted), SwAV and K-Net; for a Swin those of its release, of transformers and of Mask2Former; for a ViT those of MAE, DeiT, DINO,
-    DINOv2, timm and transformers. The file of a classifier lacks the norms of a Swin's maps, which start anew, and the offsets of
-    deformable convolutions, which start at 0. Positions of a ViT are resized to the grid of `network`; its convolutional stem keeps its
-    values if the file has patches.
+    extracted), SwAV and K-Net; for an EfficientNet-Lite those of timm and efficientnet_pytorch; for a Swin those of its release, of
+    transformers and of Mask2Former; for a ViT those of MAE, DeiT, DINO, DINOv2, timm and transformers. The file of a classifier lacks the
+    norms of a Swin's maps, which start anew, and the offsets of deformable convolutions, which start at 0. Positions of a ViT are resized
+    to the grid of `network`; its convolutional stem keeps its values if the file has patches.
 
     Raises ValueError if another tensor is missing, has another shape, is not finite, or belongs to a larger network; then `network` is
-    unchanged. No code from the file is ever executed. `options` are the command line's names of a ResNet's depth, width and variant, for
-    messages.
+    unchanged. No code from the file is ever executed. `options` are the command line's names of the kind of the backbone and of a
+    ResNet's depth, width and variant, for messages.
     """
     given, said = _fitting(network, path, *_read(path), options)
     network.load_state_dict({**network.state_dict(), **given})
@@ -76,17 +77,18 @@ def save_backbone(path: Path | str, network: Backbone, dtype: torch.dtype = torc
             if not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"save_backbone: tensors must be finite in {dtype}, got NaN or infinity in {name}")
             tensors[name] = tensor
-    sizes = (
-        {"depth": network.depth, "width": network.width, "variant": network.variant}
-        if isinstance(network, ResNet)
-        else asdict(network.config)
-    )
-    write_tensors(path, tensors, {"sprompt": json.dumps({"backbone": sizes})})
+    write_tensors(path, tensors, {"sprompt": json.dumps({"backbone": _sizes(network)})})
+
+
+def _sizes(network: Backbone) -> dict[str, Any]:
+    if isinstance(network, ResNet):
+        return {"depth": network.depth, "width": network.width, "variant": network.variant}
+    return {"name": network.name} if isinstance(network, EfficientNet) else asdict(network.config)
 
 
 def _fitting(
     network: Backbone, path: Path | str, tensors: Mapping[str, Tensor], about: Mapping[str, Any],
-    options: tuple[str, str, str],
+    options: tuple[str, str, str, str],
 ) -> tuple[dict[str, Tensor], str]:  # fmt: skip
     """The tensors of a file that a network takes, and a sentence about them. Raises ValueError if they do not fit."""
     wanted = network.state_dict()
@@ -110,11 +112,13 @@ def _fitting(
         constants, fresh = swin_files.constants(held, network.config), swin_files.fresh_norms(held, wanted)
         changes = ["the norms of its maps start anew"] if fresh else []
         title, advice = swin_files.title(network.config), swin_files.advice(held, network.config)
+    elif isinstance(network, EfficientNet):
+        title, advice = network.name, efficientnet_files.advice(held, network, options[0])
     else:
         fresh = resnet_files.fresh_offsets(held, wanted)
         changes = ["its offsets start at 0"] if fresh else []
         title = resnet_files.title(network.depth, network.width, network.variant)
-        advice = resnet_files.advice(held, network, options)
+        advice = resnet_files.advice(held, network, options[1:])
     _check_fit(path, held | fresh, wanted | constants, title, advice)
     given = {name: tensor for name, tensor in held.items() if name not in constants}
     for name, tensor in given.items():

@@ -12,8 +12,9 @@ from PIL import Image
 from scipy import ndimage
 
 from sprompt.data.sample import Sample
-from sprompt.data.transforms import MEAN, STD, Augment, _draws, collate, crop, flip, resize, resized_size, rotate
+from sprompt.data.transforms import Augment, _draws, collate, crop, flip, resize, resized_size, rotate
 from sprompt.masks import BitMasks
+from sprompt.normalisation import MEAN, STD
 from sprompt.seeding import generator
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sprompt.data.sample import Sample
 from sprompt.data.synthetic import scene
-from sprompt.data.transforms import MEAN, STD
 from sprompt.masks import BitMasks
 from sprompt.methods.densecl import DenseCL, DenseCLConfig, TwoViews, Views, collate_views
 from sprompt.methods.densecl.task import correspondence
+from sprompt.normalisation import MEAN, STD
 
 CONFIG = DenseCLConfig(depth=18, width=4, embedding=8, queue=12, momentum=0.9, dense_level="C4")
 

@@ -7,9 +7,9 @@ from torch.nn.functional import interpolate
 
 import sprompt
 from sprompt.data.synthetic import scene
-from sprompt.data.transforms import MEAN, STD
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.weights import open_backbone
+from sprompt.normalisation import MEAN, STD
 from sprompt.ops import saliency_masks
 
 PATH = Path(sprompt.__file__).parent / "weights" / "scenes-knet.safetensors"

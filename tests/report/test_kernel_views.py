@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sprompt.data.coco import CocoDataset
-from sprompt.data.transforms import MEAN, STD, resize
+from sprompt.data.transforms import resize
 from sprompt.methods.saliency_prompt import SaliencyPromptConfig
 from sprompt.models.knet import KNet, KNetConfig
 from sprompt.models.protocol import Features
