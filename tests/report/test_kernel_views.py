@@ -18,6 +18,7 @@ from sprompt.data.transforms import resize
 from sprompt.methods.saliency_prompt import SaliencyPromptConfig
 from sprompt.models.knet import KNet, KNetConfig
 from sprompt.models.protocol import Features
+from sprompt.normalisation import MEAN, STD
 from sprompt.report.activation import activation_maps, placed, read_activation, save_activation, scatter, spread
 from sprompt.report.prompts import prompt_matches
 
