@@ -13,6 +13,7 @@ import torch
 from sprompt import cli
 from sprompt.data.synthetic import write_scenes
 from sprompt.models.saved import load_model
+from sprompt.nn.efficientnet import EfficientNet
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.swin import Swin, SwinConfig
 from sprompt.nn.weights import save_backbone
@@ -34,7 +35,8 @@ QUERYINST = (
     "--model queryinst --model.channels 16 --model.queries 8 --model.heads 2 --model.stages 2 --model.dynamic-channels 4 "
     "--model.feedforward 32"
 )
-#: The smallest network of each model, and its backbone. tests/test_cli.py has K-Net's.
+KNET = "--model knet --model.channels 16 --model.kernels 8 --model.heads 2 --model.stages 2 --model.feedforward 32"
+#: The smallest network of each model, and its backbone. tests/test_cli.py has K-Net with a ResNet.
 NETWORKS = {
     "mask2former": (f"{MASK2FORMER} {RESNET}", lambda: ResNet(18, width=8)),
     "fastinst": (
@@ -42,6 +44,7 @@ NETWORKS = {
         lambda: ResNet(50, width=8, variant="d-dcn"),
     ),
     "queryinst": (f"{QUERYINST} {RESNET}", lambda: ResNet(18, width=8)),
+    "knet, efficientnet-lite0": (f"{KNET} --model.backbone efficientnet-lite0", EfficientNet),
     "mask2former, swin": (f"{MASK2FORMER} {SWIN}", lambda: Swin(SwinConfig(8, (1, 2, 1, 1), (1, 2, 2, 2), 4))),
 }
 SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True --train.warmup-steps 0"
@@ -55,7 +58,10 @@ def sprompt(folder: Path, line: str) -> None:
 
 @pytest.mark.parametrize(("network", "backbone"), NETWORKS.values(), ids=NETWORKS)
 def test_the_chain(
-    network: str, backbone: Callable[[], ResNet | Swin], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    network: str,
+    backbone: Callable[[], ResNet | Swin | EfficientNet],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_scenes(tmp_path / "scenes", 6, seed=0, size=(64, 64))
     torch.manual_seed(0)

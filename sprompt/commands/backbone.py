@@ -17,7 +17,7 @@ from sprompt.settings import to_plain
 
 @dataclasses.dataclass
 class Backbone:
-    """Trains a ResNet on pictures without labels, by DenseCL. Use it if you have pictures but no checkpoint.
+    """Trains a ResNet or an EfficientNet-Lite on pictures without labels, by DenseCL. Use it if you have pictures but no checkpoint.
 
     Writes OUT/backbone.safetensors, which `propose`, `pretrain` and `finetune` take. If you start the same command again, it
     goes on from its last checkpoint. If a picture cannot be read, the command prints its name and trains on another picture
@@ -32,7 +32,7 @@ class Backbone:
     """Text file that lists the pictures to use, one file name a line; `sprompt split` writes such lists. Default: all
     pictures."""
     init: Path | None = None
-    """Weights to start from: a file, or a run folder that holds a backbone."""
+    """Weights to start from: a file, a run folder that holds a backbone, or `imagenet`."""
     half: bool = False
     """Write the weights in float16. The file then has half the size."""
     cpu: bool = False

@@ -44,7 +44,7 @@ class Finetune:
     checkpoint: Path | None = None
     """Trained model to start from: the run folder or the file of `sprompt pretrain` or `sprompt finetune`, or an official release."""
     backbone: Path | None = None
-    """Backbone to start from if there is no --checkpoint: a file, or a run folder with a backbone."""
+    """Backbone to start from if there is no --checkpoint: a file, a run folder with a backbone, or `imagenet`."""
     reset_classifier: bool = True
     """With --checkpoint: start with fresh classification layers. False keeps the layers; the data must then have the model's
     classes."""

@@ -31,7 +31,7 @@ class Labeler:
     out: Path = Path("runs/labeler")
     """Run folder."""
     backbone: Path | None = None
-    """Encoder to start from: a file of a ViT or a ResNet of the sizes in --network, or a run folder with a backbone. Without it the
+    """Encoder to start from: a file of a network of the sizes in --network, a run folder with a backbone, or `imagenet`. Without it the
     encoder starts from random values."""
     cpu: bool = False
     """Do not use a GPU."""

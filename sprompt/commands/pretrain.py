@@ -31,8 +31,8 @@ class Pretrain:
     proposals: Path
     """File written by `sprompt propose`."""
     backbone: Path
-    """The model's backbone: a file, or a run folder with a backbone. Kernel supervision needs the backbone that the proposals
-    were made with. The method decides whether the backbone stays frozen."""
+    """The model's backbone: a file, a run folder with a backbone, or `imagenet`. Kernel supervision needs the backbone that the
+    proposals were made with. The method decides whether the backbone stays frozen."""
     out: Path = Path("runs/pretrain")
     """Run folder."""
     keep_empty: bool = False

@@ -23,8 +23,8 @@ class Propose:
     images: Path
     """Folder of pictures, subfolders included."""
     backbone: Path
-    """A backbone: a file of DenseCL, MoCo-v2, SwAV, torchvision, Swin or a ViT (MAE, DeiT, DINO, DINOv2), or the run folder or file of
-    `sprompt backbone`."""
+    """A backbone: a file of DenseCL, MoCo-v2, SwAV, torchvision, EfficientNet-Lite, Swin or a ViT (MAE, DeiT, DINO, DINOv2), the run
+    folder or file of `sprompt backbone`, or `imagenet` for the weights of the extra of this name."""
     out: Path = Path("proposals.json")
     """The file to write (COCO format)."""
     only: Path | None = None

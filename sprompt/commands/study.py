@@ -56,7 +56,7 @@ class Study:
     """Folder of pictures for pre-training. Default: the labelled pictures that are not kept for the test, without their
     labels."""
     backbone: Path | None = None
-    """Self-supervised backbone. Default: the study trains a backbone on the pictures for pre-training."""
+    """Pre-trained backbone, as for `pretrain`. Default: the study trains a backbone on the pictures for pre-training."""
     scenes: tuple[int, int, int] = (1200, 1200, 150)
     """Three numbers of synthetic scenes: without labels, with labels, for the test."""
     scene_size: int = 160

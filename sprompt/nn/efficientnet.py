@@ -75,7 +75,7 @@ class SameConv(nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         size, stride = self.kernel_size[0], self.stride[0]
         if stride > 1:
-            down, right = (max((-(-n // stride) - 1) * stride + size - n, 0) for n in x.shape[-2:])
+            down, right = (size - 1 - (n - 1) % stride for n in x.shape[-2:])
             x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
         return super().forward(x)
 

@@ -17,6 +17,10 @@ EXPECTED = (
     f"... , bare or behind {', '.join(PREFIXES[1:])})"
 )
 _OWN = re.compile(r"(conv_stem|bn1|_?blocks\.\d+)\.")  # a block of another network too, so that it is one too many
+_FIRST = {
+    "blocks.0.0.conv_dw.weight",
+    "_blocks.0._depthwise_conv.weight",
+}  # the last where no network has as many blocks
 _FLAT = re.compile(r"_blocks\.(\d+)\.(\w+)\.(\w+)")
 #: The names of efficientnet_pytorch -> ours: outside of the blocks, in a block without an expansion, and in the other blocks.
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
@@ -32,7 +36,7 @@ def find(tensors: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor], list[st
         behind = {name.removeprefix(prefix): name for name in tensors if name.startswith(prefix)}
         ours = _from_flat(list(behind)) if "_conv_stem.weight" in behind else {name: name for name in behind}
         held = {own: tensors[behind[name]] for name, own in ours.items() if _OWN.match(own)}
-        if "conv_stem.weight" in held and "blocks.0.0.conv_dw.weight" in held:
+        if "conv_stem.weight" in held and held.keys() & _FIRST:
             taken = {behind[name] for name, own in ours.items() if own in held}
             return prefix, held, [name for name in tensors if name not in taken]
     return None
@@ -52,10 +56,10 @@ def opened(held: Mapping[str, Tensor], about: Mapping[str, Any], frozen_stages: 
     return EfficientNet(name, frozen_stages=frozen_stages)
 
 
-def advice(held: Mapping[str, Tensor], network: EfficientNet, option: str) -> str:
-    """The option that makes the network of a file, if `network` is another one."""
+def advice(held: Mapping[str, Tensor], own: Name | None, option: str) -> str:
+    """The option that makes the network of a file, if the network at hand is another one: `own`, or one of another kind."""
     name = _name(held)
-    return "is it the right file?" if name in (None, network.name) else f"the file holds {name}: {option} {name}"
+    return "is it the right file?" if name in (None, own) else f"the file holds {name}: {option} {name}"
 
 
 def _name(held: Mapping[str, Tensor]) -> Name | None:

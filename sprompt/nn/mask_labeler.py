@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, interpolate, pad, relu
 
+from sprompt.nn.efficientnet import EfficientNet
 from sprompt.nn.resnet import ResNet
 from sprompt.nn.vit import Vit
 
@@ -82,18 +84,20 @@ class MaskLabeler(nn.Module):
     objects get pixel vectors of a coarse map, large objects those of a fine one; the logits of all are resized to S/4.
 
     Args:
-        backbone: the encoder: a Vit with patches of 16, or a ResNet, whose layers behind the map of stride 16 neither run nor train.
+        backbone: the encoder: a Vit with patches of 16, or a ResNet or an EfficientNet, whose stages behind the map of stride 16 neither
+            run nor train.
         width: length C of the vectors.
     """
 
-    def __init__(self, backbone: ResNet | Vit, width: int = 256) -> None:
+    def __init__(self, backbone: ResNet | EfficientNet | Vit, width: int = 256) -> None:
         super().__init__()
         if STRIDE not in backbone.strides:
             raise ValueError(f"MaskLabeler: backbone must have a map of stride {STRIDE}, got {backbone.strides}")
         self.backbone = backbone
         self._levels = backbone.strides.index(STRIDE) + 1
-        if isinstance(backbone, ResNet):
-            backbone.layer4.requires_grad_(False)
+        if not isinstance(backbone, Vit):
+            for module in chain(*backbone.parts()[self._levels + 1 :]):
+                module.requires_grad_(False)
         channels = backbone.channels[self._levels - 1]
         self.instance_head = nn.Sequential(nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, width))
         self.pixel_head = PixelHead(channels, width)
@@ -124,9 +128,9 @@ class MaskLabeler(nn.Module):
 
     def _encoded(self, crops: Tensor) -> Tensor:
         """The encoder's map (B, D, S/16, S/16)."""
-        if isinstance(self.backbone, ResNet):
-            return self.backbone(crops, self._levels)[-1]
-        return self.backbone(crops)[-1]
+        if isinstance(self.backbone, Vit):
+            return self.backbone(crops)[-1]
+        return self.backbone(crops, self._levels)[-1]
 
     def _masks(self, features: Tensor, objects: Tensor, kind: int, size: int) -> Tensor:
         """The logits of objects of one size class."""

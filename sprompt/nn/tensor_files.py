@@ -47,7 +47,8 @@ def read_tensors(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         metadata = read_metadata(path)
         try:
             with safe_open(path, "pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118  # not a dict
+                # Copies are aligned in memory. Views of the file need not be, and products with them may have other bits.
+                return {name: file.get_tensor(name).clone() for name in file.keys()}, metadata  # noqa: SIM118  # not a dict
         except (SafetensorError, OSError) as error:
             raise ValueError(
                 f"{path}: must be a whole safetensors file, got {error}; fetch or write it again"

@@ -100,6 +100,8 @@ def _fitting(
     if found is None:
         other = next((other for other in _FILES.values() if other.find(tensors)), None)
         hint = f"; the file holds {other.EXPECTED.split(' (')[0]}" if other else ""
+        if (lite := efficientnet_files.find(tensors)) is not None:
+            hint = f"; {efficientnet_files.advice(lite[1], None, options[0])}"
         raise ValueError(f"{path}: must hold {files.EXPECTED}, got {_first(tensors)}{hint}")
     prefix, held, rest = found
     if isinstance(network, Vit):
@@ -113,7 +115,7 @@ def _fitting(
         changes = ["the norms of its maps start anew"] if fresh else []
         title, advice = swin_files.title(network.config), swin_files.advice(held, network.config)
     elif isinstance(network, EfficientNet):
-        title, advice = network.name, efficientnet_files.advice(held, network, options[0])
+        title, advice = network.name, efficientnet_files.advice(held, network.name, options[0])
     else:
         fresh = resnet_files.fresh_offsets(held, wanted)
         changes = ["its offsets start at 0"] if fresh else []

@@ -6,27 +6,22 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from sprompt.models.backbone import BackboneConfig, Kind
 from sprompt.nn.mask_labeler import STRIDE
-from sprompt.nn.resnet import DEPTHS, Variant
 from sprompt.nn.vit import VitConfig
 from sprompt.ops.mean_field import LEAST
 from sprompt.settings import check_choices, check_sizes
 
 
 @dataclass(frozen=True)
-class NetworkConfig:
+class NetworkConfig(BackboneConfig):
     """Sizes of the network. The defaults are the paper's."""
 
-    backbone: Literal["vit", "resnet"] = "vit"
-    """The encoder: a Vision Transformer, with the settings of `vit`, or a ResNet, with the settings `depth` and `backbone_…`."""
+    backbone: Literal["vit", Kind] = "vit"  # type: ignore[assignment]  # one kind more
+    """The encoder: a Vision Transformer, with the settings of `vit`, a ResNet, with the settings `depth` and `backbone_…`, or an
+    EfficientNet-Lite."""
     vit: VitConfig = field(default_factory=lambda: VitConfig(grid=32, conv_stem=True))
     """Sizes of the Vision Transformer; its patches have 16 pixels."""
-    depth: int = 50
-    """Depth of the ResNet: 18, 34, 50 or 101."""
-    backbone_width: int = 64
-    """Channels of the ResNet's stem; 64 is the normal network."""
-    backbone_variant: Variant = "plain"
-    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     width: int = 256
     """Channels of the heads."""
     crop: int = 512
@@ -34,9 +29,8 @@ class NetworkConfig:
 
     def __post_init__(self) -> None:
         check_choices(type(self), vars(self))
-        if self.depth not in DEPTHS:
-            raise ValueError(f"NetworkConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
-        check_sizes(self, {"backbone_width": (1, 1024), "width": (1, 8192), "crop": (32, 4096)})
+        self.check_backbone()
+        check_sizes(self, {"width": (1, 8192), "crop": (32, 4096)})
         if not isinstance(self.vit, VitConfig) or self.vit.patch != STRIDE:
             raise ValueError(f"NetworkConfig: vit must be a VitConfig with patches of {STRIDE}, got {self.vit!r}")
         if self.crop % 32:

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from sprompt.methods.auto_labeler.config import NetworkConfig
+from sprompt.models.backbone import build_backbone
 from sprompt.models.fit import check_fit
 from sprompt.nn.mask_labeler import MaskLabeler
-from sprompt.nn.resnet import ResNet
 from sprompt.nn.tensor_files import read_metadata, read_tensors, write_tensors
 from sprompt.nn.vit import Vit
 from sprompt.settings import from_plain
@@ -22,11 +22,7 @@ _FORMAT = 1
 
 def build_network(config: NetworkConfig) -> MaskLabeler:
     """A new network, from torch's global random numbers."""
-    if config.backbone == "vit":
-        return MaskLabeler(Vit(config.vit), config.width)
-    backbone = ResNet(
-        config.depth, width=config.backbone_width, variant=config.backbone_variant, frozen_stages=-1
-    )  # fmt: skip
+    backbone = Vit(config.vit) if config.backbone == "vit" else build_backbone(config, frozen_stages=-1)
     return MaskLabeler(backbone, config.width)
 
 

@@ -24,14 +24,17 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from sprompt.methods.densecl.views import Views
+from sprompt.models.backbone import BackboneConfig, Kind, build_backbone
 from sprompt.nn.distributed import rank, world
-from sprompt.nn.resnet import ResNet, Variant
+from sprompt.nn.resnet import Variant
 
 
 @dataclass(frozen=True)
 class DenseCLConfig:
     """The network and its contrastive loss. The defaults suit a small run; the paper's values are in brackets."""
 
+    backbone: Kind = "resnet"
+    """A ResNet, with the three settings that follow, or an EfficientNet-Lite (resnet)."""
     depth: int = 18
     """Layers of the ResNet: 18, 34, 50 or 101 (50)."""
     width: int = 64
@@ -96,9 +99,8 @@ class DenseCL(nn.Module):
         self._level = ("C2", "C3", "C4", "C5").index(config.dense_level)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.backbone = ResNet(
-                config.depth, width=config.width, variant=config.variant, frozen_stages=-1, train_batchnorm=True
-            )
+            sizes = BackboneConfig(config.backbone, config.depth, config.width, config.variant)
+            self.backbone = build_backbone(sizes, frozen_stages=-1, train_batchnorm=True)
             channels = self.backbone.channels
             self.heads = Heads(channels[-1], channels[self._level], config.embedding)
             for name in ("queue", "dense_queue"):

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from sprompt.models.backbone import BackboneConfig
 from sprompt.models.registry import ModelConfig
-from sprompt.nn.resnet import DEPTHS, Variant
 from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
-    "backbone_width": (1, 1024),
     "channels": (4, 8192),
     "queries": (1, 100_000),
     "auxiliary_queries": (0, 100_000),
@@ -25,15 +24,9 @@ _WHOLE = {
 
 
 @dataclass(frozen=True)
-class FastInstConfig(ModelConfig):
+class FastInstConfig(BackboneConfig, ModelConfig):
     """The defaults are FastInst-D3 with ResNet-50 for the instances of COCO. D1 has one decoder layer."""
 
-    depth: int = 50
-    """Depth of the ResNet: 18, 34, 50 or 101."""
-    backbone_width: int = 64
-    """Channels of the ResNet's stem; 64 is the normal network."""
-    backbone_variant: Variant = "plain"
-    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     channels: int = 256
     """Width of the pixel decoder and the queries; a multiple of 4 and of the heads."""
     queries: int = 100
@@ -74,8 +67,7 @@ class FastInstConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_choices(type(self), vars(self))
-        if self.depth not in DEPTHS:
-            raise ValueError(f"FastInstConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
+        self.check_backbone()
         check_sizes(self, _WHOLE)
         if self.channels % 4 or self.channels % self.heads:
             raise ValueError(

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from sprompt.masks import BitMasks, Size
 from sprompt.models import query_inference
+from sprompt.models.backbone import build_backbone
 from sprompt.models.fastinst import loss
 from sprompt.models.fastinst.config import FastInstConfig
 from sprompt.models.protocol import (
@@ -28,7 +29,6 @@ from sprompt.models.protocol import (
 )
 from sprompt.nn.dual_path import Decoded, DualPathDecoder
 from sprompt.nn.ppm_fpn import PPMFPN
-from sprompt.nn.resnet import ResNet
 from sprompt.ops import activation_queries, mask_conv
 
 GRID = 0.02  # standard deviation of the first values of the grid of positions
@@ -44,7 +44,7 @@ class Outputs(NamedTuple):
 
 
 class FastInst(nn.Module):
-    """FastInst with a ResNet.
+    """FastInst.
 
     One site takes prompts: "query", the content of the queries that predict; their positions and the auxiliary queries stay as they are.
     `Features.maps` are the pixel decoder's maps of strides 8, 8, 16 and 32: it has no map of stride 4, so that of stride 8 stands for it
@@ -58,7 +58,7 @@ class FastInst(nn.Module):
         super().__init__()
         self.config = config = FastInstConfig() if config is None else config
         width, side = config.channels, round(config.queries**0.5)
-        self.backbone = ResNet(config.depth, width=config.backbone_width, variant=config.backbone_variant)
+        self.backbone = build_backbone(config, frozen_stages=config.frozen_stages)
         self.freeze_backbone(config.frozen_stages)
         self.pixel_decoder = PPMFPN(self.backbone.channels[1:], width)
         self.proposal_predictor = nn.Sequential(

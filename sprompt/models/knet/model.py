@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sprompt.masks import BitMasks, Size
+from sprompt.models.backbone import build_backbone
 from sprompt.models.knet import inference, loss
 from sprompt.models.knet.config import KNetConfig
 from sprompt.models.knet.kernel_head import KernelHead
@@ -26,7 +27,6 @@ from sprompt.models.protocol import (
     refuse_groups,
 )
 from sprompt.nn.fpn import FPN
-from sprompt.nn.resnet import ResNet
 from sprompt.ops import mask_conv, mask_pool, mask_update
 
 
@@ -42,7 +42,7 @@ class IterativeHead(nn.Module):
 
 
 class KNet(nn.Module):
-    """K-Net with a ResNet and an FPN. Parameters have the names of the official checkpoints.
+    """K-Net with an FPN. Parameters have the names of the official checkpoints.
 
     Two sites take prompts. "kernel": the learned kernels, which are the same for all images. The prompted kernels make the
     first masks and are the base of the proposal kernels. "proposal": the proposal kernels before the first stage. A proposal
@@ -55,12 +55,7 @@ class KNet(nn.Module):
     def __init__(self, config: KNetConfig | None = None) -> None:
         super().__init__()
         self.config = config = KNetConfig() if config is None else config
-        self.backbone = ResNet(
-            config.depth,
-            width=config.backbone_width,
-            variant=config.backbone_variant,
-            frozen_stages=config.frozen_stages,
-        )
+        self.backbone = build_backbone(config, frozen_stages=config.frozen_stages)
         self.neck = FPN(self.backbone.channels, config.channels)
         self.rpn_head = KernelHead(config.channels, config.kernels, config.num_classes)
         self.roi_head = IterativeHead(config)
@@ -85,7 +80,7 @@ class KNet(nn.Module):
             stage.reset_classifier(num_classes)
 
     def freeze_backbone(self, stages: int) -> None:
-        """Freezes this many stages of the ResNet and makes the others trainable. Make the optimiser after this call."""
+        """Freezes this many stages of the backbone and makes the others trainable. Make the optimiser after this call."""
         self.config = replace(self.config, frozen_stages=stages)
         self.backbone.freeze(stages)
 

@@ -15,6 +15,7 @@ from sprompt.models.detectron2_names import released_name
 from sprompt.models.fit import check_fit
 from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.nn import swin_files
+from sprompt.nn.efficientnet import EfficientNet
 from sprompt.nn.resnet import DEPTHS, Bottleneck, ResNet
 from sprompt.nn.swin import Swin, SwinConfig
 from sprompt.nn.tensor_files import read_config, read_tensors, write_tensors
@@ -126,7 +127,9 @@ def import_checkpoint(model: Mask2Former, path: Path | str) -> str:
 
 def export_checkpoint(model: Mask2Former, path: Path | str) -> None:
     """Writes a model as safetensors with transformers' names. For `from_pretrained` of transformers put a config.json beside it.
-    Raises ValueError for a ResNet-D, which transformers does not have."""
+    Raises ValueError for a ResNet-D or an EfficientNet-Lite, which transformers does not have."""
+    if isinstance(model.backbone, EfficientNet):
+        raise ValueError(f"export_checkpoint: the backbone must be a ResNet or a Swin, got {model.config.backbone}")
     if isinstance(model.backbone, ResNet) and model.backbone.variant != "plain":
         raise ValueError(f"export_checkpoint: the ResNet must be plain for transformers, got {model.backbone.variant}")
     weight = torch.ones(model.num_classes + 1)

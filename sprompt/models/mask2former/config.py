@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from sprompt.models.backbone import BackboneConfig, Kind
 from sprompt.models.registry import ModelConfig
-from sprompt.nn.resnet import DEPTHS, Variant
 from sprompt.nn.swin import SwinConfig
 from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
-    "backbone_width": (1, 1024),
     "channels": (4, 8192),
     "queries": (1, 100_000),
     "num_classes": (1, 1_000_000),
@@ -27,17 +26,11 @@ _WHOLE = {
 
 
 @dataclass(frozen=True)
-class Mask2FormerConfig(ModelConfig):
+class Mask2FormerConfig(BackboneConfig, ModelConfig):
     """The defaults are Mask2Former with ResNet-50 for the instances of COCO."""
 
-    backbone: Literal["resnet", "swin"] = "resnet"
-    """A ResNet, with the three settings that follow, or a Swin, with those of `swin`."""
-    depth: int = 50
-    """Depth of the ResNet: 18, 34, 50 or 101."""
-    backbone_width: int = 64
-    """Channels of the ResNet's stem; 64 is the normal network."""
-    backbone_variant: Variant = "plain"
-    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
+    backbone: Literal[Kind, "swin"] = "resnet"  # type: ignore[assignment]  # one kind more
+    """A ResNet, with the three settings that follow, a Swin, with those of `swin`, or an EfficientNet-Lite."""
     swin: SwinConfig = field(default_factory=SwinConfig)
     """Sizes of the Swin."""
     channels: int = 256
@@ -76,10 +69,7 @@ class Mask2FormerConfig(ModelConfig):
         check_choices(type(self), vars(self))
         if not isinstance(self.swin, SwinConfig):
             raise ValueError(f"Mask2FormerConfig: swin must be a SwinConfig, got {self.swin!r}")
-        if self.depth not in DEPTHS:
-            raise ValueError(
-                f"Mask2FormerConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}"
-            )
+        self.check_backbone()
         check_sizes(self, _WHOLE)
         if self.channels % 4 or self.channels % self.heads:
             raise ValueError(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sprompt.masks import BitMasks, Size
 from sprompt.models import query_inference
+from sprompt.models.backbone import build_backbone
 from sprompt.models.mask2former import loss
 from sprompt.models.mask2former.config import Mask2FormerConfig
 from sprompt.models.protocol import (
@@ -28,7 +29,6 @@ from sprompt.models.protocol import (
 from sprompt.models.query_groups import join
 from sprompt.nn.masked_decoder import MaskedDecoder
 from sprompt.nn.pixel_decoder import LEVELS, PixelDecoder
-from sprompt.nn.resnet import ResNet
 from sprompt.nn.swin import Swin, WindowAttention
 from sprompt.ops import mask_conv
 
@@ -56,7 +56,7 @@ class TransformerModule(nn.Module):
 
 
 class Mask2Former(nn.Module):
-    """Mask2Former with a ResNet or a Swin. Parameters outside of the backbone have transformers' names.
+    """Mask2Former. Parameters outside of the backbone have transformers' names.
 
     One site takes prompts: "query", the content of the learned queries; their positions stay as they are. `Features.maps` are the mask
     features (stride 4), then the pixel decoder's maps of strides 8, 16 and 32.
@@ -72,9 +72,7 @@ class Mask2Former(nn.Module):
         self.backbone = (
             Swin(config.swin, frozen_stages=frozen)
             if config.backbone == "swin"
-            else ResNet(
-                config.depth, width=config.backbone_width, variant=config.backbone_variant, frozen_stages=frozen
-            )
+            else build_backbone(config, frozen_stages=frozen)
         )
         self.pixel_decoder = PixelDecoder(
             self.backbone.channels, config.channels, config.heads, config.encoder_feedforward, config.encoder_layers

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sprompt.models.backbone import BackboneConfig
 from sprompt.models.registry import ModelConfig
-from sprompt.nn.resnet import DEPTHS, Variant
 from sprompt.settings import check_choices, check_sizes, check_weights
 
 #: Bounds of the sizes, so that a file cannot ask for a network that no machine holds.
 _WHOLE = {
-    "backbone_width": (1, 1024),
     "channels": (1, 2048),
     "queries": (1, 100_000),
     "num_classes": (1, 1_000_000),
@@ -23,15 +22,9 @@ _WHOLE = {
 
 
 @dataclass(frozen=True)
-class QueryInstConfig(ModelConfig):
+class QueryInstConfig(BackboneConfig, ModelConfig):
     """The defaults are QueryInst with ResNet-50, FPN, 100 queries and six stages for COCO."""
 
-    depth: int = 50
-    """Depth of the ResNet: 18, 34, 50 or 101."""
-    backbone_width: int = 64
-    """Channels of the ResNet's stem; 64 is the normal network."""
-    backbone_variant: Variant = "plain"
-    """"d" is ResNet-D, with a deep stem and means in its shortcuts; "d-dcn" has deformable convolutions too, and a depth of 50 or 101."""
     channels: int = 256
     """Width of the pyramid, the queries and the mask heads; a multiple of the heads."""
     queries: int = 100
@@ -62,8 +55,7 @@ class QueryInstConfig(ModelConfig):
 
     def __post_init__(self) -> None:
         check_choices(type(self), vars(self))
-        if self.depth not in DEPTHS:
-            raise ValueError(f"QueryInstConfig: depth must be one of {', '.join(map(str, DEPTHS))}, got {self.depth!r}")
+        self.check_backbone()
         check_sizes(self, _WHOLE)
         if self.channels % self.heads:
             raise ValueError(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sprompt.masks import BitMasks, Size
+from sprompt.models.backbone import build_backbone
 from sprompt.models.protocol import (
     Features,
     Losses,
@@ -27,7 +28,6 @@ from sprompt.models.queryinst.boxes import corners, scales
 from sprompt.models.queryinst.config import QueryInstConfig
 from sprompt.models.queryinst.heads import BoxHead, MaskHead, Stage
 from sprompt.nn.fpn import FPN
-from sprompt.nn.resnet import ResNet
 
 
 class Outputs(NamedTuple):
@@ -60,7 +60,7 @@ class StageHeads(nn.Module):
 
 
 class QueryInst(nn.Module):
-    """QueryInst with a ResNet and an FPN. Parameters have the names of the releases.
+    """QueryInst with an FPN. Parameters have the names of the releases.
 
     One site takes prompts: "query", the learned queries before the first stage; their boxes stay as they are. Boxes start in shares
     of the image without its padding.
@@ -72,12 +72,7 @@ class QueryInst(nn.Module):
     def __init__(self, config: QueryInstConfig | None = None) -> None:
         super().__init__()
         self.config = config = QueryInstConfig() if config is None else config
-        self.backbone = ResNet(
-            config.depth,
-            width=config.backbone_width,
-            variant=config.backbone_variant,
-            frozen_stages=config.frozen_stages,
-        )
+        self.backbone = build_backbone(config, frozen_stages=config.frozen_stages)
         self.neck = FPN(self.backbone.channels, config.channels)
         self.rpn_head = LearnedQueries(config.queries, config.channels)
         self.roi_head = StageHeads(config)
