@@ -203,3 +203,12 @@ def test_bad_arguments() -> None:
         EfficientNet("efficientnet-b0")
     with pytest.raises(ValueError, match="EfficientNet: frozen_stages must be from -1"):
         EfficientNet(frozen_stages=5)
+
+
+def test_a_program_for_maps_of_any_size() -> None:
+    """The padding of TensorFlow depends on the size; a program still takes all multiples of 32."""
+    made, dim = torch.nn.Sequential(SameConv(3, 4, 3, 2), SameConv(4, 4, 5, 2, groups=4)), torch.export.Dim
+    sizes = {0: dim("b", min=1, max=8), 2: 32 * dim("h", min=1, max=64), 3: 32 * dim("w", min=1, max=64)}
+    program = torch.export.export(made, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sizes,))
+    images = torch.randn(3, 3, 96, 64)
+    torch.testing.assert_close(program.module()(images), made(images))
