@@ -139,7 +139,7 @@ class MaskedDecoder(nn.Module):
         mask features are resized once for each level, and the logits of all queries at full resolution never exist.
         """
         with torch.no_grad():
-            resized = [F.interpolate(mask_features, m.shape[2:], mode="bilinear", align_corners=False) for m in maps]
+            resized = [_resized(mask_features, m.shape[2:]) for m in maps]
         values = [m.flatten(2).mT + e for m, e in zip(maps, level_embed, strict=True)]
         keys = [
             v + sine_positions(m.shape[1], m.shape[2], m.shape[3], v).flatten(1).T
@@ -159,6 +159,13 @@ class MaskedDecoder(nn.Module):
             hidden.append(self.layernorm(x))
             embeddings.append(self.mask_predictor(hidden[-1]))
         return Decoded(hidden, embeddings, x)
+
+
+def _resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """(B, C, H, W) -> (B, C, h, w)."""
+    # One channel each: before it resizes several to a small size, torch copies them to channels last on a CPU.
+    single = maps.flatten(0, 1)[:, None]
+    return F.interpolate(single, size, mode="bilinear", align_corners=False).reshape(*maps.shape[:2], *size)
 
 
 def _with_given(masks: BitMasks, given: Mapping[int, BitMasks]) -> BitMasks:

@@ -61,7 +61,8 @@ def weighted_cross_entropy(classes: Tensor, truth: Tensor, no_object: float) -> 
 def mask_terms(
     features: Tensor, embeddings: Tensor, masks: BitMasks, rows: Tensor, number: int, candidates: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sums of the cross-entropy and the dice of the matched pairs, see `point_loss`. Logits exist for these pairs only.
+    """Cross-entropy and dice (B, G) of the matched pairs, see `point_loss`; 0 for a target without a query. Logits exist for these pairs
+    only.
 
     Args:
         features: (B, C, h, w). embeddings: (B, Q, C): their products with the features are mask logits.
@@ -70,12 +71,24 @@ def mask_terms(
         candidates: points of other code instead of drawn ones, for the pairs in the order of the targets.
     """
     real = rows >= 0
-    chosen = embeddings.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, embeddings.shape[2]))
-    logits = mask_conv(features, chosen).flatten(0, 1)
-    if logits.device.type == "cpu":  # a GPU would wait for the number of pairs
-        logits, masks, real = logits[real.flatten()], masks.reshape(-1)[real.flatten()], real[real]
-    bce, dice = point_loss(logits, masks.reshape(-1), number=number, candidates=candidates)
+    if features.device.type == "cpu":  # a GPU would wait for the number of pairs
+        used = real.any(0)
+        kept, targets = real[:, used].flatten(), masks[:, used].reshape(-1)
+        logits = pair_logits(features, embeddings, rows[:, used])
+        if not kept.all():
+            logits, targets = logits[kept], targets[kept]
+        losses = point_loss(logits, targets, number=number, candidates=candidates)
+        bce, dice = (loss.new_zeros(real.shape).masked_scatter(real, loss) for loss in losses)
+        return bce, dice
+    logits = pair_logits(features, embeddings, rows)
+    losses = point_loss(logits, masks.reshape(-1), number=number, candidates=candidates)
     # Costs that are not finite raise an error on a CPU. On a GPU the rows are -2, and the loss must not take them for background.
     otherwise = torch.where((rows == -2).any(), torch.nan, 0.0)
-    real = real.flatten()
-    return torch.where(real, bce, otherwise).sum(), torch.where(real, dice, otherwise).sum()
+    bce, dice = (torch.where(real, loss.view_as(rows), otherwise) for loss in losses)
+    return bce, dice
+
+
+def pair_logits(features: Tensor, embeddings: Tensor, rows: Tensor) -> Tensor:
+    """(B · G, h, w): the mask logits of the queries `rows` (B, G), of any query where a row is negative."""
+    chosen = embeddings.gather(1, rows.clamp(min=0)[..., None].expand(-1, -1, embeddings.shape[2]))
+    return mask_conv(features, chosen).flatten(0, 1)

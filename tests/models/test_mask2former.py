@@ -13,7 +13,7 @@ from transformers_mask2former import BOTH, TINY, by_our_names, labelled, ours, t
 
 from benchmarks.draws import Draws
 from sprompt.masks import BitMasks
-from sprompt.models.mask2former import Mask2FormerConfig
+from sprompt.models.mask2former import Mask2FormerConfig, loss
 from sprompt.models.mask2former.checkpoint import to_transformers
 from sprompt.models.mask2former.loss import losses
 from sprompt.nn import masked_decoder
@@ -21,14 +21,16 @@ from sprompt.ops import mask_bits
 
 
 @pytest.mark.parametrize(
-    ("size", "counts"),
-    [((64, 96), [3, 0]), ((96, 64), [9, 2]), ((64, 64), [4, 1])],
-    ids=["one without targets", "more than queries", "square"],
+    ("size", "counts", "at_once"),
+    [((64, 96), [3, 0], 256), ((96, 64), [9, 2], 256), ((64, 64), [4, 1], 256), ((64, 64), [3, 4], 9)],
+    ids=["one without targets", "more than queries", "square", "two heads at once"],
 )
 @BOTH
 def test_predictions_losses_and_gradients(
-    config: Mask2FormerConfig, size: tuple[int, int], counts: list[int], tmp_path: Path
-) -> None:
+    config: Mask2FormerConfig, size: tuple[int, int], counts: list[int], at_once: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(loss, "_AT_ONCE", at_once)
     other = theirs(config)
     model = ours(other, tmp_path, config).double()
     other = other.double()

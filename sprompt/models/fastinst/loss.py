@@ -69,8 +69,8 @@ def losses(
             candidates = None if points is None else points.candidates[number]
             bce, dice = mask_terms(features, embeddings, masks, rows, config.points, candidates)
             terms[f"{name}/class"] = config.loss_class * class_term(logits, rows, labels, config.no_object)
-            terms[f"{name}/mask"] = config.loss_mask * bce / targets
-            terms[f"{name}/dice"] = config.loss_dice * dice / targets
+            terms[f"{name}/mask"] = config.loss_mask * bce.sum() / targets
+            terms[f"{name}/dice"] = config.loss_dice * dice.sum() / targets
     return Losses(terms, matched[1:])  # the start queries are no decoder stage
 
 

@@ -38,22 +38,21 @@ def losses(
     """
     labels = real_labels("Mask2Former.losses", labels, counts, config.num_classes)
     terms: dict[str, Tensor] = {}
-    matched = []
     with torch.autocast(labels.device.type, enabled=False):
         features = full_precision(outputs.mask_features)
+        classes, embeddings = (list(map(full_precision, part)) for part in (outputs.classes, outputs.embeddings))
+        cost, candidates = ([None] * len(classes), None) if points is None else points
+        rows = [
+            assignment(of_classes, features, of_masks, masks, labels, counts, config, given)
+            for of_classes, of_masks, given in zip(classes, embeddings, cost, strict=True)
+        ]
+        bce, dice = head_terms(features, embeddings, masks, rows, config, candidates)
         targets = average_targets(counts)
-        for head, (classes, hidden, embeddings) in enumerate(
-            zip(outputs.classes, outputs.hidden, outputs.embeddings, strict=True)
-        ):
-            classes, embeddings = full_precision(classes), full_precision(embeddings)
-            given = None if points is None else points.cost[head]
-            rows = assignment(classes, features, embeddings, masks, labels, counts, config, given)
-            candidates = None if points is None else points.candidates[head]
-            bce, dice = mask_terms(features, embeddings, masks, rows, config.points, candidates)
-            terms[f"head{head}/class"] = config.loss_class * class_term(classes, rows, labels, config.no_object)
-            terms[f"head{head}/mask"] = config.loss_mask * bce / targets
-            terms[f"head{head}/dice"] = config.loss_dice * dice / targets
-            matched.append(Matched(hidden, rows))
+        for head, own in enumerate(rows):
+            terms[f"head{head}/class"] = config.loss_class * class_term(classes[head], own, labels, config.no_object)
+            terms[f"head{head}/mask"] = config.loss_mask * bce[head] / targets
+            terms[f"head{head}/dice"] = config.loss_dice * dice[head] / targets
+    matched = [Matched(hidden, own) for hidden, own in zip(outputs.hidden, rows, strict=True)]
     return Losses(terms, matched[1:])  # the start queries are no decoder stage
 
 
@@ -61,26 +60,68 @@ def group_losses(
     outputs: Any, masks: BitMasks, counts: Tensor, slots: Slots, config: Mask2FormerConfig
 ) -> dict[str, Tensor]:
     """Terms of a group of extra queries, summed over the prediction heads, in the scale of `losses`."""
-    terms: dict[str, Tensor] = {}
     with torch.autocast(counts.device.type, enabled=False):
         features = full_precision(outputs.mask_features)
         targets = average_targets(counts)
         real = torch.arange(slots.labels.shape[1], device=counts.device) < counts[:, None]
-        for classes, embeddings in zip(outputs.classes, outputs.embeddings, strict=True):
-            classes, embeddings = full_precision(classes), full_precision(embeddings)
-            rows = slots.rows
-            if rows is None:
-                rows = slot_assignment(classes, features, embeddings, masks, counts, slots, config)
-            matched = torch.where(real, rows, -1)
-            truth = slot_truth(matched, slots)
-            bce, dice = mask_terms(features, embeddings, masks, torch.where(slots.compared, matched, -1), config.points)
-            for name, term in (
-                ("class", config.loss_class * weighted_cross_entropy(classes, truth, config.no_object)),
-                ("mask", config.loss_mask * bce / targets),
-                ("dice", config.loss_dice * dice / targets),
-            ):
-                terms[name] = terms[name] + term if name in terms else term
-    return terms
+        classes, embeddings = (list(map(full_precision, part)) for part in (outputs.classes, outputs.embeddings))
+        rows = []
+        for head, own in enumerate(classes):
+            found = slots.rows
+            if found is None:
+                found = slot_assignment(own, features, embeddings[head], masks, counts, slots, config)
+            rows.append(torch.where(real, found, -1))
+        compared = [torch.where(slots.compared, found, -1) for found in rows]
+        bce, dice = head_terms(features, embeddings, masks, compared, config)
+        truths = (slot_truth(found, slots) for found in rows)
+        errors = [weighted_cross_entropy(c, t, config.no_object) for c, t in zip(classes, truths, strict=True)]
+    return {
+        "class": config.loss_class * torch.stack(errors).sum(),
+        "mask": config.loss_mask * bce.sum() / targets,
+        "dice": config.loss_dice * dice.sum() / targets,
+    }
+
+
+#: Targets of an image in one product of `head_terms`, counted in every head. It bounds the memory of the logits' gradients.
+_AT_ONCE = 256
+
+
+def head_terms(
+    features: Tensor, embeddings: list[Tensor], masks: BitMasks, rows: list[Tensor], config: Mask2FormerConfig,
+    candidates: list[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Sums of the cross-entropy and the dice of the matched pairs of every head, (heads,) each.
+
+    One product makes the logits of several heads. A head alone has few pairs, so that its product and the gradient to the features
+    would take the time of reading and writing the features.
+    """
+    heads = max(1, _AT_ONCE // max(1, masks.shape[1]))
+    terms = []
+    for first in range(0, len(rows), heads):
+        part = slice(first, first + heads)
+        given = None if candidates is None else _by_image(candidates[part], rows[part])
+        terms.append(_joined_terms(features, embeddings[part], masks, rows[part], config.points, given))
+    bce, dice = (torch.cat(parts) for parts in zip(*terms, strict=True))
+    return bce, dice
+
+
+def _joined_terms(
+    features: Tensor, embeddings: list[Tensor], masks: BitMasks, rows: list[Tensor], number: int, candidates: Tensor | None
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`head_terms` by one product."""
+    heads, queries = len(rows), embeddings[0].shape[1]
+    joined = torch.stack([torch.where(own >= 0, own + head * queries, own) for head, own in enumerate(rows)], 1)
+    repeated = BitMasks(masks.words.repeat(1, heads, 1), masks.size)
+    losses = mask_terms(features, torch.cat(embeddings, 1), repeated, joined.flatten(1), number, candidates)
+    bce, dice = (loss.view_as(joined).sum((0, 2)) for loss in losses)
+    return bce, dice
+
+
+def _by_image(candidates: list[Tensor], rows: list[Tensor]) -> Tensor:
+    """The candidates of every head's pairs, by image, head and target."""
+    numbers = [(own >= 0).sum(1).tolist() for own in rows]
+    parts = [own.split(of_images) for own, of_images in zip(candidates, numbers, strict=True)]
+    return torch.cat([part for image in zip(*parts, strict=True) for part in image])
 
 
 def slot_truth(rows: Tensor, slots: Slots) -> Tensor:
