@@ -17,7 +17,8 @@ from benchmarks.measure import Call
 from benchmarks.open_world_rows import OPEN_WORLD
 from benchmarks.patched_rows import PATCHED
 from benchmarks.queryinst_rows import QUERYINST
-from benchmarks.rivals import Program, Rivals, Step, regions, same_step, step
+from benchmarks.rivals import Made, Program, Rivals, Step, regions, same_step, step
+from benchmarks.segprompt_rows import SEGPROMPT
 from sprompt import use_backend
 from sprompt.data.sample import Sample
 from sprompt.data.synthetic import scene
@@ -135,19 +136,6 @@ def prediction_dump(
 # -- proposals
 
 
-class _Made(nn.Module):
-    """A backbone whose maps are made already."""
-
-    strides = ResNet.strides
-
-    def __init__(self, maps: list[Tensor]) -> None:
-        super().__init__()
-        self.maps = maps
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self.maps
-
-
 def proposals(device: torch.device, *, depth: int, width: int, size: Size) -> Rivals:
     """Saliency proposals of one picture, as masks of its size. Two parts are timed too: the backbone, and all steps after
     it."""
@@ -160,7 +148,7 @@ def proposals(device: torch.device, *, depth: int, width: int, size: Size) -> Ri
     with torch.no_grad():
         maps = backbone(batch.images)
 
-    made = _Made(maps)
+    made = Made(maps)
 
     def ours(network: nn.Module = backbone) -> list[Proposals]:
         return propose(network, batch, config)
@@ -224,6 +212,7 @@ PROGRAMS = [
     *MASK2FORMER,
     *FASTINST,
     *QUERYINST,
+    *SEGPROMPT,
     *DEFORMABLE,
     *PATCHED,
     *OPEN_WORLD,

@@ -7,11 +7,12 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.measure import Call
 from sprompt.masks import Size
+from sprompt.nn.resnet import ResNet
 from sprompt.testing.spec import random
 
 
@@ -61,6 +62,19 @@ def same_step(found: Step, expected: Step, rival: str) -> None:
     apart = sum(float((a - b).square().sum()) for a, b in zip(gradients, theirs, strict=True))
     whole = sum(float(b.square().sum()) for b in theirs)
     assert apart <= 1e-4 * whole, f"gradients are {(apart / whole) ** 0.5:.2g} from those of {rival}"
+
+
+class Made(nn.Module):
+    """Replaces a backbone or a pixel decoder: its maps are made already."""
+
+    strides = ResNet.strides
+
+    def __init__(self, maps: list[Tensor]) -> None:
+        super().__init__()
+        self.maps = maps
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.maps
 
 
 def regions(channels: int, size: Size, images: int, seed: int) -> Tensor:
