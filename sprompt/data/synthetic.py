@@ -9,7 +9,7 @@ index) gives the same picture on every machine.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,9 +78,17 @@ class Scene(NamedTuple):
     labels: Tensor  # (G,) int64, indices of CLASSES
 
 
-def scene(seed: int, index: int, size: Size = (160, 160), likeness: float = 0.0) -> Scene:
-    """Picture number `index` of the series `seed`. `likeness` is the probability that an object looks like its class."""
+def scene(
+    seed: int, index: int, size: Size = (160, 160), likeness: float = 0.0, classes: Sequence[str] = CLASSES
+) -> Scene:
+    """Picture number `index` of the series `seed`.
+
+    Args:
+        likeness: the probability that an object looks like its class.
+        classes: the classes that objects may have.
+    """
     height, width = size
+    drawn = _numbers(classes)
     if min(size) < 32:
         raise ValueError(f"scene: size must be at least 32 on each side, got {size}; take a larger size")
     rng = Generator(PCG64(SeedSequence((seed, index))))
@@ -92,7 +100,7 @@ def scene(seed: int, index: int, size: Size = (160, 160), likeness: float = 0.0)
     full: list[int] = []  # pixels of each whole object, without occlusion
     labels: list[int] = []
     for _ in range(_whole(rng, *OBJECTS)):
-        label = _whole(rng, 0, len(CLASSES) - 1)
+        label = drawn[_whole(rng, 0, len(drawn) - 1)]
         radius = _between(rng, *RADIUS) * min(size)
         for _ in range(_PLACES):
             u, v, mask = _placed(rng, CLASSES[label], radius, x, y)
@@ -122,30 +130,36 @@ def scene(seed: int, index: int, size: Size = (160, 160), likeness: float = 0.0)
 
 
 def write_scenes(
-    folder: Path | str, count: int, *, seed: int = 0, size: Size = (160, 160), likeness: float = 0.0
-) -> None:
-    """Writes images/000000.png … and instances.json (COCO) of `count` scenes.
+    folder: Path | str, count: int, *, seed: int = 0, size: Size = (160, 160), likeness: float = 0.0,
+    classes: Sequence[str] = CLASSES, labelled: Sequence[str] = CLASSES,
+) -> None:  # fmt: skip
+    """Writes images/000000.png … and instances.json (COCO) of `count` scenes with objects of `classes`.
+
+    instances.json has only the categories `labelled`, and only their objects. The id of a category is its place in CLASSES,
+    counted from 1, so files with different categories have the same ids.
 
     Existing files with the same content are kept, so an interrupted call can be repeated. A file with other content raises
     DataError.
     """
-    folder = Path(folder)
+    folder, kept = Path(folder), set(_numbers(labelled))
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(count):
-        made = scene(seed, index, size, likeness)
+        made = scene(seed, index, size, likeness, classes)
         name = f"{index:06d}.png"
         _write_picture(folder / "images" / name, made.image)
         images.append({"id": index, "file_name": name, "height": size[0], "width": size[1]})
         bits = BitMasks.from_dense(made.masks)
         rows = zip(made.labels.tolist(), bits.area().tolist(), bits.boxes().tolist(), bits.rle(), strict=True)
         for label, area, (x1, y1, x2, y2), rle in rows:
+            if label not in kept:
+                continue
             segmentation = {"size": rle["size"], "counts": rle["counts"].decode()}
             annotations.append(
                 {"id": len(annotations) + 1, "image_id": index, "category_id": label + 1, "iscrowd": 0, "area": area,
                  "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": segmentation}
             )  # fmt: skip
-    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES) if i in kept]
     info = {"description": "synthetic scenes", "seed": seed}
     data = {"info": info, "images": images, "annotations": annotations, "categories": categories}
     path = folder / "instances.json"
@@ -153,6 +167,13 @@ def write_scenes(
         atomic_write(path, json.dumps(data))
     elif read_json(path) != data:
         raise DataError(f"{path}: holds other labels than those to be written; choose another folder or remove it")
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Places in CLASSES."""
+    if not names or not set(names) <= set(CLASSES):
+        raise ValueError(f"scene: classes must be some of {CLASSES}, got {list(names)}")
+    return [CLASSES.index(name) for name in names]
 
 
 def _write_picture(path: Path, image: Tensor) -> None:

@@ -121,3 +121,28 @@ def test_what_is_there_is_kept(tmp_path: Path) -> None:
 def test_too_small() -> None:
     with pytest.raises(ValueError, match="at least 32"):
         scene(0, 0, (16, 64))
+
+
+def test_classes_and_labels(tmp_path: Path) -> None:
+    """Objects have the classes asked for; the file has the labels asked for, under the same category ids."""
+    write_scenes(tmp_path, 30, seed=6, size=(48, 64), classes=["ring", "disc", "star"], labelled=["star", "ring"])
+    coco = COCO(str(tmp_path / "instances.json"))
+    assert {c["id"]: c["name"] for c in coco.loadCats(coco.getCatIds())} == {4: "star", 6: "ring"}
+    drawn = []
+    for index in range(30):
+        image, masks, labels = scene(6, index, (48, 64), classes=["ring", "disc", "star"])
+        stored = np.asarray(Image.open(tmp_path / "images" / f"{index:06d}.png"))
+        assert (stored == image.permute(1, 2, 0).numpy()).all()
+        drawn += labels.tolist()
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=[index]))
+        expected = [(label + 1, mask) for label, mask in zip(labels.tolist(), masks.numpy(), strict=True) if label]
+        assert [a["category_id"] for a in annotations] == [number for number, _ in expected]
+        assert all((coco.annToMask(a) == m).all() for a, (_, m) in zip(annotations, expected, strict=True))
+    assert set(drawn) == {0, 3, 5} and min(map(drawn.count, (0, 3, 5))) > len(drawn) / 5
+
+
+def test_unknown_classes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"classes must be some of .*, got \['oval'\]"):
+        scene(0, 0, classes=["oval"])
+    with pytest.raises(ValueError, match=r"classes must be some of .*, got \[\]"):
+        write_scenes(tmp_path, 1, labelled=[])
