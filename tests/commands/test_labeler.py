@@ -189,4 +189,4 @@ def test_the_paper_preset_is_the_default_and_the_paper() -> None:
     assert (paper.network.crop, paper.network.vit.grid, paper.network.width) == (512, 32, 256)
     assert (paper.losses.momentum, paper.losses.mil_weight, paper.losses.crf_weight) == (0.996, 4, 0.5)
     tiny = parse("labeler", ["--preset", "tiny", *given])
-    assert tiny.cpu and tiny.network.crop == 128 and tiny.train.schedule == "epoch_cosine"
+    assert tiny.cpu and tiny.network.crop == 96 and tiny.train.schedule == "epoch_cosine"
