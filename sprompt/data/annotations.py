@@ -100,7 +100,7 @@ def named(ids: Sequence[Any], most: int = 5) -> str:
 
 def leaves(name: str) -> bool:
     """Whether a file name is absolute, or goes up with `..`."""
-    return name[0] in "/\\" or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
+    return name.startswith(("/", "\\")) or name[1:2] == ":" or ".." in name.replace("\\", "/").split("/")
 
 
 def _with_annotations(

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from sprompt.data.annotations import distinct
+from sprompt.data.annotations import distinct, leaves
 from sprompt.data.errors import DataError
 from sprompt.data.folder import PictureFolder
 from sprompt.data.pictures import MAX_PIXELS, read_picture
@@ -123,12 +123,11 @@ def evenly(entries: Sequence[Entry], limit: int) -> list[Entry]:
 
 
 def read_image(images: Path, name: str) -> Image.Image:
-    """The picture `name` below the folder `images`. Raises DataError for a path outside of it, and for a file that is no
-    picture."""
-    path = images / name
-    if not path.resolve().is_relative_to(images.resolve()):
+    """The picture `name` below the folder `images`, which may hold links. Raises DataError for a name that leaves the folder, and for a
+    file that is no picture."""
+    if leaves(name):
         raise DataError(f"{name}: must lie in {images}; the file points elsewhere")
-    return Image.fromarray(read_picture(path).permute(1, 2, 0).contiguous().numpy())
+    return Image.fromarray(read_picture(images / name).permute(1, 2, 0).contiguous().numpy())
 
 
 def masks_of(instances: Iterable[Instance], size: Size) -> tuple[BitMasks, list[Instance], int]:

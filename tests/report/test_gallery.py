@@ -294,6 +294,14 @@ def test_names_that_leave_the_folder_are_not_followed(disk: Any, tmp_path: Path)
     assert reader.images == [] and "must lie in" in reader.text["proposals"]
 
 
+def test_links_in_the_folder_are_followed(disk: Any, tmp_path: Path) -> None:
+    (tmp_path / "links").mkdir()
+    for picture in disk.images.iterdir():
+        (tmp_path / "links" / picture.name).symlink_to(picture)
+    reader = read(build(tmp_path / "site", proposals=(tmp_path / "links", disk.proposals)))
+    assert reader.images and "must lie in" not in reader.text["proposals"]
+
+
 def test_broken_pictures_and_masks_are_named_and_left_out(disk: Any, tmp_path: Path) -> None:
     (disk.images / "p2.png").write_bytes(b"\x89PNG broken")
     data = json.loads(disk.proposals.read_text())
