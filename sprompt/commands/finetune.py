@@ -90,7 +90,8 @@ class Finetune:
             run_folder.say(f"  {problem}")
         if val is not None and not Checkpoints(self.out / "checkpoints", self.train.keep).steps():
             self._check(val)
-        model = self._model(classes)
+        start = self._start()
+        model = self._model(classes, start)
         run_folder.say_if_crowded(dataset, model.num_queries)
         task = method.on(model, self.method, dataset, self.train.seed)
         watch = task.watch(dataset, self.augment, self.out)
@@ -111,7 +112,7 @@ class Finetune:
                 identity={
                     "labels": run_folder.digest(self.data.annotations), "pictures": dataset.image_ids,
                     "classes": dataset.classes, "model": to_plain(model.config), "method": to_plain(self.method),
-                    "init": run_folder.digest(self._start()),
+                    "init": run_folder.digest(start),
                     "reset_classifier": self.reset_classifier, "augment": to_plain(self.augment),
                 },
             )  # fmt: skip
@@ -132,7 +133,7 @@ class Finetune:
         seen = run_folder.read_all("check --val", val, indices=range(rank, len(val), world), digests=False)
         refuse_broken(val, "val", seen)
 
-    def _model(self, classes: list[str]) -> Any:
+    def _model(self, classes: list[str], start: Path | None) -> Any:
         import torch
 
         torch.manual_seed(self.train.seed)
@@ -145,8 +146,8 @@ class Finetune:
                     "learn"
                 )
             model = build(dataclasses.replace(self.model, num_classes=count))
-            if self.backbone is not None:
-                run_folder.say(load_backbone(model.backbone, run_folder.backbone_file(self.backbone, "backbone")))
+            if start is not None:
+                run_folder.say(load_backbone(model.backbone, start))
             return model
         if self.backbone is not None:
             raise ValueError("--backbone: must be left out if --checkpoint is given; the checkpoint holds a backbone")

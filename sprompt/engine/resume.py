@@ -18,6 +18,9 @@ from sprompt.engine.checkpoint import Saved
 from sprompt.engine.optim import load_optimiser, optimiser_tensors
 from sprompt.settings import flat
 
+#: Settings that a later version has, and the value that is the same as their absence. A setting that is off is null, and not listed.
+_LATER = {"backbone": "resnet"}
+
 
 def versions() -> dict[str, str]:
     """Versions of the software that writes a checkpoint. They are only for information and never compared."""
@@ -27,14 +30,18 @@ def versions() -> dict[str, str]:
 def check_same(before: Mapping[str, Any], now: Mapping[str, Any], out: Path) -> None:
     """Raises ValueError if the settings of a run are not those that it began with. The message names the differing settings.
 
-    A setting that is null is the same as one that is absent: an option that a later version has, and that is off.
+    A setting that is null, or has its value in `_LATER`, is the same as one that is absent: a run may go on with a later version.
     """
+
+    def absent(name: str) -> str:
+        return json.dumps(_LATER.get(name.rpartition(".")[2]))
+
     # in JSON a tuple equals a list, as it must after a checkpoint was read
     old, new = ({name: json.dumps(value) for name, value in flat(values).items()} for values in (before, now))
     differing = [
         f"{name} (was {old.get(name, 'absent')}, now {new.get(name, 'absent')})"
         for name in sorted(old.keys() | new.keys())
-        if old.get(name, "null") != new.get(name, "null")
+        if old.get(name, absent(name)) != new.get(name, absent(name))
     ]
     if differing:
         raise ValueError(

@@ -21,7 +21,7 @@ _FIRST = {
     "blocks.0.0.conv_dw.weight",
     "_blocks.0._depthwise_conv.weight",
 }  # the last where no network has as many blocks
-_FLAT = re.compile(r"_blocks\.(\d+)\.(\w+)\.(\w+)")
+_FLAT = re.compile(r"_blocks\.([0-9]{1,3})\.(\w+)\.(\w+)")
 #: The names of efficientnet_pytorch -> ours: outside of the blocks, in a block without an expansion, and in the other blocks.
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1"}
 _SEPARABLE = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}

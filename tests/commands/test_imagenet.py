@@ -10,6 +10,7 @@ import torch
 
 from sprompt import cli
 from sprompt.commands import run_folder
+from sprompt.data.synthetic import write_scenes
 from sprompt.nn.efficientnet import EfficientNet
 from sprompt.nn.weights import open_backbone, save_backbone
 
@@ -41,6 +42,24 @@ def test_the_file_of_the_package(
     monkeypatch.syspath_prepend(tmp_path)
     assert run_folder.backbone_file(Path("imagenet"), "init") == file
     assert capsys.readouterr().out == f"--init imagenet: {file} of {PACKAGE} 0.1.0\n"
+
+
+def test_a_run_names_the_file_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    write_scenes(tmp_path / "scenes", 2, size=(64, 64))
+    cli.main(
+        shlex.split(
+            f"finetune --data.images {tmp_path}/scenes/images --data.annotations {tmp_path}/scenes/instances.json --cpu True "
+            "--backbone imagenet --model.backbone efficientnet-lite0 --model.channels 8 --model.heads 2 --model.stages 1 "
+            f"--train.max-steps 1 --train.warmup-steps 0 --train.batch-size 2 --train.workers 0 --augment.short 64 --augment.long 64 "
+            f"--out {tmp_path}/run"
+        )
+    )
+    out = capsys.readouterr().out
+    assert out.count("--backbone imagenet: ") == 1 and out.count("tensors of efficientnet-lite0 from") == 1
 
 
 def test_without_the_package(

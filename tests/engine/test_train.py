@@ -220,7 +220,10 @@ def test_another_run_is_not_gone_on_with(tmp_path: Path) -> None:
         run(tmp_path, identity={"model": {"depth": 50}})
     with pytest.raises(ValueError, match="must have no checkpoints, got step-00000003"):
         run(tmp_path, resume=False)
-    run(tmp_path, epochs=5, keep=3, log_steps=2, identity={"model": {"depth": 50, "later": None}, "pictures": 20})
+    with pytest.raises(ValueError, match=r'model.backbone \(was absent, now "efficientnet-lite0"\)'):
+        run(tmp_path, identity={"model": {"depth": 50, "backbone": "efficientnet-lite0"}, "pictures": 20})
+    later = {"depth": 50, "later": None, "backbone": "resnet"}
+    run(tmp_path, epochs=5, keep=3, log_steps=2, identity={"model": later, "pictures": 20})
 
 
 def test_a_cosine_knows_its_end(tmp_path: Path) -> None:

@@ -270,6 +270,10 @@ def test_grey_and_recoloured_views():
     ("made", "message"),
     [
         (lambda: DenseCLConfig(momentum=1.5), "momentum: must lie between 0 and 1"),
+        (
+            lambda: DenseCLConfig(backbone="vit"),
+            "DenseCLConfig: backbone must be one of 'resnet', 'efficientnet-lite0'",
+        ),
         (lambda: DenseCLConfig(queue=0), "queue: must be at least 1"),
         (lambda: DenseCLConfig(temperature=0), "temperature: must be above 0"),
         (lambda: TwoViews(size=8), "size: a view must have at least 32 pixels"),

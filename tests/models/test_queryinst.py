@@ -195,6 +195,23 @@ def test_batch_norm_of_real_samples(number: int) -> None:
         torch.testing.assert_close(own.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("marked", [True, False])
+def test_batch_norm_of_one_sample_before_a_batch(marked: bool) -> None:
+    """The gradient of the first sample is that of the statistics at its time."""
+    norm = BatchNormOfReal(4).double()
+    x, real = torch.randn(4, 4, 3, 2, dtype=torch.float64), torch.ones(4, dtype=torch.bool)
+    first, _ = (norm(part, real[: len(part)] if marked else None) for part in (x[:1], x[1:] + 5))
+    first.sum().backward()
+    wanted = (x[:1] / (1 + norm.eps) ** 0.5).sum((0, 2, 3))  # mean 0, variance 1
+    torch.testing.assert_close(norm.weight.grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norm_of_a_network_in_few_bits() -> None:
+    x = torch.randn(4, 4, 3, 2, dtype=torch.bfloat16)
+    found, wanted = BatchNormOfReal(4).bfloat16()(x), nn.BatchNorm2d(4).double()(x.double())
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-2, atol=1e-2)
+
+
 def test_pairs_without_a_query_count_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU computes all pairs of an image and a target, a CPU the matched ones."""
     model = network().double().train()

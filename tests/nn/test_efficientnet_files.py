@@ -93,6 +93,11 @@ def without(name: str) -> Callable[[dict[str, Tensor]], object]:
         ),
         (
             package_tensors,
+            lambda held: held.update({f"_blocks.{'9' * 5000}._bn0.weight": torch.zeros(96)}),
+            "got 1 too many (_blocks.9999",
+        ),
+        (
+            package_tensors,
             lambda held: held["_blocks.15._bn2.weight"].fill_(torch.nan),
             "tensors must be finite, got NaN or infinity in blocks.6.0.bn3.weight",
         ),

@@ -27,6 +27,7 @@ from sprompt.methods.densecl.views import Views
 from sprompt.models.backbone import BackboneConfig, Kind, build_backbone
 from sprompt.nn.distributed import rank, world
 from sprompt.nn.resnet import Variant
+from sprompt.settings import check_choices
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class DenseCLConfig:
     """Seed of the initial weights, at least 0."""
 
     def __post_init__(self) -> None:
+        check_choices(type(self), vars(self))
         for name, low, high in (("momentum", 0, 1), ("dense_weight", 0, 1)):
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"{name}: must lie between {low} and {high}, got {getattr(self, name)}")

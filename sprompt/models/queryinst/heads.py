@@ -71,11 +71,11 @@ class BatchNormOfReal(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, real: Tensor | None = None) -> Tensor:
         """x: (M, C, h, w). real: bool (M,), for training; the values of other samples have no meaning. None means all."""
+        if real is None and self.training and len(x) >= 2:
+            return super().forward(x)  # sums in float32 too
         wide = full_precision(x)
         if real is not None and self.training:
             return self._marked(wide, real).to(x.dtype)
-        if self.training and len(x) >= 2:
-            return super().forward(wide).to(x.dtype)
         factor, bias = self.of_running()
         return (wide * factor[:, None, None] + bias[:, None, None]).to(x.dtype)
 
@@ -83,7 +83,8 @@ class BatchNormOfReal(nn.BatchNorm2d):
         """Factors (C,) and biases (C,): the norm by the running statistics."""
         assert self.running_mean is not None and self.running_var is not None
         factor = self.weight * (self.running_var + self.eps).rsqrt()
-        return factor, self.bias - self.running_mean * factor
+        # A copy, because a batch that follows before the backward pass may change the statistics.
+        return factor, self.bias - self.running_mean.clone() * factor
 
     def _marked(self, x: Tensor, real: Tensor) -> Tensor:
         assert self.running_mean is not None and self.running_var is not None
