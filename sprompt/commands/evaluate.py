@@ -31,7 +31,8 @@ class Evaluate:
     checkpoint: Path | None = None
     """Trained model: a run folder, or a file."""
     results: Path | None = None
-    """File of COCO results to measure instead of a model."""
+    """File of COCO results, or of proposals, to measure instead of a model. Proposals have no classes: give --class-agnostic True,
+    or --evaluator open-world."""
     out: Path = Path("runs/evaluate")
     """Run folder."""
     class_agnostic: bool = False

@@ -58,13 +58,43 @@ def evaluate(
 
 
 def compare(dataset: Any, predictions: Path, evaluator: EvaluatorConfig, *, class_agnostic: bool) -> dict[str, Any]:
-    """The metrics of a file of COCO results on a labelled dataset. Their "class_agnostic" says whether the classes of the results had
-    no influence."""
+    """The metrics of a file of COCO results, or of proposals, on a labelled dataset. Their "class_agnostic" says whether the classes of
+    the results had no influence."""
     truth, results = dataset.ground_truth(), read_json(predictions)
+    pooled = class_agnostic or evaluator.any_classes
+    if isinstance(results, dict):
+        if not pooled:
+            raise ValueError(
+                f"{predictions}: proposals have no classes; give --class-agnostic True, or --evaluator open-world"
+            )
+        results = proposals_as_results(results, truth, str(predictions))
     if not isinstance(results, list):
         raise ValueError(f"{predictions}: must hold a list of COCO results, got a {type(results).__name__}")
     metrics: dict[str, Any] = EVALUATORS.owner(evaluator)(evaluator).metrics(
         truth, results, class_agnostic=class_agnostic
     )
-    pooled = class_agnostic or evaluator.any_classes
     return metrics | {"pictures": len(truth["images"]), "results": len(results), "class_agnostic": pooled}
+
+
+def proposals_as_results(content: dict[str, Any], truth: dict[str, Any], source: str) -> list[dict[str, Any]]:
+    """The masks of `sprompt propose` as COCO results, all of the first category. A picture is that of the same file name in the ground
+    truth; masks of other pictures are left out."""
+    ids = {image["file_name"]: image["id"] for image in truth["images"]}
+    category = truth["categories"][0]["id"]
+    try:
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        results = [
+            {
+                "image_id": ids[names[mask["image_id"]]], "category_id": category, "segmentation": mask["segmentation"],
+                "score": mask["score"],
+            }
+            for mask in content["annotations"]
+            if names[mask["image_id"]] in ids
+        ]  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{source}: must hold a list of COCO results, or the proposals of `sprompt propose`, got a file without {error}"
+        ) from None
+    if not ids.keys() & set(names.values()):
+        raise ValueError(f"{source}: must hold pictures of the labels, got none; the file names must be the same")
+    return results
