@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d, interpolate, pad, relu
 
 from sprompt.nn.efficientnet import EfficientNet
 from sprompt.nn.resnet import ResNet
+from sprompt.nn.stages import Staged
 from sprompt.nn.vit import Vit
 
 STRIDE = 16  # of the encoder's map
@@ -95,7 +96,7 @@ class MaskLabeler(nn.Module):
             raise ValueError(f"MaskLabeler: backbone must have a map of stride {STRIDE}, got {backbone.strides}")
         self.backbone = backbone
         self._levels = backbone.strides.index(STRIDE) + 1
-        if not isinstance(backbone, Vit):
+        if isinstance(backbone, Staged):
             for module in chain(*backbone.parts()[self._levels + 1 :]):
                 module.requires_grad_(False)
         channels = backbone.channels[self._levels - 1]
@@ -128,9 +129,9 @@ class MaskLabeler(nn.Module):
 
     def _encoded(self, crops: Tensor) -> Tensor:
         """The encoder's map (B, D, S/16, S/16)."""
-        if isinstance(self.backbone, Vit):
-            return self.backbone(crops)[-1]
-        return self.backbone(crops, self._levels)[-1]
+        if isinstance(self.backbone, Staged):
+            return self.backbone(crops, self._levels)[-1]
+        return self.backbone(crops)[-1]
 
     def _masks(self, features: Tensor, objects: Tensor, kind: int, size: int) -> Tensor:
         """The logits of objects of one size class."""
