@@ -180,8 +180,8 @@ def test_a_run_with_other_settings_is_refused(chain: Path, capsys: pytest.Captur
         ("view --proposals {0}/proposals.json", "--images: must be given"),
         (
             "pretrain --preset huge",
-            "--preset: must be one of class-agnostic, class-agnostic-tiny, d1, d3, paper, segprompt, segprompt-tiny, study-cpu, study-gpu, "
-            "tiny, or a file NAME.yaml, got huge",
+            "--preset: must be one of class-agnostic, class-agnostic-tiny, d1, d3, paper, photographs, segprompt, segprompt-tiny, "
+            "study-cpu, study-gpu, tiny, or a file NAME.yaml, got huge",
         ),
         ("pretrain --config {0}/scenes/instances.json", "is not a setting"),
     ],
