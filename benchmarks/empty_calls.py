@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,12 +32,12 @@ def empty_calls(device: torch.device) -> list[dict[str, Any]]:
         full = [s for s in samples if all(t.numel() for t in tensors((s.args, s.kwargs)))]
         smallest = min(full, key=lambda s: sum(t.numel() for t in tensors((s.args, s.kwargs))))
         recorded, leaves = with_gradients(spec, smallest)
-        calls = {
-            "mul": lambda: torch.mul(a, a),
-            "call": lambda: spec.function(*smallest.args, **smallest.kwargs),  # noqa: B023  # called within this turn
+        calls: dict[str, measure.Call] = {
+            "mul": partial(torch.mul, a, a),
+            "call": partial(spec.function, *smallest.args, **smallest.kwargs),
         }
         if leaves:
-            calls["recording"] = lambda: spec.function(**recorded.kwargs)  # noqa: B023  # called within this turn
+            calls["recording"] = partial(spec.function, **recorded.kwargs)
         times = measure.interleaved(calls, device, 0.2)
         line = {"op": spec.name, "sample": smallest.name, "microseconds": 1e3 * statistics.median(times["call"])}
         line |= {
