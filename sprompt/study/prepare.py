@@ -71,18 +71,8 @@ def inputs(
                 f"training a backbone on the pictures of {pictures.unlabelled}; {backbone.parent}/output.txt",
                 flush=True,
             )
-            command(
-                [
-                    "backbone",
-                    "--preset",
-                    settings[0],
-                    "--images",
-                    str(pictures.unlabelled),
-                    "--out",
-                    str(backbone.parent),
-                ],
-                backbone.parent,
-            )
+            options = ["--preset", settings[0], "--images", str(pictures.unlabelled), "--out", str(backbone.parent)]
+            command(["backbone", *options], backbone.parent)
     kinds = {VARIANTS[name].proposals for name in variants if VARIANTS[name].start == "pretrained"}
     found = out / "proposals" / "saliency.json"
     if kinds and not found.exists():

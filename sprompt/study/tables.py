@@ -195,7 +195,7 @@ def markdown(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """One paragraph: the data, the progress of the study, and its machine."""
+    """One paragraph: the data, the backbone and the model, the progress of the study, and its machine."""
     data, done, plan = results.get("data") or {}, len(results.get("cells", [])), planned(results)
     words = {"unlabelled": "without labels", "train": "with labels to draw from", "val": "to test on"}
     counts = [f"{data[part]:,} {what}" for part, what in words.items() if data.get(part) is not None]
@@ -207,9 +207,12 @@ def summary(results: Results) -> str:
     if shares:
         said.append(f"Fine-tuned on {' and '.join(map(percent, shares))} of the labels")
         said[-1] += f" for {data['epochs']} epochs" if data.get("epochs") else ""
-    if model := (results.get("study") or {}).get("model"):
+    study = results.get("study") or {}
+    if "backbone" in study:
+        said.append(f"Backbone: {study['backbone'] or 'trained on the pictures without labels'}")
+    if model := study.get("model"):
         said.append(f"Model: {model}")
-    if (longer := (results.get("study") or {}).get("longer", 1)) > 1:
+    if (longer := study.get("longer", 1)) > 1:
         said.append(f"Pre-trained {longer} times as long as the settings say")
     said.append(f"{done}{f' of {plan}' if plan else ''} cell{'s' if (plan or done) != 1 else ''} done")
     said[-1] += f", {len(results['failed'])} failed" if results.get("failed") else ""

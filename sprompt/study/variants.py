@@ -25,7 +25,7 @@ _ALONE = {"kernel-weight": "0"}
 #: The variants by name, in the order of the tables.
 VARIANTS = {
     "scratch": Variant("from scratch", "scratch"),
-    "backbone": Variant("backbone only (DenseCL)", "backbone"),
+    "backbone": Variant("backbone only", "backbone"),
     "pseudo": Variant("pseudo-labels", method=_ALONE | {"assign": "none"}),
     "pseudo-kernel": Variant("pseudo-labels and kernel supervision", method={"assign": "none"}),
     "random": Variant("prompts, random assignment", method=_ALONE | {"assign": "random"}),

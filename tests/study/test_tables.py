@@ -157,11 +157,11 @@ def test_convergence() -> None:
     grid = convergence(CURVES, 0.05)
     assert grid and grid.head[-2:] == (
         "reaches the 25.00 of “from scratch”",
-        "reaches the 35.00 of “backbone only (DenseCL)”",
+        "reaches the 35.00 of “backbone only”",
     )
     assert {row[0]: row[1:] for row in grid.rows} == {
         "from scratch": ("2", "8", "25.00 ± 7.07", "8 (100 %)", "never"),
-        "backbone only (DenseCL)": ("2", "8", "35.00 ± 7.07", "6 (75 %)", "8 (100 %)"),
+        "backbone only": ("2", "8", "35.00 ± 7.07", "6 (75 %)", "8 (100 %)"),
         "prompts, random assignment": ("1", "8", "10.00", "never", "never"),
         "prompts, cosine assignment": ("2", "8", "45.00 ± 7.07", "4 (50 %)", "6 (75 %)"),
     }
