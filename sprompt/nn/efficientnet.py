@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.functional import relu6
 
-from sprompt.nn.stages import Staged
+from sprompt.nn.stages import Staged, laid_out
 from sprompt.normalisation import MEAN, STD
 
 Name = Literal[
@@ -156,7 +156,7 @@ class EfficientNet(Staged):
 
     def forward(self, images: Tensor, levels: int = 4) -> list[Tensor]:
         """The first `levels` maps; the blocks behind them do not run."""
-        x = relu6(self.bn1(self.conv_stem(self._converted(images))))
+        x = relu6(self.bn1(self.conv_stem(laid_out(self._converted(images)))))
         maps = []
         for stage in self.parts()[1 : levels + 1]:
             for group in stage:

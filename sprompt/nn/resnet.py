@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, relu
 
 from sprompt.nn.deform_conv import DeformConv, Offsets
-from sprompt.nn.stages import Staged
+from sprompt.nn.stages import Staged, laid_out
 
 Variant = Literal["plain", "d", "d-dcn"]
 
@@ -132,7 +132,7 @@ class ResNet(Staged):
 
     def forward(self, images: Tensor, levels: int = 4) -> list[Tensor]:
         """The first `levels` maps; the layers behind them do not run."""
-        x = self.maxpool(relu(self.bn1(self.conv1(images))))
+        x = self.maxpool(relu(self.bn1(self.conv1(laid_out(images)))))
         maps = []
         for layer in self._layers()[:levels]:
             x = layer(x)
