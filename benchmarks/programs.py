@@ -6,14 +6,17 @@ Results are compared first. A row with different results gets no time, and the c
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import measure, table
+from benchmarks.apart import apart, in_process
 from benchmarks.program_rows import PROGRAMS, Program
 from benchmarks.run import commit, write
 from sprompt.machine import machine
@@ -42,14 +45,23 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    result: dict[str, Any] = {"machine": machine(device), "commit": commit(), "quick": options.quick, "rows": []}
-    with table.progress() as show, exact_products(device):
-        for program in PROGRAMS:
-            if options.row and program.name not in options.row:
-                continue
-            show(f"{program.name} {program.shape}")
-            result["rows"].append(row(program, device, 0.1 if options.quick else options.seconds, options.quick))
-            write(options.json, result)
+    result: dict[str, Any] = {"machine": apart(device, machine, device), "commit": commit(), "quick": options.quick}
+    result["rows"] = []
+    with table.progress() as show:
+        for name in options.row or names:
+            left = [number for number, program in enumerate(PROGRAMS) if program.name == name]
+            while left:
+                show(f"{name} {PROGRAMS[left[0]].shape}")
+                how = (left, device, 0.1 if options.quick else options.seconds, options.quick)
+                # on a GPU a row that ends its process becomes an error; the rows after it get a new process
+                for line in rows(*how) if device.type == "cpu" else in_process(rows, *how):
+                    if isinstance(line, str):
+                        line = untimed(PROGRAMS[left[0]], options.quick) | {"error": line}
+                    result["rows"].append(line)
+                    write(options.json, result)
+                    left = left[1:]
+                    if not left:
+                        break
     lines = [cells(line) for line in result["rows"]]
     table.draw(result["machine"], HEADER, lines, [style(line) for line in result["rows"]])
     print(markdown(result))
@@ -58,17 +70,24 @@ def main() -> int:
     return 1 if any(line["error"] for line in result["rows"]) else 0
 
 
+def rows(numbers: Sequence[int], device: torch.device, seconds: float, quick: bool) -> Iterator[dict[str, Any]]:
+    """The lines of these programs. It ends the process after an error of CUDA, since such a process can use no GPU any more."""
+    with exact_products(device):
+        for number in numbers:
+            line = row(PROGRAMS[number], device, seconds, quick)
+            yield line
+            if "CUDA error" in line["error"]:
+                os._exit(0)
+
+
+def untimed(program: Program, quick: bool) -> dict[str, Any]:
+    shape, goals = (f"toy size of: {program.shape}", {}) if quick else (program.shape, program.goals)
+    return {"program": program.name, "shape": shape, "error": "", "goals": goals, "unit": program.unit}
+
+
 def row(program: Program, device: torch.device, seconds: float, quick: bool) -> dict[str, Any]:
     """One line of the table: times in ms, peaks in bytes. If there are none, `error` has the reason."""
-    line: dict[str, Any] = {
-        "program": program.name,
-        "shape": program.shape,
-        "error": "",
-        "goals": program.goals,
-        "unit": program.unit,
-    }
-    if quick:
-        line |= {"shape": f"toy size of: {program.shape}", "goals": {}}
+    line = untimed(program, quick)
     try:
         calls, check, parts = (program.tiny if quick else program.make)(device)
         line["remark"] = check()

@@ -1,4 +1,4 @@
-"""Every model of the library through the commands, at the smallest size."""
+"""Every model of the library through the commands, at the smallest size; on the GPU where there is one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NETWORKS = {
     "knet, efficientnet-lite0": (f"{KNET} --model.backbone efficientnet-lite0", EfficientNet),
     "mask2former, swin": (f"{MASK2FORMER} {SWIN}", lambda: Swin(SwinConfig(8, (1, 2, 1, 1), (1, 2, 2, 2), 4))),
 }
-SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --cpu True --train.warmup-steps 0"
+SMALL = "--augment.short 64 --augment.long 64 --train.workers 0 --train.batch-size 4 --train.log-steps 1 --train.warmup-steps 0"
 TEST = "--test.short 64 --test.long 64 --test.workers 0 --test.batch-size 4"
 LABELS = "--data.images {0}/scenes/images --data.annotations {0}/scenes/instances.json"
 
@@ -68,7 +68,7 @@ def test_the_chain(
     save_backbone(tmp_path / "backbone.safetensors", backbone())
     sprompt(
         tmp_path,
-        "propose --images {0}/scenes/images --backbone {0}/backbone.safetensors --out {0}/proposals.json --cpu True "
+        "propose --images {0}/scenes/images --backbone {0}/backbone.safetensors --out {0}/proposals.json "
         "--proposals.level C3 --proposals.short 128 --proposals.long 128 --proposals.min-score 0.3",
     )
     sprompt(
@@ -88,14 +88,14 @@ def test_the_chain(
     trained = (tmp_path / "fine/model.safetensors").read_bytes()
     sprompt(tmp_path, "finetune --config {0}/fine/config.yaml")  # goes on, and has nothing to do
     assert (tmp_path / "fine/model.safetensors").read_bytes() == trained
-    sprompt(tmp_path, f"evaluate --checkpoint {{0}}/fine {LABELS} --out {{0}}/eval --cpu True {TEST}")
+    sprompt(tmp_path, f"evaluate --checkpoint {{0}}/fine {LABELS} --out {{0}}/eval {TEST}")
     evaluated, tested = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("eval", "fine"))
     assert evaluated == tested
     sprompt(
         tmp_path,
-        f"predict --checkpoint {{0}}/fine --images {{0}}/scenes/images --out {{0}}/predicted --cpu True {TEST}",
+        f"predict --checkpoint {{0}}/fine --images {{0}}/scenes/images --out {{0}}/predicted {TEST}",
     )
-    sprompt(tmp_path, "view {0}/pre {0}/fine --out {0}/view --limit 2 --cpu True")
+    sprompt(tmp_path, "view {0}/pre {0}/fine --out {0}/view --limit 2")
     page = (tmp_path / "view/index.html").read_text()
     for section in ("proposals", "prompts", "predictions", "kernels"):
         assert f'id="{section}"' in page
@@ -124,5 +124,5 @@ def test_segprompt_after_its_baseline(tmp_path: Path) -> None:
     assert {f"{g}/{t}" for g in ("prompt", "extract") for t in ("class", "mask", "dice")} <= set(log[0])
     sprompt(
         tmp_path,
-        f"evaluate --checkpoint {{0}}/straight {LABELS} --class-agnostic True --out {{0}}/eval --cpu True {TEST}",
+        f"evaluate --checkpoint {{0}}/straight {LABELS} --class-agnostic True --out {{0}}/eval {TEST}",
     )

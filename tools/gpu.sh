@@ -6,7 +6,7 @@
 #   PYTHON   the interpreter that has torch (default: python3)
 #   OUT      folder for report.json, report.md and the logs (default: benchmarks/results/<gpu name>)
 #   TOTAL    seconds for all parts together (default: 530)
-#   PARTS    parts to run (default: "smoke values forward promises modes memcheck compile")
+#   PARTS    parts to run (default: "smoke values forward promises systems programs modes memcheck compile")
 #   TUNE     folders of ops for which the part "tune" tries other tile sizes; OUT/<folder>.json is the new configs.json
 #   SELECT   expression that selects tests (pytest -k); default: all tests
 #   OPS      ops that the benchmark times ("mask_iou mask_nms"); default: all ops
@@ -18,7 +18,7 @@ given=${PYTHONPATH:-}
 . tools/gpu_folder.sh
 python=$(command -v "${PYTHON:-python3}") || fail "no interpreter ${PYTHON:-python3}"
 total=${TOTAL:-530}
-parts=" ${PARTS:-smoke values forward promises modes memcheck compile} "
+parts=" ${PARTS:-smoke values forward promises systems programs modes memcheck compile} "
 
 "$python" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' ||
     fail "$python is not Python 3.10 to 3.13; type \`make gpu PYTHON=...\`"
@@ -105,27 +105,37 @@ measure() { # measure NAME benchmark-arguments...
 rm -f "$work"/*.xml
 chosen=${SELECT:+ and ($SELECT)}
 
-if part smoke 8; then
+if part smoke 7; then
     status=0
     timeout "$limit" "$python" -m sprompt.testing.sanitized >"$out/smoke.log" 2>&1 || status=$?
     tail -3 "$out/smoke.log"
     ended="$ended smoke:$status"
 fi
-if part values 28; then
+if part values 25; then
     test_cuda values tests/test_contract.py -k "cuda and not cuda-reference and (right_on or gradients_equal)$chosen"
 fi
-if part forward 55; then
+if part forward 48; then
     measure forward --mode forward
 fi
-if part promises 73; then
+if part promises 65; then
     test_cuda promises tests/test_cuda.py tests/test_cuda_step.py tests/test_contract.py tests/ops/test_linear_assignment.py \
         tests/ops/test_resize_masks.py tests/ops/test_rle.py \
         -k "cuda and not cuda-reference and not (right_on or gradients_equal or opcheck or compiled or export)$chosen"
 fi
-if part modes 86; then
+if part systems 72; then
+    test_cuda systems tests/test_systems.py
+fi
+if part programs 84; then
+    status=0
+    timeout -k 5 "$limit" "$python" -m benchmarks.programs --device cuda --seconds 1 --json "$out/programs.json" \
+        >"$out/programs.log" 2>&1 || status=$?
+    tail -60 "$out/programs.log"
+    ended="$ended programs:$status"
+fi
+if part modes 92; then
     measure modes --mode full --mode memory --mode backward
 fi
-if part memcheck 93; then # without the caching allocator, a write behind a tensor is a write behind its allocation
+if part memcheck 96; then # without the caching allocator, a write behind a tensor is a write behind its allocation
     told="not installed"
     if command -v compute-sanitizer >/dev/null; then
         status=0
@@ -135,7 +145,7 @@ if part memcheck 93; then # without the caching allocator, a write behind a tens
     fi
     echo "$told" | tee "$work/sanitizer.txt"
 fi
-if part tune 96; then
+if part tune 98; then
     status=0
     # shellcheck disable=SC2046
     timeout "$limit" "$python" -m benchmarks.tune --seconds 0.05 $(printf -- '--op %s ' ${TUNE:?}) >"$out/tune.log" 2>&1 || status=$?
