@@ -67,7 +67,7 @@ else
     echo "cmake is missing: the CUDA C++ kernels are not built, their ops run on the reference"
 fi
 export TRITON_CACHE_DIR=$work/triton # one cache for all processes; Inductor would give each process its own
-[ ! -e "$kit/triton.tar.gz" ] || tar -xzf "$kit/triton.tar.gz" -C "$work"
+[ ! -e "$kit/triton.tar.xz" ] || "$python" -m tarfile -e "$kit/triton.tar.xz" "$work"
 export TORCHINDUCTOR_COMPILE_THREADS=1
 export CUBLAS_WORKSPACE_CONFIG=:4096:8 # torch refuses deterministic products without it
 cd "$package"

@@ -37,7 +37,7 @@ class Demo:
     learning curves and a gallery compare the three runs.
 
     With --images it takes your photographs, which need no labels: it makes proposals with a backbone that knows ImageNet, pre-trains
-    a small K-Net on them, and shows in a gallery what both find. It needs `pip install "sprompt[imagenet]"`, or a --backbone.
+    a small Mask2Former on them, and shows in a gallery what both find. It needs `pip install "sprompt[imagenet]"`, or a --backbone.
     """
 
     out: Path = Path("demo")
@@ -82,7 +82,7 @@ class Demo:
             f"propose --preset photographs --images {folder} --only {out}/pictures.txt --backbone {start} --out {out}/proposals.json"
         )
         self._sprompt(
-            f"pretrain --preset photographs --images {folder} --proposals {out}/proposals.json --backbone {start} --out {out}/pretrain "
+            f"pretrain --preset photographs --model mask2former --images {folder} --proposals {out}/proposals.json --backbone {start} --out {out}/pretrain "
             f"--train.epochs {epochs} --train.batch-size {_BATCH} --train.drops {max(1, 3 * epochs // 4)} --train.seed {self.seed}"
         )
         self._sprompt(
