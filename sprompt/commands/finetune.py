@@ -146,7 +146,9 @@ class Finetune:
                     "learn"
                 )
             model = build(dataclasses.replace(self.model, num_classes=count))
-            if start is not None:
+            if start is None:
+                run_folder.say("training starts from random weights: neither --checkpoint nor --backbone is given")
+            else:
                 run_folder.say(load_backbone(model.backbone, start))
             return model
         if self.backbone is not None:

@@ -67,6 +67,14 @@ def test_a_run_folder_is_a_backbone(folder: Path, capsys: pytest.CaptureFixture[
     assert "images holds no backbone.safetensors and no model.safetensors" in capsys.readouterr().err
 
 
+def test_a_start_from_random_weights_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"--data.images {folder}/images --data.annotations {folder}/instances.json --train.max-steps 1"
+    said = "training starts from random weights: neither --checkpoint nor --backbone is given"
+    for start, wanted in (("", True), (f"--backbone {folder}/run", False)):
+        assert sprompt(f"finetune {data} {start} --out {folder}/f{wanted} {NETWORK} {SMALL}") == 0
+        assert (said in capsys.readouterr().out) == wanted
+
+
 def test_only_kernel_supervision_needs_the_backbone_of_the_proposals(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
