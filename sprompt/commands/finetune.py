@@ -88,6 +88,8 @@ class Finetune:
         run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
         for problem in dataset.problems:
             run_folder.say(f"  {problem}")
+        if val is not None:
+            run_folder.say_lost(val)
         if val is not None and not Checkpoints(self.out / "checkpoints", self.train.keep).steps():
             self._check(val)
         start = self._start()
