@@ -82,7 +82,8 @@ class Demo:
             f"propose --preset photographs --images {folder} --only {out}/pictures.txt --backbone {start} --out {out}/proposals.json"
         )
         self._sprompt(
-            f"pretrain --preset photographs --model mask2former --images {folder} --proposals {out}/proposals.json --backbone {start} --out {out}/pretrain "
+            f"pretrain --preset photographs --model mask2former --images {folder} --proposals {out}/proposals.json "
+            f"--backbone {start} --out {out}/pretrain "
             f"--train.epochs {epochs} --train.batch-size {_BATCH} --train.drops {max(1, 3 * epochs // 4)} --train.seed {self.seed}"
         )
         self._sprompt(

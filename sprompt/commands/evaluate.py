@@ -63,6 +63,7 @@ class Evaluate:
         if not self.evaluator.any_classes:
             self._check_classes(trained.classes or dataset.classes, dataset.classes, number)
         self.evaluator.check(dataset.categories)
+        run_folder.say_lost(dataset)
         with run_folder.begun(self.out, self) as text:
             report(
                 trained.model, dataset, self.out, self.test.sized(trained.size), evaluator=self.evaluator,
@@ -84,6 +85,7 @@ class Evaluate:
 
         assert self.results is not None
         results = run_folder.existing(self.results, "results", folder=False)
+        run_folder.say_lost(dataset)
         with run_folder.begun(self.out, self) as text:
             metrics = compare(dataset, results, self.evaluator, class_agnostic=self.class_agnostic)
             run_folder.write_metrics(self.out, metrics)

@@ -88,6 +88,8 @@ class Finetune:
         run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
         for problem in dataset.problems:
             run_folder.say(f"  {problem}")
+        if val is not None:
+            run_folder.say_lost(val)
         if val is not None and not Checkpoints(self.out / "checkpoints", self.train.keep).steps():
             self._check(val)
         start = self._start()
@@ -146,7 +148,9 @@ class Finetune:
                     "learn"
                 )
             model = build(dataclasses.replace(self.model, num_classes=count))
-            if start is not None:
+            if start is None:
+                run_folder.say("training starts from random weights: neither --checkpoint nor --backbone is given")
+            else:
                 run_folder.say(load_backbone(model.backbone, start))
             return model
         if self.backbone is not None:

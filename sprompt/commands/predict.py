@@ -8,6 +8,7 @@ from typing import Any
 from sprompt.atomic import atomic_write
 from sprompt.commands import run_folder
 from sprompt.commands.prediction import Prediction
+from sprompt.data.annotations import parse_head
 from sprompt.data.errors import DataError
 from sprompt.data.folder import PictureFolder
 from sprompt.data.reading import read_json
@@ -93,17 +94,19 @@ class Predict:
         """The image ids of the pictures and the category ids of the classes."""
         if self.ids is None:
             return list(range(len(pictures.file_names))), list(range(1, len(names) + 1))
-        record = read_json(run_folder.existing(self.ids, "ids", folder=False))
-        try:
-            images = {image["file_name"]: int(image["id"]) for image in record["images"]}
-            categories = {category["name"]: int(category["id"]) for category in record["categories"]}
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(f"{self.ids}: must be a COCO file with images and categories, got {error!r}") from None
-        for what, wanted, known in (("file_name", pictures.file_names, images), ("category", names, categories)):
+        listed, categories_of, _ = parse_head(
+            read_json(run_folder.existing(self.ids, "ids", folder=False)), str(self.ids)
+        )
+        images = {picture.file_name: picture.id for picture in listed}
+        categories = {name: own for own, name in categories_of}
+        for what, wanted, known, advice in (
+            ("file_name", pictures.file_names, images, "; --only LIST takes a part of the folder"),
+            ("category", names, categories, ""),
+        ):
             missing = [name for name in wanted if name not in known]
             if missing:
                 raise DataError(
-                    f"--ids: {self.ids} must have every {what}, but lacks {len(missing)}, such as {missing[0]}"
+                    f"--ids: {self.ids} must have every {what}, but lacks {len(missing)}, such as {missing[0]}{advice}"
                 )
         return [images[name] for name in pictures.file_names], [categories[name] for name in names]
 
@@ -122,6 +125,7 @@ class Predict:
         written: set[Path] = set()
         with Progress("draw", len(pictures.file_names)) as bar:
             for image_id, name in zip(image_ids, pictures.file_names, strict=True):
+                bar.advance()
                 try:
                     drawn = from_results(pictures.path / name, found.get(image_id, []), names, category_ids).draw()
                 except DataError:
@@ -132,5 +136,4 @@ class Predict:
                 written.add(file)
                 file.parent.mkdir(parents=True, exist_ok=True)
                 drawn.save(file, quality=90)
-                bar.advance()
         print(f"the pictures with objects of scores above {least:g} are in {folder}")

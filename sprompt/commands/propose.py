@@ -63,5 +63,6 @@ class Propose:
         if done.out is None:
             print(f"share {index} of {count} is done; {self.out} appears when the other shares are done")
         else:
-            found = len(read_json(done.out)["annotations"])
-            print(f"{found} masks in {len(pictures)} pictures: the proposals are in {done.out}")
+            found = read_json(done.out)
+            masks, read = len(found["annotations"]), len(found["images"])
+            print(f"{masks} masks in {read} pictures: the proposals are in {done.out}")

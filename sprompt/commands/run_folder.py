@@ -102,6 +102,12 @@ def say_if_crowded(dataset: CocoDataset, queries: int) -> None:
         )
 
 
+def say_lost(dataset: CocoDataset) -> None:
+    """Prints which annotations an evaluation lacks."""
+    for problem in dataset.lost:
+        say(f"  {problem}")
+
+
 def listing(names: Sequence[str]) -> str:
     """The number of pictures, and a digest of their names."""
     text = "\n".join(names).encode(errors="surrogateescape")

@@ -135,6 +135,8 @@ class Study:
             values = getattr(self, option)
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"--{option}: must be different values, at least one, got {list(values)}")
+        if not all(0 < share <= 1 for share in self.fractions):
+            raise ValueError(f"--fractions: must be above 0 and at most 1 (0.05 is 5 %), got {list(self.fractions)}")
         if not 0 <= self.likeness <= 1:
             raise ValueError(f"--likeness: must lie between 0 and 1, got {self.likeness}")
         for option in ("jobs", "evaluate_every", "longer"):

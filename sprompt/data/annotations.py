@@ -2,8 +2,9 @@
 
 DataError refuses a file that is not COCO, ids that occur twice, categories that are not declared, and run lengths of another
 size than their picture. Three kinds of annotations are left out, and `problems` names them: annotations of pictures that are
-not in the file, annotations without a mask, and annotations whose mask has no pixel. Crowd regions are not instances: they stay
-in the ground truth, but no sample has them; `problems` names them too.
+not in the file, annotations without a mask, and annotations whose mask has no pixel. Crowd regions are not instances, and no sample
+has them; `problems` names them too. Crowd regions and masks without a pixel stay in the ground truth: COCO ignores the first and counts
+the second as missed. `lost` names the annotations that the ground truth lacks.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class CocoFile:
     info: dict[str, Any]
     problems: list[str] = field(default_factory=list)
     boxes: dict[int, int] = field(default_factory=dict)  # by picture's id: annotations with a box but without a mask
+    lost: list[str] = field(default_factory=list)  # the problems about annotations that the ground truth lacks too
     frequency: dict[int, str] = field(default_factory=dict)  # by category's id, if the file has it, as those of LVIS do
 
 
@@ -134,14 +136,19 @@ def _with_annotations(
             f"{source}: run lengths must have the size [height, width] of their picture, got others in annotations "
             f"{named(misfits)}; were pictures or labels resized?"
         )
-    reasons = [
-        (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
-        (maskless, "without a mask"), (crowds, "of crowds"), (empty, "whose mask has no pixel"),
-    ]  # fmt: skip
-    problems = [left_out(source, ids, why) for ids, why in reasons if ids]
+    lost, untrained = (
+        [left_out(source, ids, why) for ids, why in reasons if ids]
+        for reasons in (
+            (
+                (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
+                (maskless, "without a mask"),
+            ),
+            ((crowds, "of crowds"), (empty, "whose mask has no pixel")),
+        )
+    )  # fmt: skip
     info = info if isinstance(info, dict) else {}
     no_instance = frozenset(crowds + empty)
-    return CocoFile(source, pictures, annotations, no_instance, categories, info, problems, dict(boxes))
+    return CocoFile(source, pictures, annotations, no_instance, categories, info, lost + untrained, dict(boxes), lost)
 
 
 def each_annotation(

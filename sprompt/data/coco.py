@@ -133,6 +133,11 @@ class CocoDataset(Dataset[Sample]):
         return self._file.info
 
     @property
+    def lost(self) -> list[str]:
+        """Lines about annotations that are not in the ground truth, because they have no mask or their picture is not in the file."""
+        return list(self._file.lost)
+
+    @property
     def has_seeds(self) -> bool:
         return self._seeds is not None
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sprompt.data.errors import DataError
-from sprompt.data.pictures import read_picture
+from sprompt.data.pictures import read_picture, shown
 from sprompt.data.sample import Sample
 from sprompt.masks import BitMasks, words_for
 
@@ -42,14 +42,14 @@ class GivenPictures(Dataset[Sample]):
 def as_rgb(picture: Any, name: str) -> Tensor:
     """uint8 (3, H, W) of a path, a PIL image, an array (H, W), (H, W, 3 or 4), or a tensor (1 or 3, H, W).
 
-    Floats must lie between 0 and 1. A fourth channel (transparency) is dropped. PIL images and files are turned as their EXIF
-    orientation says. Any other value raises DataError with the picture's name.
+    Paths and PIL images become RGB as `sprompt.data.pictures.shown` says. Floats must lie between 0 and 1. A fourth channel
+    (transparency) is dropped. Any other value raises DataError with the picture's name.
     """
     if isinstance(picture, (str, Path)):
         return read_picture(picture)
     if isinstance(picture, Image.Image):
-        picture = np.array(ImageOps.exif_transpose(picture).convert("RGB"))
-    if isinstance(picture, np.ndarray):
+        picture = shown(picture, name)
+    elif isinstance(picture, np.ndarray):
         if picture.ndim == 2:
             picture = picture[..., None]
         if picture.ndim != 3 or picture.shape[2] not in (1, 3, 4):

@@ -25,21 +25,26 @@ _SIDEWAYS = (5, 6, 7, 8)  # orientations that swap height and width
 
 
 def read_picture(path: Path | str) -> Tensor:
-    """The pixels of a picture as a viewer shows it: RGB, uint8 (3, H, W). Raises DataError if the file is not a readable picture.
+    """The pixels of a picture file as `shown` gives them. Raises DataError if the file is not a readable picture."""
+    with _opened(path) as image:
+        return shown(image, path)
 
-    Pixels are turned as the file's EXIF orientation says. In a PNG file the tag counts only if it stands before the pixels. Grey values
+
+def shown(image: Image.Image, name: Path | str) -> Tensor:
+    """The pixels of an opened picture as a viewer shows it: RGB, uint8 (3, H, W). Raises DataError, which calls the picture `name`.
+
+    Pixels are turned as the EXIF orientation says. In a PNG file the tag counts only if it stands before the pixels. Grey values
     are repeated for all three channels, palettes are looked up, transparency is dropped, and 16 bits are scaled to 8. Of an animation
     the first frame is read.
     """
-    with _opened(path) as image:
-        try:
-            turn = _TURNS.get(_orientation(image))
-            pixels = _rgb(image if turn is None else image.transpose(turn), path)
-            return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-        except DataError:
-            raise
-        except Exception as error:  # on broken files decoders raise exceptions of any type
-            raise DataError(f"{path}: is a broken picture ({_cause(error)}); replace or remove it") from None
+    try:
+        turn = _TURNS.get(_orientation(image))
+        pixels = _rgb(image if turn is None else image.transpose(turn), name)
+        return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    except DataError:
+        raise
+    except Exception as error:  # on broken files decoders raise exceptions of any type
+        raise DataError(f"{name}: is a broken picture ({_cause(error)}); replace or remove it") from None
 
 
 def picture_size(path: Path | str) -> Size:
@@ -101,7 +106,7 @@ def _tag(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
-def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
+def _rgb(image: Image.Image, name: Path | str) -> np.ndarray:
     """uint8 (H, W, 3)."""
     if image.mode == "RGB":
         return np.array(image)
@@ -109,11 +114,11 @@ def _rgb(image: Image.Image, path: Path | str) -> np.ndarray:
         values = np.array(image).astype(np.int64)
         if values.size and (values.min() < 0 or values.max() > 65535):
             raise DataError(
-                f"{path}: must have 8 or 16 bits a pixel, got values from {values.min()} to {values.max()}; convert it"
+                f"{name}: must have 8 or 16 bits a pixel, got values from {values.min()} to {values.max()}; convert it"
             )
         return np.repeat(((values + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
     if image.mode == "F":
-        raise DataError(f"{path}: must have 8 or 16 bits a pixel, got floating point; convert it")
+        raise DataError(f"{name}: must have 8 or 16 bits a pixel, got floating point; convert it")
     if "transparency" in image.info:
         image = image.convert("RGBA")
     return np.array(image.convert("RGB"))

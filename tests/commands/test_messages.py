@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import json
 import os
 import shlex
 import subprocess
@@ -65,6 +66,33 @@ def test_a_run_folder_is_a_backbone(folder: Path, capsys: pytest.CaptureFixture[
     capsys.readouterr()
     assert sprompt(f"propose --images {folder}/images --backbone {folder}/images --out {folder}/r.json") == 1
     assert "images holds no backbone.safetensors and no model.safetensors" in capsys.readouterr().err
+
+
+def test_a_start_from_random_weights_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = f"--data.images {folder}/images --data.annotations {folder}/instances.json --train.max-steps 1"
+    said = "training starts from random weights: neither --checkpoint nor --backbone is given"
+    for start, wanted in (("", True), (f"--backbone {folder}/run", False)):
+        assert sprompt(f"finetune {data} {start} --out {folder}/f{wanted} {NETWORK} {SMALL}") == 0
+        assert (said in capsys.readouterr().out) == wanted
+
+
+def test_labels_that_an_evaluation_lacks_are_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labels = json.loads((folder / "instances.json").read_text())
+    boxed, crowd = labels["annotations"][:2]
+    boxed["segmentation"], crowd["iscrowd"] = [], 1
+    (folder / "val.json").write_text(json.dumps(labels))
+    (folder / "results.json").write_text("[]")
+    data = f"images {folder}/images --{{0}}.annotations {folder}/val.json"
+    lines = (
+        f"evaluate --results {folder}/results.json --data.{data.format('data')} --out {folder}/e",
+        f"finetune --data.images {folder}/images --data.annotations {folder}/instances.json --val.{data.format('val')} "
+        f"--out {folder}/f --train.max-steps 1 {NETWORK} {SMALL}",
+    )
+    for line in lines:
+        assert sprompt(line) == 0
+        said = capsys.readouterr().out
+        lost = f"  {folder}/val.json: 1 annotation with a box but without a mask is left out (annotation id {boxed['id']})\n"
+        assert lost in said and "of crowds" not in said
 
 
 def test_only_kernel_supervision_needs_the_backbone_of_the_proposals(

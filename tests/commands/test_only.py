@@ -48,6 +48,36 @@ def test_predict(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert " pictures a second (reading " in capsys.readouterr().out
 
 
+def test_predict_with_ids(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of the six classes share a name in the file, so the model knows them by name and id."""
+    labels = json.loads((folder / "instances.json").read_text())
+    ids = [90, 3, 17, 4, 55, 8]
+    labels["images"] = [i | {"id": 1000 - i["id"]} for i in labels["images"] if i["file_name"] in NAMES]
+    labels["categories"] = [{"id": own, "name": "cat" if own in (3, 90) else f"dog {own}"} for own in ids]
+    (folder / "ids.json").write_text(json.dumps(labels))
+    names = [f"cat ({own})" if own in (3, 90) else f"dog {own}" for own in sorted(ids)]
+    config = KNetConfig(depth=18, backbone_width=8, channels=16, kernels=4, heads=2, feedforward=32, num_classes=6)
+    save_model(folder / "model.safetensors", KNet(config), names, {"short": 64, "long": 64})
+    line = f"predict --images {folder}/images --checkpoint {folder}/model.safetensors --out {folder}/p --test.workers 0 --cpu True"
+    assert sprompt(f"{line} --ids {folder}/ids.json") == 1
+    assert "must have every file_name, but lacks 4, such as 000000.png; --only LIST" in capsys.readouterr().err
+    assert sprompt(f"{line} --ids {folder}/ids.json --only {folder}/list.txt") == 0
+    listing = json.loads((folder / "p/pictures.json").read_text())
+    assert {i["file_name"]: i["id"] for i in listing["images"]} == {"000001.png": 999, "000004.png": 996}
+    assert [(c["id"], c["name"]) for c in listing["categories"]] == list(zip(sorted(ids), names, strict=True))
+
+
+def test_pictures_that_cannot_be_read_are_not_counted(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "images" / NAMES[0]).write_bytes(b"hello")
+    line = f"propose --images {folder}/images --backbone {folder}/backbone.safetensors --out {folder}/p.json --cpu True"
+    assert sprompt(f"{line} --only {folder}/list.txt --proposals.short 64 --proposals.long 64") == 0
+    assert "masks in 1 pictures: " in capsys.readouterr().out
+    line = f"predict --images {folder}/images --checkpoint {folder}/model.safetensors --out {folder}/p --test.workers 0 --cpu True"
+    assert sprompt(f"{line} --only {folder}/list.txt --draw True") == 0
+    said = capsys.readouterr()
+    assert ", in 1 pictures, are in" in said.out and "draw: 2/2" in said.err
+
+
 def test_backbone(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = (
         "--densecl.depth 18 --densecl.width 4 --densecl.queue 16 --views.size 32 --train.epochs 1 --train.batch-size 2"

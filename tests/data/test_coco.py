@@ -315,6 +315,9 @@ def test_left_out_and_said(folder: Path) -> None:
         "1 pictures without masks are left out: 3.png",
     ]
     assert dataset[0].labels.tolist() == [1, 0] and (dataset[0].masks.area() > 0).all()
+    assert dataset.lost == dataset.problems[:2]
+    judged = {a["file_id"] for a in dataset.ground_truth()["annotations"]}
+    assert {13, 54, 55, 56} <= judged and not judged & {50, 51, 52, 53}
 
 
 def test_bad_paths(folder: Path) -> None:

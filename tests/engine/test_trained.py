@@ -12,6 +12,7 @@ from pycocotools import mask as coco_mask
 
 import sprompt
 from sprompt.data.errors import DataError
+from sprompt.data.given import as_rgb
 from sprompt.engine.trained import Trained
 from sprompt.masks import BitMasks
 from sprompt.models.knet import KNet, KNetConfig
@@ -66,6 +67,30 @@ def test_grey_and_transparent_pictures(model: Trained) -> None:
     wanted = model.predict(rgb)
     for kind in (grey, with_alpha, torch.from_numpy(grey)[None], Image.fromarray(grey)):
         assert torch.equal(model.predict(kind).scores, wanted.scores)
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.int32])
+def test_pil_images_of_16_bits_are_scaled(kind: type) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (7, 9)).astype(kind)
+    wanted = np.round(values / 257)
+    assert (as_rgb(Image.fromarray(values), "picture 0").numpy() == wanted).all()
+
+
+def test_pil_images_are_turned_as_exif_says(tmp_path: Path) -> None:
+    values = pixels(6, 9)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a viewer turns it clockwise by a right angle
+    for name in ("a.png", "a.tif"):
+        Image.fromarray(values).save(tmp_path / name, exif=exif)
+        with Image.open(tmp_path / name) as opened:
+            assert (as_rgb(opened, name).permute(1, 2, 0).numpy() == np.rot90(values, -1)).all()
+
+
+def test_a_broken_pil_image_is_named(model: Trained, tmp_path: Path) -> None:
+    Image.fromarray(pixels(64, 64)).save(tmp_path / "a.png")
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes()[:3000])
+    with Image.open(tmp_path / "a.png") as opened, pytest.raises(DataError, match="picture 0: is a broken picture"):
+        model.predict(opened)
 
 
 @pytest.mark.parametrize(

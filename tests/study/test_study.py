@@ -246,6 +246,7 @@ def test_settings_for_a_gpu_are_told_of_on_a_cpu(
     [
         (("--variants", "cosin"), "--variants: must be some of scratch"),
         (("--seeds", "1", "1"), "--seeds: must be different values"),
+        (("--fractions", "5"), "--fractions: must be above 0 and at most 1 (0.05 is 5 %), got [5.0]"),
         (("--jobs", "0"), "--jobs: must be at least 1"),
         (("--images", "."), "--annotations: must be given with --images"),
         (("--model", "mask2forner"), "--model: must be one of knet, mask2former, fastinst, queryinst"),
