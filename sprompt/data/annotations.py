@@ -136,19 +136,18 @@ def _with_annotations(
             f"{source}: run lengths must have the size [height, width] of their picture, got others in annotations "
             f"{named(misfits)}; were pictures or labels resized?"
         )
-    lost, untrained = (
-        [left_out(source, ids, why) for ids, why in reasons if ids]
-        for reasons in (
-            (
-                (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
-                (maskless, "without a mask"),
-            ),
-            ((crowds, "of crowds"), (empty, "whose mask has no pixel")),
-        )
+
+    def told(*reasons: tuple[list[int], str]) -> list[str]:
+        return [left_out(source, ids, why) for ids, why in reasons if ids]
+
+    lost = told(
+        (homeless, "of pictures that are not in the file"), (boxed, "with a box but without a mask"),
+        (maskless, "without a mask"),
     )  # fmt: skip
+    problems = [*lost, *told((crowds, "of crowds"), (empty, "whose mask has no pixel"))]
     info = info if isinstance(info, dict) else {}
     no_instance = frozenset(crowds + empty)
-    return CocoFile(source, pictures, annotations, no_instance, categories, info, lost + untrained, dict(boxes), lost)
+    return CocoFile(source, pictures, annotations, no_instance, categories, info, problems, dict(boxes), lost)
 
 
 def each_annotation(
