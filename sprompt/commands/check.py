@@ -8,6 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from sprompt.commands import run_folder
 from sprompt.commands.labelled_data import LabelledData
+from sprompt.data.annotations import named
 from sprompt.data.coco import CocoDataset
 from sprompt.data.errors import DataError
 from sprompt.data.transforms import Augment
@@ -111,7 +112,7 @@ class Check:
             opened[name] = dataset, seen
             objects = sum(len(one.areas) for one in seen)
             print(
-                f"{name}: {len(dataset)} pictures, {objects} objects, {len(dataset.classes)} classes in {dataset.source}"
+                f"{name}: {len(dataset)} pictures with {objects} objects in {dataset.source}; classes: {named(dataset.classes)}"
             )
             bad += _told(checking.of_labels(dataset, seen))
             for line in checking.sizes(seen, self.augment).splitlines():

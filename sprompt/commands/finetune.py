@@ -8,6 +8,7 @@ from sprompt.commands import run_folder
 from sprompt.commands.evaluate import report
 from sprompt.commands.labelled_data import LabelledData
 from sprompt.commands.prediction import Prediction
+from sprompt.data.annotations import named
 from sprompt.data.checking import refuse_broken
 from sprompt.data.coco import CocoDataset
 from sprompt.data.transforms import Augment
@@ -85,7 +86,7 @@ class Finetune:
             if val.classes != dataset.classes and not (agnostic or self.evaluator.any_classes):
                 raise ValueError(f"--val: must have the classes of --data, {dataset.classes}, got {val.classes}")
             self.evaluator.check(val.categories)
-        run_folder.say(f"{len(dataset)} pictures, {len(dataset.classes)} classes to train on")
+        run_folder.say(f"{len(dataset)} pictures to train on; classes: {named(dataset.classes)}")
         for problem in dataset.problems:
             run_folder.say(f"  {problem}")
         if val is not None:
