@@ -23,7 +23,7 @@ STARTS = {
 }
 
 
-_STEPS, _BATCH = 600, 8  # of the pre-training on photographs, for some minutes on two cores
+_STEPS, _BATCH = 1000, 8  # of the pre-training on photographs, for some minutes on two cores
 
 
 @dataclasses.dataclass
