@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +53,18 @@ def in_process(function: Callable[..., Iterator[Any]], *args: Any) -> Iterator[A
         yield f"nothing was heard of its process for {SILENCE:.0f} s"
     elif process.exitcode:
         yield f"its process ended with status {process.exitcode}"
+
+
+def each_in_process(function: Callable[..., Iterator[Any]], jobs: Sequence[Any], *args: Any) -> Iterator[Any]:
+    """The values of function(jobs, *args), which are one for each job, in processes of their own. A job that ends its process gives
+    a sentence, and the jobs after it get a new process."""
+    left = list(jobs)
+    while left:
+        for value in in_process(function, left, *args):
+            yield value
+            left = left[1:]
+            if not left:
+                break
 
 
 def apart(device: torch.device, function: Callable[..., Any], *args: Any) -> Any:

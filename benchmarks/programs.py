@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure, table
-from benchmarks.apart import apart, in_process
+from benchmarks.apart import apart, each_in_process
 from benchmarks.program_rows import PROGRAMS, Program
 from benchmarks.run import commit, write
 from sprompt.machine import machine
@@ -49,19 +49,16 @@ def main() -> int:
     result["rows"] = []
     with table.progress() as show:
         for name in options.row or names:
-            left = [number for number, program in enumerate(PROGRAMS) if program.name == name]
-            while left:
-                show(f"{name} {PROGRAMS[left[0]].shape}")
-                how = (left, device, 0.1 if options.quick else options.seconds, options.quick)
-                # on a GPU a row that ends its process becomes an error; the rows after it get a new process
-                for line in rows(*how) if device.type == "cpu" else in_process(rows, *how):
-                    if isinstance(line, str):
-                        line = untimed(PROGRAMS[left[0]], options.quick) | {"error": line}
-                    result["rows"].append(line)
-                    write(options.json, result)
-                    left = left[1:]
-                    if not left:
-                        break
+            numbers = [number for number, program in enumerate(PROGRAMS) if program.name == name]
+            how = (numbers, device, 0.1 if options.quick else options.seconds, options.quick)
+            found = rows(*how) if device.type == "cpu" else each_in_process(rows, *how)
+            for number in numbers:
+                show(f"{name} {PROGRAMS[number].shape}")
+                line = next(found)
+                if isinstance(line, str):
+                    line = untimed(PROGRAMS[number], options.quick) | {"error": line}
+                result["rows"].append(line)
+                write(options.json, result)
     lines = [cells(line) for line in result["rows"]]
     table.draw(result["machine"], HEADER, lines, [style(line) for line in result["rows"]])
     print(markdown(result))

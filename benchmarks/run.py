@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import measure, table
-from benchmarks.apart import apart, in_process
+from benchmarks.apart import apart, each_in_process
 from benchmarks.empty_calls import empty_calls
 from benchmarks.row import NOT_INSTALLED, empty_row, row
 from sprompt.machine import machine
@@ -118,15 +118,9 @@ def rows(
         return
     for op in dict.fromkeys(BENCHES[number].function.__name__ for number, _, _ in wanted):
         left = [job for job in wanted if BENCHES[job[0]].function.__name__ == op]
-        while left:  # a job that ends its process becomes an error; the jobs after it get a new process
-            show(title(untimed(left[0])))
-            for line in in_process(timed_rows, left, *how):
-                if isinstance(line, str):
-                    line = untimed(left[0]) | {"error": line}
-                yield line
-                left = left[1:]
-                if not left:
-                    break
+        show(title(untimed(left[0])))
+        for job, line in zip(left, each_in_process(timed_rows, left, *how), strict=True):
+            yield untimed(job) | {"error": line} if isinstance(line, str) else line
 
 
 def timed_rows(

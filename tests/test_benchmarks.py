@@ -77,7 +77,7 @@ def test_a_row_that_ends_its_process_costs_itself_only(monkeypatch: pytest.Monke
                 return
             yield run.untimed(job)
 
-    monkeypatch.setattr(run, "in_process", die_at_full)
+    monkeypatch.setattr(apart, "in_process", die_at_full)
     monkeypatch.setattr(run, "jobs", lambda options, device: wanted)
     options = argparse.Namespace(seconds=0.1, no_compile=True)
     lines = list(run.rows(options, torch.device("cuda"), float("inf"), lambda text: None))
