@@ -95,7 +95,7 @@ QUESTIONS = {
         ("prompts", "source-plain", "source-align", "source-finest", "source-coarsest"), "prompts",
     ),
     "mends": Question(
-        "What was mended",
+        "Changes to the prompts of the paper",
         "Prompts as in the paper and its code are enough.",
         ("pseudo", "prompts-paper", "source-coarsest", "dropout-query", "prompts"), "prompts-paper",
     ),
